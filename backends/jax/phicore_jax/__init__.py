@@ -1,0 +1,1 @@
+"""Phi-3 from quantized GGUF files on any tensor library."""

@@ -1,0 +1,1 @@
+"""GGUF files: reading them safely, and what their quantized blocks mean."""
