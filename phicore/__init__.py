@@ -1,1 +1,75 @@
-"""Phi-3 from quantized GGUF files on any tensor library."""
+"""Phi-3 from quantized GGUF files on any tensor library: one graph, one sampler, many backends.
+
+    import phicore
+
+    with phicore.load("phi-3-mini") as model:
+        for piece in model.generate("Write a haiku about ice hockey"):
+            print(piece.text, end="", flush=True)
+
+Importing this loads no tensor library.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from phicore.errors import (
+    ArgumentError,
+    BackendError,
+    ContextError,
+    GGUFError,
+    PhicoreError,
+    SourceError,
+    TokenizerError,
+)
+
+if TYPE_CHECKING:
+    from phicore.hookspecs import hookimpl
+    from phicore.model import Generation, Model, Piece, load
+    from phicore.plugins import BackendInfo
+    from phicore.sampler import Sampling
+
+__version__ = version("phicore")
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "BackendInfo",
+    "ContextError",
+    "GGUFError",
+    "Generation",
+    "Model",
+    "PhicoreError",
+    "Piece",
+    "Sampling",
+    "SourceError",
+    "TokenizerError",
+    "backends",
+    "hookimpl",
+    "load",
+]
+
+_LAZY = {
+    "BackendInfo": "phicore.plugins",
+    "Generation": "phicore.model",
+    "Model": "phicore.model",
+    "Piece": "phicore.model",
+    "Sampling": "phicore.sampler",
+    "hookimpl": "phicore.hookspecs",
+    "load": "phicore.model",
+}
+
+
+def backends() -> list[BackendInfo]:
+    """The installed backends, the preferred one first. Imports none of their libraries."""
+    from phicore.plugins import Plugins
+
+    return list(Plugins().backends().values())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'phicore' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,1 +1,17 @@
 """GGUF files: reading them safely, and what their quantized blocks mean."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phicore.gguf.reader import GGUFFile, GGUFTensor, open_gguf
+
+__all__ = ["GGUFFile", "GGUFTensor", "open_gguf"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the reader, and with it NumPy and `gguf`, when it is first asked for."""
+    if name in __all__:
+        from phicore.gguf import reader
+
+        return getattr(reader, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,18 @@
-"""Phi-3 from quantized GGUF files on any tensor library."""
+"""JAX backend of phicore: CPU and CUDA through XLA. JAX is imported when the backend is used."""
+
+from phicore import hookimpl
+
+
+@hookimpl
+def phicore_register_backends(register):  # type: ignore[no-untyped-def]
+    def create(device: str | None = None):  # type: ignore[no-untyped-def]
+        from phicore_jax.backend import JaxBackend
+
+        return JaxBackend(device)
+
+    def devices() -> list[str]:
+        from phicore_jax.backend import device_names
+
+        return device_names()
+
+    register("jax", create=create, devices=devices)

@@ -1,1 +1,13 @@
-"""Phi-3 from quantized GGUF files on any tensor library."""
+"""The reference backend: the tensor protocol on NumPy, as a third party would write it."""
+
+from phicore import hookimpl
+
+
+@hookimpl
+def phicore_register_backends(register):  # type: ignore[no-untyped-def]
+    def create(device: str | None = None):  # type: ignore[no-untyped-def]
+        from phicore_numpy.backend import NumpyBackend
+
+        return NumpyBackend()
+
+    register("numpy", create=create, devices=lambda: ["cpu"])

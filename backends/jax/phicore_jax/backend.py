@@ -1,0 +1,113 @@
+"""The tensor protocol on JAX.
+
+Weights stay quantized on the device and are expanded inside `linear` (see `linear.py`). The rest is
+the protocol's defaults, fused by XLA; the cache is updated in place through buffer donation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from phicore.errors import BackendError
+from phicore.gguf.matrix import Matrix
+from phicore.protocol import Array, Backend, LayerCache, Weight
+from phicore_jax import linear
+
+
+def device_names() -> list[str]:
+    """The devices of this machine that JAX can use: `cpu`, `cuda`, `cuda:1`, ..."""
+    return ["cpu", *(_name(device) for device in _cuda_devices())]
+
+
+def _cuda_devices() -> list[Any]:
+    try:
+        return jax.devices("cuda")
+    except RuntimeError:  # no CUDA plugin, or no card
+        return []
+
+
+def _name(device: Any) -> str:
+    return f"cuda:{device.id}" if device.id else "cuda"
+
+
+def find_device(name: str | None) -> Any:
+    """The JAX device of a name, or the fastest one for None.
+
+    Raises:
+        BackendError: If there is no such device; the message lists those there are.
+    """
+    if name is None:
+        cards = _cuda_devices()
+        return cards[0] if cards else jax.devices("cpu")[0]
+    if name == "cpu":
+        return jax.devices("cpu")[0]
+    for device in _cuda_devices():
+        if name in (_name(device), f"cuda:{device.id}"):
+            return device
+    hint = "; for NVIDIA cards install phicore-jax[cuda]" if name.startswith("cuda") else ""
+    raise BackendError(
+        f"backend jax: no device {name!r} (available: {', '.join(device_names())}){hint}"
+    )
+
+
+class JaxBackend(Backend):
+    """JAX on one device."""
+
+    xp = jnp
+    compiles = True
+    asynchronous = True
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = find_device(device)
+
+    def asarray(self, x: np.ndarray) -> Array:
+        return jax.device_put(x, self.device)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return np.asarray(x)
+
+    def load_weight(self, matrix: Matrix) -> Weight:
+        return jax.tree.map(self.asarray, linear.pack(matrix))
+
+    def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
+        return jax.jit(fn, donate_argnums=tuple(donate))
+
+    def peak_memory_bytes(self) -> int | None:
+        if self.device.platform == "cpu":
+            return super().peak_memory_bytes()
+        return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
+
+    def linear(self, x: Array, weight: Weight) -> Array:
+        return linear.linear(x, weight)
+
+    def embedding(self, ids: Array, weight: Weight) -> Array:
+        return linear.rows(ids, weight)
+
+    def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
+        with jax.default_device(self.device):
+            return super().new_cache(batch, heads, capacity, head_dim)
+
+    def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+        def put(old: Array, new: Array, position: Array) -> Array:  # one sequence: (K, S, D)
+            return jax.lax.dynamic_update_slice(old, new, (0, position, 0))
+
+        start = positions[:, 0]
+        if start.shape[0] == 1:  # under vmap it would become a scatter, which XLA:CPU does by loops
+            return {
+                "k": put(cache["k"][0], k[0], start[0])[None],
+                "v": put(cache["v"][0], v[0], start[0])[None],
+            }
+        return {
+            "k": jax.vmap(put)(cache["k"], k, start),
+            "v": jax.vmap(put)(cache["v"], v, start),
+        }
+
+    def contains(self, ids: Array, size: int) -> Array:
+        ids = jnp.where(ids < 0, size, ids)  # a negative index would count from the end
+        found = jnp.zeros((ids.shape[0], size), bool)
+        return found.at[jnp.arange(ids.shape[0])[:, None], ids].set(True, mode="drop")

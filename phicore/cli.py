@@ -1,0 +1,387 @@
+"""The command `phicore`: arguments, exit codes, and what goes to standard output.
+
+Standard output carries what was asked for and nothing else; the rest goes to standard error (see
+`console.py`). Modules that are slow to import are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from phicore.errors import ArgumentError, PhicoreError
+
+if TYPE_CHECKING:
+    from phicore.model import Generation, Model, Piece
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+app = typer.Typer(
+    name="phicore",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run Phi-3 and models with the same graph from GGUF files, on any tensor library.",
+)
+
+MODEL_HELP = (
+    "A GGUF file, hf:owner/repo[:Q4_K_M], package:NAME or a name that `phicore models` lists."
+)
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="REF", help=MODEL_HELP, show_default=False)
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="A tokenizer.json to use instead of the model's own."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        from phicore import __version__
+
+        print(f"phicore {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `phicore generate "Write a haiku about ice hockey"`
+- `phicore generate -m phi-3-mini -n 100 -t 1 --repeat-penalty 1.2 "Write a haiku"`
+- `phicore generate -m hf:bartowski/Phi-3-medium-4k-instruct-GGUF:Q4_K_M -s "Be brief." "Why?"`
+- `git diff | phicore generate -t 0 --json -`
+- `phicore generate --raw $'<|user|>\\nHello<|end|>\\n<|assistant|>'`
+"""
+)
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to say to the model; - (or nothing, in a pipe) reads standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    model: ModelOption = None,
+    tokenizer: TokenizerOption = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", "-b", help="One that `phicore backends` lists.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="A device of the backend, such as cpu or cuda:1.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="A system message.")] = None,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help="Take the prompt as it is, special tokens included: no chat template."
+        ),
+    ] = False,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, help="How many tokens at most.")
+    ] = 256,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", "-t", help="0 is greedy. [the model's, else 0.7]"),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Only the k most probable tokens. [the model's, else all]")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Only the most probable tokens that hold p. [the model's, else 1]"),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Only tokens with this share of the best one's. [the model's, else 0]"),
+    ] = None,
+    repeat_penalty: Annotated[
+        float | None, typer.Option(help="1 is none. [the model's, else 1.1]")
+    ] = None,
+    repeat_last_n: Annotated[
+        int | None,
+        typer.Option(help="How far back the penalty looks; -1 is all. [the model's, else 64]"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**64 - 1, help="[random; --stats prints it]")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this string; may be given again.")
+    ] = None,
+    ctx: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in the context. [as many as the model has]")
+    ] = None,
+    as_json: JsonOption = False,
+    stats: Annotated[
+        bool, typer.Option("--stats/--no-stats", help="Print figures on standard error.")
+    ] = True,
+) -> None:
+    """Generate text."""
+    from phicore.console import Console, stats_lines
+    from phicore.sampler import Sampling
+    from phicore.stopping import StopStrings
+
+    text = read_text(prompt)
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repeat_penalty": repeat_penalty,
+        "repeat_last_n": repeat_last_n,
+    }
+    Sampling(**{k: v for k, v in options.items() if v is not None})  # before a long load
+    StopStrings(stop or [])
+    if raw and system is not None:
+        raise ArgumentError("--system: a raw prompt has no system message")
+
+    console = Console()
+    with load_model(console, model, tokenizer, backend, device, ctx) as loaded:
+        generation = loaded.generate(
+            text,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop=stop or [],
+            system=system,
+            raw=raw,
+            **options,
+        )
+        pieces: list[Piece] = []
+        interrupted = False
+        try:
+            for piece in generation:
+                pieces.append(piece)
+                if not as_json and piece.text:
+                    console.text_begins()
+                    sys.stdout.write(piece.text)
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            generation.close()
+        if as_json:
+            print(json.dumps(_result(loaded, generation, pieces), ensure_ascii=False))
+        elif pieces:
+            print(flush=True)
+        if pieces and pieces[-1].finish_reason == "context":
+            console.say(f"stopped: the context of {loaded.context} tokens is full")
+        if stats:
+            for line in stats_lines(loaded, generation):
+                console.say(line)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _result(model: Model, generation: Generation, pieces: list[Piece]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    reason = pieces[-1].finish_reason if pieces else None
+    timings = asdict(generation.timings)
+    return {
+        "text": "".join(piece.text for piece in pieces),
+        "finish_reason": reason or "interrupted",
+        "token_ids": [piece.token_id for piece in pieces],
+        "prompt_ids": generation.prompt_ids,
+        "seed": generation.seed,
+        "model": model.reference,
+        "backend": model.backend,
+        "stats": {
+            "load_s": model.load_s,
+            **timings,
+            "prompt_tokens_per_s": generation.timings.prompt_tokens_per_s,
+            "decode_tokens_per_s": generation.timings.decode_tokens_per_s,
+            "peak_memory_bytes": model.peak_memory_bytes(),
+        },
+    }
+
+
+def load_model(
+    console: Any,
+    reference: str | None,
+    tokenizer: str | None,
+    backend: str | None,
+    device: str | None,
+    ctx: int | None,
+) -> Model:
+    """Load a model, saying on standard error which it is and how far it has come."""
+    from phicore.model import load
+
+    reference = reference or console.default_model()
+    with console.progress() as progress:
+        return load(reference, backend, device, ctx, tokenizer=tokenizer, progress=progress)
+
+
+def read_text(text: str | None) -> str:
+    """An argument, or standard input for "-" and in a pipe; one final newline does not count."""
+    if text is None and sys.stdin is not None and not sys.stdin.isatty():
+        text = "-"
+    if text is None:
+        raise ArgumentError("no prompt: give it as an argument, or - to read standard input")
+    if text != "-":
+        return text
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"standard input is not {error.encoding} text: {error}") from None
+
+
+@app.command()
+def inspect(
+    ref: Annotated[str | None, typer.Argument(metavar="[REF]", help=MODEL_HELP)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a GGUF file holds: hyperparameters, tensors, tokenizer, bits per weight."""
+    from phicore.console import Console
+    from phicore.inspection import inspect_model, print_inspection
+
+    found = inspect_model(ref or Console().default_model())
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        print_inspection(found)
+
+
+@app.command()
+def tokenize(
+    text: Annotated[
+        str | None, typer.Argument(help="The text; - (or nothing, in a pipe) reads standard input.")
+    ] = None,
+    model: ModelOption = None,
+    tokenizer: TokenizerOption = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Apply the chat template, as `generate` does.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the tokens of a text: ids and pieces. Special tokens in it count as such."""
+    from phicore.console import Console
+    from phicore.inspection import open_tokenizer
+
+    text = read_text(text)
+    tok, template = open_tokenizer(model or Console().default_model(), tokenizer)
+    ids = tok.encode(template.render([{"role": "user", "content": text}]) if chat else text)
+    if as_json:
+        tokens = [{"id": i, "piece": _printable(tok.piece(i))} for i in ids]
+        print(json.dumps(tokens, ensure_ascii=False))
+    else:
+        for i in ids:
+            print(f"{i:>7}  {_printable(tok.piece(i))}")
+
+
+def _printable(piece: str) -> str:
+    """A piece on one line; bytes that are no UTF-8, and control characters, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece)
+
+
+@app.command()
+def backends(as_json: JsonOption = False) -> None:
+    """List the installed backends, their devices, and whether they work here."""
+    from phicore.console import table
+    from phicore.plugins import Plugins
+
+    plugins = Plugins()
+    rows: list[dict[str, Any]] = []
+    for info in plugins.backends().values():
+        try:
+            devices, status = info.devices(), "usable"
+        except PhicoreError as error:
+            devices, status = [], str(error)
+        rows.append(
+            {
+                "name": info.name,
+                "distribution": info.distribution,
+                "version": info.version,
+                "devices": devices,
+                "status": status,
+            }
+        )
+    for plugin in plugins.broken:
+        rows.append(
+            {
+                "name": plugin.name,
+                "distribution": plugin.distribution,
+                "version": None,
+                "devices": [],
+                "status": f"broken: {plugin.reason}",
+            }
+        )
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    table(
+        ["backend", "distribution", "devices", "status"],
+        [
+            [
+                r["name"],
+                f"{r['distribution']} {r['version'] or ''}",
+                ", ".join(r["devices"]),
+                r["status"],
+            ]
+            for r in rows
+        ],
+    )
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List the models that have a short name, and those in the Hub cache."""
+    from phicore.console import Console, size, table
+    from phicore.sources import default_reference, known_models
+
+    known = known_models()
+    default, why = default_reference()
+    if as_json:
+        rows = [
+            {
+                "name": m.name,
+                "reference": m.reference,
+                "path": str(m.path) if m.path else None,
+                "size_bytes": m.size_bytes,
+                "is_default": m.name == default,
+            }
+            for m in known
+        ]
+        print(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    table(
+        ["model", "on this machine", "reference"],
+        [[m.name, size(m.size_bytes) if m.size_bytes else "no", m.reference] for m in known],
+    )
+    Console().say(f"without --model: {default} ({why})")
+
+
+def main() -> NoReturn:
+    """Run the command line. Every error that a user can cause is one line, and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except PhicoreError as error:
+        code = _fail(str(error), 2 if isinstance(error, ArgumentError) else error.exit_code)
+    except typer.TyperException as error:  # a wrong option
+        code = _fail(f"{error.format_message()}; see phicore --help", error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_BROKEN_PIPE
+    except MemoryError:
+        code = _fail("not enough memory; a smaller quantization or --ctx needs less", 1)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"phicore: {' '.join(message.splitlines())}\n")
+    return code

@@ -1,0 +1,110 @@
+"""What the command line shows beside its result: progress, figures, tables."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from phicore.loader import Progress
+
+if TYPE_CHECKING:
+    from phicore.model import Generation, Model
+
+
+class Console:
+    """Standard error: live progress on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        import rich.console
+
+        self._rich = rich.console.Console(stderr=True, highlight=False)
+        self._has_text = False
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self._rich.print(line, style="dim", markup=False, soft_wrap=True)
+
+    def text_begins(self) -> None:
+        """From here on the text may be on the same screen: no more progress."""
+        self._has_text = True
+
+    def default_model(self) -> str:
+        """The model to use when none is asked for; says which, and how to get Phi-3."""
+        from phicore.sources import default_reference
+
+        reference, why = default_reference()
+        hint = "" if reference == "phi-3-mini" else "; for Phi-3 itself: --model phi-3-mini"
+        self.say(f"model: {reference} ({why}){hint}")
+        return reference
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """Show loading and compiling: a line that vanishes on a terminal, lines in a log."""
+        started: dict[str, float] = {}
+        status = self._rich.status("", spinner="dots") if self._rich.is_terminal else None
+
+        def show(what: str, done: int, total: int) -> None:
+            begun = started.setdefault(what, time.perf_counter())
+            share = f" {done / total:4.0%}" if total > 1 else ""
+            if status is not None and not self._has_text:
+                status.update(f"{what}{share}")
+                status.start()
+            if done == total:
+                if status is not None:
+                    status.stop()
+                else:
+                    self.say(f"{what}: {time.perf_counter() - begun:.1f} s")
+                del started[what]
+
+        try:
+            yield show
+        finally:
+            if status is not None:
+                status.stop()
+
+
+def stats_lines(model: Model, generation: Generation) -> list[str]:
+    """What a generation took, as lines for people."""
+    t = generation.timings
+    lines = [
+        f"model {model.path.name}, backend {model.backend}, seed {generation.seed}",
+        f"load {model.load_s:.2f} s, compile {t.compile_s:.2f} s, "
+        f"first token {t.first_token_s:.2f} s",
+        f"prompt {t.prompt_tokens} tokens, {t.prompt_tokens_per_s:.1f} tokens/s; "
+        f"generated {t.generated_tokens} tokens, {t.decode_tokens_per_s:.1f} tokens/s",
+    ]
+    peak = model.peak_memory_bytes()
+    if peak is not None:
+        lines.append(f"peak memory {size(peak)}")
+    return lines
+
+
+def size(size_bytes: int) -> str:
+    """A number of bytes for people, in powers of 1000: `98.4 MB`."""
+    value = float(size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on standard output: framed on a terminal, else columns cut at no width."""
+    if sys.stdout.isatty():
+        import rich.box
+        import rich.console
+        import rich.table
+
+        framed = rich.table.Table(*columns, box=rich.box.SIMPLE_HEAD)
+        for row in rows:
+            framed.add_row(*(str(cell).replace("[", r"\[") for cell in row))
+        rich.console.Console(highlight=False).print(framed)
+        return
+    cells = [list(columns), *[list(row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    for row in cells:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())

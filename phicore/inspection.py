@@ -1,0 +1,121 @@
+"""`phicore inspect` and `phicore tokenize`: looking at a file without loading its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from phicore.chat import ChatTemplate
+from phicore.config import Phi3Config
+from phicore.console import size, table
+from phicore.errors import PhicoreError
+from phicore.gguf.reader import GGUFFile, open_gguf
+from phicore.plugins import Plugins
+from phicore.sources import ModelFiles, resolve
+from phicore.tokenizer import Tokenizer
+
+
+def find(reference: str, tokenizer: str | None = None) -> ModelFiles:
+    """The files of a reference, with another tokenizer if one is given."""
+    files = resolve(reference, schemes=Plugins().sources())
+    return replace(files, tokenizer=Path(tokenizer)) if tokenizer else files
+
+
+def read_tokenizer(files: ModelFiles, metadata: dict[str, Any]) -> Tokenizer:
+    """The model's tokenizer: a tokenizer.json if it has one, else that of the GGUF file."""
+    if files.tokenizer:
+        return Tokenizer.from_file(files.tokenizer, metadata)
+    return Tokenizer.from_gguf(metadata)
+
+
+def open_tokenizer(reference: str, tokenizer: str | None) -> tuple[Tokenizer, ChatTemplate]:
+    """The tokenizer and chat template of a model."""
+    files = find(reference, tokenizer)
+    with open_gguf(files.path) as file:
+        return read_tokenizer(files, file.metadata), ChatTemplate.from_gguf(file.metadata)
+
+
+def inspect_model(reference: str) -> dict[str, Any]:
+    """What a file holds, as plain data. Parts that cannot be understood say why."""
+    files = find(reference)
+    with open_gguf(files.path) as file:
+        weights = sum(t.n_elements for t in file.tensors.values())
+        tensor_bytes = sum(t.size_bytes for t in file.tensors.values())
+        return {
+            "file": str(file.path),
+            "size_bytes": file.size_bytes,
+            "name": file.metadata.get("general.name"),
+            "architecture": file.metadata.get("general.architecture"),
+            "weights": weights,
+            "bits_per_weight": 8 * tensor_bytes / weights if weights else None,
+            "hyperparameters": _or_error(lambda: asdict(Phi3Config.from_gguf(file.metadata))),
+            "tokenizer": _or_error(lambda: _tokenizer_summary(files, file)),
+            "metadata": {key: _plain(value) for key, value in file.metadata.items()},
+            "tensors": [
+                {
+                    "name": t.name,
+                    "type": t.type.name,
+                    "shape": list(t.shape),
+                    "size_bytes": t.size_bytes,
+                }
+                for t in file.tensors.values()
+            ],
+        }
+
+
+def _or_error(read: Any) -> dict[str, Any]:
+    """What `read` gives, or why it gives nothing: a damaged part must not hide the others."""
+    try:
+        return read()
+    except PhicoreError as error:
+        return {"error": str(error)}
+
+
+def _tokenizer_summary(files: ModelFiles, file: GGUFFile) -> dict[str, Any]:
+    tokenizer = read_tokenizer(files, file.metadata)
+    return {
+        "source": tokenizer.source,
+        "vocab_size": tokenizer.vocab_size,
+        "add_bos": tokenizer.add_bos,
+        "bos": None if tokenizer.bos_token_id is None else tokenizer.piece(tokenizer.bos_token_id),
+        "end": [tokenizer.piece(i) for i in sorted(tokenizer.end_token_ids)],
+        "chat_template": "tokenizer.chat_template" in file.metadata,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A metadata value for JSON; long arrays as their length."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list) and len(value) > 16:
+        return f"array of {len(value)}"
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return value
+
+
+def print_inspection(found: dict[str, Any]) -> None:
+    """Print it for people."""
+    bits = found["bits_per_weight"]
+    print(f"file             {found['file']}")
+    print(f"name             {found['name']}")
+    print(f"architecture     {found['architecture']}")
+    print(f"size             {size(found['size_bytes'])}")
+    print(f"weights          {found['weights'] / 1e6:.1f} M")
+    print(f"bits per weight  {f'{bits:.2f}' if bits else '-'}")
+    for title in ("hyperparameters", "tokenizer"):
+        print(f"\n{title}")
+        for key, value in found[title].items():
+            shown = " ".join(value) if isinstance(value, list) else value
+            print(f"  {key:<24} {shown}")
+    types = Counter(t["type"] for t in found["tensors"])
+    print(f"\ntensors: {len(found['tensors'])} ({', '.join(f'{n} {t}' for t, n in types.items())})")
+    table(
+        ["name", "type", "shape", "bytes"],
+        [
+            [t["name"], t["type"], " x ".join(map(str, t["shape"])), str(t["size_bytes"])]
+            for t in found["tensors"]
+        ],
+    )

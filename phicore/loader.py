@@ -1,0 +1,145 @@
+"""From a GGUF file's tensors to the parameters of the graph.
+
+`phi3` files hold the graph's fused matrices. `llama` files hold the same network with separate
+matrices, and with the rows of queries and keys in the order of interleaved rotation; here they are
+stacked and put back in order, which moves whole quantized rows and changes no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from phicore.config import Phi3Config
+from phicore.errors import GGUFError
+from phicore.gguf.matrix import Matrix
+from phicore.gguf.reader import GGUFFile, GGUFTensor
+from phicore.protocol import Backend, Params
+from phicore.rope import rope_tables
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+# Tensors that carry nothing for this graph: the tables that old converters wrote of the rotation.
+IGNORED = (".attn_rot_embd.weight", ".attn.rot_embd", ".rope.freqs")
+
+
+def load_params(
+    ops: Backend, config: Phi3Config, file: GGUFFile, positions: int, progress: Progress
+) -> Params:
+    """Load every tensor of the file.
+
+    Args:
+        positions: For how many positions the rotary tables are made.
+    Returns:
+        `embed_tokens`, `lm_head` (absent when it is tied to the embedding), `norm`, `rope_cos`,
+        `rope_sin` (positions, R), and `layers`, a list with one dictionary a layer.
+    Raises:
+        GGUFError: For a missing, surplus or misshapen tensor, or a type that cannot be read.
+    """
+    reader = _Tensors(ops, file, progress)
+    h, k, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    e, f = config.hidden_size, config.intermediate_size
+
+    def layer(n: int) -> dict[str, Any]:
+        blk = f"blk.{n}"
+        if config.architecture == "phi3":
+            qkv = [reader.take(f"{blk}.attn_qkv.weight", (h + 2 * k) * d, e)]
+            gate_up = [reader.take(f"{blk}.ffn_up.weight", 2 * f, e)]
+        else:
+            qkv = [
+                rows_for_half_rotation(reader.take(f"{blk}.attn_q.weight", h * d, e), h),
+                rows_for_half_rotation(reader.take(f"{blk}.attn_k.weight", k * d, e), k),
+                reader.take(f"{blk}.attn_v.weight", k * d, e),
+            ]
+            gate_up = [
+                reader.take(f"{blk}.ffn_gate.weight", f, e),
+                reader.take(f"{blk}.ffn_up.weight", f, e),
+            ]
+        return {
+            "input_layernorm": reader.vector(f"{blk}.attn_norm.weight", e),
+            "qkv_proj": reader.load("qkv_proj", *qkv),
+            "o_proj": reader.matrix(f"{blk}.attn_output.weight", e, h * d),
+            "post_attention_layernorm": reader.vector(f"{blk}.ffn_norm.weight", e),
+            "gate_up_proj": reader.load("gate_up_proj", *gate_up),
+            "down_proj": reader.matrix(f"{blk}.ffn_down.weight", e, f),
+        }
+
+    cos, sin = rope_tables(config, positions)
+    params: dict[str, Any] = {
+        "rope_cos": ops.asarray(cos),
+        "rope_sin": ops.asarray(sin),
+        "embed_tokens": reader.matrix("token_embd.weight", vocab_size(file), e),
+        "layers": [layer(n) for n in range(config.num_hidden_layers)],
+        "norm": reader.vector("output_norm.weight", e),
+    }
+    if "output.weight" in file.tensors:
+        params["lm_head"] = reader.matrix("output.weight", vocab_size(file), e)
+    reader.check_all_read()
+    return params
+
+
+def vocab_size(file: GGUFFile) -> int:
+    """How many tokens the embedding has."""
+    tensor = file.tensors.get("token_embd.weight")
+    if tensor is None:
+        raise GGUFError(f"{file.path.name}: tensor 'token_embd.weight' is missing")
+    return tensor.shape[0]
+
+
+def rows_for_half_rotation(tensor: GGUFTensor, heads: int) -> GGUFTensor:
+    """Undo the row order that interleaved rotation wants: channels i and i + D/2 apart again.
+
+    Source: `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py, whose inverse this is.
+    """
+    rows = tensor.data.reshape(heads, -1, 2, tensor.data.shape[-1])  # (heads, D/2, 2, bytes)
+    return replace(tensor, data=rows.swapaxes(1, 2).reshape(tensor.data.shape))
+
+
+class _Tensors:
+    """Takes tensors out of a file, checks their shapes and remembers which were taken."""
+
+    def __init__(self, ops: Backend, file: GGUFFile, progress: Progress) -> None:
+        self._ops = ops
+        self._file = file
+        self._progress = progress
+        self._left = {n: t for n, t in file.tensors.items() if not n.endswith(IGNORED)}
+        self._total_bytes = sum(t.size_bytes for t in self._left.values())
+        self._done_bytes = 0
+
+    def take(self, name: str, *shape: int) -> GGUFTensor:
+        tensor = self._left.pop(name, None)
+        if tensor is None:
+            raise GGUFError(f"{self._file.path.name}: tensor {name!r} is missing")
+        if tensor.shape != shape:
+            raise GGUFError(
+                f"{self._file.path.name}: tensor {name!r}: expected shape {list(shape)} "
+                f"by the hyperparameters, found {list(tensor.shape)}"
+            )
+        return tensor
+
+    def load(self, name: str, *parts: GGUFTensor) -> Any:
+        weight = self._ops.load_weight(Matrix(name, parts))
+        self._count(*parts)
+        return weight
+
+    def matrix(self, name: str, rows: int, columns: int) -> Any:
+        return self.load(name, self.take(name, rows, columns))
+
+    def vector(self, name: str, size: int) -> Any:
+        tensor = self.take(name, size)
+        self._count(tensor)
+        return self._ops.asarray(tensor.dequantize())
+
+    def _count(self, *tensors: GGUFTensor) -> None:
+        self._done_bytes += sum(t.size_bytes for t in tensors)
+        self._progress("loading", self._done_bytes, self._total_bytes)
+
+    def check_all_read(self) -> None:
+        if self._left:
+            names = ", ".join(list(self._left)[:3])
+            raise GGUFError(
+                f"{self._file.path.name}: {len(self._left)} tensors that this version does not "
+                f"use, which would give wrong text: {names}"
+            )

@@ -1,0 +1,342 @@
+"""The Python API: `load` a model, then `generate` text or look at its `logits`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from phicore.chat import ChatTemplate, Message
+from phicore.config import Phi3Config
+from phicore.engine import Engine, Timings, capacity_for
+from phicore.errors import ArgumentError, GGUFError, PhicoreError
+from phicore.gguf.reader import open_gguf
+from phicore.loader import Progress, load_params, vocab_size
+from phicore.plugins import Plugins, choose_backend
+from phicore.protocol import Backend
+from phicore.sampler import Sampling
+from phicore.sources import ModelFiles, default_reference, resolve
+from phicore.stopping import StopStrings
+from phicore.tokenizer import TextStream, Tokenizer
+
+Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray
+
+# Recommended sampling parameters, as llama.cpp's converter writes them from generation_config.json.
+SAMPLING_KEYS = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repeat_penalty": "general.sampling.penalty_repeat",
+    "repeat_last_n": "general.sampling.penalty_last_n",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token.
+
+    Attributes:
+        text: The text that it completed: empty while a character, or what may be a stop string, is
+            incomplete, and for a token that prints nothing.
+        token_id: The token.
+        finish_reason: None, but on the last piece: "stop" (an end token or a stop string), "length"
+            (`max_tokens` are there) or "context" (the context is full).
+    """
+
+    text: str
+    token_id: int
+    finish_reason: str | None = None
+
+
+class Generation:
+    """An iterator of `Piece`, one per token. It may be closed, or left alone, at any time.
+
+    Attributes:
+        seed: The seed in use, so that a random one can be used again.
+        prompt_ids: The tokens of the prompt.
+        timings: What was done so far, and how long it took.
+    """
+
+    def __init__(
+        self, pieces: Iterator[Piece], seed: int, prompt_ids: list[int], timings: Timings
+    ) -> None:
+        self._pieces = pieces
+        self.seed = seed
+        self.prompt_ids = prompt_ids
+        self.timings = timings
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def text(self) -> str:
+        """All the text that is still to come."""
+        return "".join(piece.text for piece in self)
+
+    def close(self) -> None:
+        """Stop generating."""
+        self._pieces.close()  # type: ignore[attr-defined]  # a generator
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Model:
+    """A model on a backend. Made by `load`; a context manager.
+
+    Attributes:
+        config: The hyperparameters.
+        tokenizer: Text to tokens and back.
+        metadata: All key-value pairs of the file.
+        sampling: The sampling parameters where `generate` is given none: the file's recommendation,
+            else those of `Sampling`.
+        context: How many tokens a prompt and what follows it may have together.
+        load_s: How long loading took.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        ops: Backend,
+        *,
+        backend: str,
+        context: int | None,
+        progress: Progress,
+    ) -> None:
+        started = time.perf_counter()
+        self.reference = files.reference
+        self.path = files.path
+        self.backend = backend
+        with open_gguf(files.path) as file:
+            self.metadata = file.metadata
+            self.config = self._read_config(file.path)
+            self.vocab_size = vocab_size(file)
+            self.context = _checked_context(context, self.config)
+            self.tokenizer = (
+                Tokenizer.from_file(files.tokenizer, self.metadata)
+                if files.tokenizer
+                else Tokenizer.from_gguf(self.metadata)
+            )
+            self.sampling = _recommended_sampling(self.metadata, file.path)
+            params = load_params(ops, self.config, file, capacity_for(self.context), progress)
+        self._ops = ops
+        self._engine: Engine | None = Engine(ops, self.config, params, self.context, progress)
+        self.load_s = time.perf_counter() - started
+
+    def _read_config(self, path: Path) -> Phi3Config:
+        try:
+            return Phi3Config.from_gguf(self.metadata)
+        except GGUFError as error:
+            raise GGUFError(f"{path.name}: {error}") from None
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The template that turns messages into a prompt."""
+        return ChatTemplate.from_gguf(self.metadata)
+
+    def encode(self, prompt: Prompt, *, system: str | None = None, raw: bool = False) -> list[int]:
+        """The tokens of a prompt, as `generate` would use them.
+
+        Args:
+            prompt: A string, a list of messages ({"role": ..., "content": ...}), or token ids,
+                which are taken as they are.
+            system: A system message to put before a string.
+            raw: Take a string as it is, special tokens included, instead of as a user's message.
+        """
+        if isinstance(prompt, str):
+            if raw:
+                if system is not None:
+                    raise ArgumentError("system: a raw prompt has no system message")
+                return self.tokenizer.encode(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+            if system is not None:
+                prompt = [{"role": "system", "content": system}, *prompt]
+        elif system is not None or raw:
+            raise ArgumentError("system, raw: only for a prompt that is a string")
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            return self.tokenizer.encode(self.chat_template.render(prompt))  # type: ignore[arg-type]
+        return _checked_ids(prompt, self.vocab_size)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        system: str | None = None,
+        raw: bool = False,
+    ) -> Generation:
+        """Generate what follows a prompt.
+
+        Args:
+            prompt, system, raw: As for `encode`.
+            max_tokens: How many tokens at most.
+            temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n: As for `Sampling`;
+                None takes the model's own `sampling`.
+            seed: 0 to 2**64 - 1; the same seed gives the same tokens, on every backend. None takes
+                a random one.
+            stop: Strings that end the text, which does not hold them.
+            ignore_eos: Go on after end tokens.
+        Raises:
+            ArgumentError: For a value outside of its range.
+            ContextError: If the prompt leaves no room in the context.
+        """
+        if self._engine is None:
+            raise PhicoreError("the model is closed; load it again")
+        chosen: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repeat_penalty": repeat_penalty,
+            "repeat_last_n": repeat_last_n,
+        }
+        sampling = replace(self.sampling, **{k: v for k, v in chosen.items() if v is not None})
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+            raise ArgumentError(f"max_tokens: expected 1 or more, got {max_tokens!r}")
+        seed = secrets.randbits(32) if seed is None else seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ArgumentError(f"seed: expected 0 to 2**64 - 1, got {seed!r}")
+        ids = self.encode(prompt, system=system, raw=raw)
+        room = self._engine.room_after(ids)
+        limit, at_limit = min((max_tokens, "length"), (room, "context"))
+        timings = Timings()
+        tokens = self._engine.generate(ids, sampling, limit=limit, seed=seed, timings=timings)
+        ends = frozenset() if ignore_eos else self.tokenizer.end_token_ids
+        # A tokenizer that puts a space before every text must not lose the one before a word that
+        # goes on from the prompt's last.
+        stream = self.tokenizer.stream(
+            strip_space=None if self.tokenizer.is_control(ids[-1]) else False
+        )
+        pieces = _pieces(tokens, limit, at_limit, ends, stream, StopStrings(stop))
+        return Generation(pieces, seed, ids, timings)
+
+    def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Scores of the next token after each of these tokens: (T, V) float32."""
+        if self._engine is None:
+            raise PhicoreError("the model is closed; load it again")
+        return self._engine.logits(_checked_ids(token_ids, self.vocab_size))
+
+    def peak_memory_bytes(self) -> int | None:
+        """The most memory that the process, or the device, has used so far."""
+        return self._ops.peak_memory_bytes()
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._engine = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def load(
+    ref: str | os.PathLike[str] | None = None,
+    backend: str | None = None,
+    device: str | None = None,
+    ctx: int | None = None,
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a model.
+
+    Args:
+        ref: A path, `hf:owner/repo[:Q4_K_M]`, `package:NAME`, an alias such as `phi-3-mini`, or
+            None for the default model.
+        backend: The name of an installed backend; None takes the preferred one that works here.
+        device: A device of the backend, such as `cpu` or `cuda:1`; None takes the best one.
+        ctx: How many tokens a prompt and what follows it may have; None is as many as the model
+            was made for.
+        tokenizer: A tokenizer.json to use instead of the model's own.
+        progress: Called with (what, done, total) while weights are loaded and steps are compiled.
+    Raises:
+        PhicoreError: One of its subclasses, with a line that says what is wrong and what to do.
+    """
+    plugins = Plugins()
+    info = choose_backend(backend, plugins)
+    ops = info.create(device)
+    reference = default_reference()[0] if ref is None else os.fspath(ref)
+    files = resolve(reference, schemes=plugins.sources())
+    if tokenizer is not None:
+        files = replace(files, tokenizer=Path(tokenizer))
+    return Model(files, ops, backend=info.name, context=ctx, progress=progress or (lambda *_: None))
+
+
+def _pieces(
+    tokens: Iterator[int],
+    limit: int,
+    at_limit: str,
+    ends: frozenset[int],
+    stream: TextStream,
+    stops: StopStrings,
+) -> Iterator[Piece]:
+    """From tokens to text. The last piece carries whatever text was held back."""
+    for count, token in enumerate(tokens, start=1):
+        text = stops.push(stream.push(token))
+        is_stopped = token in ends or stops.is_stopped
+        if is_stopped or count == limit:
+            text += stops.push(stream.flush()) + stops.flush()
+            yield Piece(text, token, "stop" if is_stopped else at_limit)
+            return
+        yield Piece(text, token)
+
+
+def _checked_context(context: int | None, config: Phi3Config) -> int:
+    most = config.max_position_embeddings
+    if context is None:
+        return most
+    if isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= most:
+        raise ArgumentError(f"ctx: expected 1 to {most}, the model's context; got {context!r}")
+    return context
+
+
+def _checked_ids(ids: Any, vocab_size: int) -> list[int]:
+    checked = []
+    for i in ids:
+        if isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer)):
+            raise ArgumentError(
+                f"prompt: expected a string, messages or token ids; found {i!r} in the list"
+            )
+        if not 0 <= i < vocab_size:
+            raise ArgumentError(f"token id {i}: expected 0 to {vocab_size - 1}")
+        checked.append(int(i))
+    return checked
+
+
+def _recommended_sampling(metadata: Mapping[str, Any], path: Path) -> Sampling:
+    found = {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata}
+    try:
+        return Sampling(**found)
+    except ArgumentError as error:
+        name = str(error).split(":")[0]
+        raise GGUFError(f"{path.name}: {SAMPLING_KEYS[name]}: {error}") from None

@@ -1,0 +1,200 @@
+"""Finding plugins: distributions with an entry point in the group `phicore`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from phicore import hookspecs
+from phicore.errors import BackendError, PhicoreError
+
+if TYPE_CHECKING:
+    from phicore.protocol import Backend
+    from phicore.sources import ModelFiles
+
+GROUP = "phicore"
+# Tried in this order when no backend is asked for; others come after, by name.
+PREFERRED_BACKENDS = (
+    ("mlx", "jax", "numpy") if sys.platform == "darwin" else ("jax", "mlx", "numpy")
+)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """A backend that some installed distribution provides. Making one imports no tensor library."""
+
+    name: str
+    distribution: str
+    version: str
+    _create: Callable[[str | None], Backend] = field(repr=False)
+    _devices: Callable[[], list[str]] = field(repr=False)
+
+    def devices(self) -> list[str]:
+        """The devices it can use here; imports its library.
+
+        Raises:
+            BackendError: If it cannot be used, with the reason.
+        """
+        return self._guarded(self._devices)
+
+    def create(self, device: str | None = None) -> Backend:
+        """The backend on a device, or on the best one there is.
+
+        Raises:
+            BackendError: If it cannot be used, or the device cannot, with the reason.
+        """
+        return self._guarded(self._create, device)
+
+    def _guarded(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except PhicoreError:
+            raise
+        except Exception as error:
+            raise BackendError(f"backend {self.name}: not usable: {_reason(error)}") from error
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A plugin that could not be imported or registered."""
+
+    name: str
+    distribution: str
+    reason: str
+
+
+class Plugins:
+    """The installed plugins, and what they register. Nothing is kept between two of these."""
+
+    def __init__(self, points: list[EntryPoint] | None = None) -> None:
+        self.manager = pluggy.PluginManager("phicore")
+        self.manager.add_hookspecs(hookspecs)
+        self.broken: list[BrokenPlugin] = []
+        self._owners: dict[int, tuple[str, str, str]] = {}
+        for point in sorted(points or entry_points(group=GROUP), key=lambda p: p.name):
+            self._load(point)
+
+    def _load(self, point: EntryPoint) -> None:
+        dist = point.dist
+        owner = (point.name, dist.name if dist else "?", dist.version if dist else "?")
+        try:
+            plugin = point.load()
+            self.manager.register(plugin, name=f"{owner[1]}:{point.name}")
+            self.manager.check_pending()  # a misspelt hook would otherwise be silently dead
+        except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the rest
+            self.broken.append(BrokenPlugin(owner[0], owner[1], _reason(error)))
+            if (loaded := self.manager.get_plugin(f"{owner[1]}:{point.name}")) is not None:
+                self.manager.unregister(loaded)
+            return
+        self._owners[id(plugin)] = owner
+
+    def backends(self) -> dict[str, BackendInfo]:
+        """Backends by name, the preferred ones first.
+
+        Raises:
+            BackendError: If two distributions claim one name.
+        """
+        found: dict[str, BackendInfo] = {}
+        for plugin, owner in self._plugins():
+
+            def register(
+                name: str,
+                *,
+                create: Callable[[str | None], Backend],
+                devices: Callable[[], list[str]],
+                owner: tuple[str, str, str] = owner,
+            ) -> None:
+                if name in found:
+                    raise BackendError(
+                        f"backend {name!r} is claimed by two distributions, "
+                        f"{found[name].distribution} and {owner[1]}; uninstall one"
+                    )
+                found[name] = BackendInfo(name, owner[1], owner[2], create, devices)
+
+            self._call(plugin, owner, "phicore_register_backends", register)
+        rank = {name: i for i, name in enumerate(PREFERRED_BACKENDS)}
+        return {n: found[n] for n in sorted(found, key=lambda n: (rank.get(n, len(rank)), n))}
+
+    def sources(self) -> dict[str, Callable[[str], ModelFiles]]:
+        """What resolves a model reference, by scheme: the built-in ones and those of plugins."""
+        from phicore import sources
+
+        found: dict[str, Callable[[str], ModelFiles]] = {
+            "hf": sources.resolve_hf,
+            "package": sources.resolve_package,
+        }
+        for plugin, owner in self._plugins():
+
+            def register(
+                scheme: str,
+                *,
+                resolve: Callable[[str], ModelFiles],
+                owner: tuple[str, str, str] = owner,
+            ) -> None:
+                if scheme in found:
+                    raise PhicoreError(f"{owner[1]}: the model source {scheme!r} exists already")
+                found[scheme] = resolve
+
+            self._call(plugin, owner, "phicore_register_sources", register)
+        return found
+
+    def _plugins(self) -> list[tuple[object, tuple[str, str, str]]]:
+        return [
+            (plugin, self._owners[id(plugin)])
+            for _, plugin in self.manager.list_name_plugin()
+            if plugin is not None
+        ]
+
+    def _call(
+        self, plugin: Any, owner: tuple[str, str, str], hook: str, register: Callable[..., None]
+    ) -> None:
+        """Call one plugin's hook, so that a failure is that plugin's alone."""
+        others = [p for p, _ in self._plugins() if p is not plugin]
+        try:
+            self.manager.subset_hook_caller(hook, others)(register=register)
+        except PhicoreError:
+            raise
+        except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the rest
+            self.broken.append(BrokenPlugin(owner[0], owner[1], _reason(error)))
+
+
+def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:
+    """The backend of a name, or the first that is usable here for None.
+
+    Raises:
+        BackendError: If it is not installed, or none is.
+    """
+    backends = plugins.backends()
+    broken = {b.name: b for b in plugins.broken}
+    if name is not None:
+        if name in backends:
+            return backends[name]
+        if name in broken:
+            raise BackendError(
+                f"backend {name!r}: {broken[name].distribution} is broken: {broken[name].reason}"
+            )
+        raise BackendError(
+            f"no backend {name!r}; installed: {', '.join(backends) or 'none'}; "
+            f"a backend comes with its package, such as phicore-{name}"
+        )
+    reasons = []
+    for info in backends.values():
+        try:
+            info.devices()
+        except BackendError as error:
+            reasons.append(str(error))
+        else:
+            return info
+    if reasons:
+        raise BackendError(f"no usable backend: {'; '.join(reasons)}")
+    raise BackendError("no backend is installed; install one, such as phicore-jax")
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,208 @@
+"""The tensor protocol: all that phicore asks of a tensor library.
+
+A backend is a subclass of `Backend`. It must give `xp`, a namespace of standard array functions,
+and two edges, `asarray` and `to_numpy`; everything else has a default that is written in `xp` and
+defines what the operation means. A fast backend overrides the operations below "fused operations".
+
+Rules
+- Every operation returns its result, and changes no argument but the cache of `update_cache`.
+- Nothing depends on a value: no operation looks at the contents of an array to decide what to do,
+  so that every library's compiler can trace the graph.
+- Activations, tables and logits are float32 unless a backend says otherwise in its documentation;
+  token ids and positions are int32.
+
+Axes: B sequences, T new tokens, S positions the cache has room for, V vocabulary, E `hidden_size`,
+F `intermediate_size`, H `num_attention_heads`, K `num_key_value_heads`, D `head_dim`.
+
+`xp` has these functions of the Python Array API standard (2024.12), with its names and meanings:
+    arange argmax astype broadcast_to concat cumulative_sum exp expand_dims matmul max maximum mean
+    minimum permute_dims reshape round sort sqrt sum take take_along_axis where zeros
+and its dtypes float32, int32 and bool. Arrays have `shape`, operators and basic slices.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from phicore.gguf.matrix import Matrix
+
+PROTOCOL_VERSION = 1
+
+Array = Any
+"""An array of the backend's library."""
+Weight = Any
+"""What `load_weight` made of a matrix; only the same backend's operations look inside."""
+LayerCache = dict[str, Array]
+"""Keys and values of one layer: arrays whose first three axes are (B, K, S)."""
+
+
+class Backend:
+    """A tensor library on one device. See the module's text for the rules."""
+
+    xp: Any
+    """The namespace of array functions."""
+    compiles: bool = False
+    """Whether the first call of a compiled function with new shapes takes long: it is announced."""
+    asynchronous: bool = False
+    """Whether a compiled call returns before its result is there. The engine then starts the next
+    step before it reads the last token."""
+
+    # ---- edges: host and device ------------------------------------------------------------
+
+    def asarray(self, x: np.ndarray) -> Array:
+        """Copy a host array to the device, dtype kept."""
+        raise NotImplementedError
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """Copy a device array to the host; waits until it has been computed."""
+        raise NotImplementedError
+
+    def load_weight(self, matrix: Matrix) -> Weight:
+        """Bring a quantized matrix of N rows by K columns to the device.
+
+        The default is a dense float32 array of shape (N, K).
+        """
+        return self.asarray(matrix.dequantize())
+
+    def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
+        """Compile a pure function of nested containers (dict, list, tuple, None) of arrays.
+
+        The arguments numbered in `donate` are not used by the caller after a call, so their
+        buffers may be reused for the result.
+        """
+        return fn
+
+    def peak_memory_bytes(self) -> int | None:
+        """The most memory that was in use so far; None where that is not known."""
+        if sys.platform == "win32":
+            return None
+        import resource  # absent on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    # ---- fused operations ------------------------------------------------------------------
+
+    def linear(self, x: Array, weight: Weight) -> Array:
+        """x @ weight.T: (..., K) and a loaded (N, K) matrix give (..., N)."""
+        flat = self.xp.reshape(x, (-1, x.shape[-1]))
+        y = self.xp.matmul(flat, self.xp.permute_dims(weight, (1, 0)))
+        return self.xp.reshape(y, (*x.shape[:-1], y.shape[-1]))
+
+    def embedding(self, ids: Array, weight: Weight) -> Array:
+        """Rows of a loaded (V, E) matrix: int32 (B, T) gives (B, T, E)."""
+        rows = self.xp.take(weight, self.xp.reshape(ids, (-1,)), axis=0)
+        return self.xp.reshape(rows, (*ids.shape, rows.shape[-1]))
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """weight * x / sqrt(mean(x**2) + eps) over the last axis, in float32."""
+        return weight * (x / self.xp.sqrt(self.xp.mean(x * x, axis=-1, keepdims=True) + eps))
+
+    def rope(self, x: Array, cos: Array, sin: Array) -> Array:
+        """Rotate the first 2R of D channels, channel i with channel i + R; the rest passes through.
+
+        Args:
+            x: (B, T, heads, D).
+            cos, sin: (B, T, R) float32, of the angle of each token's position.
+        """
+        r = cos.shape[-1]
+        cos, sin = self.xp.expand_dims(cos, axis=2), self.xp.expand_dims(sin, axis=2)
+        a, b = x[..., :r], x[..., r : 2 * r]
+        parts = [a * cos - b * sin, b * cos + a * sin]
+        if 2 * r < x.shape[-1]:
+            parts.append(x[..., 2 * r :])
+        return self.xp.concat(parts, axis=-1)
+
+    def swiglu(self, gate_up: Array) -> Array:
+        """silu(gate) * up, where (..., 2F) holds the F gates first: gives (..., F)."""
+        f = gate_up.shape[-1] // 2
+        gate, up = gate_up[..., :f], gate_up[..., f:]
+        return gate / (1 + self.xp.exp(-gate)) * up
+
+    def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
+        """An empty cache of one layer, with room for `capacity` positions."""
+        shape = (batch, heads, capacity, head_dim)
+        zeros = self.xp.zeros
+        return {"k": zeros(shape, dtype=self.xp.float32), "v": zeros(shape, dtype=self.xp.float32)}
+
+    def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
+        """The same cache with room for `capacity` positions, which is more than it has."""
+        xp = self.xp
+        return {
+            name: xp.concat(
+                [a, xp.zeros((*a.shape[:2], capacity - a.shape[2], *a.shape[3:]), dtype=a.dtype)],
+                axis=2,
+            )
+            for name, a in cache.items()
+        }
+
+    def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+        """Store the keys and values of new tokens; may write into the cache it is handed.
+
+        Args:
+            k, v: (B, K, T, D).
+            positions: (B, T) int32; those of a row are consecutive, and all are below S.
+        """
+        xp = self.xp
+        slots = xp.arange(cache["k"].shape[2], dtype=xp.int32)  # (S,)
+        token = xp.expand_dims(slots, axis=0) - positions[:, :1]  # (B, S): which token, if any
+        is_new = (token >= 0) & (token < positions.shape[1])
+        token = xp.where(is_new, token, 0)[:, None, :, None]  # (B, 1, S, 1)
+        is_new = is_new[:, None, :, None]
+
+        def put(old: Array, new: Array) -> Array:
+            index = xp.broadcast_to(token, (*old.shape[:3], 1))
+            index = xp.broadcast_to(index, old.shape)
+            return xp.where(is_new, xp.take_along_axis(new, index, axis=2), old)
+
+        return {"k": put(cache["k"], k), "v": put(cache["v"], v)}
+
+    def attention(
+        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+    ) -> Array:
+        """Causal grouped-query attention of new tokens over the cache, softmax in float32.
+
+        A token at position i sees the cached positions j with i - window < j <= i (all j <= i if
+        `window` is None); what the cache holds beyond is never read as a number. Query head h
+        uses key head h // (H / K).
+
+        Args:
+            q: (B, H, T, D).
+            cache: already holding the keys and values of these tokens.
+            positions: (B, T) int32.
+        Returns:
+            (B, H, T, D).
+        """
+        xp = self.xp
+        batch, heads, tokens, dim = q.shape
+        kv_heads, capacity = cache["k"].shape[1:3]
+        i = positions[:, None, None, :, None]  # (B, 1, 1, T, 1)
+        j = xp.arange(capacity, dtype=xp.int32)[None, None, None, None, :]  # (1, 1, 1, 1, S)
+        visible = j <= i if window is None else (j <= i) & (j > i - window)
+        q = xp.reshape(q, (batch, kv_heads, -1, dim))  # (B, K, H / K * T, D)
+        scores = xp.matmul(q, xp.permute_dims(cache["k"], (0, 1, 3, 2))) * scale
+        scores = xp.reshape(scores, (batch, kv_heads, heads // kv_heads, tokens, capacity))
+        scores = xp.where(visible, scores, -float("inf"))
+        weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
+        weights = weights / xp.sum(weights, axis=-1, keepdims=True)
+        weights = xp.reshape(weights, (batch, kv_heads, -1, capacity))
+        return xp.reshape(xp.matmul(weights, cache["v"]), (batch, heads, tokens, dim))
+
+    def contains(self, ids: Array, size: int) -> Array:
+        """Which of the numbers below `size` each row holds: int32 (B, R) gives bool (B, size).
+
+        Numbers outside of the range are ignored.
+        """
+        numbers = self.xp.arange(size, dtype=self.xp.int32)[None, :]
+        found = numbers == ids[:, :1]
+        for r in range(1, ids.shape[1]):
+            found = found | (numbers == ids[:, r : r + 1])
+        return found
+
+
+Params = Mapping[str, Any]
+"""The model's weights as `loader.load_params` nests them."""

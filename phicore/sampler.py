@@ -1,0 +1,173 @@
+"""The sampler, once, for every backend: pure functions of logits and of arrays of parameters.
+
+Order: repeat penalty, temperature, top-k, top-p, min-p, then one token by inverse CDF.
+
+The same seed gives the same token on every backend. Two things make that so: the uniform numbers
+come from the host, and after the softmax everything is integer arithmetic: a probability becomes a
+count out of 2**30, so sums are exact in whatever order a library adds. What is left to differ is
+the rounding of the logits themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from phicore.errors import ArgumentError
+from phicore.protocol import Array, Backend
+
+ONE = 2**30  # probability 1 as a count; the sum over a vocabulary stays below 2**31
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. The defaults are those of the command line.
+
+    Attributes:
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: Keep the k most probable tokens; 0 keeps all. Ties with the last are kept.
+        top_p: Keep the most probable tokens until they hold this probability; 1 keeps all.
+        min_p: Keep tokens that have at least this share of the most probable one's probability.
+        repeat_penalty: Positive logits of recent tokens are divided by it, negative multiplied.
+        repeat_last_n: How many recent tokens (prompt included) are penalized; 0 none, -1 all.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.1
+    repeat_last_n: int = 64
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kinds = (int, np.integer) if field.type == "int" else (int, float, np.number)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ArgumentError(f"{field.name}: expected {field.type}, got {value!r}")
+        _check("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 or more")
+        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (all) or more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
+        _check("repeat_penalty", self.repeat_penalty, 0 < self.repeat_penalty < np.inf, "above 0")
+        _check("repeat_last_n", self.repeat_last_n, self.repeat_last_n >= -1, "-1 (all) or more")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def has_filter(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def has_penalty(self) -> bool:
+        return self.repeat_penalty != 1 and self.repeat_last_n != 0
+
+
+def _check(name: str, value: float, is_good: bool, allowed: str) -> None:
+    if not is_good:
+        raise ArgumentError(f"{name}: expected {allowed}, got {value}")
+
+
+def uniform(seed: int, step: int) -> float:
+    """A number in [0, 1), a multiple of 2**-24, for the given token of the given seed.
+
+    Philox is counter-based (Salmon et al., 2011): any token's number is had without the others',
+    and the raw stream is the same in every NumPy version.
+    """
+    raw = int(np.random.Philox(key=seed, counter=step).random_raw())
+    return (raw >> 40) * 2.0**-24
+
+
+def sample(
+    ops: Backend,
+    logits: Array,
+    penalty: Mapping[str, Array] | None,
+    draw: Mapping[str, Array] | None,
+) -> Array:
+    """Choose one token a row.
+
+    Args:
+        logits: (B, V) float32.
+        penalty: `recent` (B, R) int32, newest last, -1 where there is none; `last_n` (B,) int32;
+            `repeat_penalty` (B,) float32. None: no penalty.
+        draw: (B,) each: `temperature` and `uniform` float32, and, unless they leave out nothing
+            in any row, `top_k` int32, `top_p` and `min_p` float32. A temperature of 0 makes that
+            row greedy. None: all rows are greedy.
+    Returns:
+        (B,) int32.
+    """
+    if penalty is not None:
+        logits = apply_repeat_penalty(ops, logits, **penalty)
+    best = ops.xp.astype(ops.xp.argmax(logits, axis=-1), ops.xp.int32)
+    if draw is None:
+        return best
+    is_greedy = draw["temperature"] == 0
+    counts = probability_counts(ops, logits, ops.xp.where(is_greedy, 1.0, draw["temperature"]))
+    if "top_k" in draw:
+        counts = keep_likely(ops, counts, draw["top_k"], draw["top_p"], draw["min_p"])
+    return ops.xp.where(is_greedy, best, inverse_cdf(ops, counts, draw["uniform"]))
+
+
+def apply_repeat_penalty(
+    ops: Backend, logits: Array, recent: Array, last_n: Array, repeat_penalty: Array
+) -> Array:
+    """Make the last n tokens less likely: logits > 0 are divided, the others multiplied.
+
+    Source: Keskar et al., "CTRL" (2019), section 4.1, with the sign rule of transformers.
+    """
+    xp = ops.xp
+    age = xp.arange(recent.shape[1], 0, -1, dtype=xp.int32)  # (R,): the newest is 1
+    recent = xp.where(age[None, :] <= last_n[:, None], recent, -1)
+    factor = repeat_penalty[:, None]
+    penalized = xp.where(logits > 0, logits / factor, logits * factor)
+    return xp.where(ops.contains(recent, logits.shape[-1]), penalized, logits)
+
+
+def probability_counts(ops: Backend, logits: Array, temperature: Array) -> Array:
+    """softmax(logits / temperature) as int32 counts out of 2**30."""
+    xp = ops.xp
+    shifted = (logits - xp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
+    weights = xp.exp(shifted)
+    probabilities = weights / xp.sum(weights, axis=-1, keepdims=True)
+    return xp.astype(xp.round(probabilities * ONE), xp.int32)
+
+
+def keep_likely(ops: Backend, counts: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+    """Zero the counts of the tokens that top-k, then top-p, then min-p leave out.
+
+    Each of the three is a bound that a count must reach, so that tied tokens share their fate and
+    the result depends on no order. Top-p (Holtzman et al., 2019) keeps a token when those that are
+    likelier hold less than p of what top-k has left.
+    """
+    xp = ops.xp
+    vocab = counts.shape[-1]
+    ordered = -xp.sort(-counts, axis=-1)  # (B, V), largest first
+    k = xp.where(top_k == 0, vocab, xp.minimum(top_k, vocab))
+    bound_k = xp.take_along_axis(ordered, k[:, None] - 1, axis=-1)  # (B, 1)
+
+    ordered = xp.where(ordered >= bound_k, ordered, 0)
+    running = xp.cumulative_sum(ordered, axis=-1, dtype=xp.int32)
+    share = xp.astype(running[:, -1:], xp.float32) * top_p[:, None]
+    is_kept = (xp.astype(running - ordered, xp.float32) < share) | (top_p[:, None] == 1)
+    last = xp.sum(xp.astype(is_kept, xp.int32), axis=-1, keepdims=True, dtype=xp.int32) - 1
+    bound_p = xp.take_along_axis(ordered, last, axis=-1)
+
+    bound_min = xp.astype(ordered[:, :1], xp.float32) * min_p[:, None]
+    is_likely = (counts >= xp.maximum(bound_k, bound_p)) & (
+        xp.astype(counts, xp.float32) >= bound_min
+    )
+    return xp.where(is_likely, counts, 0)
+
+
+def inverse_cdf(ops: Backend, counts: Array, uniform: Array) -> Array:
+    """The first token, in the vocabulary's order, whose running count passes uniform * total."""
+    xp = ops.xp
+    running = xp.cumulative_sum(counts, axis=-1, dtype=xp.int32)
+    total = running[:, -1]
+    target = xp.astype(uniform * xp.astype(total, xp.float32), xp.int32)
+    target = xp.minimum(target, total - 1)  # float32 may round the product up to the total
+    return xp.astype(xp.argmax(xp.astype(running > target[:, None], xp.int32), axis=-1), xp.int32)

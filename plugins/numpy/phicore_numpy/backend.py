@@ -1,0 +1,51 @@
+"""The tensor protocol on NumPy: dense float32 weights, one line for most operations.
+
+Only the required part, `xp` and the two edges, is needed to run everything. The three overrides
+below it save work that NumPy can avoid because it sees values: writing a cache in place, reading
+only what is live of it, and looking tokens up by index.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from phicore.protocol import Array, Backend, LayerCache
+
+
+class NumpyBackend(Backend):
+    """Runs on the CPU, through the BLAS that NumPy was built with."""
+
+    xp = np
+
+    def asarray(self, x: np.ndarray) -> Array:
+        return np.array(x)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return np.asarray(x)
+
+    def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with np.errstate(over="ignore"):  # exp(-gate) may be inf: its reciprocal, 0, is right
+                return fn(*args)
+
+        return run
+
+    def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+        rows = np.arange(positions.shape[0])[:, None]  # (B, 1), against (B, T)
+        cache["k"][rows, :, positions] = k.transpose(0, 2, 1, 3)
+        cache["v"][rows, :, positions] = v.transpose(0, 2, 1, 3)
+        return cache
+
+    def attention(
+        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+    ) -> Array:
+        live = int(positions.max()) + 1
+        prefix = {name: a[:, :, :live] for name, a in cache.items()}
+        return super().attention(q, prefix, positions, scale, window)
+
+    def contains(self, ids: Array, size: int) -> Array:
+        found = np.zeros((ids.shape[0], size + 1), bool)  # the last column takes what is outside
+        rows = np.arange(ids.shape[0])[:, None]
+        found[rows, np.where((ids >= 0) & (ids < size), ids, size)] = True
+        return found[:, :size]

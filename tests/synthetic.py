@@ -1,0 +1,364 @@
+"""Tiny random models as GGUF files, of every ggml type, with the bytes fixed by a seed.
+
+The tests write the files that they read. A file has the names, keys, row orders and block layouts
+of llama.cpp's conversion of a `phi3` or `llama` checkpoint, random weights of a realistic scale,
+and, unless told otherwise, a small SentencePiece-style vocabulary.
+
+Random numbers are raw PCG64 output, whose stream numpy guarantees, turned into weights by integer
+arithmetic and single roundings. So a file is the same on every machine and numpy version, and the
+reference logits in `golden/` belong to exactly these bytes.
+"""
+
+import math
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGML_QUANT_SIZES, LlamaFileType, TokenType
+from gguf import GGMLQuantizationType as Type
+
+Types = Mapping[str, Type] | Type
+
+# Types that the gguf package packs itself; the rest of TYPES are packed by `random_blocks`.
+_QUANTIZABLE = (
+    *(Type.F32, Type.F16, Type.BF16),
+    *(Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.TQ1_0, Type.TQ2_0, Type.MXFP4),
+)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Where a block keeps its scale, and how far its values spread when all else is random bits."""
+
+    std: float  # of the values when the mean scale is 1, measured on 32000 blocks
+    d: int | None = None  # byte offset of the float16 scale; None: not in one place
+    dmin: int | None = None  # byte offset of the float16 minimum
+    mean_code: float = 0.0  # dmin / d at which the values have mean 0
+
+
+_FIELDS = {
+    Type.Q2_K: _Fields(15.2, d=80, dmin=82, mean_code=1.5),
+    Type.Q3_K: _Fields(45.1, d=108),
+    Type.Q4_K: _Fields(285.5, d=0, dmin=2, mean_code=7.5),
+    Type.Q5_K: _Fields(583.6, d=0, dmin=2, mean_code=15.5),
+    Type.Q6_K: _Fields(1418.0, d=208),
+    Type.IQ2_XXS: _Fields(55.6, d=0),
+    Type.IQ2_XS: _Fields(58.1, d=0),
+    Type.IQ2_S: _Fields(58.7, d=0),
+    Type.IQ3_XXS: _Fields(148.0, d=0),
+    Type.IQ3_S: _Fields(146.0, d=0),
+    Type.IQ1_S: _Fields(7.51, d=0),
+    Type.IQ1_M: _Fields(7.49),
+    Type.IQ4_NL: _Fields(70.1, d=0),
+    Type.IQ4_XS: _Fields(1294.0, d=0),
+    Type.NVFP4: _Fields(6.09),
+}
+
+TYPES = (*_QUANTIZABLE, *_FIELDS)
+"""Every type that `gguf.quants.dequantize` reads."""
+
+Q4_K_M: Mapping[str, Type] = {
+    "output.weight": Type.Q6_K,
+    "*.attn_qkv.weight": Type.Q5_K,
+    "*.attn_v.weight": Type.Q6_K,
+    "*.ffn_down.weight": Type.Q6_K,
+    "*": Type.Q4_K,
+}
+"""The mix of types that llama.cpp calls Q4_K_M; in a `llama` file q and k differ from v."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Hyperparameters of a tiny model. By default no two axes are equal, nor are any fused ones.
+
+    Rows of K-quants are multiples of 256 long, hence hidden_size and intermediate_size.
+    """
+
+    arch: str = "phi3"  # or "llama"
+    hidden_size: int = 512
+    intermediate_size: int = 768
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    vocab_size: int = 352
+    max_position_embeddings: int = 500
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    rope_dimension_count: int | None = None  # None: all of head_dim
+    original_max_position_embeddings: int | None = None  # given: LongRoPE
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.rope_dimension_count or self.head_dim
+
+
+def write_model(
+    path: str | Path, tiny: Tiny, types: Types, *, seed: int = 0, tokenizer: bool = True
+) -> Path:
+    """Write a model to a GGUF file and return its path.
+
+    With one seed and one type for all tensors, the two architectures hold the same network.
+
+    Args:
+        path: The file to write.
+        tiny: The hyperparameters.
+        types: The type of all matrices, or a type for each pattern of tensor names (as in a shell;
+            the first that matches counts). Norms are float32.
+        seed: Of the weights.
+        tokenizer: Whether to write a vocabulary (tiny.vocab_size must have room for it).
+    """
+    writer = gguf.GGUFWriter(path, tiny.arch)
+    _add_config(writer, tiny, types)
+    if tokenizer:
+        _add_tokenizer(writer, tiny.vocab_size)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    for name, data, data_type in _tensors(tiny, types, rng):
+        writer.add_tensor(name, data, raw_dtype=data_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
+
+
+def random_matrix(
+    data_type: Type, rows: int, cols: int, rng: np.random.Generator, std: float
+) -> np.ndarray:
+    """Random rows of a type, as GGUFWriter takes them: float32, float16 or the bytes of blocks."""
+    if data_type in _QUANTIZABLE:
+        return gguf.quants.quantize(std * _normal(rng, rows, cols), data_type)
+    return random_blocks(data_type, rows, cols, rng, std)
+
+
+def random_blocks(
+    data_type: Type, rows: int, cols: int, rng: np.random.Generator, std: float
+) -> np.ndarray:
+    """Random valid blocks of a type that the gguf package reads but cannot write.
+
+    Codes, signs, grid indices and sub-scales are random bits. Each block has its own scale and
+    minimum, between half and one and a half times the mean, so that blocks cannot be confused.
+
+    Returns:
+        (rows, bytes of a row) uint8; the values have mean 0 and standard deviation `std`, nearly.
+    """
+    block_size, block_bytes = GGML_QUANT_SIZES[data_type]
+    blocks = _bytes(rng, rows * cols // block_size, block_bytes)
+    n = len(blocks)
+    fields = _FIELDS[data_type]
+    scale = std / fields.std
+    if fields.d is not None:
+        d = (scale * _spread(rng, n, 1)).astype("<f2")
+        blocks[:, fields.d : fields.d + 2] = d.view(np.uint8)
+    elif data_type == Type.IQ1_M:
+        # A quarter of the float16 scale is in the top nibble of each of the last four 16-bit words.
+        d = (scale * _spread(rng, n, 1)).astype("<f2").view("<u2")
+        nibbles = d >> np.arange(0, 16, 4, dtype=np.uint16) & 0xF  # (n, 4)
+        words = blocks[:, 48:].view("<u2") & 0x0FFF | nibbles << 12
+        blocks[:, 48:] = words.view(np.uint8)
+    elif data_type == Type.NVFP4:
+        # Four scales of 8 bits; codes are doubled values, so the scale that they multiply is half.
+        d = 2 * scale * _spread(rng, n, 4)
+        blocks[:, :4] = gguf.quants.NVFP4.fp32_to_ue4m3(d)
+    if fields.dmin is not None:
+        dmin = (scale * fields.mean_code * _spread(rng, n, 1)).astype("<f2")
+        blocks[:, fields.dmin : fields.dmin + 2] = dmin.view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def _bytes(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Random bytes. Raw output, because the streams of Generator's own methods may change."""
+    size = math.prod(shape)
+    words = rng.bit_generator.random_raw(-(-size // 8)).astype("<u8")
+    return words.view(np.uint8)[:size].reshape(shape)
+
+
+def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Nearly normal float32 values, mean 0 and deviation 1: each the sum of four uniform ones."""
+    uniform = _bytes(rng, *shape, 8).view("<u2")
+    std = 65536 * np.sqrt(4 / 12)
+    return ((uniform.sum(axis=-1, dtype=np.int64) - 2 * 65535) / std).astype(np.float32)
+
+
+def _spread(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Factors from [0.5, 1.5), in steps of 1/256."""
+    return 0.5 + _bytes(rng, *shape) / 256
+
+
+def _tensors(
+    tiny: Tiny, types: Types, rng: np.random.Generator
+) -> Iterator[tuple[str, np.ndarray, Type]]:
+    """Every tensor of a file: its name, its rows, its type."""
+
+    def norm(name: str) -> tuple[str, np.ndarray, Type]:
+        return name, 1 + np.float32(0.1) * _normal(rng, tiny.hidden_size), Type.F32
+
+    def matrix(
+        name: str, rows: tuple[int, ...], cols: int, std: float, heads: int = 0
+    ) -> tuple[str, np.ndarray, Type]:
+        """Join parts with these numbers of rows; with `heads`, order rows for interleaved RoPE."""
+        data_type = _type_of(name, types)
+        data = np.concatenate([random_matrix(data_type, n, cols, rng, std) for n in rows])
+        return name, _interleave(data, heads) if heads else data, data_type
+
+    hidden, intermediate = tiny.hidden_size, tiny.intermediate_size
+    heads, kv_heads = tiny.num_attention_heads, tiny.num_key_value_heads
+    q, kv = heads * tiny.head_dim, kv_heads * tiny.head_dim
+    std = 1 / math.sqrt(hidden)  # of a matrix whose output is as large as its input
+
+    yield matrix("token_embd.weight", (tiny.vocab_size,), hidden, 0.05)
+    for i in range(tiny.num_hidden_layers):
+        blk = f"blk.{i}"
+        yield norm(f"{blk}.attn_norm.weight")
+        if tiny.arch == "phi3":
+            yield matrix(f"{blk}.attn_qkv.weight", (q, kv, kv), hidden, std)
+        else:
+            yield matrix(f"{blk}.attn_q.weight", (q,), hidden, std, heads)
+            yield matrix(f"{blk}.attn_k.weight", (kv,), hidden, std, kv_heads)
+            yield matrix(f"{blk}.attn_v.weight", (kv,), hidden, std)
+        yield matrix(f"{blk}.attn_output.weight", (hidden,), q, std)
+        yield norm(f"{blk}.ffn_norm.weight")
+        if tiny.arch == "phi3":
+            yield matrix(f"{blk}.ffn_up.weight", (intermediate, intermediate), hidden, std)
+        else:
+            yield matrix(f"{blk}.ffn_gate.weight", (intermediate,), hidden, std)
+            yield matrix(f"{blk}.ffn_up.weight", (intermediate,), hidden, std)
+        yield matrix(f"{blk}.ffn_down.weight", (hidden,), intermediate, 1 / math.sqrt(intermediate))
+    if tiny.original_max_position_embeddings:
+        # As in trained models, factors start near 1 and grow with the wavelength.
+        steps = np.arange(1, tiny.rotary_dim // 2 + 1, dtype=np.float32)
+        yield "rope_factors_long.weight", 1 + steps / 8, Type.F32
+        yield "rope_factors_short.weight", 1 + steps / 64, Type.F32
+    yield norm("output_norm.weight")
+    if not tiny.tie_word_embeddings:
+        yield matrix("output.weight", (tiny.vocab_size,), hidden, 2 * std)
+
+
+def _type_of(name: str, types: Types) -> Type:
+    if isinstance(types, Type):
+        return types
+    for pattern, data_type in types.items():
+        if fnmatchcase(name, pattern):
+            return data_type
+    raise ValueError(f"types: expected a pattern that matches {name}, found {list(types)}")
+
+
+def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of each head from halves (i, i + D/2) to neighbours (2i, 2i + 1).
+
+    llama.cpp's conversion does so for architecture `llama` (`LlamaModel.permute`).
+    """
+    n, width = rows.shape
+    return rows.reshape(heads, 2, n // heads // 2, width).swapaxes(1, 2).reshape(n, width)
+
+
+def _add_config(writer: gguf.GGUFWriter, tiny: Tiny, types: Types) -> None:
+    writer.add_name(f"tiny {tiny.arch}")
+    writer.add_context_length(tiny.max_position_embeddings)
+    writer.add_embedding_length(tiny.hidden_size)
+    writer.add_feed_forward_length(tiny.intermediate_size)
+    writer.add_block_count(tiny.num_hidden_layers)
+    writer.add_head_count(tiny.num_attention_heads)
+    writer.add_head_count_kv(tiny.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(tiny.rms_norm_eps)
+    writer.add_rope_dimension_count(tiny.rotary_dim)
+    writer.add_rope_freq_base(tiny.rope_theta)
+    if tiny.arch == "phi3":
+        original = tiny.original_max_position_embeddings or tiny.max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(original)
+        if tiny.original_max_position_embeddings:
+            ratio = tiny.max_position_embeddings / original
+            factor = math.sqrt(1 + math.log(ratio) / math.log(original))
+            writer.add_rope_scaling_attn_factors(factor)
+        writer.add_sliding_window(tiny.sliding_window or 0)
+    else:
+        writer.add_vocab_size(tiny.vocab_size)
+    name = f"MOSTLY_{types.name}" if isinstance(types, Type) else "MOSTLY_Q4_K_M"
+    writer.add_file_type(LlamaFileType.__members__.get(name, LlamaFileType.GUESSED))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+# Each piece is two earlier pieces or characters joined, so merging in pairs reaches it.
+_MERGES = "▁t he in ▁a ▁the er ▁w on ▁s nd ▁and or ▁f ing is ▁is ll"
+_CHARACTERS = "▁" + string.ascii_letters + string.digits + ".,'!?"
+_CONTROL = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ '<|user|>\\n' + message['content'] + '<|end|>\\n<|assistant|>\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<|end|>\\n' }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+    """Write a SentencePiece vocabulary in Phi-3's order: bytes, pieces, then control tokens."""
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = [*_MERGES.split(), *_CHARACTERS]
+    tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *pieces, *_CONTROL]
+    if vocab_size < len(tokens):
+        raise ValueError(f"vocab_size: expected at least {len(tokens)}, found {vocab_size}")
+    placeholders = [f"<|placeholder{i + 1}|>" for i in range(vocab_size - len(tokens))]
+    control = len(_CONTROL) + len(placeholders)
+    token_types = (
+        [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+        + [TokenType.BYTE] * 256
+        + [TokenType.NORMAL] * len(pieces)
+        + [TokenType.CONTROL] * control
+    )
+    ranks = [-float(rank) for rank in range(len(pieces))]  # an earlier piece is merged first
+    end_of_text = tokens.index("<|endoftext|>")
+
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([*tokens, *placeholders])
+    writer.add_token_scores([0.0] * 259 + ranks + [-1000.0] * control)
+    writer.add_token_types(token_types)
+    writer.add_bos_token_id(tokens.index("<s>"))
+    writer.add_eos_token_id(end_of_text)
+    writer.add_unk_token_id(tokens.index("<unk>"))
+    writer.add_pad_token_id(end_of_text)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model whose reference logits are in golden/phi3.npz, under its name."""
+
+    name: str
+    tiny: Tiny
+    types: Types
+    seed: int
+
+    def write(self, path: str | Path) -> Path:
+        """Write the file that the reference logits belong to; it has no vocabulary."""
+        return write_model(path, self.tiny, self.types, seed=self.seed, tokenizer=False)
+
+
+def cases() -> list[Case]:
+    """One case for each type, and one for each thing besides types in which files differ."""
+    plain = Tiny(vocab_size=80)  # keeps complete logits small
+    by_type = [Case(t.name, plain, t, seed) for seed, t in enumerate(TYPES)]
+    mixes = {
+        "mix": plain,
+        "llama": replace(plain, arch="llama"),
+        "tied": replace(plain, tie_word_embeddings=True),
+        "window": replace(plain, sliding_window=5),
+        "partial_rope": replace(plain, rope_dimension_count=48),
+        "long_factors": replace(plain, original_max_position_embeddings=16),
+        "short_factors": replace(plain, original_max_position_embeddings=32),
+    }
+    return by_type + [
+        Case(name, tiny, Q4_K_M, 100 + i) for i, (name, tiny) in enumerate(mixes.items())
+    ]

