@@ -11,7 +11,6 @@ Importing this loads no tensor library.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from phicore.errors import (
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from phicore.plugins import BackendInfo
     from phicore.sampler import Sampling
 
-__version__ = version("phicore")
 __all__ = [
     "ArgumentError",
     "BackendError",
@@ -68,6 +66,10 @@ def backends() -> list[BackendInfo]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # costs 0.03 s, which `phicore --help` need not pay
+
+        return version("phicore")
     if name not in _LAZY:
         raise AttributeError(f"module 'phicore' has no attribute {name!r}")
     from importlib import import_module

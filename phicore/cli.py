@@ -6,9 +6,12 @@ Standard output carries what was asked for and nothing else; the rest goes to st
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -27,6 +30,14 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run Phi-3 and models with the same graph from GGUF files, on any tensor library.",
+    epilog="""
+Examples:
+
+- `phicore generate "Write a haiku about ice hockey"`
+- `phicore generate -m path/to/model.gguf -b jax -t 0 "Why is the sky blue?"`
+- `phicore inspect phi-3-mini`
+- `echo "Hello world" | phicore tokenize`
+""",
 )
 
 MODEL_HELP = (
@@ -70,6 +81,7 @@ def generate(
     prompt: Annotated[
         str | None,
         typer.Argument(
+            metavar="PROMPT|-",
             help="What to say to the model; - (or nothing, in a pipe) reads standard input.",
             show_default=False,
         ),
@@ -77,12 +89,16 @@ def generate(
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     backend: Annotated[
-        str | None, typer.Option("--backend", "-b", help="One that `phicore backends` lists.")
+        str | None,
+        typer.Option("--backend", "-b", metavar="NAME", help="One that `phicore backends` lists."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="A device of the backend, such as cpu or cuda:1.")
+        str | None,
+        typer.Option(metavar="NAME", help="A device of the backend, such as cpu or cuda:1."),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", "-s", help="A system message.")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", "-s", metavar="TEXT", help="A system message.")
+    ] = None,
     raw: Annotated[
         bool,
         typer.Option(
@@ -90,7 +106,7 @@ def generate(
         ),
     ] = False,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", min=1, help="How many tokens at most.")
+        int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="How many tokens at most.")
     ] = 256,
     temperature: Annotated[
         float | None,
@@ -115,13 +131,25 @@ def generate(
         typer.Option(help="How far back the penalty looks; -1 is all. [the model's, else 64]"),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**64 - 1, help="[random; --stats prints it]")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=2**64 - 1,
+            help="The same seed gives the same text, on every backend. [random; --stats prints it]",
+        ),
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this string; may be given again.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End before this string; may be given again."),
     ] = None,
     ctx: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in the context. [as many as the model has]")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens that prompt and answer may have. [as many as the model allows]",
+        ),
     ] = None,
     as_json: JsonOption = False,
     stats: Annotated[
@@ -147,8 +175,14 @@ def generate(
     if raw and system is not None:
         raise ArgumentError("--system: a raw prompt has no system message")
 
+    from phicore.model import load
+
     console = Console()
-    with load_model(console, model, tokenizer, backend, device, ctx) as loaded:
+    reference = model or console.default_model()
+    with (
+        console.progress() as progress,  # also while the steps are compiled
+        load(reference, backend, device, ctx, tokenizer=tokenizer, progress=progress) as loaded,
+    ):
         generation = loaded.generate(
             text,
             max_tokens=max_tokens,
@@ -161,12 +195,15 @@ def generate(
         pieces: list[Piece] = []
         interrupted = False
         try:
-            for piece in generation:
-                pieces.append(piece)
-                if not as_json and piece.text:
-                    console.text_begins()
-                    sys.stdout.write(piece.text)
-                    sys.stdout.flush()
+            with swallowed_interrupts() as swallowed:
+                for piece in generation:
+                    pieces.append(piece)
+                    if not as_json and piece.text:
+                        console.text_begins()
+                        sys.stdout.write(piece.text)
+                        sys.stdout.flush()
+                    if swallowed:
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -177,11 +214,30 @@ def generate(
             print(flush=True)
         if pieces and pieces[-1].finish_reason == "context":
             console.say(f"stopped: the context of {loaded.context} tokens is full")
-        if stats:
+        if stats and pieces:
             for line in stats_lines(loaded, generation):
                 console.say(line)
     if interrupted:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def swallowed_interrupts() -> Iterator[list[object]]:
+    """Collect the Ctrl-C that came in a callback of a library, where Python can only report it."""
+    found: list[object] = []
+    report = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            found.append(unraisable.exc_type)
+        else:
+            report(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield found
+    finally:
+        sys.unraisablehook = report
 
 
 def _result(model: Model, generation: Generation, pieces: list[Piece]) -> dict[str, Any]:
@@ -207,39 +263,36 @@ def _result(model: Model, generation: Generation, pieces: list[Piece]) -> dict[s
     }
 
 
-def load_model(
-    console: Any,
-    reference: str | None,
-    tokenizer: str | None,
-    backend: str | None,
-    device: str | None,
-    ctx: int | None,
-) -> Model:
-    """Load a model, saying on standard error which it is and how far it has come."""
-    from phicore.model import load
-
-    reference = reference or console.default_model()
-    with console.progress() as progress:
-        return load(reference, backend, device, ctx, tokenizer=tokenizer, progress=progress)
-
-
 def read_text(text: str | None) -> str:
     """An argument, or standard input for "-" and in a pipe; one final newline does not count."""
-    if text is None and sys.stdin is not None and not sys.stdin.isatty():
-        text = "-"
-    if text is None:
-        raise ArgumentError("no prompt: give it as an argument, or - to read standard input")
-    if text != "-":
-        return text
+    if text is None or text == "-":
+        return _read_stdin(is_asked=text == "-")
     try:
-        return sys.stdin.read().removesuffix("\n")
+        text.encode()
+    except UnicodeEncodeError:  # Python keeps such bytes of an argument as lone surrogates
+        raise ArgumentError("the text is not valid UTF-8") from None
+    return text
+
+
+def _read_stdin(is_asked: bool) -> str:
+    if sys.stdin is None:
+        raise ArgumentError("no text: standard input is closed; give it as an argument")
+    if not is_asked and sys.stdin.isatty():
+        raise ArgumentError("no text: give it as an argument, or - to read standard input")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # the C locale lets bytes through that are no text
+    try:
+        text = sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ArgumentError(f"standard input is not {error.encoding} text: {error}") from None
+    if not text and not is_asked:
+        raise ArgumentError("no text: standard input is empty; give it as an argument")
+    return text
 
 
 @app.command()
 def inspect(
-    ref: Annotated[str | None, typer.Argument(metavar="[REF]", help=MODEL_HELP)] = None,
+    ref: Annotated[str | None, typer.Argument(metavar="REF", help=MODEL_HELP)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a GGUF file holds: hyperparameters, tensors, tokenizer, bits per weight."""
@@ -364,24 +417,65 @@ def models(as_json: JsonOption = False) -> None:
 
 def main() -> NoReturn:
     """Run the command line. Every error that a user can cause is one line, and an exit code."""
+    if sys.stderr is None:  # closed by the shell
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stdout is None:
+        sys.exit(_fail("standard output is closed", 1))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an encoding that lacks a character prints "?"
+    code: Any
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="phicore")
         sys.stdout.flush()
+    except ArgumentError as error:
+        code = _fail(_with_option(str(error)), 2)
     except PhicoreError as error:
-        code = _fail(str(error), 2 if isinstance(error, ArgumentError) else error.exit_code)
-    except typer.TyperException as error:  # a wrong option
-        code = _fail(f"{error.format_message()}; see phicore --help", error.exit_code)
+        code = _fail(str(error), error.exit_code)
+    except typer.TyperException as error:
+        code = _fail_usage(error)
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
+    except SystemExit as exit:  # how typer and rich answer to a closed pipe
+        broken = isinstance(exit.__context__, BrokenPipeError)
+        code = EXIT_BROKEN_PIPE if broken else exit.code
     except BrokenPipeError:
-        # Python flushes standard output once more at exit: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         code = EXIT_BROKEN_PIPE
+    except OSError as error:  # errors of files are handled elsewhere; this is a full disk
+        _discard_stdout()
+        code = _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 1)
     except MemoryError:
         code = _fail("not enough memory; a smaller quantization or --ctx needs less", 1)
+    if code == EXIT_INTERRUPTED:
+        # A library that was interrupted anywhere may crash when Python takes it down: JAX does.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code or 0)
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"phicore: {' '.join(message.splitlines())}\n")
+    sys.stderr.write(f"phicore: {' '.join(message.split())}\n")
     return code
+
+
+def _fail_usage(error: typer.TyperException) -> int:
+    """A wrong option or command, in typer's words."""
+    message = error.format_message().rstrip(".")
+    if not message:  # there were no arguments, and the help is on the screen
+        return error.exit_code
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "phicore"
+    return _fail(f"{message}; see {command} --help", error.exit_code)
+
+
+def _with_option(message: str) -> str:
+    """Name the option where the library's message begins with the argument."""
+    name, colon, rest = message.partition(":")
+    is_option = name in generate.__annotations__ and name != "prompt"
+    return f"--{name.replace('_', '-')}{colon}{rest}" if is_option else message
+
+
+def _discard_stdout() -> None:
+    """Python flushes standard output once more at exit: give it somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

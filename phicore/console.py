@@ -73,13 +73,17 @@ def stats_lines(model: Model, generation: Generation) -> list[str]:
         f"model {model.path.name}, backend {model.backend}, seed {generation.seed}",
         f"load {model.load_s:.2f} s, compile {t.compile_s:.2f} s, "
         f"first token {t.first_token_s:.2f} s",
-        f"prompt {t.prompt_tokens} tokens, {t.prompt_tokens_per_s:.1f} tokens/s; "
-        f"generated {t.generated_tokens} tokens, {t.decode_tokens_per_s:.1f} tokens/s",
+        f"prompt {_tokens(t.prompt_tokens)}, {t.prompt_tokens_per_s:.1f} tokens/s; "
+        f"generated {_tokens(t.generated_tokens)}, {t.decode_tokens_per_s:.1f} tokens/s",
     ]
     peak = model.peak_memory_bytes()
     if peak is not None:
         lines.append(f"peak memory {size(peak)}")
     return lines
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def size(size_bytes: int) -> str:
@@ -93,13 +97,15 @@ def size(size_bytes: int) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on standard output: framed on a terminal, else columns cut at no width."""
+    """Print a table on standard output: framed on a terminal, else plain. Nothing is cut off."""
     if sys.stdout.isatty():
         import rich.box
         import rich.console
         import rich.table
 
-        framed = rich.table.Table(*columns, box=rich.box.SIMPLE_HEAD)
+        framed = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+        for column in columns:
+            framed.add_column(column, overflow="fold")
         for row in rows:
             framed.add_row(*(str(cell).replace("[", r"\[") for cell in row))
         rich.console.Console(highlight=False).print(framed)

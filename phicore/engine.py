@@ -96,7 +96,7 @@ class Engine:
         index = last[:, None]  # (B, 1)
         shape = (hidden.shape[0], 1, hidden.shape[2])
         hidden = xp.take_along_axis(hidden, xp.broadcast_to(index[:, :, None], shape), axis=1)
-        logits = graph.logits(ops, params, hidden[:, 0])
+        logits = graph.logits(ops, params, hidden[:, 0, :])
         token = xp.expand_dims(sampler.sample(ops, logits, penalty, draw), axis=1)
         position = xp.take_along_axis(positions, index, axis=1) + 1
         recent = None

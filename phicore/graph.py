@@ -83,10 +83,10 @@ def attention(
     h, k, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
     qkv = xp.reshape(ops.linear(x, layer["qkv_proj"]), (b, t, h + 2 * k, d))
-    rotated = ops.rope(qkv[:, :, : h + k], *rope)
-    query = xp.permute_dims(rotated[:, :, :h], (0, 2, 1, 3))  # (B, H, T, D)
-    key = xp.permute_dims(rotated[:, :, h:], (0, 2, 1, 3))  # (B, K, T, D)
-    value = xp.permute_dims(qkv[:, :, h + k :], (0, 2, 1, 3))  # (B, K, T, D)
+    rotated = ops.rope(qkv[:, :, : h + k, :], *rope)
+    query = xp.permute_dims(rotated[:, :, :h, :], (0, 2, 1, 3))  # (B, H, T, D)
+    key = xp.permute_dims(rotated[:, :, h:, :], (0, 2, 1, 3))  # (B, K, T, D)
+    value = xp.permute_dims(qkv[:, :, h + k :, :], (0, 2, 1, 3))  # (B, K, T, D)
 
     cache = ops.update_cache(cache, key, value, positions)
     out = ops.attention(query, cache, positions, d**-0.5, config.sliding_window)

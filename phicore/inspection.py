@@ -100,16 +100,15 @@ def print_inspection(found: dict[str, Any]) -> None:
     """Print it for people."""
     bits = found["bits_per_weight"]
     print(f"file             {found['file']}")
-    print(f"name             {found['name']}")
-    print(f"architecture     {found['architecture']}")
+    print(f"name             {_shown(found['name'])}")
+    print(f"architecture     {_shown(found['architecture'])}")
     print(f"size             {size(found['size_bytes'])}")
     print(f"weights          {found['weights'] / 1e6:.1f} M")
     print(f"bits per weight  {f'{bits:.2f}' if bits else '-'}")
     for title in ("hyperparameters", "tokenizer"):
         print(f"\n{title}")
         for key, value in found[title].items():
-            shown = " ".join(value) if isinstance(value, list) else value
-            print(f"  {key:<24} {shown}")
+            print(f"  {key:<24} {_shown(value)}")
     types = Counter(t["type"] for t in found["tensors"])
     print(f"\ntensors: {len(found['tensors'])} ({', '.join(f'{n} {t}' for t, n in types.items())})")
     table(
@@ -119,3 +118,15 @@ def print_inspection(found: dict[str, Any]) -> None:
             for t in found["tensors"]
         ],
     )
+
+
+def _shown(value: Any) -> str:
+    """A value for people, on one line."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"  # files hold float32
+    text = " ".join(value) if isinstance(value, list) else str(value)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -167,7 +167,7 @@ class Model:
                 prompt = [{"role": "system", "content": system}, *prompt]
         elif system is not None or raw:
             raise ArgumentError("system, raw: only for a prompt that is a string")
-        if len(prompt) and isinstance(prompt[0], Mapping):
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             return self.tokenizer.encode(self.chat_template.render(prompt))  # type: ignore[arg-type]
         return _checked_ids(prompt, self.vocab_size)
 
@@ -214,14 +214,15 @@ class Model:
             "repeat_last_n": repeat_last_n,
         }
         sampling = replace(self.sampling, **{k: v for k, v in chosen.items() if v is not None})
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        if not _is_integer(max_tokens) or max_tokens < 1:
             raise ArgumentError(f"max_tokens: expected 1 or more, got {max_tokens!r}")
         seed = secrets.randbits(32) if seed is None else seed
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        if not _is_integer(seed) or not 0 <= seed < 2**64:
             raise ArgumentError(f"seed: expected 0 to 2**64 - 1, got {seed!r}")
+        max_tokens, seed = int(max_tokens), int(seed)
         ids = self.encode(prompt, system=system, raw=raw)
         room = self._engine.room_after(ids)
-        limit, at_limit = min((max_tokens, "length"), (room, "context"))
+        limit, at_limit = (max_tokens, "length") if max_tokens <= room else (room, "context")
         timings = Timings()
         tokens = self._engine.generate(ids, sampling, limit=limit, seed=seed, timings=timings)
         ends = frozenset() if ignore_eos else self.tokenizer.end_token_ids
@@ -302,10 +303,11 @@ def _pieces(
 ) -> Iterator[Piece]:
     """From tokens to text. The last piece carries whatever text was held back."""
     for count, token in enumerate(tokens, start=1):
-        text = stops.push(stream.push(token))
-        is_stopped = token in ends or stops.is_stopped
-        if is_stopped or count == limit:
+        is_end = token in ends  # such a token prints nothing, even if the file calls it text
+        text = "" if is_end else stops.push(stream.push(token))
+        if is_end or stops.is_stopped or count == limit:
             text += stops.push(stream.flush()) + stops.flush()
+            is_stopped = is_end or stops.is_stopped
             yield Piece(text, token, "stop" if is_stopped else at_limit)
             return
         yield Piece(text, token)
@@ -315,22 +317,27 @@ def _checked_context(context: int | None, config: Phi3Config) -> int:
     most = config.max_position_embeddings
     if context is None:
         return most
-    if isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= most:
+    if not _is_integer(context) or not 1 <= context <= most:
         raise ArgumentError(f"ctx: expected 1 to {most}, the model's context; got {context!r}")
-    return context
+    return int(context)
 
 
 def _checked_ids(ids: Any, vocab_size: int) -> list[int]:
+    expected = "prompt: expected a string, messages or token ids"
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
+        raise ArgumentError(f"{expected}; got {ids!r:.40}")
     checked = []
     for i in ids:
-        if isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer)):
-            raise ArgumentError(
-                f"prompt: expected a string, messages or token ids; found {i!r} in the list"
-            )
+        if not _is_integer(i):
+            raise ArgumentError(f"{expected}; found {i!r} in the list")
         if not 0 <= i < vocab_size:
             raise ArgumentError(f"token id {i}: expected 0 to {vocab_size - 1}")
         checked.append(int(i))
     return checked
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _recommended_sampling(metadata: Mapping[str, Any], path: Path) -> Sampling:

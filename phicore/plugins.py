@@ -76,7 +76,8 @@ class Plugins:
         self.manager.add_hookspecs(hookspecs)
         self.broken: list[BrokenPlugin] = []
         self._owners: dict[int, tuple[str, str, str]] = {}
-        for point in sorted(points or entry_points(group=GROUP), key=lambda p: p.name):
+        points = list(entry_points(group=GROUP)) if points is None else points
+        for point in sorted(points, key=lambda p: p.name):
             self._load(point)
 
     def _load(self, point: EntryPoint) -> None:
@@ -160,7 +161,9 @@ class Plugins:
         except PhicoreError:
             raise
         except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the rest
-            self.broken.append(BrokenPlugin(owner[0], owner[1], _reason(error)))
+            broken = BrokenPlugin(owner[0], owner[1], _reason(error))
+            if broken not in self.broken:  # the hook may be called again
+                self.broken.append(broken)
 
 
 def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:

@@ -100,7 +100,8 @@ class Backend:
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """weight * x / sqrt(mean(x**2) + eps) over the last axis, in float32."""
-        return weight * (x / self.xp.sqrt(self.xp.mean(x * x, axis=-1, keepdims=True) + eps))
+        normed = x / self.xp.sqrt(self.xp.mean(x * x, axis=-1, keepdims=True) + eps)
+        return self.xp.broadcast_to(weight, x.shape) * normed
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         """Rotate the first 2R of D channels, channel i with channel i + R; the rest passes through.
@@ -167,8 +168,8 @@ class Backend:
         """Causal grouped-query attention of new tokens over the cache, softmax in float32.
 
         A token at position i sees the cached positions j with i - window < j <= i (all j <= i if
-        `window` is None); what the cache holds beyond is never read as a number. Query head h
-        uses key head h // (H / K).
+        `window` is None). What the cache holds beyond has no influence, if it is finite. Query
+        head h uses key head h // (H / K).
 
         Args:
             q: (B, H, T, D).

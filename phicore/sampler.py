@@ -47,11 +47,14 @@ class Sampling:
             kinds = (int, np.integer) if field.type == "int" else (int, float, np.number)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ArgumentError(f"{field.name}: expected {field.type}, got {value!r}")
-        _check("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 or more")
+        # The bounds of temperature and penalty keep them, and what they divide, in float32.
+        is_good = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
+        _check("temperature", self.temperature, is_good, "0 (greedy), or 1e-6 to 1e6")
         _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (all) or more")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
-        _check("repeat_penalty", self.repeat_penalty, 0 < self.repeat_penalty < np.inf, "above 0")
+        is_good = 1e-6 <= self.repeat_penalty <= 1e6
+        _check("repeat_penalty", self.repeat_penalty, is_good, "1e-6 to 1e6")
         _check("repeat_last_n", self.repeat_last_n, self.repeat_last_n >= -1, "-1 (all) or more")
 
     @property
@@ -154,6 +157,7 @@ def keep_likely(ops: Backend, counts: Array, top_k: Array, top_p: Array, min_p: 
     share = xp.astype(running[:, -1:], xp.float32) * top_p[:, None]
     is_kept = (xp.astype(running - ordered, xp.float32) < share) | (top_p[:, None] == 1)
     last = xp.sum(xp.astype(is_kept, xp.int32), axis=-1, keepdims=True, dtype=xp.int32) - 1
+    last = xp.maximum(last, 0)  # a top_p that is 0 in float32 keeps the first too
     bound_p = xp.take_along_axis(ordered, last, axis=-1)
 
     bound_min = xp.astype(ordered[:, :1], xp.float32) * min_p[:, None]

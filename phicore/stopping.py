@@ -13,7 +13,7 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         if isinstance(stops, str):
             stops = [stops]
-        if any(not isinstance(s, str) or not s for s in stops):
+        if not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops):
             raise ArgumentError(f"stop: expected strings of at least one character, got {stops!r}")
         self._stops = tuple(stops)
         self._held = ""
@@ -24,10 +24,10 @@ class StopStrings:
         if self.is_stopped:
             return ""
         text, self._held = self._held + text, ""
-        found = [i for i in (text.find(s) for s in self._stops) if i >= 0]
-        if found:
+        found = [(i + len(s), i) for s in self._stops if (i := text.find(s)) >= 0]
+        if found:  # the one that ends first, so that it does not matter how the text was cut
             self.is_stopped = True
-            return text[: min(found)]
+            return text[: min(found)[1]]
         held = max((_overlap(text, s) for s in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

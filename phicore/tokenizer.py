@@ -1,7 +1,7 @@
 """Text to token ids and back, from the metadata of a GGUF file or from a tokenizer.json.
 
-The `tokenizers` library splits and merges; this module translates a GGUF vocabulary into it, with
-llama.cpp's rules (llama-vocab.cpp) for what the file leaves open, and turns ids back into text.
+The `tokenizers` library splits and merges (`phicore.vocabulary` translates a GGUF file for it);
+this module adds the tokens that begin and end a text, and turns ids back into text as they come.
 """
 
 from __future__ import annotations
@@ -9,73 +9,27 @@ from __future__ import annotations
 import codecs
 import json
 import operator
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 from gguf.constants import TokenType
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from phicore.errors import TokenizerError
-
-# Spellings that end a generation in every vocabulary that has them (llama.cpp, `special_eog_ids`);
-# they count as control tokens, whatever type the file gives them. `</s>` is not among them: Phi-3
-# has it as an ordinary token, for example in HTML, and where it is the end, the metadata says so.
-_END_PIECES = {
-    *("<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>"),
-    *("<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]"),
-    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>"),
-    *("<reponame>", "<|file_sep|>"),
-}
-_END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-
-# Regular expressions of the tokenizer.json files that the names stand for, each applied to what
-# the one before it left whole. llama.cpp spells them differently where its engine needs it.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = (
-    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from phicore.vocabulary import (
+    BYTE_PIECE,
+    END_PIECES,
+    SENTENCEPIECE_IDS,
+    byte_level_backend,
+    metadata_value,
+    piece_bytes,
+    read_pieces,
+    sentencepiece_backend,
+    special_token_id,
 )
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PRE_TOKENIZERS = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
-    "llama-bpe": (_LLAMA3,),
-    "dbrx": (_LLAMA3,),
-    "gpt-4o": (_GPT4O,),
-    "qwen2": (_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),),
-}
 
-# Where a SentencePiece vocabulary has them when the file does not say (llama.cpp).
-_SENTENCEPIECE_IDS = {
-    "tokenizer.ggml.unknown_token_id": 0,
-    "tokenizer.ggml.bos_token_id": 1,
-    "tokenizer.ggml.eos_token_id": 2,
-}
-_SPACE = "▁"  # how SentencePiece spells a space
-_BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte of a character that has no piece
-_MAX_PIECE_LENGTH = 256  # characters; splitting a piece takes time quadratic in its length
-
-
-def _byte_characters() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones as themselves, the others as U+0100 and up."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(0x100)) - set(printable))
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_CHARACTERS = _byte_characters()
+_END_NAMES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
 class Tokenizer:
@@ -123,12 +77,13 @@ class Tokenizer:
         self._strip_space = strip_space
         self.vocab_size = len(pieces)
         self.source = source
-        ids = {key: _token_id(metadata, key, self.vocab_size) for key in ("bos", *_END_KEYS)}
+        names = ("bos", *_END_NAMES)
+        ids = {name: special_token_id(metadata, name, self.vocab_size) for name in names}
         self.bos_token_id = bos_token_id if ids["bos"] is None else ids["bos"]
         self.eos_token_id = ids["eos"]
-        ends = [ids[key] for key in _END_KEYS] + [self.token_id(piece) for piece in _END_PIECES]
+        ends = [ids[name] for name in _END_NAMES] + [self.token_id(piece) for piece in END_PIECES]
         self.end_token_ids = frozenset(id for id in ends if id is not None)
-        self.add_bos = _value(metadata, "tokenizer.ggml.add_bos_token", bool, add_bos)
+        self.add_bos = metadata_value(metadata, "tokenizer.ggml.add_bos_token", bool, add_bos)
         if self.add_bos and self.bos_token_id is None:
             raise TokenizerError(
                 "tokenizer.ggml.bos_token_id: expected an id, since the model wants a BOS token "
@@ -145,24 +100,22 @@ class Tokenizer:
             TokenizerError: If a key is missing, does not fit the others, or names a kind of
                 tokenizer that phicore does not have.
         """
-        model = _value(metadata, "tokenizer.ggml.model", str)
+        model = metadata_value(metadata, "tokenizer.ggml.model", str)
         if model not in ("llama", "gpt2"):
             raise TokenizerError(
                 f"tokenizer.ggml.model: {model!r} is not supported (supported: gpt2, llama); "
                 "give the model's tokenizer.json"
             )
-        pieces, types = _vocabulary(metadata)
-        pre = _value(metadata, "tokenizer.ggml.pre", str, "default")
+        pieces, types = read_pieces(metadata)
+        pre = metadata_value(metadata, "tokenizer.ggml.pre", str, "default")
         is_llama = model == "llama"
         if is_llama:
-            metadata = _SENTENCEPIECE_IDS | dict(metadata)
-            space_prefix = _value(metadata, "tokenizer.ggml.add_space_prefix", bool, True)
-            backend = _sentencepiece(metadata, pieces, types, space_prefix)
+            metadata = SENTENCEPIECE_IDS | dict(metadata)
+            space_prefix = metadata_value(metadata, "tokenizer.ggml.add_space_prefix", bool, True)
+            backend = sentencepiece_backend(metadata, pieces, types, space_prefix)
         else:
             space_prefix = False
-            backend = _byte_level(metadata, pieces, pre)
-        phi3 = is_llama and metadata.get("general.architecture") == "phi3"
-        _add_special_tokens(backend, pieces, types, rstrip=phi3)
+            backend = byte_level_backend(metadata, pieces, types, pre)
         return cls(
             backend,
             pieces,
@@ -184,15 +137,7 @@ class Tokenizer:
             TokenizerError: If the file cannot be read, has other tokens than the model, or is
                 of a kind whose tokens cannot be printed one by one.
         """
-        try:
-            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-        except OSError as error:
-            raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
-        except Exception as error:  # the library raises no narrower type
-            raise TokenizerError(f"{path}: not a tokenizer.json: {error}") from error
-        backend.no_truncation()
-        backend.no_padding()
-
+        backend = _read_json(path)
         decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
         if not steps.keys() & {"ByteLevel", "ByteFallback", "Metaspace"}:
@@ -210,10 +155,10 @@ class Tokenizer:
         types = [int(TokenType.NORMAL)] * len(pieces)
         for piece, id in vocabulary.items():
             pieces[id] = piece
-            if not byte_level and _BYTE_PIECE.fullmatch(piece):
+            if not byte_level and BYTE_PIECE.fullmatch(piece):
                 types[id] = int(TokenType.BYTE)
         for id, token in backend.get_added_tokens_decoder().items():
-            control = token.special or token.content in _END_PIECES
+            control = token.special or token.content in END_PIECES
             types[id] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
         same = sum(map(operator.eq, pieces, model_pieces))
         if model_pieces and (size > len(model_pieces) or same < len(model_pieces) / 2):
@@ -297,8 +242,7 @@ class Tokenizer:
 
     def token_id(self, piece: str) -> int | None:
         """The token with exactly this spelling, or None."""
-        id: int | None = self._backend.token_to_id(piece)
-        return id
+        return self._backend.token_to_id(piece)
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token prints, perhaps a part of a character; none if it is control."""
@@ -309,17 +253,8 @@ class Tokenizer:
         return self._types[self._check(id)] in (TokenType.CONTROL, TokenType.UNKNOWN)
 
     def _spelling(self, id: int) -> bytes:
-        piece, kind = self._pieces[self._check(id)], self._types[id]
-        if kind == TokenType.BYTE:
-            return bytes([int(piece[3:5], 16)])
-        if kind in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED):
-            return piece.encode()
-        if not self._byte_level:
-            return piece.replace(_SPACE, " ").encode()
-        try:
-            return bytes(_BYTE_CHARACTERS[character] for character in piece)
-        except KeyError:  # text that the byte alphabet cannot have made stands for itself
-            return piece.encode()
+        piece = self._pieces[self._check(id)]
+        return piece_bytes(piece, self._types[id], byte_level=self._byte_level)
 
     def _check(self, id: int) -> int:
         if not 0 <= id < self.vocab_size:
@@ -353,45 +288,16 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _sentencepiece(
-    metadata: Mapping[str, Any], pieces: Sequence[str], types: Sequence[int], space_prefix: bool
-) -> tokenizers.Tokenizer:
-    """An encoder that spells spaces as "▁" and characters without a piece as bytes."""
-    for piece, kind in zip(pieces, types, strict=True):
-        if kind == TokenType.BYTE and not _BYTE_PIECE.fullmatch(piece):
-            raise TokenizerError(
-                f"tokenizer.ggml.tokens: expected a byte such as '<0x0A>', found {piece!r}"
-            )
-    unknown = _token_id(metadata, "unknown", len(pieces))
-    scores = _array(metadata, "tokenizer.ggml.scores", len(pieces))
-    merges = _sentencepiece_merges(pieces, types, scores)
-    unk_token = None if unknown is None else pieces[unknown]
-    backend = _bpe(pieces, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True)
-    # The normalizer sees each stretch of text between special tokens by itself, so every one of
-    # them gets its own space in front, as in llama.cpp.
-    prefix = [normalizers.Prepend(_SPACE)] if space_prefix else []
-    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
-    unescape = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    strip = [decoders.Strip(" ", 1, 0)] if space_prefix else []
-    backend.decoder = decoders.Sequence([*unescape, *strip])
-    return backend
-
-
-def _byte_level(
-    metadata: Mapping[str, Any], pieces: Sequence[str], pre: str
-) -> tokenizers.Tokenizer:
-    """An encoder that cuts text into words, as `pre` says, and merges the bytes of each."""
-    if pre not in _PRE_TOKENIZERS:
-        raise TokenizerError(
-            f"tokenizer.ggml.pre: {pre!r} is not supported (supported: "
-            f"{', '.join(sorted(_PRE_TOKENIZERS))}); give the model's tokenizer.json"
-        )
-    # Llama 3 looks a whole word up before it merges.
-    backend = _bpe(pieces, _split_merges(metadata), ignore_merges=pre == "llama-bpe")
-    splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in _PRE_TOKENIZERS[pre]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
-    backend.decoder = decoders.ByteLevel()
+def _read_json(path: Path) -> tokenizers.Tokenizer:
+    """What a tokenizer.json says, but for the lengths that it cuts or fills texts to."""
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # the library raises no narrower type
+        raise TokenizerError(f"{path}: not a tokenizer.json: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
     return backend
 
 
@@ -408,143 +314,3 @@ def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     plain.add_tokens([token for _, token in added])
     plain.encode_special_tokens = True
     return plain
-
-
-def _add_special_tokens(
-    backend: tokenizers.Tokenizer, pieces: Sequence[str], types: Sequence[int], rstrip: bool = False
-) -> None:
-    """Let control, unknown and user-defined tokens be found in the text before it is split.
-
-    Args:
-        rstrip: Whether such a token swallows the whitespace after it, as in Phi-3's vocabulary,
-            where only the tokens below do not. llama.cpp and tokenizer.json agree.
-    """
-    keep_space = {"<unk>", "<s>", "<|endoftext|>"} if rstrip else set(pieces)
-    backend.add_tokens(
-        [
-            AddedToken(
-                piece,
-                rstrip=piece not in keep_space,
-                normalized=False,
-                special=kind != TokenType.USER_DEFINED,
-            )
-            for piece, kind in zip(pieces, types, strict=True)
-            if kind in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
-        ]
-    )
-
-
-def _sentencepiece_merges(
-    pieces: Sequence[str], types: Sequence[int], scores: Sequence[float]
-) -> list[tuple[str, str]]:
-    """The merges that make each piece of text from two others, the best score first.
-
-    A vocabulary of SentencePiece has scores and no merges: it always joins the two neighbours
-    whose union scores best. Of equal scores the longer left part goes first, which is what
-    joining the leftmost neighbours first comes to in runs of one character. Only text can be
-    merged, so that no text can spell a control token.
-    """
-    other = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE)
-    ranked = {p: s for p, t, s in zip(pieces, types, scores, strict=True) if t not in other}
-    longest = max(map(len, ranked), default=0)
-    if longest > _MAX_PIECE_LENGTH:
-        raise TokenizerError(
-            f"tokenizer.ggml.tokens: expected at most {_MAX_PIECE_LENGTH} characters in a token, "
-            f"found {longest}"
-        )
-    merges = [
-        (-score, -split, piece)
-        for piece, score in ranked.items()
-        for split in range(1, len(piece))
-        if piece[:split] in ranked and piece[split:] in ranked
-    ]
-    merges.sort(key=operator.itemgetter(0, 1))
-    return [(piece[:-split], piece[-split:]) for _, split, piece in merges]
-
-
-def _split_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """`tokenizer.ggml.merges`, "left right" each, as pairs."""
-    merges = []
-    for merge in _strings(metadata, "tokenizer.ggml.merges"):
-        left, _, right = merge.partition(" ")
-        if not left or not right or " " in right:
-            raise TokenizerError(
-                f"tokenizer.ggml.merges: expected two tokens and a space between, found {merge!r}"
-            )
-        merges.append((left, right))
-    return merges
-
-
-def _bpe(
-    pieces: Sequence[str], merges: list[tuple[str, str]], **options: Any
-) -> tokenizers.Tokenizer:
-    vocabulary = {piece: id for id, piece in enumerate(pieces)}
-    try:
-        return tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **options))
-    except Exception as error:  # the library raises no narrower type
-        raise TokenizerError(f"tokenizer.ggml.tokens and merges do not fit: {error}") from error
-
-
-def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    """Spellings, which differ, and types, by id."""
-    key = "tokenizer.ggml.tokens"
-    # llama.cpp's name for a token without a spelling
-    pieces = [piece or f"[EMPTY_{id}]" for id, piece in enumerate(_strings(metadata, key))]
-    ids: dict[str, int] = {}
-    for id, piece in enumerate(pieces):
-        if ids.setdefault(piece, id) != id:
-            raise TokenizerError(f"{key}: {piece!r} has two ids, {ids[piece]} and {id}")
-    types = [int(kind) for kind in _array(metadata, "tokenizer.ggml.token_type", len(pieces))]
-    for piece in _END_PIECES & ids.keys():
-        types[ids[piece]] = TokenType.CONTROL
-    return pieces, types
-
-
-def _token_id(metadata: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
-    """`tokenizer.ggml.<name>_token_id`, checked, or None."""
-    key = f"tokenizer.ggml.{name}_token_id"
-    if metadata.get(key) is None:
-        return None
-    id = _value(metadata, key, int)
-    if not 0 <= id < vocab_size:
-        raise TokenizerError(f"{key}: expected 0 to {vocab_size - 1}, found {id}")
-    return id
-
-
-def _value(metadata: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """One value of the metadata, of this type; an error if it is missing without a default."""
-    value = metadata.get(key, default)
-    if value is None:
-        raise TokenizerError(f"{key}: missing from the file; give the model's tokenizer.json")
-    if kind is int and isinstance(value, np.integer):
-        value = int(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        name = "array" if kind is Collection else kind.__name__
-        raise TokenizerError(f"{key}: expected {name}, found {value!r:.80}")
-    return value
-
-
-def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
-    """An array of strings, every one valid Unicode."""
-    strings: list[str] = _value(metadata, key, list)
-    for value in strings:
-        if not isinstance(value, str):
-            raise TokenizerError(f"{key}: expected strings, found {value!r:.80}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(f"{key}: expected UTF-8, found {value!r:.80}") from error
-    return strings
-
-
-def _array(metadata: Mapping[str, Any], key: str, size: int) -> list[float]:
-    """An array of one number a token."""
-    values = _value(metadata, key, Collection)
-    with suppress(TypeError, ValueError):
-        array = np.asarray(values, dtype=np.float64)
-        if array.shape == (size,) and np.isfinite(array).all():
-            numbers: list[float] = array.tolist()
-            return numbers
-    raise TokenizerError(
-        f"{key}: expected {size} finite numbers, one a token; found {len(values)} values"
-    )

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import platformdirs
 
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
@@ -55,6 +56,16 @@ def find_device(name: str | None) -> Any:
     )
 
 
+def keep_compiled_programs() -> None:
+    """Let XLA keep what it compiles on disk, so that the second start compiles nothing.
+
+    A folder chosen by the user (JAX_COMPILATION_CACHE_DIR, or jax.config) is left as it is.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = platformdirs.user_cache_path("phicore") / f"jax-{jax.__version__}"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 class JaxBackend(Backend):
     """JAX on one device."""
 
@@ -64,15 +75,20 @@ class JaxBackend(Backend):
 
     def __init__(self, device: str | None = None) -> None:
         self.device = find_device(device)
+        keep_compiled_programs()
 
     def asarray(self, x: np.ndarray) -> Array:
+        return self._put(np.array(x))
+
+    def _put(self, x: np.ndarray) -> Array:
+        """Like `asarray`, of an array that nobody else holds: JAX may share its memory."""
         return jax.device_put(x, self.device)
 
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
     def load_weight(self, matrix: Matrix) -> Weight:
-        return jax.tree.map(self.asarray, linear.pack(matrix))
+        return jax.tree.map(self._put, linear.pack(matrix))
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         return jax.jit(fn, donate_argnums=tuple(donate))

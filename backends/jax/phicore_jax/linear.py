@@ -133,8 +133,15 @@ def _cuts(x: Array) -> list[slice]:
 
 
 def rows(ids: Array, weight: tuple[Any, ...] | Array) -> Array:
-    """Rows of a matrix in one part, expanded: int (B, T) gives (B, T, K)."""
-    table = weight[0] if isinstance(weight, tuple) else weight
-    picked = jax.tree.map(lambda a: a[ids.reshape(-1)], table)
-    values = picked.dense() if isinstance(picked, Quantized) else picked
-    return values.reshape(*ids.shape, values.shape[-1])
+    """Rows of a matrix, expanded: int (B, T) gives (B, T, K)."""
+    flat = ids.reshape(-1)
+    start = 0
+    values: Array = None
+    for part in weight if isinstance(weight, tuple) else (weight,):
+        count = jax.tree.leaves(part)[0].shape[0]
+        index = jnp.clip(flat - start, 0, count - 1)
+        picked = jax.tree.map(lambda a, index=index: a[index], part)
+        found = picked.dense() if isinstance(picked, Quantized) else picked
+        values = found if values is None else jnp.where((flat >= start)[:, None], found, values)
+        start += count
+    return values.reshape(*ids.shape, -1)

@@ -22,7 +22,7 @@ class NumpyBackend(Backend):
         return np.array(x)
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        return np.asarray(x)
+        return np.array(x)
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

@@ -1,0 +1,63 @@
+"""`Model.logits`, and greedy generation as its argmax, across all sizes of chunks and caches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from compare import assert_close
+from tolerances import SAME_GRAPH
+
+from phicore import ArgumentError, ContextError, Model
+
+LENGTHS = [1, 15, 16, 17, 64, 65, 256, 257, 300]
+
+
+def prompt(length: int) -> list[int]:
+    return np.random.default_rng(length).integers(3, 340, length).tolist()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_greedy_generation_is_the_argmax_of_the_logits(on_backend: Model, length: int) -> None:
+    ids = prompt(length)
+    for piece in on_backend.generate(
+        ids, max_tokens=3, temperature=0, repeat_penalty=1, ignore_eos=True
+    ):
+        assert piece.token_id == int(np.argmax(on_backend.logits(ids)[-1]))
+        ids.append(piece.token_id)
+    assert len(ids) == length + 3
+
+
+def test_generation_across_the_growth_of_the_cache(on_backend: Model) -> None:
+    ids = prompt(253)
+    pieces = list(
+        on_backend.generate(ids, max_tokens=8, temperature=0, repeat_penalty=1, ignore_eos=True)
+    )
+    new = [piece.token_id for piece in pieces]
+    logits = on_backend.logits(ids + new)
+    assert new == np.argmax(logits[252:-1], axis=-1).tolist()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_logits_of_a_prefix_are_the_first_rows(on_backend: Model, length: int) -> None:
+    ids = prompt(300)
+    whole = on_backend.logits(ids)
+    assert whole.shape == (300, 352)
+    assert whole.dtype == np.float32
+    assert_close(on_backend.logits(ids[:length]), whole[:length], SAME_GRAPH)
+
+
+def test_logits_of_an_array_of_ids(model: Model) -> None:
+    ids = prompt(20)
+    assert np.array_equal(model.logits(np.array(ids)), model.logits(ids))
+
+
+def test_logits_of_as_many_tokens_as_the_context(model: Model) -> None:
+    assert model.logits([1] * 320).shape == (320, 352)
+    with pytest.raises(ContextError, match="321"):
+        model.logits([1] * 321)
+
+
+@pytest.mark.parametrize("ids", [[], [352], [-1], ["a"], "text", None, [1.0]])
+def test_logits_of_no_token_ids_are_refused(model: Model, ids: object) -> None:
+    with pytest.raises(ArgumentError):
+        model.logits(ids)

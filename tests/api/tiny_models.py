@@ -1,0 +1,65 @@
+"""Tiny models for tests of the program: quick on any backend, their metadata edited at will."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import gguf
+from gguf import GGMLQuantizationType as Type
+from synthetic import Tiny, write_model
+
+TINY = Tiny(
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=320,
+)
+
+Edit = Callable[[gguf.GGUFWriter], None]
+
+
+def write_tiny(path: Path, edit: Edit | None = None, **changes: Any) -> Path:
+    """Write a tiny model of float32 weights with a vocabulary and a chat template.
+
+    Args:
+        edit: Called with the writer before anything is written.
+        changes: To the hyperparameters `TINY`.
+    """
+
+    class Writer(gguf.GGUFWriter):
+        def write_header_to_file(self, path: Path | None = None) -> None:
+            if edit is not None:
+                edit(self)
+            super().write_header_to_file(path)
+
+    with mock.patch.object(gguf, "GGUFWriter", Writer):
+        return write_model(path, replace(TINY, **changes), Type.F32)
+
+
+def without(key: str) -> Edit:
+    """Leave a key out."""
+    return lambda writer: writer.kv_data[0].pop(key)
+
+
+def with_value(key: str, value: Any) -> Edit:
+    """Change the value of a key that is there."""
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0][key].value = value
+
+    return edit
+
+
+def with_number(key: str, value: float) -> Edit:
+    """Add a key: int32 or float32, as the number is."""
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        add = writer.add_int32 if isinstance(value, int) else writer.add_float32
+        add(key, value)
+
+    return edit

@@ -1,0 +1,73 @@
+"""The defaults, the graph, the sampler and the engine ask for the listed functions, and no more."""
+
+from pathlib import Path
+
+import array_api_strict
+import numpy as np
+import pytest
+from backend.strict import ListedNames, StrictBackend, listed_dtypes, listed_functions
+from gguf import GGMLQuantizationType as Type
+from synthetic import Tiny, write_model
+
+from phicore.config import Phi3Config
+from phicore.engine import Engine, Timings
+from phicore.gguf.reader import open_gguf
+from phicore.loader import load_params
+from phicore.sampler import Sampling
+
+SMALL = Tiny(
+    hidden_size=48,
+    intermediate_size=80,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    vocab_size=23,
+    max_position_embeddings=300,
+    rope_dimension_count=6,
+)
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def test_listed_functions_are_standard_names_without_repeats():
+    names = listed_functions()
+    assert len(set(names)) == len(names) > 20
+    assert all(callable(getattr(array_api_strict, name)) for name in names)
+    assert set(listed_dtypes()) == {"float32", "int32", "bool"}
+
+
+def test_listed_names_other_name_raises():
+    names = ListedNames(array_api_strict, ("exp",))
+    names.exp(array_api_strict.asarray(0.0))
+    with pytest.raises(AttributeError, match=r"xp\.tril is not in the list"):
+        _ = names.tril
+    assert names.used == {"exp"}
+
+
+def test_namespace_whole_generation_uses_exactly_the_listed_functions(tmp_path: Path):
+    ops = StrictBackend()
+    write_model(tmp_path / "m.gguf", SMALL, Type.F32, tokenizer=False)
+    with open_gguf(tmp_path / "m.gguf") as file:
+        config = Phi3Config.from_gguf(file.metadata)
+        engine = Engine(ops, config, load_params(ops, config, file, 300, quiet), 300, quiet)
+        sampling = Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01)
+        prompt = [1 + i % 20 for i in range(254)]  # the answer needs a larger cache
+        tokens = list(engine.generate(prompt, sampling, limit=4, seed=1, timings=Timings()))
+        engine.logits(prompt[:3])
+    assert len(tokens) == 4
+    assert all(0 <= t < SMALL.vocab_size for t in tokens)
+    unused = set(listed_functions()) - ops.xp.used
+    assert not unused, f"listed in protocol.py, used by nothing: {sorted(unused)}"
+
+
+def test_backend_without_an_edge_raises_not_implemented():
+    class Empty(StrictBackend):
+        from phicore.protocol import Backend
+
+        asarray, to_numpy = Backend.asarray, Backend.to_numpy
+
+    with pytest.raises(NotImplementedError):
+        Empty().asarray(np.zeros(1))
+    with pytest.raises(NotImplementedError):
+        Empty().to_numpy(None)

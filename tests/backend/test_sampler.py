@@ -1,0 +1,313 @@
+"""The sampler on every backend, against float64 and against what each parameter promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from phicore import sampler
+from phicore.protocol import Backend
+
+V = 16
+DRAWS = 20_000
+
+Host = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def sample(ops: Backend) -> Callable[..., np.ndarray]:
+    """`sampler.sample` of host arrays, compiled."""
+    run = ops.compile(lambda *args: sampler.sample(ops, *args))
+
+    def call(logits: Any, penalty: Host | None = None, draw: Host | None = None) -> np.ndarray:
+        moved = [
+            None if names is None else {name: ops.asarray(a) for name, a in names.items()}
+            for names in (penalty, draw)
+        ]
+        result = ops.to_numpy(run(ops.asarray(np.array(logits, np.float32)), *moved))
+        assert result.dtype == np.int32
+        return result
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def kept(ops: Backend) -> Callable[..., np.ndarray]:
+    """The counts that the three filters leave of some logits."""
+
+    def run(logits: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> Any:
+        counts = sampler.probability_counts(ops, logits, temperature)
+        return sampler.keep_likely(ops, counts, top_k, top_p, min_p)
+
+    compiled = ops.compile(run)
+
+    def call(logits: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> np.ndarray:
+        host = [np.array(logits, np.float32)]
+        for value, dtype in zip((temperature, top_k, top_p, min_p), "fiff", strict=True):
+            host.append(np.full(len(logits), value, np.dtype(dtype)))
+        return ops.to_numpy(compiled(*map(ops.asarray, host)))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def penalized(ops: Backend) -> Callable[..., np.ndarray]:
+    """Logits after the repeat penalty."""
+    run = ops.compile(lambda *args: sampler.apply_repeat_penalty(ops, *args))
+
+    def call(logits: Any, recent: Any, last_n: Any, repeat_penalty: Any) -> np.ndarray:
+        host = (
+            np.array(logits, np.float32),
+            np.array(recent, np.int32),
+            np.array(last_n, np.int32),
+            np.array(repeat_penalty, np.float32),
+        )
+        return ops.to_numpy(run(*map(ops.asarray, host)))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def uniforms() -> np.ndarray:
+    """What the engine would draw for 20000 steps of one seed."""
+    return np.array([sampler.uniform(7, step) for step in range(DRAWS)], np.float32)
+
+
+def drawing(batch: int, uniform: Any, temperature: Any = 1.0, **filters: Any) -> Host:
+    draw = {"temperature": temperature, "uniform": uniform, **filters}
+    dtypes = {"top_k": np.int32}
+    return {n: np.full(batch, v, dtypes.get(n, np.float32)) for n, v in draw.items()}
+
+
+def filtered(batch: int, uniform: Any, **values: Any) -> Host:
+    return drawing(batch, uniform, **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **values})
+
+
+def softmax(logits: Any, temperature: float = 1.0) -> np.ndarray:
+    x = np.array(logits, np.float64) / temperature
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+# ---- greedy --------------------------------------------------------------------------------
+
+
+def test_sample_greedy_is_argmax_lowest_index_on_ties(sample: Callable[..., np.ndarray]):
+    logits = [[0, 5, 5, 1], [-3, -1, -2, -1], [7, 7, 7, 7], [0, 1, 2, 3]]
+    assert sample(logits).tolist() == [1, 1, 0, 3]
+    assert sample(logits, None, drawing(4, 0.99, temperature=0)).tolist() == [1, 1, 0, 3]
+
+
+def test_sample_greedy_and_drawn_rows_mix(sample: Callable[..., np.ndarray]):
+    logits = np.log([[0.1, 0.2, 0.7]] * 6)
+    draw = drawing(6, [0.05, 0.05, 0.2, 0.2, 0.99, 0.99], [0, 1, 0, 1, 0, 1])
+    assert sample(logits, None, draw).tolist() == [2, 0, 2, 1, 2, 2]
+
+
+@settings(max_examples=30)
+@given(
+    logits=st.lists(st.integers(-40, 40), min_size=V, max_size=V, unique=True),
+    uniform=st.floats(0, 1 - 2**-24, width=32),
+)
+def test_sample_top_k_of_one_is_greedy(
+    sample: Callable[..., np.ndarray], logits: list[int], uniform: float
+):
+    row = [[x / 4 for x in logits]]
+    assert sample(row, None, filtered(1, uniform, top_k=1)) == sample(row)
+    assert sample(row, None, filtered(1, uniform, top_p=1e-6)) == sample(row)
+    assert sample(row, None, filtered(1, uniform, min_p=1.0)) == sample(row)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6])
+def test_sample_tiny_temperature_is_greedy(sample: Callable[..., np.ndarray], temperature: float):
+    draw = drawing(2, [0.0, 0.999], temperature)
+    assert sample([[1, 2, 3, 2.9]] * 2, None, draw).tolist() == [2, 2]
+
+
+# ---- drawing -------------------------------------------------------------------------------
+
+
+def test_sample_frequencies_equal_softmax(sample: Callable[..., np.ndarray], uniforms: np.ndarray):
+    logits = [1.0, -1.5, 0.0, 2.5, 2.5, -4.0, 0.5, 1.5]
+    tokens = sample([logits] * DRAWS, None, drawing(DRAWS, uniforms, temperature=1.3))
+    expected = softmax(logits, 1.3) * DRAWS
+    chi_square = ((np.bincount(tokens, minlength=8) - expected) ** 2 / expected).sum()
+    assert chi_square < 24.3  # the 0.999 quantile for 7 degrees of freedom
+
+
+def test_sample_same_uniform_same_token_as_float64(
+    sample: Callable[..., np.ndarray], uniforms: np.ndarray
+):
+    """On every backend, hence the same on all of them: but for numbers within 1e-6 of a step of
+    the distribution, where rounding decides; of 20000 that is less than one in a hundred."""
+    logits = np.sin(np.arange(40.0)) * 3
+    tokens = sample([logits] * DRAWS, None, drawing(DRAWS, uniforms, temperature=0.8))
+    steps = softmax(logits.astype(np.float32), np.float32(0.8)).cumsum()
+    expected = np.searchsorted(steps, uniforms, side="right")
+    near = np.abs(uniforms[:, None] - steps).min(axis=1) < 1e-6
+    assert near.mean() < 0.01
+    assert np.array_equal(tokens[~near], expected[~near])
+
+
+def test_sample_first_and_last_uniform_give_first_and_last_token(
+    sample: Callable[..., np.ndarray],
+):
+    logits = [[-np.inf, 1, 2, 3, -np.inf]] * 2
+    assert sample(logits, None, drawing(2, [0, 1 - 2**-24])).tolist() == [1, 3]
+
+
+def test_sample_all_equal_logits_draws_evenly(sample: Callable[..., np.ndarray]):
+    uniform = (np.arange(10) + 0.5) / 10
+    for value in (0, 1e4, -3e38):
+        tokens = sample(np.full((10, 10), value), None, drawing(10, uniform))
+        assert tokens.tolist() == list(range(10))
+
+
+def test_sample_spread_of_ten_thousand_takes_the_largest(sample: Callable[..., np.ndarray]):
+    logits = [[-1e4, 1e4, 0, 9.9e3]] * 3
+    draw = filtered(3, [0, 0.5, 1 - 2**-24], top_k=[0, 3, 0], top_p=[1, 1, 0.9])
+    assert sample(logits, None, draw).tolist() == [1, 1, 1]
+
+
+def test_sample_infinitely_unlikely_tokens_are_never_drawn(sample: Callable[..., np.ndarray]):
+    logits = [[-np.inf, 0, -np.inf, 0, -np.inf]] * 4
+    draw = filtered(4, [0, 0.49, 0.51, 1 - 2**-24], top_k=[0, 4, 5, 0])
+    assert sample(logits, None, draw).tolist() == [1, 1, 3, 3]
+
+
+def test_sample_vocabulary_of_one_gives_it(sample: Callable[..., np.ndarray]):
+    assert sample([[3.0]]).tolist() == [0]
+    draw = filtered(1, 0.7, top_k=5, top_p=0.5, min_p=0.5)
+    assert sample([[-1e30]], None, draw).tolist() == [0]
+
+
+def test_sample_large_vocabulary_counts_do_not_overflow(sample: Callable[..., np.ndarray]):
+    size = 200_064  # Phi-4-mini
+    draw = filtered(3, [0, 0.5, 1 - 2**-24])
+    tokens = sample(np.zeros((3, size)), None, draw)
+    assert tokens[0] == 0
+    assert abs(int(tokens[1]) - size // 2) < 10
+    assert size - 10 < tokens[2] < size
+
+
+# ---- filters -------------------------------------------------------------------------------
+
+grid = st.lists(st.integers(-20, 20), min_size=V, max_size=V).map(lambda x: [i / 4 for i in x])
+
+
+@settings(max_examples=150)
+@given(
+    logits=grid,
+    temperature=st.sampled_from([1.0, 1.5, 3.0]),
+    top_k=st.integers(0, V + 3),
+    top_p=st.one_of(st.just(1.0), st.floats(1 / 64, 1, width=32)),
+    min_p=st.one_of(st.just(0.0), st.floats(0, 1, width=32)),
+)
+def test_keep_likely_equals_float64(
+    kept: Callable[..., np.ndarray],
+    logits: list[float],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+):
+    p = softmax(logits, temperature)
+    in_top_k = np.array([(p > x).sum() < (top_k or V) for x in p])  # ties share their fate
+    likelier = np.array([p[in_top_k & (p > x)].sum() for x in p])
+    share = top_p * p[in_top_k].sum()
+    # Leave out what rounding decides.
+    assume(top_p == 1 or (np.abs(likelier - share) > 1e-5).all())
+    assume((np.abs(p - min_p * p.max()) > 1e-6).all() or min_p in (0, 1))
+    expected = in_top_k & ((likelier < share) | (top_p == 1)) & (p >= min_p * p.max())
+
+    [counts] = kept([logits], temperature, top_k, top_p, min_p)
+    assert np.array_equal(counts > 0, expected)
+    assert np.abs(counts[expected] / sampler.ONE - p[expected]).max() < 1e-6
+
+
+def test_keep_likely_ties_with_the_last_are_kept(kept: Callable[..., np.ndarray]):
+    logits = [[0, 2, 1, 2, 1, 0]]
+    assert (kept(logits, 1, 1, 1, 0)[0] > 0).tolist() == [0, 1, 0, 1, 0, 0]
+    assert (kept(logits, 1, 3, 1, 0)[0] > 0).tolist() == [0, 1, 1, 1, 1, 0]
+    assert (kept(logits, 1, 0, 0.1, 0)[0] > 0).tolist() == [0, 1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 1e-40, 1e-46])
+def test_keep_likely_top_p_that_rounds_to_zero_keeps_the_best(
+    kept: Callable[..., np.ndarray], top_p: float
+):
+    """A share of 0 kept no token, and the bound was then read at index -1: all were kept."""
+    assert (kept([[0, 1, 2, 3, 1, 0]], 1, 0, top_p, 0)[0] > 0).tolist() == [0, 0, 0, 1, 0, 0]
+
+
+def test_keep_likely_rows_have_their_own_parameters(kept: Callable[..., np.ndarray]):
+    logits = np.log([[0.5, 0.3, 0.15, 0.05]] * 4)
+    counts = kept(logits, 1, [2, 0, 0, 0], [1, 0.7, 1, 1], [0, 0, 0.2, 0])
+    assert (counts > 0).astype(int).tolist() == [
+        [1, 1, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [1, 1, 1, 1],
+    ]
+
+
+def test_keep_likely_top_p_counts_what_top_k_left(kept: Callable[..., np.ndarray]):
+    """0.4 of 0.7 is more than half, though it is less than half of 1."""
+    logits = np.log([[0.4, 0.3, 0.2, 0.1]])
+    assert (kept(logits, 1, 2, 0.55, 0)[0] > 0).tolist() == [1, 0, 0, 0]
+    assert (kept(logits, 1, 0, 0.55, 0)[0] > 0).tolist() == [1, 1, 0, 0]
+
+
+# ---- repeat penalty ------------------------------------------------------------------------
+
+
+def test_repeat_penalty_divides_positive_and_multiplies_negative(
+    penalized: Callable[..., np.ndarray],
+):
+    logits = [[3, -3, 0, 2, -2]]
+    assert penalized(logits, [[0, 1, 2]], [3], [2]).tolist() == [[1.5, -6, 0, 2, -2]]
+
+
+def test_repeat_penalty_below_one_makes_likelier(penalized: Callable[..., np.ndarray]):
+    assert penalized([[3, -3, 1]], [[0, 1]], [2], [0.5]).tolist() == [[6, -1.5, 1]]
+
+
+@pytest.mark.parametrize("last_n", [0, 1, 2, 3, 4, 9])
+def test_repeat_penalty_sees_the_newest_last_n(penalized: Callable[..., np.ndarray], last_n: int):
+    recent = [5, 1, 1, 4]  # newest last
+    hit = set(recent[max(0, 4 - last_n) :]) if last_n else set()
+    expected = [4 if i in hit else 8 for i in range(6)]
+    assert penalized([[8] * 6], [recent], [last_n], [2]).tolist() == [expected]
+
+
+def test_repeat_penalty_padding_hits_no_token(penalized: Callable[..., np.ndarray]):
+    assert penalized([[8, 8, 8]], [[-1, -1, 1]], [3], [2]).tolist() == [[8, 4, 8]]
+
+
+def test_repeat_penalty_repeated_token_is_penalized_once(penalized: Callable[..., np.ndarray]):
+    assert penalized([[8, 8, 8]], [[1, 1, 1]], [3], [2]).tolist() == [[8, 4, 8]]
+
+
+def test_repeat_penalty_rows_have_their_own_parameters(penalized: Callable[..., np.ndarray]):
+    result = penalized([[8, 8]] * 3, [[0, 1], [0, 1], [-1, 0]], [2, 1, 2], [2, 4, 1])
+    assert result.tolist() == [[4, 4], [8, 2], [8, 8]]
+
+
+def test_repeat_penalty_infinite_logits_stay(penalized: Callable[..., np.ndarray]):
+    assert penalized([[-np.inf, 1]], [[0, 1]], [2], [2]).tolist() == [[-np.inf, 0.5]]
+
+
+def test_sample_penalty_changes_the_greedy_choice(sample: Callable[..., np.ndarray]):
+    penalty = {
+        "recent": np.array([[-1, 1]], np.int32),
+        "last_n": np.array([2], np.int32),
+        "repeat_penalty": np.array([1.5], np.float32),
+    }
+    assert sample([[1, 4, 3]]).tolist() == [1]
+    assert sample([[1, 4, 3]], penalty).tolist() == [2]
+    assert sample([[1, 4, 3]], penalty, drawing(1, 0.5, temperature=0)).tolist() == [2]

@@ -1,0 +1,76 @@
+"""Fixtures: tiny models, and the command line in this process or in one of its own."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from api.tiny_models import write_tiny
+
+from phicore.cli import main
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run of the command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the settings nor the colours of whoever runs the tests."""
+    monkeypatch.setenv("PHICORE_CONFIG", str(tmp_path / "config.toml"))
+    for name in ("PHICORE_MODEL", "GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def phicore(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """Run the command in this process."""
+
+    def run(*args: object, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "argv", ["phicore", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer replaces it
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        printed = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return Result(caught.value.code, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture
+def start() -> Callable[..., subprocess.Popen[bytes]]:
+    """Start the command in a process of its own, where warnings are errors too.
+
+    `redirect` is for a shell to do, such as closing standard output with ">&-".
+    """
+
+    def popen(
+        *args: object, redirect: str | None = None, **options: object
+    ) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-W", "error", "-m", "phicore", *map(str, args)]
+        if redirect is not None:
+            command = ["sh", "-c", f'exec "$@" {redirect}', "sh", *command]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen(command, **(pipes | options))  # type: ignore[call-overload]
+
+    return popen

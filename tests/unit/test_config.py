@@ -1,0 +1,190 @@
+"""Hyperparameters: what is read, what is refused and with which words."""
+
+from typing import Any
+
+import pytest
+
+from phicore.config import Phi3Config
+from phicore.errors import GGUFError
+
+PHI3 = {
+    "general.architecture": "phi3",
+    "general.name": "Phi 3 Mini",
+    "phi3.embedding_length": 3072,
+    "phi3.feed_forward_length": 8192,
+    "phi3.block_count": 32,
+    "phi3.attention.head_count": 24,
+    "phi3.attention.head_count_kv": 8,
+    "phi3.context_length": 4096,
+    "phi3.attention.layer_norm_rms_epsilon": 1e-5,
+    "phi3.rope.dimension_count": 96,
+    "phi3.rope.freq_base": 20000.0,
+    "phi3.attention.sliding_window": 1000,
+    "tokenizer.ggml.model": "llama",
+}
+ABSENT = object()
+
+
+def metadata(arch: str = "phi3", **changes: Any) -> dict[str, Any]:
+    """Metadata of a sound file, with changes: `block_count=3`, or ABSENT to leave a key out.
+
+    A dot in a name is written as two underscores.
+    """
+    result = {k.replace("phi3.", f"{arch}.", 1): v for k, v in PHI3.items()}
+    result["general.architecture"] = arch
+    for name, value in changes.items():
+        key = f"{arch}.{name.replace('__', '.')}"
+        if value is ABSENT:
+            del result[key]
+        else:
+            result[key] = value
+    return result
+
+
+def message(values: dict[str, Any]) -> str:
+    with pytest.raises(GGUFError) as caught:
+        Phi3Config.from_gguf(values)
+    return str(caught.value)
+
+
+def test_from_gguf_reads_every_key():
+    config = Phi3Config.from_gguf(metadata(rope__dimension_count=96))
+    assert (config.architecture, config.hidden_size, config.intermediate_size) == (
+        *("phi3", 3072),
+        8192,
+    )
+    assert (config.num_hidden_layers, config.num_attention_heads) == (32, 24)
+    assert (config.num_key_value_heads, config.head_dim, config.rotary_dim) == (8, 128, 96)
+    assert (config.max_position_embeddings, config.sliding_window) == (4096, 1000)
+    assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 20000.0)
+
+
+def test_from_gguf_defaults_follow_from_other_keys():
+    config = Phi3Config.from_gguf(
+        metadata(
+            attention__head_count_kv=ABSENT,
+            rope__dimension_count=ABSENT,
+            rope__freq_base=ABSENT,
+        )
+    )
+    assert config.num_key_value_heads == 24
+    assert config.rotary_dim == config.head_dim == 128
+    assert config.rope_theta == 10000.0
+
+
+def test_from_gguf_key_length_gives_the_head_size():
+    config = Phi3Config.from_gguf(
+        metadata(embedding_length=1000, attention__key_length=112, attention__value_length=112)
+    )
+    assert (config.hidden_size, config.head_dim) == (1000, 112)
+
+
+def test_from_gguf_keys_with_neutral_values_are_fine():
+    Phi3Config.from_gguf(
+        metadata(rope__scaling__type="none", expert_count=0, attention__causal=True, vocab_size=9)
+    )
+
+
+REQUIRED = (
+    *("embedding_length", "feed_forward_length", "block_count", "context_length"),
+    *("attention.head_count", "attention.layer_norm_rms_epsilon"),
+)
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_from_gguf_missing_key_is_named(name: str):
+    values = {k: v for k, v in metadata().items() if k != f"phi3.{name}"}
+    expected = f"phi3.{name}: missing; the file is incomplete or was made for another use"
+    assert message(values) == expected
+
+
+@pytest.mark.parametrize("arch", [None, "phi2", "phimoe", 3])
+def test_from_gguf_other_architecture_is_refused(arch: Any):
+    values = metadata() | {"general.architecture": arch}
+    if arch is None:
+        assert message(values) == "general.architecture: missing; is this a model file?"
+    else:
+        expected = f"general.architecture: {arch!r} is not supported (supported: phi3, llama)"
+        assert message(values) == expected
+
+
+def test_from_gguf_no_metadata_says_so():
+    assert message({}) == "general.architecture: missing; is this a model file?"
+
+
+BAD_VALUES = [
+    ("block_count", "32", "expected an integer, found '32'"),
+    ("block_count", 32.0, "expected an integer, found 32.0"),
+    ("block_count", True, "expected an integer, found True"),
+    ("block_count", [32] * 50, "expected an integer, found [32, 32, 32,"),
+    ("block_count", 0, "expected 1 to 2147483647, found 0"),
+    ("embedding_length", 2**31, "expected 1 to 2147483647, found 2147483648"),
+    ("attention__head_count", -1, "expected 1 to 2147483647, found -1"),
+    ("attention__head_count_kv", 0, "expected 1 to 2147483647, found 0"),
+    ("attention__sliding_window", -1, "expected 0 to 2147483647, found -1"),
+    ("attention__layer_norm_rms_epsilon", "tiny", "expected a number, found 'tiny'"),
+    ("attention__layer_norm_rms_epsilon", False, "expected a number, found False"),
+    ("attention__layer_norm_rms_epsilon", 0.0, "expected a positive number, found 0.0"),
+    ("rope__freq_base", float("nan"), "expected a positive number, found nan"),
+    ("rope__freq_base", float("inf"), "expected a positive number, found inf"),
+    ("rope__freq_base", -1e4, "expected a positive number, found -10000.0"),
+    ("rope__dimension_count", 95, "expected an even number up to the head size 128, found 95"),
+    ("rope__dimension_count", 130, "expected an even number up to the head size 128, found 130"),
+    ("attention__value_length", 64, "expected the key length 128, found 64"),
+    ("embedding_length", 3073, "3073 is not a multiple of phi3.attention.head_count 24"),
+    ("expert_count", 16, "16 is not supported (supported: 0)"),
+    ("rope__scaling__type", "linear", "'linear' is not supported"),
+    ("attention__causal", False, "False is not supported (supported: True)"),
+    ("logit_scale", 2.0, "this hyperparameter is not supported"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), BAD_VALUES, ids=lambda v: str(v)[:30])
+def test_from_gguf_bad_value_names_key_and_value(name: str, value: Any, expected: str):
+    text = message(metadata(**{name: value}))
+    assert text.startswith(f"phi3.{name.replace('__', '.')}: {expected}")
+    assert len(text) < 150
+
+
+def test_from_gguf_heads_not_in_groups_are_refused():
+    assert message(metadata(attention__head_count_kv=7)) == (
+        "phi3.attention.head_count: 24 is not a multiple of phi3.attention.head_count_kv 7"
+    )
+
+
+def test_from_gguf_llama_partial_rotation_is_refused():
+    assert message(metadata("llama")) == (
+        "llama.rope.dimension_count: 96 of 128 channels: partial rotation is not supported for "
+        "this architecture"
+    )
+    Phi3Config.from_gguf(metadata("llama", rope__dimension_count=128))
+
+
+@pytest.mark.parametrize(
+    ("layers", "kv_heads", "context", "window"),
+    [
+        pytest.param(32, 8, 4096, 2047, id="mini-4k"),
+        pytest.param(40, 8, 4096, 2047, id="medium-4k"),
+        pytest.param(32, 32, 131072, None, id="mini-128k"),  # 262144 is more than the context
+        pytest.param(40, 10, 131072, None, id="medium-128k"),  # 131072 is all of it
+        pytest.param(24, 8, 4096, None, id="other"),
+    ],
+)
+def test_from_gguf_file_without_window_gets_the_family_s(
+    layers: int, kv_heads: int, context: int, window: int | None
+):
+    changes: dict[str, Any] = {"block_count": layers, "context_length": context}
+    changes |= {"attention__head_count": 160, "attention__head_count_kv": kv_heads}
+    changes |= {"embedding_length": 160 * 128, "attention__sliding_window": ABSENT}
+    assert Phi3Config.from_gguf(metadata(**changes)).sliding_window == window
+
+
+@pytest.mark.parametrize(("value", "window"), [(0, None), (1, 1), (4095, 4095), (4096, None)])
+def test_from_gguf_window_of_zero_or_the_context_is_none(value: int, window: int | None):
+    config = Phi3Config.from_gguf(metadata(attention__sliding_window=value))
+    assert config.sliding_window == window
+
+
+def test_from_gguf_llama_without_window_has_none():
+    changes = {"rope__dimension_count": 128, "attention__sliding_window": ABSENT}
+    assert Phi3Config.from_gguf(metadata("llama", **changes)).sliding_window is None

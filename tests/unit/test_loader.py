@@ -1,0 +1,203 @@
+"""From tensors to parameters: both architectures, and files that do not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from synthetic import Q4_K_M, Tiny, Types, write_model
+
+from phicore.config import Phi3Config
+from phicore.errors import GGUFError
+from phicore.gguf.reader import GGUFFile, GGUFTensor, open_gguf
+from phicore.loader import load_params, rows_for_half_rotation, vocab_size
+from phicore.protocol import Backend
+
+TINY = Tiny(vocab_size=40, max_position_embeddings=30)
+MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+class Host(Backend):
+    """Only what loading needs; weights are dense NumPy arrays."""
+
+    xp = np
+
+    def asarray(self, x: np.ndarray) -> np.ndarray:
+        return np.array(x)
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Write a model, change its tensors, load it."""
+
+    def call(
+        tiny: Tiny = TINY,
+        types: Types = Type.F32,
+        change: Callable[[GGUFFile], None] = lambda file: None,
+        progress: Callable[[str, int, int], None] = quiet,
+    ) -> dict[str, Any]:
+        path = write_model(tmp_path / "m.gguf", tiny, types, tokenizer=False)
+        with open_gguf(path) as file:
+            config = Phi3Config.from_gguf(file.metadata)
+            change(file)
+            return dict(load_params(Host(), config, file, 30, progress))
+
+    return call
+
+
+def test_load_params_has_the_reference_s_names_and_shapes(load: Callable[..., dict[str, Any]]):
+    params = load()
+    assert set(params) == {"embed_tokens", "lm_head", "norm", "rope_cos", "rope_sin", "layers"}
+    assert params["embed_tokens"].shape == params["lm_head"].shape == (40, 512)
+    assert params["rope_cos"].shape == params["rope_sin"].shape == (30, 32)
+    assert len(params["layers"]) == 2
+    shapes = {name: a.shape for name, a in params["layers"][1].items()}
+    assert shapes == {
+        "input_layernorm": (512,),
+        "qkv_proj": ((8 + 2 * 4) * 64, 512),
+        "o_proj": (512, 512),
+        "post_attention_layernorm": (512,),
+        "gate_up_proj": (2 * 768, 512),
+        "down_proj": (512, 768),
+    }
+
+
+def test_load_params_tied_model_has_no_head(load: Callable[..., dict[str, Any]]):
+    params = load(replace(TINY, tie_word_embeddings=True))
+    assert "lm_head" not in params
+
+
+@pytest.mark.parametrize(
+    "data_type", [Type.F32, Type.F16, Type.Q4_0, Type.Q4_K, Type.Q6_K], ids=lambda t: t.name
+)
+def test_load_params_llama_file_gives_the_same_as_phi3(
+    load: Callable[..., dict[str, Any]], data_type: Type
+):
+    """The same network in the two forms: undoing split and permutation changes no bit."""
+    phi3 = load(TINY, data_type)
+    llama = load(replace(TINY, arch="llama"), data_type)
+    for name in set(phi3) - {"layers"}:
+        assert np.array_equal(phi3[name], llama[name]), name
+    for ours, theirs in zip(phi3["layers"], llama["layers"], strict=True):
+        assert set(ours) == set(theirs)
+        for name in ours:
+            assert np.array_equal(ours[name], theirs[name]), name
+
+
+def test_load_params_parts_of_several_types_load(load: Callable[..., dict[str, Any]]):
+    layer = load(replace(TINY, arch="llama"), Q4_K_M)["layers"][0]
+    assert all(np.isfinite(layer[name]).all() for name in MATRICES)
+
+
+def test_load_params_reports_bytes_up_to_the_total(load: Callable[..., dict[str, Any]]):
+    calls: list[tuple[str, int, int]] = []
+    load(progress=lambda *call: calls.append(call))
+    what, done, total = zip(*calls, strict=True)
+    assert set(what) == {"loading"}
+    assert list(done) == sorted(done)
+    assert set(total) == {done[-1]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("token_embd.weight", "output_norm.weight", "blk.0.attn_norm.weight"),
+        *("blk.1.attn_qkv.weight", "blk.0.attn_output.weight", "blk.1.ffn_up.weight"),
+        *("blk.0.ffn_norm.weight", "blk.1.ffn_down.weight"),
+    ],
+)
+def test_load_params_missing_tensor_is_named(load: Callable[..., dict[str, Any]], name: str):
+    with pytest.raises(GGUFError) as caught:
+        load(change=lambda file: file.tensors.pop(name))
+    assert str(caught.value) == f"m.gguf: tensor '{name}' is missing"
+
+
+def test_load_params_surplus_tensors_are_named(load: Callable[..., dict[str, Any]]):
+    def change(file: GGUFFile) -> None:
+        norm = file.tensors["output_norm.weight"]
+        for name in ("blk.0.attn_q_norm.weight", "a", "b", "c"):
+            file.tensors[name] = replace(norm, name=name)
+
+    with pytest.raises(GGUFError) as caught:
+        load(change=change)
+    assert str(caught.value) == (
+        "m.gguf: 4 tensors that this version does not use, which would give wrong text: "
+        "blk.0.attn_q_norm.weight, a, b"
+    )
+
+
+def test_load_params_tensors_of_old_converters_are_ignored(load: Callable[..., dict[str, Any]]):
+    def change(file: GGUFFile) -> None:
+        norm = file.tensors["output_norm.weight"]
+        file.tensors["blk.0.attn_rot_embd.weight"] = norm
+
+    load(change=change)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("blk.0.attn_qkv.weight", (1023, 512), [1024, 512]),
+        ("blk.1.ffn_down.weight", (768, 512), [512, 768]),
+        ("output_norm.weight", (511,), [512]),
+        ("output_norm.weight", (1, 512), [512]),
+        ("output.weight", (39, 512), [40, 512]),
+        ("token_embd.weight", (40, 256), [40, 512]),
+    ],
+)
+def test_load_params_misshapen_tensor_says_both_shapes(
+    load: Callable[..., dict[str, Any]], name: str, shape: tuple[int, ...], expected: list[int]
+):
+    def change(file: GGUFFile) -> None:
+        data = np.zeros((*shape[:-1], 4 * shape[-1]), np.uint8)
+        file.tensors[name] = GGUFTensor(name, Type.F32, shape, data)
+
+    with pytest.raises(GGUFError) as caught:
+        load(change=change)
+    assert str(caught.value) == (
+        f"m.gguf: tensor '{name}': expected shape {expected} by the hyperparameters, "
+        f"found {list(shape)}"
+    )
+
+
+def test_load_params_type_without_values_is_named(load: Callable[..., dict[str, Any]]):
+    def change(file: GGUFFile) -> None:
+        name = "blk.0.attn_output.weight"
+        data = np.zeros((512, 512), np.uint8)
+        file.tensors[name] = GGUFTensor(name, Type.I8, (512, 512), data)
+
+    with pytest.raises(GGUFError, match=r"tensor 'blk\.0\.attn_output\.weight': type I8 cannot"):
+        load(change=change)
+
+
+def test_vocab_size_is_the_embedding_s(tmp_path: Path):
+    path = write_model(tmp_path / "m.gguf", TINY, Type.F32, tokenizer=False)
+    with open_gguf(path) as file:
+        assert vocab_size(file) == 40
+        del file.tensors["token_embd.weight"]
+        with pytest.raises(GGUFError, match=r"m\.gguf: tensor 'token_embd\.weight' is missing"):
+            vocab_size(file)
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 4), (5, 16)])
+def test_rows_for_half_rotation_undoes_the_conversion(heads: int, head_dim: int):
+    rows = np.arange(heads * head_dim * 6, dtype=np.uint8).reshape(heads * head_dim, 6)
+    # llama.cpp, convert_hf_to_gguf.py, LlamaModel.permute
+    permuted = rows.reshape(heads, 2, len(rows) // heads // 2, 6).swapaxes(1, 2).reshape(rows.shape)
+    tensor = GGUFTensor("q", Type.Q4_0, (heads * head_dim, 32), permuted)
+    assert np.array_equal(rows_for_half_rotation(tensor, heads).data, rows)
+
+
+def test_rows_for_half_rotation_neighbours_become_halves():
+    rows = np.arange(8, dtype=np.uint8)[:, None]  # two heads of four channels
+    tensor = GGUFTensor("q", Type.I8, (8, 1), rows)
+    assert rows_for_half_rotation(tensor, 2).data[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

@@ -1,0 +1,265 @@
+"""Plugins, as throwaway distributions that the interpreter finds like installed ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from phicore.errors import BackendError
+from phicore.plugins import BackendInfo, Plugins, choose_backend
+
+Install = Callable[..., None]
+
+GOOD = """
+    from phicore import hookimpl
+
+    @hookimpl
+    def phicore_register_backends(register):
+        register({name!r}, create=lambda device=None: (device, "made"), devices=lambda: ["cpu"])
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Make a distribution with one module and one entry point, and put it on the path."""
+    modules = []
+
+    def call(distribution: str, name: str, code: str, version: str = "1.2") -> None:
+        site = tmp_path / distribution
+        info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        module = f"throwaway_{distribution.replace('-', '_')}"
+        modules.append(module)
+        (site / f"{module}.py").write_text(textwrap.dedent(code))
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        )
+        (info / "entry_points.txt").write_text(f"[phicore]\n{name} = {module}\n")
+        monkeypatch.syspath_prepend(str(site))
+
+    yield call
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def only_throwaways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing else were installed: other distributions' entry points are not found."""
+    from phicore import plugins
+
+    found = plugins.entry_points
+
+    def ours(**arguments: str) -> list[object]:
+        return [p for p in found(**arguments) if p.module.startswith("throwaway_")]
+
+    monkeypatch.setattr(plugins, "entry_points", ours)
+
+
+def refusal(name: str | None, plugins: Plugins) -> str:
+    with pytest.raises(BackendError) as caught:
+        choose_backend(name, plugins)
+    return str(caught.value)
+
+
+def test_backends_installed_distribution_is_found(install: Install):
+    before = list(Plugins().backends())
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus"), version="3.1")
+    plugins = Plugins()
+    backends = plugins.backends()
+    assert list(backends) == [*before, "abacus"]  # those with a preference come first
+    info = choose_backend("abacus", plugins)
+    assert (info.name, info.distribution, info.version) == ("abacus", "phicore-abacus", "3.1")
+    assert info.devices() == ["cpu"]
+    assert info.create("beads") == ("beads", "made")
+    assert plugins.broken == []
+
+
+def test_backends_one_distribution_may_register_several(install: Install):
+    install(
+        "phicore-pair",
+        "pair",
+        """
+        from phicore import hookimpl
+
+        @hookimpl
+        def phicore_register_backends(register):
+            for name in ("zig", "zag"):
+                register(name, create=lambda device: name, devices=list)
+        """,
+    )
+    assert list(Plugins().backends())[-2:] == ["zag", "zig"]
+
+
+def test_plugins_two_of_them_share_nothing(install: Install):
+    before = Plugins()
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus"))
+    assert "abacus" not in before.backends()
+    assert "abacus" in Plugins().backends()
+
+
+def test_backends_one_name_from_two_distributions_is_an_error_naming_both(install: Install):
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus"))
+    install("quipu", "abacus", GOOD.format(name="abacus"))
+    with pytest.raises(BackendError) as caught:
+        Plugins().backends()
+    text = str(caught.value)
+    assert text.startswith("backend 'abacus' is claimed by two distributions, ")
+    assert text.endswith("; uninstall one")
+    assert "phicore-abacus" in text
+    assert "quipu" in text
+
+
+def test_backends_plugin_that_fails_to_import_is_listed_and_stops_nothing(install: Install):
+    before = list(Plugins().backends())
+    install("phicore-abacus", "abacus", "import beads_and_wire\n")
+    plugins = Plugins()
+    assert list(plugins.backends()) == before
+    [broken] = plugins.broken
+    assert (broken.name, broken.distribution) == ("abacus", "phicore-abacus")
+    assert broken.reason == "ModuleNotFoundError: No module named 'beads_and_wire'"
+    assert refusal("abacus", plugins) == (
+        "backend 'abacus': phicore-abacus is broken: "
+        "ModuleNotFoundError: No module named 'beads_and_wire'"
+    )
+
+
+def test_backends_misspelt_hook_is_broken_and_stops_nothing(install: Install):
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus").replace("_backends", "_backend"))
+    install("phicore-zither", "zither", GOOD.format(name="zither"))  # loaded after it
+    plugins = Plugins()
+    assert "zither" in plugins.backends()
+    [broken] = plugins.broken
+    assert broken.name == "abacus"
+    assert "unknown hook 'phicore_register_backend'" in broken.reason
+    assert "phicore-abacus is broken" in refusal("abacus", plugins)
+
+
+def test_backends_hook_with_an_unknown_argument_is_broken(install: Install):
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus").replace("(register)", "(reg)"))
+    plugins = Plugins()
+    assert "abacus" not in plugins.backends()
+    [broken] = plugins.broken
+    assert "PluginValidationError" in broken.reason
+
+
+def test_backends_hook_that_raises_is_broken_and_stops_nothing(install: Install):
+    before = list(Plugins().backends())
+    install(
+        "phicore-abacus",
+        "abacus",
+        """
+        from phicore import hookimpl
+
+        @hookimpl
+        def phicore_register_backends(register):
+            raise RuntimeError("no beads\\nand no wire")
+        """,
+    )
+    plugins = Plugins()
+    assert list(plugins.backends()) == before
+    assert [b.reason for b in plugins.broken] == ["RuntimeError: no beads"]
+    assert "is broken: RuntimeError: no beads" in refusal("abacus", plugins)
+
+
+def test_backend_whose_library_is_missing_is_listed_and_says_why_when_used(install: Install):
+    install(
+        "phicore-abacus",
+        "abacus",
+        """
+        from phicore import hookimpl
+
+        @hookimpl
+        def phicore_register_backends(register):
+            def library(device=None):
+                import beads_and_wire
+
+            register("abacus", create=library, devices=library)
+        """,
+    )
+    info = choose_backend("abacus", Plugins())
+    expected = "backend abacus: not usable: ModuleNotFoundError: No module named 'beads_and_wire'"
+    for use in (info.create, info.devices):
+        with pytest.raises(BackendError) as caught:
+            use()
+        assert str(caught.value) == expected
+
+
+def test_backend_own_error_is_passed_on_as_it_is(install: Install):
+    install(
+        "phicore-abacus",
+        "abacus",
+        """
+        from phicore import BackendError, hookimpl
+
+        @hookimpl
+        def phicore_register_backends(register):
+            def create(device):
+                raise BackendError("backend abacus: no device 'x' (available: cpu)")
+
+            register("abacus", create=create, devices=list)
+        """,
+    )
+    with pytest.raises(BackendError, match=r"^backend abacus: no device 'x' \(available: cpu\)$"):
+        choose_backend("abacus", Plugins()).create("x")
+
+
+def test_choose_backend_unknown_name_lists_those_installed():
+    plugins = Plugins()
+    assert refusal("mxl", plugins) == (
+        f"no backend 'mxl'; installed: {', '.join(plugins.backends())}; "
+        "a backend comes with its package, such as phicore-mxl"
+    )
+
+
+def test_choose_backend_nothing_installed_says_what_to_install():
+    plugins = Plugins([])
+    assert refusal(None, plugins) == "no backend is installed; install one, such as phicore-jax"
+    assert refusal("jax", plugins).startswith("no backend 'jax'; installed: none; ")
+
+
+@pytest.mark.usefixtures("only_throwaways")
+def test_choose_backend_no_name_takes_the_first_usable_one(install: Install):
+    broken = GOOD.format(name="abacus").replace('lambda: ["cpu"]', "lambda: 1 / 0")
+    install("phicore-abacus", "abacus", broken)
+    assert refusal(None, Plugins()) == (
+        "no usable backend: backend abacus: not usable: ZeroDivisionError: division by zero"
+    )
+    install("phicore-zither", "zither", GOOD.format(name="zither"))
+    assert choose_backend(None, Plugins()).name == "zither"
+
+
+@pytest.mark.usefixtures("only_throwaways")
+def test_backends_preferred_ones_come_first(install: Install):
+    for name in ("abacus", "numpy", "jax"):
+        install(f"throwaway-{name}", name, GOOD.format(name=name))
+    assert list(Plugins().backends()) == ["jax", "numpy", "abacus"]
+
+
+def test_backend_info_shows_no_functions():
+    info = BackendInfo("n", "d", "1", lambda device: device, list)  # type: ignore[arg-type]
+    assert repr(info) == "BackendInfo(name='n', distribution='d', version='1')"
+
+
+def test_import_and_listing_backends_load_no_tensor_library():
+    code = """
+        import sys
+        import phicore, phicore.plugins
+        names = [info.name for info in phicore.backends()]
+        assert names == list(phicore.plugins.Plugins().backends())
+        loaded = {"jax", "jaxlib", "mlx", "torch", "tinygrad"} & set(sys.modules)
+        assert not loaded, loaded
+        print(*names)
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list(Plugins().backends())

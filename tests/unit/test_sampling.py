@@ -1,0 +1,107 @@
+"""The host's part of sampling: its parameters and its random numbers."""
+
+import numpy as np
+import pytest
+
+from phicore.errors import ArgumentError
+from phicore.sampler import Sampling, uniform
+
+BAD = [
+    ("temperature", -0.1, "temperature: expected 0 (greedy), or 1e-6 to 1e6, got -0.1"),
+    ("temperature", float("nan"), "temperature: expected 0 (greedy), or 1e-6 to 1e6, got nan"),
+    ("temperature", float("inf"), "temperature: expected 0 (greedy), or 1e-6 to 1e6, got inf"),
+    ("temperature", 1e-50, "temperature: expected 0 (greedy), or 1e-6 to 1e6, got 1e-50"),
+    ("temperature", "0.7", "temperature: expected float, got '0.7'"),
+    ("temperature", True, "temperature: expected float, got True"),
+    ("top_k", -1, "top_k: expected 0 (all) or more, got -1"),
+    ("top_k", 2**31, "top_k: expected 0 (all) or more, got 2147483648"),
+    ("top_k", 1.0, "top_k: expected int, got 1.0"),
+    ("top_p", 0, "top_p: expected more than 0, at most 1, got 0"),
+    ("top_p", 1.01, "top_p: expected more than 0, at most 1, got 1.01"),
+    ("top_p", float("nan"), "top_p: expected more than 0, at most 1, got nan"),
+    ("top_p", None, "top_p: expected float, got None"),
+    ("min_p", -0.5, "min_p: expected 0 to 1, got -0.5"),
+    ("min_p", 1.5, "min_p: expected 0 to 1, got 1.5"),
+    ("repeat_penalty", 0, "repeat_penalty: expected 1e-6 to 1e6, got 0"),
+    ("repeat_penalty", 1e39, "repeat_penalty: expected 1e-6 to 1e6, got 1e+39"),
+    ("repeat_penalty", -1.1, "repeat_penalty: expected 1e-6 to 1e6, got -1.1"),
+    ("repeat_penalty", float("inf"), "repeat_penalty: expected 1e-6 to 1e6, got inf"),
+    ("repeat_last_n", -2, "repeat_last_n: expected -1 (all) or more, got -2"),
+    ("repeat_last_n", 64.0, "repeat_last_n: expected int, got 64.0"),
+    ("repeat_last_n", False, "repeat_last_n: expected int, got False"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD, ids=lambda v: str(v)[:20])
+def test_sampling_bad_argument_says_what_is_allowed(name: str, value: object, message: str):
+    with pytest.raises(ArgumentError) as caught:
+        Sampling(**{name: value})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repeat_last_n": 0},
+        {"temperature": 1e3, "top_k": 2**31 - 1, "top_p": 1e-6, "min_p": 1.0},
+        {"temperature": np.float32(0.5), "top_k": np.int64(3), "repeat_last_n": -1},
+        {"repeat_penalty": 0.5},
+    ],
+    ids=["lowest", "highest", "numpy", "reward"],
+)
+def test_sampling_allowed_arguments_are_kept(arguments: dict[str, float]):
+    sampling = Sampling(**arguments)
+    assert all(getattr(sampling, name) == value for name, value in arguments.items())
+
+
+def test_sampling_properties_tell_what_has_an_effect():
+    assert Sampling(temperature=0).is_greedy
+    assert not Sampling(temperature=1e-6).is_greedy
+    assert not Sampling().has_filter
+    assert all(Sampling(**f).has_filter for f in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}))
+    assert Sampling(repeat_penalty=1.1).has_penalty
+    assert not Sampling(repeat_penalty=1.0).has_penalty
+    assert not Sampling(repeat_last_n=0).has_penalty
+
+
+@pytest.mark.parametrize(
+    ("seed", "step", "numerator"),
+    [
+        (0, 0, 193722),
+        (0, 1, 8428531),
+        (1, 0, 5093026),
+        (42, 7, 6835266),
+        (42, 100000, 6324112),
+        (2**64 - 1, 0, 3941665),
+    ],
+)
+def test_uniform_known_seed_and_step_never_change(seed: int, step: int, numerator: int):
+    """A text that somebody got with a seed must come again with every later version."""
+    assert uniform(seed, step) == numerator / 2**24
+
+
+def test_uniform_equals_the_published_philox():
+    """Philox4x64-10 of key 0 and counter 0 is 16554d9eca36314c... (Random123, kat_vectors).
+
+    NumPy counts up before it computes, so that this is the number after the largest counter.
+    """
+    assert uniform(0, 2**256 - 1) == 0x16554D / 2**24
+
+
+def test_uniform_is_in_range_and_exact_in_float32():
+    numbers = [uniform(seed, step) for seed in (0, 2**64 - 1) for step in range(500)]
+    assert 0 <= min(numbers) < 0.01
+    assert 0.99 < max(numbers) < 1
+    assert all(float(np.float32(x)) == x for x in numbers)
+    assert len(set(numbers)) > 990
+
+
+def test_uniform_largest_raw_number_is_below_one(monkeypatch: pytest.MonkeyPatch):
+    class Largest:
+        def __init__(self, **_: int) -> None: ...
+
+        def random_raw(self) -> int:
+            return 2**64 - 1
+
+    monkeypatch.setattr(np.random, "Philox", Largest)
+    assert np.float32(uniform(0, 0)) < 1
