@@ -1,6 +1,84 @@
-"""`python -m phicore` is the command `phicore`."""
+"""The program `phicore`: runs a command, and turns errors into one line and an exit code."""
 
-from phicore.cli import main
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from phicore import cli
+from phicore.errors import ArgumentError, PhicoreError
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main() -> NoReturn:
+    """Run the command line. Every error that a user can cause is one line, and an exit code."""
+    if sys.stderr is None:  # closed by the shell
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stdout is None:
+        sys.exit(_fail("standard output is closed", 1))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an encoding that lacks a character prints "?"
+    code: Any
+    try:
+        code = cli.app(standalone_mode=False, prog_name="phicore")
+        sys.stdout.flush()
+    except ArgumentError as error:
+        code = _fail(_with_option(str(error)), 2)
+    except PhicoreError as error:
+        code = _fail(str(error), error.exit_code)
+    except typer.TyperException as error:
+        code = _fail_usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    except SystemExit as exit:  # how typer and rich answer to a closed pipe
+        broken = isinstance(exit.__context__, BrokenPipeError)
+        code = EXIT_BROKEN_PIPE if broken else exit.code
+    except BrokenPipeError:
+        _discard_stdout()
+        code = EXIT_BROKEN_PIPE
+    except OSError as error:  # errors of files are handled elsewhere; this is a full disk
+        _discard_stdout()
+        code = _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 1)
+    except MemoryError:
+        code = _fail("not enough memory; a smaller quantization or --ctx needs less", 1)
+    if code == EXIT_INTERRUPTED:
+        # A library that was interrupted anywhere may crash when Python takes it down: JAX does.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"phicore: {' '.join(message.split())}\n")
+    return code
+
+
+def _fail_usage(error: typer.TyperException) -> int:
+    """A wrong option or command, in typer's words."""
+    message = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "phicore"
+    return _fail(f"{message}; see {command} --help", error.exit_code)
+
+
+def _with_option(message: str) -> str:
+    """Name the option where the library's message begins with the argument."""
+    name, colon, rest = message.partition(":")
+    is_option = name in cli.generate.__annotations__ and name != "prompt"
+    return f"--{name.replace('_', '-')}{colon}{rest}" if is_option else message
+
+
+def _discard_stdout() -> None:
+    """Python flushes standard output once more at exit: give it somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""The command `phicore`: arguments, exit codes, and what goes to standard output.
+"""The commands of `phicore`: their arguments, and what goes to standard output.
 
 Standard output carries what was asked for and nothing else; the rest goes to standard error (see
 `console.py`). Modules that are slow to import are imported by the command that needs them.
@@ -6,45 +6,55 @@ Standard output carries what was asked for and nothing else; the rest goes to st
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from phicore.errors import ArgumentError, PhicoreError
+from phicore.streams import read_text, swallowed_interrupts
 
 if TYPE_CHECKING:
     from phicore.model import Generation, Model, Piece
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-
 app = typer.Typer(
     name="phicore",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # plain help: it fits 80 columns, and needs no import of rich
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run Phi-3 and models with the same graph from GGUF files, on any tensor library.",
     epilog="""
+\b
 Examples:
-
-- `phicore generate "Write a haiku about ice hockey"`
-- `phicore generate -m path/to/model.gguf -b jax -t 0 "Why is the sky blue?"`
-- `phicore inspect phi-3-mini`
-- `echo "Hello world" | phicore tokenize`
+  phicore generate "Write a haiku about ice hockey"
+  phicore generate -m path/to/model.gguf -b jax -t 0 "Why is the sky blue?"
+  phicore inspect phi-3-mini
+  echo "Hello world" | phicore tokenize
 """,
 )
 
 MODEL_HELP = (
     "A GGUF file, hf:owner/repo[:Q4_K_M], package:NAME or a name that `phicore models` lists."
 )
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """For the shell: the models with a short name. Paths are the shell's own."""
+    from phicore.sources import ALIASES
+
+    return [name for name in ALIASES if name.startswith(incomplete)]
+
+
+def complete_backend(incomplete: str) -> list[str]:
+    """For the shell: the installed backends."""
+    from phicore.plugins import Plugins
+
+    return [name for name in Plugins().backends() if name.startswith(incomplete)]
+
+
 ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", metavar="REF", help=MODEL_HELP, show_default=False)
+    str | None,
+    typer.Option("--model", "-m", metavar="REF", help=MODEL_HELP, autocompletion=complete_model),
 ]
 TokenizerOption = Annotated[
     str | None,
@@ -55,6 +65,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True)
     ] = False,
@@ -64,17 +75,20 @@ def root(
 
         print(f"phicore {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command(
     epilog="""
+\b
 Examples:
-
-- `phicore generate "Write a haiku about ice hockey"`
-- `phicore generate -m phi-3-mini -n 100 -t 1 --repeat-penalty 1.2 "Write a haiku"`
-- `phicore generate -m hf:bartowski/Phi-3-medium-4k-instruct-GGUF:Q4_K_M -s "Be brief." "Why?"`
-- `git diff | phicore generate -t 0 --json -`
-- `phicore generate --raw $'<|user|>\\nHello<|end|>\\n<|assistant|>'`
+  phicore generate "Write a haiku about ice hockey"
+  phicore generate -m phi-3-mini -n 100 -t 1 --repeat-penalty 1.2 "Write a haiku"
+  phicore generate -m hf:owner/repo:Q4_K_M -s "Be brief." "Why is the sky blue?"
+  git diff | phicore generate -t 0 --json -
+  phicore generate --raw $'<|user|>\\nHello<|end|>\\n<|assistant|>'
 """
 )
 def generate(
@@ -90,7 +104,13 @@ def generate(
     tokenizer: TokenizerOption = None,
     backend: Annotated[
         str | None,
-        typer.Option("--backend", "-b", metavar="NAME", help="One that `phicore backends` lists."),
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="NAME",
+            help="One that `phicore backends` lists.",
+            autocompletion=complete_backend,
+        ),
     ] = None,
     device: Annotated[
         str | None,
@@ -221,25 +241,6 @@ def generate(
         raise KeyboardInterrupt
 
 
-@contextmanager
-def swallowed_interrupts() -> Iterator[list[object]]:
-    """Collect the Ctrl-C that came in a callback of a library, where Python can only report it."""
-    found: list[object] = []
-    report = sys.unraisablehook
-
-    def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            found.append(unraisable.exc_type)
-        else:
-            report(unraisable)
-
-    sys.unraisablehook = hook
-    try:
-        yield found
-    finally:
-        sys.unraisablehook = report
-
-
 def _result(model: Model, generation: Generation, pieces: list[Piece]) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -263,39 +264,12 @@ def _result(model: Model, generation: Generation, pieces: list[Piece]) -> dict[s
     }
 
 
-def read_text(text: str | None) -> str:
-    """An argument, or standard input for "-" and in a pipe; one final newline does not count."""
-    if text is None or text == "-":
-        return _read_stdin(is_asked=text == "-")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # Python keeps such bytes of an argument as lone surrogates
-        raise ArgumentError("the text is not valid UTF-8") from None
-    return text
-
-
-def _read_stdin(is_asked: bool) -> str:
-    if sys.stdin is None:
-        raise ArgumentError("no text: standard input is closed; give it as an argument")
-    if not is_asked and sys.stdin.isatty():
-        raise ArgumentError("no text: give it as an argument, or - to read standard input")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # the C locale lets bytes through that are no text
-    try:
-        text = sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ArgumentError(f"standard input is not {error.encoding} text: {error}") from None
-    if not text and not is_asked:
-        raise ArgumentError("no text: standard input is empty; give it as an argument")
-    return text
-
-
 @app.command()
 def inspect(
     ref: Annotated[str | None, typer.Argument(metavar="REF", help=MODEL_HELP)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a GGUF file holds: hyperparameters, tensors, tokenizer, bits per weight."""
+    """Show the hyperparameters, tensors and tokenizer of a GGUF file."""
     from phicore.console import Console
     from phicore.inspection import inspect_model, print_inspection
 
@@ -318,7 +292,7 @@ def tokenize(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the tokens of a text: ids and pieces. Special tokens in it count as such."""
+    """Show the tokens of a text: ids and pieces."""
     from phicore.console import Console
     from phicore.inspection import open_tokenizer
 
@@ -340,7 +314,7 @@ def _printable(piece: str) -> str:
 
 @app.command()
 def backends(as_json: JsonOption = False) -> None:
-    """List the installed backends, their devices, and whether they work here."""
+    """List the installed backends and whether they work here."""
     from phicore.console import table
     from phicore.plugins import Plugins
 
@@ -389,7 +363,7 @@ def backends(as_json: JsonOption = False) -> None:
 
 @app.command()
 def models(as_json: JsonOption = False) -> None:
-    """List the models that have a short name, and those in the Hub cache."""
+    """List the models with a short name and those in the Hub cache."""
     from phicore.console import Console, size, table
     from phicore.sources import default_reference, known_models
 
@@ -413,69 +387,3 @@ def models(as_json: JsonOption = False) -> None:
         [[m.name, size(m.size_bytes) if m.size_bytes else "no", m.reference] for m in known],
     )
     Console().say(f"without --model: {default} ({why})")
-
-
-def main() -> NoReturn:
-    """Run the command line. Every error that a user can cause is one line, and an exit code."""
-    if sys.stderr is None:  # closed by the shell
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    if sys.stdout is None:
-        sys.exit(_fail("standard output is closed", 1))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an encoding that lacks a character prints "?"
-    code: Any
-    try:
-        code = app(standalone_mode=False, prog_name="phicore")
-        sys.stdout.flush()
-    except ArgumentError as error:
-        code = _fail(_with_option(str(error)), 2)
-    except PhicoreError as error:
-        code = _fail(str(error), error.exit_code)
-    except typer.TyperException as error:
-        code = _fail_usage(error)
-    except (KeyboardInterrupt, typer.Abort):
-        code = EXIT_INTERRUPTED
-    except SystemExit as exit:  # how typer and rich answer to a closed pipe
-        broken = isinstance(exit.__context__, BrokenPipeError)
-        code = EXIT_BROKEN_PIPE if broken else exit.code
-    except BrokenPipeError:
-        _discard_stdout()
-        code = EXIT_BROKEN_PIPE
-    except OSError as error:  # errors of files are handled elsewhere; this is a full disk
-        _discard_stdout()
-        code = _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 1)
-    except MemoryError:
-        code = _fail("not enough memory; a smaller quantization or --ctx needs less", 1)
-    if code == EXIT_INTERRUPTED:
-        # A library that was interrupted anywhere may crash when Python takes it down: JAX does.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code or 0)
-
-
-def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"phicore: {' '.join(message.split())}\n")
-    return code
-
-
-def _fail_usage(error: typer.TyperException) -> int:
-    """A wrong option or command, in typer's words."""
-    message = error.format_message().rstrip(".")
-    if not message:  # there were no arguments, and the help is on the screen
-        return error.exit_code
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context else "phicore"
-    return _fail(f"{message}; see {command} --help", error.exit_code)
-
-
-def _with_option(message: str) -> str:
-    """Name the option where the library's message begins with the argument."""
-    name, colon, rest = message.partition(":")
-    is_option = name in generate.__annotations__ and name != "prompt"
-    return f"--{name.replace('_', '-')}{colon}{rest}" if is_option else message
-
-
-def _discard_stdout() -> None:
-    """Python flushes standard output once more at exit: give it somewhere to go."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

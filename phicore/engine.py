@@ -133,6 +133,7 @@ class Engine:
             cache = self._grown(cache, int(positions[0, -1]) + 1)
             args = (*map(self._ops.asarray, (tokens, positions, last)), penalty, draw)
             cache, token, position, recent = self._timed(self._step, cache, args, timings)
+            self._progress("prompt", min(int(positions[0, -1]) + 1, len(prompt)), len(prompt))
         only = self._ops.asarray(np.zeros(1, np.int32))
 
         def read(token: Array) -> int:

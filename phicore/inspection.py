@@ -23,18 +23,11 @@ def find(reference: str, tokenizer: str | None = None) -> ModelFiles:
     return replace(files, tokenizer=Path(tokenizer)) if tokenizer else files
 
 
-def read_tokenizer(files: ModelFiles, metadata: dict[str, Any]) -> Tokenizer:
-    """The model's tokenizer: a tokenizer.json if it has one, else that of the GGUF file."""
-    if files.tokenizer:
-        return Tokenizer.from_file(files.tokenizer, metadata)
-    return Tokenizer.from_gguf(metadata)
-
-
 def open_tokenizer(reference: str, tokenizer: str | None) -> tuple[Tokenizer, ChatTemplate]:
     """The tokenizer and chat template of a model."""
     files = find(reference, tokenizer)
     with open_gguf(files.path) as file:
-        return read_tokenizer(files, file.metadata), ChatTemplate.from_gguf(file.metadata)
+        return Tokenizer.of(files.tokenizer, file.metadata), ChatTemplate.from_gguf(file.metadata)
 
 
 def inspect_model(reference: str) -> dict[str, Any]:
@@ -74,7 +67,7 @@ def _or_error(read: Any) -> dict[str, Any]:
 
 
 def _tokenizer_summary(files: ModelFiles, file: GGUFFile) -> dict[str, Any]:
-    tokenizer = read_tokenizer(files, file.metadata)
+    tokenizer = Tokenizer.of(files.tokenizer, file.metadata)
     return {
         "source": tokenizer.source,
         "vocab_size": tokenizer.vocab_size,

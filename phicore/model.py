@@ -126,11 +126,12 @@ class Model:
             self.config = self._read_config(file.path)
             self.vocab_size = vocab_size(file)
             self.context = _checked_context(context, self.config)
-            self.tokenizer = (
-                Tokenizer.from_file(files.tokenizer, self.metadata)
-                if files.tokenizer
-                else Tokenizer.from_gguf(self.metadata)
-            )
+            self.tokenizer = Tokenizer.of(files.tokenizer, self.metadata)
+            if self.tokenizer.vocab_size != self.vocab_size:
+                raise GGUFError(
+                    f"{file.path.name}: tensor 'token_embd.weight' has {self.vocab_size} rows, "
+                    f"the tokenizer {self.tokenizer.vocab_size} tokens"
+                )
             self.sampling = _recommended_sampling(self.metadata, file.path)
             params = load_params(ops, self.config, file, capacity_for(self.context), progress)
         self._ops = ops
@@ -279,7 +280,8 @@ def load(
         ctx: How many tokens a prompt and what follows it may have; None is as many as the model
             was made for.
         tokenizer: A tokenizer.json to use instead of the model's own.
-        progress: Called with (what, done, total) while weights are loaded and steps are compiled.
+        progress: Called with (what, done, total) while weights are loaded, steps are compiled and
+            a prompt is read.
     Raises:
         PhicoreError: One of its subclasses, with a line that says what is wrong and what to do.
     """

@@ -198,6 +198,8 @@ def _local_files(path: Path, reference: str) -> ModelFiles:
     if path.is_dir():
         models = hub.listed(hub.model_names(_names_in(path)))
         raise SourceError(f"{reference}: a folder; name a GGUF file in it: {models}")
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{reference}: not a regular file")
     if not path.is_file():
         if path.parent.is_dir():
             near = _did_you_mean(path.name, _names_in(path.parent))

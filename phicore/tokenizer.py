@@ -91,6 +91,11 @@ class Tokenizer:
             )
 
     @classmethod
+    def of(cls, path: Path | None, metadata: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer of a model: its tokenizer.json if it has one, else the GGUF file's own."""
+        return cls.from_gguf(metadata) if path is None else cls.from_file(path, metadata)
+
+    @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """Build the tokenizer that a GGUF file describes.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from api.tiny_models import write_tiny
 
-from phicore.cli import main
+from phicore.__main__ import main
 
 
 @dataclass(frozen=True)

@@ -51,20 +51,23 @@ def test_text_goes_to_stdout_and_nothing_else_does(generate, expected) -> None:
 
 def test_stats_are_plain_lines_on_stderr(generate) -> None:
     lines = generate("Hello", "--seed", 7).err.splitlines()
-    assert lines[0].startswith("loading: ")
-    assert lines[1] == "model tiny.gguf, backend numpy, seed 7"
-    assert lines[2].startswith("load ")
-    assert "first token" in lines[2]
-    assert lines[3].startswith("prompt 9 tokens, ")
-    assert "generated 8 tokens, " in lines[3]
-    assert lines[3].count("tokens/s") == 2
-    assert lines[4].startswith("peak memory ")
+    loading, prompt, model, times, speed, memory = lines
+    assert loading.startswith("loading: ")
+    assert prompt.startswith("prompt: ")
+    assert model == "model tiny.gguf, backend numpy, seed 7"
+    assert times.startswith("load ")
+    assert "first token" in times
+    assert speed.startswith("prompt 9 tokens, ")
+    assert "generated 8 tokens, " in speed
+    assert speed.count("tokens/s") == 2
+    assert memory.startswith("peak memory ")
     assert "\x1b" not in "".join(lines)
 
 
 def test_no_stats(generate) -> None:
-    (line,) = generate("Hello", "--no-stats").err.splitlines()
-    assert line.startswith("loading: ")
+    loading, prompt = generate("Hello", "--no-stats").err.splitlines()
+    assert loading.startswith("loading: ")
+    assert prompt.startswith("prompt: ")
 
 
 def test_stats_of_one_token_use_the_singular(generate) -> None:

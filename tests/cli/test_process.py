@@ -51,7 +51,7 @@ def test_help_imports_no_slow_library(args: list[str]) -> None:
         "import atexit, json, sys\n"
         "atexit.register(lambda: print(json.dumps(list(sys.modules)), file=sys.stderr))\n"
         f"sys.argv = ['phicore', *{args}]\n"
-        "from phicore.cli import main\n"
+        "from phicore.__main__ import main\n"
         "main()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
@@ -78,7 +78,7 @@ def test_closed_pipe_ends_quietly(start, endless: Path) -> None:
     process.stdin.close()
     process.stderr.close()
     assert process.wait(timeout=60) == 141
-    assert all(line.startswith("loading: ") for line in err.splitlines())
+    assert all(line.startswith(("loading: ", "prompt: ")) for line in err.splitlines())
 
 
 @posix
