@@ -19,6 +19,11 @@ from phicore.gguf.matrix import Matrix
 from phicore.protocol import Array, Backend, LayerCache, Weight
 from phicore_jax import linear
 
+# XLA's other orders compute whatever does not depend on the input first: here every expanded weight
+# of the model, all alive at once. In this order memory stays small and warm, and prefill takes half
+# the time.
+CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 
 def device_names() -> list[str]:
     """The devices of this machine that JAX can use: `cpu`, `cuda`, `cuda:1`, ..."""
@@ -91,7 +96,8 @@ class JaxBackend(Backend):
         return jax.tree.map(self._put, linear.pack(matrix))
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
-        return jax.jit(fn, donate_argnums=tuple(donate))
+        options = CPU_OPTIONS if self.device.platform == "cpu" else {}
+        return jax.jit(fn, donate_argnums=tuple(donate), compiler_options=options)
 
     def peak_memory_bytes(self) -> int | None:
         if self.device.platform == "cpu":

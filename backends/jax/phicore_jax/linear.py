@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from math import floor, log2
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.quants import affine, is_affine
@@ -25,7 +27,7 @@ Array = Any
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scales", "biases"],
-    meta_fields=["offset"],
+    meta_fields=["offset", "largest_code"],
 )
 @dataclass(frozen=True)
 class Quantized:
@@ -36,25 +38,30 @@ class Quantized:
             uint8, where byte i of a group holds code i below and code i + K / G / 2 above.
         scales: (N, G) float32.
         biases: (N, G) float32 or None.
+        largest_code: No code - offset is larger, in absolute value.
     """
 
     codes: Array
     scales: Array
     biases: Array | None
     offset: int
+    largest_code: int
 
-    def planes(self) -> list[Array]:
-        """The values without biases, as the halves of each group: (N, G, n) float32 each."""
-        is_whole = self.codes.dtype == jnp.int8
-        codes = [self.codes] if is_whole else [self.codes & 15, self.codes >> 4]
-        scales = self.scales[..., None]
-        return [scales * (c.astype(jnp.float32) - self.offset) for c in codes]
+    @property
+    def is_nibbles(self) -> bool:
+        return self.codes.dtype == jnp.uint8
+
+    def integer_planes(self) -> list[Array]:
+        """code - offset, as the halves of each group or the whole of it: (N, G, n) int32 each."""
+        codes = [self.codes & 15, self.codes >> 4] if self.is_nibbles else [self.codes]
+        return [c.astype(jnp.int32) - self.offset for c in codes]
 
     def dense(self) -> Array:
         """The values, (N, K) float32."""
-        values = jnp.concatenate(self.planes(), axis=-1)
+        codes = jnp.concatenate(self.integer_planes(), axis=2).astype(jnp.float32)
+        values = self.scales[:, :, None] * codes
         if self.biases is not None:
-            values = values + self.biases[..., None]
+            values = values + self.biases[:, :, None]
         return values.reshape(self.codes.shape[0], -1)
 
 
@@ -68,19 +75,27 @@ def _pack_part(part: Any) -> Any:
     if not is_affine(part.type):
         return part.dequantize()
     a = affine(part.type, part.data)
+    largest = max(a.offset, 2**a.bits - 1 - a.offset)
     codes = a.codes.reshape(*a.scales.shape, a.group_size)
     if a.bits > 4:
         signed = (codes.astype(np.int16) - a.offset).astype(np.int8)
-        return Quantized(signed, a.scales, a.biases, 0)
+        return Quantized(signed, a.scales, a.biases, 0, largest)
     half = a.group_size // 2
-    return Quantized(codes[..., :half] | codes[..., half:] << 4, a.scales, a.biases, a.offset)
+    nibbles = codes[..., :half] | codes[..., half:] << 4
+    return Quantized(nibbles, a.scales, a.biases, a.offset, largest)
 
 
 def _layout(part: Any) -> tuple[Any, ...]:
     """Parts of the same layout can be joined."""
     if isinstance(part, np.ndarray):
         return (np.ndarray,)
-    return part.codes.dtype, part.codes.shape[1:], part.biases is None, part.offset
+    return (
+        part.codes.dtype,
+        part.codes.shape[1:],
+        part.biases is None,
+        part.offset,
+        part.largest_code,
+    )
 
 
 def _join(parts: list[Any]) -> Any:
@@ -100,36 +115,35 @@ def _product(x: Array, part: Any) -> Array:
     """(M, K) by one part of N rows: (M, N)."""
     if not isinstance(part, Quantized):
         return x @ part.T
-    m, groups = x.shape[0], part.scales.shape[1]
-    planes = part.planes()
-    x = x.reshape(m, groups, len(planes), -1)
-    cuts = _cuts(x) if m == 1 else [slice(None)]
-    y = sum(_dot(x[:, cut, i], plane[:, cut]) for cut in cuts for i, plane in enumerate(planes))
-    if part.biases is not None:
-        y = y + _dot(x.sum(axis=(2, 3)), part.biases)
-    return y
+    return _matvec(x, part) if x.shape[0] == 1 else x @ part.dense().T
 
 
-def _dot(x: Array, w: Array) -> Array:
-    """x @ w.T over all axes but the first; between barriers, or XLA:CPU would not fuse it.
+def _matvec(x: Array, w: Quantized) -> Array:
+    """(1, K) by one part of N rows: (1, N), in integers.
 
-    A product of one row is a single loop over codes and scales (3-5 times as fast as first writing
-    the values out) if nothing else can be fused into either end of it.
+    The codes are integers, so the activations are made integers too: in each group, multiples of
+    1 / 2**b of the largest, with as many bits b as leave the sum of a group's products in 32 bits.
+    These are 18 (Q8_0) to 24 bits, where float32 has 24, and the sums are exact: the result is
+    within 2e-7 of float64 for 4-bit codes and 2e-6 for Q8_0; a float32 product is within 3e-7.
+    XLA vectorizes sums of integers but not of floats, whose order it must keep, and it writes no
+    expanded weights: this is 3 times as fast on a CPU.
     """
-    x, w = x.reshape(x.shape[0], -1), w.reshape(w.shape[0], -1)
-    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x) @ w.T)
-
-
-def _cuts(x: Array) -> list[slice]:
-    """Slices of the groups of (1, G, planes, n), each below XLA:CPU's limit for that fusion.
-
-    Source: xla/service/cpu/cpu_instruction_fusion.cc, `kFusionThresholdBytes`: the vector of a
-    matrix-vector product must take less than 16 KiB.
-    """
-    groups, per_group = x.shape[1], x.shape[3]
-    count = -(-groups * per_group * 4 // (2**14 - 4))
-    size = -(-groups // count)
-    return [slice(start, start + size) for start in range(0, groups, size)]
+    groups, group_size = w.scales.shape[1], x.shape[1] // w.scales.shape[1]
+    steps = 2.0 ** floor(log2((2**31 - 1) / (w.largest_code * group_size)))
+    x = x.reshape(1, groups, group_size)
+    largest = jnp.max(jnp.abs(x), axis=2)  # (1, G)
+    unit = jnp.where(largest > 1e-30, largest, 1) / steps
+    integers = jnp.round(x / unit[:, :, None]).astype(jnp.int32)
+    # Without the barriers XLA would compute the integers anew for every row.
+    integers, unit, sums = lax.optimization_barrier((integers, unit, x.sum(axis=2)))
+    planes = w.integer_planes()
+    integers = jnp.split(integers, len(planes), axis=2)
+    terms = [plane * xs for plane, xs in zip(planes, integers, strict=True)]
+    products = lax.optimization_barrier(sum(terms).sum(axis=2))  # (N, G) int32
+    values = products.astype(jnp.float32) * (w.scales * unit)
+    if w.biases is not None:
+        values = values + w.biases * sums
+    return lax.optimization_barrier(values.sum(axis=1)[None])
 
 
 def rows(ids: Array, weight: tuple[Any, ...] | Array) -> Array:

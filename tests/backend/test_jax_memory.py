@@ -1,0 +1,32 @@
+"""What XLA makes of quantized products: the expanded weights must not pile up."""
+
+import numpy as np
+import pytest
+from backend import oracle
+from gguf import GGMLQuantizationType as Type
+
+jax = pytest.importorskip("jax", reason="the JAX backend is not installed")
+
+LAYERS, SIZE = 8, 512
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_products_keep_at_most_two_expanded_matrices_at_a_time(rows: int):
+    """Once, XLA:CPU expanded every matrix of the model before it began with the first product."""
+    from phicore_jax.backend import JaxBackend
+
+    ops = JaxBackend("cpu")
+    rng = np.random.default_rng(0)
+    weights = [
+        ops.load_weight(oracle.matrix([Type.Q4_K], [SIZE], SIZE, rng)) for _ in range(LAYERS)
+    ]
+
+    def chain(x, weights):
+        for weight in weights:
+            x = ops.linear(x, weight)
+        return x
+
+    x = ops.asarray(np.zeros((rows, SIZE), np.float32))
+    compiled = ops.compile(chain).lower(x, weights).compile()
+
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * SIZE * SIZE * 4
