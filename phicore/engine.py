@@ -9,54 +9,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from phicore import graph, sampler
 from phicore.config import Phi3Config
-from phicore.errors import ArgumentError, ContextError
+from phicore.errors import ArgumentError, ContextError, PhicoreError
 from phicore.loader import Progress
 from phicore.protocol import Array, Backend, LayerCache, Params
+from phicore.rope import rope_tables
 from phicore.sampler import Sampling
+from phicore.shapes import LOGITS_CHUNKS, PROMPT_CHUNKS, capacity_for, chunks, power_of_two
+from phicore.timings import Timings
 
-CHUNKS = (1, 16, 64, 256)
-LOGITS_CHUNK = 64
-MIN_CAPACITY = 256
 MIN_RECENT = 64
+EXPECTED_ANSWER = 512  # tokens that a new cache has room for at once, if so many are asked for
 
-
-@dataclass
-class Timings:
-    """Where the time of a generation went, and how much was done."""
-
-    prompt_tokens: int = 0
-    prompt_s: float = 0.0
-    """From the start to the first token, without compiling."""
-    generated_tokens: int = 0
-    decode_s: float = 0.0
-    """From the first token to the last, without compiling."""
-    compile_s: float = 0.0
-    first_token_s: float = 0.0
-    """From the start to the first token, compiling included."""
-
-    def count_token(self, since_start_s: float) -> None:
-        """A token is there; what was compiled so far is in `compile_s` already."""
-        if self.generated_tokens == 0:
-            self.first_token_s = since_start_s
-            self.prompt_s = since_start_s - self.compile_s
-        self.generated_tokens += 1
-        self.decode_s = since_start_s - self.compile_s - self.prompt_s
-
-    @property
-    def prompt_tokens_per_s(self) -> float:
-        return self.prompt_tokens / self.prompt_s if self.prompt_s > 0 else 0.0
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Of the tokens after the first, whose time is the prompt's."""
-        return (self.generated_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+Rope = tuple[Array, Array]
 
 
 class Engine:
@@ -65,51 +35,52 @@ class Engine:
     def __init__(
         self, ops: Backend, config: Phi3Config, params: Params, context: int, progress: Progress
     ) -> None:
-        self._ops = ops
+        self.ops = ops
         self._config = config
         self._params = params
-        self._context = context
-        self._progress = progress
+        self.context = context
+        self.progress = progress
         self._called: set[Any] = set()
-        self._step = ops.compile(self._step_fn, donate=(1,))
-        self._score = ops.compile(self._score_fn, donate=(1,))
+        self._rope_tables: dict[int, Rope] = {}
+        self.step = ops.compile(self.step_fn, donate=(1,))
+        self._score = ops.compile(self.score_fn, donate=(1,))
 
     # ---- what is compiled ------------------------------------------------------------------
 
-    def _step_fn(
+    def step_fn(
         self,
         params: Params,
         cache: list[LayerCache],
+        rope: Rope,
         tokens: Array,
         positions: Array,
         last: Array,
-        penalty: dict[str, Array] | None,
+        penalty: dict[str, Array],
         draw: dict[str, Array] | None,
-    ) -> tuple[list[LayerCache], Array, Array, Array | None]:
+    ) -> tuple[list[LayerCache], Array, Array, Array]:
         """Run tokens (B, T), and sample what follows the one at index `last` (B,) of each row.
 
         Returns:
             The cache; the tokens and positions of the next step, (B, 1); its `recent`.
         """
-        ops, xp = self._ops, self._ops.xp
-        hidden, cache = graph.forward(ops, self._config, params, tokens, positions, cache)
+        ops, xp = self.ops, self.ops.xp
+        hidden, cache = graph.forward(ops, self._config, params, rope, tokens, positions, cache)
         index = last[:, None]  # (B, 1)
         shape = (hidden.shape[0], 1, hidden.shape[2])
         hidden = xp.take_along_axis(hidden, xp.broadcast_to(index[:, :, None], shape), axis=1)
         logits = graph.logits(ops, params, hidden[:, 0, :])
         token = xp.expand_dims(sampler.sample(ops, logits, penalty, draw), axis=1)
         position = xp.take_along_axis(positions, index, axis=1) + 1
-        recent = None
-        if penalty is not None:
-            recent = xp.concat([penalty["recent"][:, 1:], token], axis=1)
+        recent = xp.concat([penalty["recent"][:, 1:], token], axis=1)
         return cache, token, position, recent
 
-    def _score_fn(
-        self, params: Params, cache: list[LayerCache], tokens: Array, positions: Array
+    def score_fn(
+        self, params: Params, cache: list[LayerCache], rope: Rope, tokens: Array, positions: Array
     ) -> tuple[list[LayerCache], Array]:
         """The cache, and the logits (B, T, V) of all tokens."""
-        hidden, cache = graph.forward(self._ops, self._config, params, tokens, positions, cache)
-        return cache, graph.logits(self._ops, params, hidden)
+        ops = self.ops
+        hidden, cache = graph.forward(ops, self._config, params, rope, tokens, positions, cache)
+        return cache, graph.logits(ops, params, hidden)
 
     # ---- what the model calls --------------------------------------------------------------
 
@@ -124,40 +95,24 @@ class Engine:
     ) -> Iterator[int]:
         """Yield `limit` tokens that follow the prompt, at most `room_after` it."""
         started = time.perf_counter()
+        sequence = _Sequence(self, prompt, sampling, limit=limit, seed=seed, timings=timings)
         timings.prompt_tokens = len(prompt)
-        penalty, draw = self._sampling_inputs(prompt, sampling, limit)
-        cache = self._new_cache(len(prompt) + 1)
-        for tokens, positions, last in _chunks(prompt, CHUNKS):
-            if draw is not None:
-                draw["uniform"] = self._floats(sampler.uniform(seed, 0))
-            cache = self._grown(cache, int(positions[0, -1]) + 1)
-            args = (*map(self._ops.asarray, (tokens, positions, last)), penalty, draw)
-            cache, token, position, recent = self._timed(self._step, cache, args, timings)
-            self._progress("prompt", min(int(positions[0, -1]) + 1, len(prompt)), len(prompt))
-        only = self._ops.asarray(np.zeros(1, np.int32))
-
-        def read(token: Array) -> int:
-            value = int(self._ops.to_numpy(token)[0, 0])
-            timings.count_token(time.perf_counter() - started)
-            return value
-
+        sequence.prefill(prompt)
         for index in range(limit):
-            this = token
+            token = sequence.token
             # One step ahead where the library works in the background; but the first token does
             # not wait for the decode step to be compiled.
-            ahead = self._ops.asynchronous and index > 0
-            if not ahead:
-                yield read(this)
-            if index + 1 < limit:
-                cache = self._grown(cache, len(prompt) + index + 1)
-                if penalty is not None:
-                    penalty = {**penalty, "recent": recent}
-                if draw is not None:
-                    draw = {**draw, "uniform": self._floats(sampler.uniform(seed, index + 1))}
-                args = (token, position, only, penalty, draw)
-                cache, token, position, recent = self._timed(self._step, cache, args, timings)
-            if ahead:
-                yield read(this)
+            is_last = index == limit - 1
+            is_ahead = self.ops.asynchronous and index > 0
+            if is_ahead and not is_last:
+                sequence.decode()
+            value = self.read(token)
+            timings.count_token(time.perf_counter() - started)
+            if index == 0:
+                self.progress("prompt", len(prompt), len(prompt))
+            yield value
+            if not is_ahead and not is_last:
+                sequence.decode()
 
     def room_after(self, prompt: Sequence[int]) -> int:
         """How many tokens can follow a prompt; at least one.
@@ -167,7 +122,7 @@ class Engine:
             ArgumentError: If it has no tokens.
         """
         self._check_fits(prompt, 1)
-        return self._context - len(prompt)
+        return self.context - len(prompt)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Scores of the next token after each token: (T, V) float32.
@@ -176,129 +131,177 @@ class Engine:
             ContextError: If the tokens are more than the context.
         """
         self._check_fits(tokens, 0)
-        cache = self._new_cache(len(tokens))
-        rows = []
-        for ids, positions, last in _chunks(tokens, (1, LOGITS_CHUNK)):
-            cache = self._grown(cache, int(positions[0, -1]) + 1)
-            args = (self._ops.asarray(ids), self._ops.asarray(positions))
-            cache, logits = self._timed(self._score, cache, args, Timings())
-            rows.append(self._ops.to_numpy(logits)[0, : last[0] + 1])
-        return np.concatenate(rows)
+        cache = self.new_cache(len(tokens))
+        rows: np.ndarray | None = None
+        for ids, positions, last in chunks(tokens, LOGITS_CHUNKS, is_padded=self.ops.compiles):
+            args = (self.ops.asarray(ids), self.ops.asarray(positions))
+            cache, logits = self.call(self._score, cache, args, Timings())
+            found = self.ops.to_numpy(logits)[0, : last[0] + 1]
+            if rows is None:
+                rows = np.empty((len(tokens), found.shape[1]), np.float32)
+            rows[positions[0, : last[0] + 1]] = found
+        assert rows is not None
+        return rows
 
     # ---- helpers ---------------------------------------------------------------------------
 
     def _check_fits(self, prompt: Sequence[int], answer: int) -> None:
         if not len(prompt):
             raise ArgumentError("prompt: expected at least one token, got none")
-        if len(prompt) + answer > self._context:
+        if len(prompt) + answer > self.context:
             raise ContextError(
-                f"the prompt has {len(prompt)} tokens and the context holds {self._context}, "
+                f"the prompt has {len(prompt)} tokens and the context holds {self.context}, "
                 "the answer included; shorten the prompt or raise the context"
             )
 
-    def _new_cache(self, positions: int) -> list[LayerCache]:
+    def read(self, token: Array) -> int:
+        """The token of a step; waits for it.
+
+        Raises:
+            PhicoreError: If the step found no finite scores to choose by.
+        """
+        value = int(self.ops.to_numpy(token)[0, 0])
+        if value < 0:
+            raise PhicoreError(
+                "the model's scores are not finite numbers: the file is damaged, or its numbers "
+                "are too large for this backend"
+            )
+        return value
+
+    def new_cache(self, positions: int) -> list[LayerCache]:
         c = self._config
         capacity = capacity_for(positions)
         return [
-            self._ops.new_cache(1, c.num_key_value_heads, capacity, c.head_dim)
+            self.ops.new_cache(1, c.num_key_value_heads, capacity, c.head_dim)
             for _ in range(c.num_hidden_layers)
         ]
 
-    def _grown(self, cache: list[LayerCache], positions: int) -> list[LayerCache]:
+    def grown(self, cache: list[LayerCache], positions: int) -> list[LayerCache]:
         """The cache, with room for this many positions."""
         if _capacity_of(cache) >= positions:
             return cache
         capacity = capacity_for(positions)
-        return [self._ops.grow_cache(layer, capacity) for layer in cache]
+        return [self.ops.grow_cache(layer, capacity) for layer in cache]
 
-    def _sampling_inputs(
-        self, prompt: Sequence[int], sampling: Sampling, limit: int
-    ) -> tuple[dict[str, Array] | None, dict[str, Array] | None]:
-        """The sampler's arguments at the first step; later only `recent` and `uniform` change."""
-        penalty, draw = None, None
-        if sampling.has_penalty:
-            last_n = sampling.repeat_last_n
-            if last_n < 0 or last_n > self._context:
-                last_n = len(prompt) + limit
-            size = max(MIN_RECENT, _power_of_two(last_n))
-            recent = np.full((1, size), -1, np.int32)
-            known = prompt[-size:]
-            recent[0, size - len(known) :] = known
-            penalty = {
-                "recent": self._ops.asarray(recent),
-                "last_n": self._ops.asarray(np.array([last_n], np.int32)),
-                "repeat_penalty": self._floats(sampling.repeat_penalty),
-            }
-        if not sampling.is_greedy:
-            draw = {"temperature": self._floats(sampling.temperature)}
-            if sampling.has_filter:
-                draw["top_k"] = self._ops.asarray(np.array([sampling.top_k], np.int32))
-                draw["top_p"] = self._floats(sampling.top_p)
-                draw["min_p"] = self._floats(sampling.min_p)
-        return penalty, draw
-
-    def _floats(self, value: float) -> Array:
-        return self._ops.asarray(np.array([value], np.float32))
-
-    def _timed(
+    def call(
         self, fn: Any, cache: list[LayerCache], args: tuple[Any, ...], timings: Timings
     ) -> Any:
         """Call a compiled function; the first call with new shapes counts as compiling."""
-        if not self._ops.compiles:
-            return fn(self._params, cache, *args)
-        key = (fn is self._step, args[0].shape, _capacity_of(cache), _structure(args[3:]))
-        if key in self._called:
-            return fn(self._params, cache, *args)
-        self._progress("compiling", 0, 1)
+        capacity = _capacity_of(cache)
+        args = (self._params, cache, self._rope(capacity), *args)
+        key = (fn is self.step, capacity, *map(_shapes, args[3:]))
+        if not self.ops.compiles or key in self._called:
+            return fn(*args)
+        self.progress("compiling", 0, 1)
         started = time.perf_counter()
-        result = fn(self._params, cache, *args)
+        result = fn(*args)
         timings.compile_s += time.perf_counter() - started
         self._called.add(key)
-        self._progress("compiling", 1, 1)
+        self.progress("compiling", 1, 1)
         return result
 
+    def _rope(self, capacity: int) -> Rope:
+        """The rotary tables of as many positions as a cache has room for."""
+        if capacity not in self._rope_tables:
+            cos, sin = rope_tables(self._config, capacity)
+            self._rope_tables[capacity] = self.ops.asarray(cos), self.ops.asarray(sin)
+        return self._rope_tables[capacity]
 
-def capacity_for(positions: int) -> int:
-    """Room for this many positions: 256 times a power of two, for few recompilations.
 
-    Since chunks of a prompt start at multiples of the largest chunk size, it has room for the
-    padding of the last one too.
+class _Sequence:
+    """A sequence under way: its cache, and the arguments of its next step.
+
+    Attributes:
+        token: (1, 1) int32, what the last step has sampled, perhaps not computed yet.
     """
-    return MIN_CAPACITY * _power_of_two(-(-positions // MIN_CAPACITY))
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        limit: int,
+        seed: int,
+        timings: Timings,
+    ) -> None:
+        self._engine = engine
+        self._seed = seed
+        self._timings = timings
+        self._index = 0  # of the token that is sampled next
+        self._length = len(prompt)
+        self._cache = engine.new_cache(len(prompt) + min(limit, EXPECTED_ANSWER))
+        self._only = engine.ops.asarray(np.zeros(1, np.int32))  # the index of a single token
+        self._penalty = self._penalty_inputs(prompt, sampling, limit)
+        self._draw = self._draw_inputs(sampling)
+
+    def prefill(self, prompt: Sequence[int]) -> None:
+        """Fill the cache with the prompt, and sample the first token."""
+        asarray, engine = self._engine.ops.asarray, self._engine
+        penalty, done, token = self._penalty, 0, None
+        for tokens, positions, last in chunks(prompt, PROMPT_CHUNKS, is_padded=engine.ops.compiles):
+            self._penalty = penalty  # every chunk samples a token; only the last one's counts
+            self._run(asarray(tokens), asarray(positions), asarray(last))
+            if token is not None:  # that of the chunk before: it is in the cache when this is read
+                engine.read(token)
+                engine.progress("prompt", done, len(prompt))
+            done, token = int(positions[0, last[0]]) + 1, self.token
+        self._index = 1
+
+    def decode(self) -> None:
+        """Run the last token, and sample the next one."""
+        self._cache = self._engine.grown(self._cache, self._length + self._index)
+        self._run(self.token, self._position, self._only)
+        self._index += 1
+
+    def _run(self, tokens: Array, positions: Array, last: Array) -> None:
+        draw = self._draw
+        if draw is not None:
+            draw = {**draw, "uniform": self._floats(sampler.uniform(self._seed, self._index))}
+        self._cache, self.token, self._position, recent = self._engine.call(
+            self._engine.step,
+            self._cache,
+            (tokens, positions, last, self._penalty, draw),
+            self._timings,
+        )
+        self._penalty = {**self._penalty, "recent": recent}
+
+    def _penalty_inputs(
+        self, prompt: Sequence[int], sampling: Sampling, limit: int
+    ) -> dict[str, Array]:
+        last_n = sampling.repeat_last_n if sampling.has_penalty else 0
+        if last_n < 0 or last_n > self._engine.context:
+            last_n = len(prompt) + limit
+        size = max(MIN_RECENT, power_of_two(last_n))
+        recent = np.full((1, size), -1, np.int32)
+        known = prompt[-size:]
+        recent[0, size - len(known) :] = known
+        return {
+            "recent": self._engine.ops.asarray(recent),
+            "last_n": self._engine.ops.asarray(np.array([last_n], np.int32)),
+            "repeat_penalty": self._floats(sampling.repeat_penalty),
+        }
+
+    def _draw_inputs(self, sampling: Sampling) -> dict[str, Array] | None:
+        if sampling.is_greedy:
+            return None
+        draw = {"temperature": self._floats(sampling.temperature)}
+        if sampling.has_filter:
+            draw["top_k"] = self._engine.ops.asarray(np.array([sampling.top_k], np.int32))
+            draw["top_p"] = self._floats(sampling.top_p)
+            draw["min_p"] = self._floats(sampling.min_p)
+        return draw
+
+    def _floats(self, value: float) -> Array:
+        return self._engine.ops.asarray(np.array([value], np.float32))
 
 
 def _capacity_of(cache: list[LayerCache]) -> int:
     return int(next(iter(cache[0].values())).shape[2])
 
 
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _structure(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Which sampler is compiled: the names and shapes of its inputs."""
-    return tuple(
-        None if a is None else tuple((name, tuple(v.shape)) for name, v in sorted(a.items()))
-        for a in args
-    )
-
-
-def _chunks(
-    tokens: Sequence[int], sizes: tuple[int, ...]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Cut a prompt into pieces of the given sizes, the last one padded.
-
-    Yields:
-        Tokens (1, T) and positions (1, T) int32, and the index (1,) of the last real token.
-    """
-    start = 0
-    while start < len(tokens):
-        left = len(tokens) - start
-        size = next((s for s in sizes if s >= left), sizes[-1])
-        count = min(size, left)
-        chunk = np.zeros((1, size), np.int32)
-        chunk[0, :count] = tokens[start : start + count]
-        positions = np.arange(start, start + size, dtype=np.int32)[None]
-        yield chunk, positions, np.array([count - 1], np.int32)
-        start += count
+def _shapes(arg: Any) -> Any:
+    """What a compiler specializes on: shapes, and which parts of the sampler there are."""
+    if isinstance(arg, dict):
+        return tuple((name, tuple(value.shape)) for name, value in sorted(arg.items()))
+    return None if arg is None else tuple(arg.shape)

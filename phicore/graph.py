@@ -14,6 +14,7 @@ def forward(
     ops: Backend,
     config: Phi3Config,
     params: Params,
+    rope: tuple[Array, Array],
     tokens: Array,
     positions: Array,
     cache: list[LayerCache],
@@ -21,6 +22,7 @@ def forward(
     """Run new tokens through all the layers.
 
     Args:
+        rope: Cosine and sine tables, (S, R) float32, S the cache's capacity.
         tokens: (B, T) int32.
         positions: (B, T) int32, consecutive in each row and below the cache's capacity. A row may
             end in padding: tokens at the positions that follow, whose results mean nothing and
@@ -30,7 +32,7 @@ def forward(
         The last hidden states, (B, T, E), and the cache with the new positions.
     """
     x = ops.embedding(tokens, params["embed_tokens"])
-    rope = rope_at(ops, params, positions)
+    rope = rope_at(ops, rope, positions)
     new_cache = []
     for layer, layer_cache in zip(params["layers"], cache, strict=True):
         x, layer_cache = decoder_layer(ops, config, layer, x, positions, rope, layer_cache)
@@ -43,12 +45,15 @@ def logits(ops: Backend, params: Params, hidden: Array) -> Array:
     return ops.linear(hidden, params.get("lm_head", params["embed_tokens"]))
 
 
-def rope_at(ops: Backend, params: Params, positions: Array) -> tuple[Array, Array]:
+def rope_at(ops: Backend, rope: tuple[Array, Array], positions: Array) -> tuple[Array, Array]:
     """Rows of the cosine and sine tables: (B, T) gives two of (B, T, R)."""
-    return (
-        ops.embedding(positions, params["rope_cos"]),
-        ops.embedding(positions, params["rope_sin"]),
-    )
+    xp = ops.xp
+
+    def rows(table: Array) -> Array:
+        picked = xp.take(table, xp.reshape(positions, (-1,)), axis=0)
+        return xp.reshape(picked, (*positions.shape, table.shape[1]))
+
+    return rows(rope[0]), rows(rope[1])
 
 
 def decoder_layer(

@@ -16,7 +16,6 @@ from phicore.errors import GGUFError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFFile, GGUFTensor
 from phicore.protocol import Backend, Params
-from phicore.rope import rope_tables
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -25,16 +24,12 @@ Progress = Callable[[str, int, int], None]
 IGNORED = (".attn_rot_embd.weight", ".attn.rot_embd", ".rope.freqs")
 
 
-def load_params(
-    ops: Backend, config: Phi3Config, file: GGUFFile, positions: int, progress: Progress
-) -> Params:
+def load_params(ops: Backend, config: Phi3Config, file: GGUFFile, progress: Progress) -> Params:
     """Load every tensor of the file.
 
-    Args:
-        positions: For how many positions the rotary tables are made.
     Returns:
-        `embed_tokens`, `lm_head` (absent when it is tied to the embedding), `norm`, `rope_cos`,
-        `rope_sin` (positions, R), and `layers`, a list with one dictionary a layer.
+        `embed_tokens`, `lm_head` (absent when it is tied to the embedding), `norm`, and `layers`, a
+        list with one dictionary a layer.
     Raises:
         GGUFError: For a missing, surplus or misshapen tensor, or a type that cannot be read.
     """
@@ -66,10 +61,7 @@ def load_params(
             "down_proj": reader.matrix(f"{blk}.ffn_down.weight", e, f),
         }
 
-    cos, sin = rope_tables(config, positions)
     params: dict[str, Any] = {
-        "rope_cos": ops.asarray(cos),
-        "rope_sin": ops.asarray(sin),
         "embed_tokens": reader.matrix("token_embd.weight", vocab_size(file), e),
         "layers": [layer(n) for n in range(config.num_hidden_layers)],
         "norm": reader.vector("output_norm.weight", e),

@@ -16,7 +16,7 @@ import numpy as np
 
 from phicore.chat import ChatTemplate, Message
 from phicore.config import Phi3Config
-from phicore.engine import Engine, Timings, capacity_for
+from phicore.engine import Engine
 from phicore.errors import ArgumentError, GGUFError, PhicoreError
 from phicore.gguf.reader import open_gguf
 from phicore.loader import Progress, load_params, vocab_size
@@ -25,6 +25,7 @@ from phicore.protocol import Backend
 from phicore.sampler import Sampling
 from phicore.sources import ModelFiles, default_reference, resolve
 from phicore.stopping import StopStrings
+from phicore.timings import Timings
 from phicore.tokenizer import TextStream, Tokenizer
 
 Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray
@@ -58,7 +59,7 @@ class Piece:
 
 
 class Generation:
-    """An iterator of `Piece`, one per token. It may be closed, or left alone, at any time.
+    """An iterator of `Piece`, one per token, for one thread. It may be closed early or left alone.
 
     Attributes:
         seed: The seed in use, so that a random one can be used again.
@@ -99,7 +100,10 @@ class Model:
     """A model on a backend. Made by `load`; a context manager.
 
     Attributes:
+        reference, path: What was asked for, and its GGUF file.
+        backend: The name of the backend.
         config: The hyperparameters.
+        vocab_size: How many tokens the embedding has.
         tokenizer: Text to tokens and back.
         metadata: All key-value pairs of the file.
         sampling: The sampling parameters where `generate` is given none: the file's recommendation,
@@ -133,7 +137,7 @@ class Model:
                     f"the tokenizer {self.tokenizer.vocab_size} tokens"
                 )
             self.sampling = _recommended_sampling(self.metadata, file.path)
-            params = load_params(ops, self.config, file, capacity_for(self.context), progress)
+            params = load_params(ops, self.config, file, progress)
         self._ops = ops
         self._engine: Engine | None = Engine(ops, self.config, params, self.context, progress)
         self.load_s = time.perf_counter() - started
@@ -236,7 +240,12 @@ class Model:
         return Generation(pieces, seed, ids, timings)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Scores of the next token after each of these tokens: (T, V) float32."""
+        """Scores of the next token after each of these tokens: (T, V) float32.
+
+        Raises:
+            ArgumentError: If there is no token, or one outside of the vocabulary.
+            ContextError: If they are more than the context.
+        """
         if self._engine is None:
             raise PhicoreError("the model is closed; load it again")
         return self._engine.logits(_checked_ids(token_ids, self.vocab_size))
@@ -246,7 +255,7 @@ class Model:
         return self._ops.peak_memory_bytes()
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Let go of the weights; a `Generation` that is still alive keeps them."""
         self._engine = None
 
     def __enter__(self) -> Self:
@@ -286,10 +295,11 @@ def load(
         PhicoreError: One of its subclasses, with a line that says what is wrong and what to do.
     """
     plugins = Plugins()
-    info = choose_backend(backend, plugins)
-    ops = info.create(device)
+    info = choose_backend(backend, plugins) if backend is not None else None
     reference = default_reference()[0] if ref is None else os.fspath(ref)
     files = resolve(reference, schemes=plugins.sources())
+    info = info or choose_backend(None, plugins)  # imports the libraries it tries
+    ops = info.create(device)
     if tokenizer is not None:
         files = replace(files, tokenizer=Path(tokenizer))
     return Model(files, ops, backend=info.name, context=ctx, progress=progress or (lambda *_: None))

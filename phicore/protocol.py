@@ -6,8 +6,8 @@ defines what the operation means. A fast backend overrides the operations below 
 
 Rules
 - Every operation returns its result, and changes no argument but the cache of `update_cache`.
-- Nothing depends on a value: no operation looks at the contents of an array to decide what to do,
-  so that every library's compiler can trace the graph.
+- Nothing depends on a value: the graph, the sampler and the defaults never look at the contents of
+  an array to decide what to do, so that every library's compiler can trace them.
 - Activations, tables and logits are float32 unless a backend says otherwise in its documentation;
   token ids and positions are int32.
 
@@ -29,8 +29,6 @@ from typing import Any
 import numpy as np
 
 from phicore.gguf.matrix import Matrix
-
-PROTOCOL_VERSION = 1
 
 Array = Any
 """An array of the backend's library."""

@@ -88,7 +88,7 @@ def uniform(seed: int, step: int) -> float:
 def sample(
     ops: Backend,
     logits: Array,
-    penalty: Mapping[str, Array] | None,
+    penalty: Mapping[str, Array],
     draw: Mapping[str, Array] | None,
 ) -> Array:
     """Choose one token a row.
@@ -96,23 +96,25 @@ def sample(
     Args:
         logits: (B, V) float32.
         penalty: `recent` (B, R) int32, newest last, -1 where there is none; `last_n` (B,) int32;
-            `repeat_penalty` (B,) float32. None: no penalty.
+            `repeat_penalty` (B,) float32.
         draw: (B,) each: `temperature` and `uniform` float32, and, unless they leave out nothing
             in any row, `top_k` int32, `top_p` and `min_p` float32. A temperature of 0 makes that
             row greedy. None: all rows are greedy.
     Returns:
-        (B,) int32.
+        (B,) int32; -1 where the logits hold a NaN or +infinity.
     """
-    if penalty is not None:
-        logits = apply_repeat_penalty(ops, logits, **penalty)
+    is_finite = ops.xp.max(logits, axis=-1) < float("inf")  # false for NaN too
+    logits = ops.xp.where(is_finite[:, None], logits, 0.0)
+    logits = apply_repeat_penalty(ops, logits, **penalty)
     best = ops.xp.astype(ops.xp.argmax(logits, axis=-1), ops.xp.int32)
     if draw is None:
-        return best
+        return ops.xp.where(is_finite, best, -1)
     is_greedy = draw["temperature"] == 0
     counts = probability_counts(ops, logits, ops.xp.where(is_greedy, 1.0, draw["temperature"]))
     if "top_k" in draw:
         counts = keep_likely(ops, counts, draw["top_k"], draw["top_p"], draw["min_p"])
-    return ops.xp.where(is_greedy, best, inverse_cdf(ops, counts, draw["uniform"]))
+    token = ops.xp.where(is_greedy, best, inverse_cdf(ops, counts, draw["uniform"]))
+    return ops.xp.where(is_finite, token, -1)
 
 
 def apply_repeat_penalty(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 
+import gguf
 import numpy as np
 import pytest
+from api.tiny_models import write_tiny
 
-from phicore import ArgumentError, ContextError, Model, Piece
+import phicore
+from phicore import ArgumentError, ContextError, Model, PhicoreError, Piece
 
 IDS = [1, 276, 310, 281, 275, 291]  # "Hello"
 
@@ -200,3 +203,22 @@ def test_warm_generation_does_not_compile(on_backend: Model, caplog) -> None:
     assert generation.timings.compile_s == 0.0
     # The library's own word for it, where it has one.
     assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
+
+
+def test_scores_that_are_no_numbers_are_an_error(tmp_path, backend_name: str) -> None:
+    """Once, a damaged norm gave the same token for ever, and exit code 0."""
+    path = write_tiny(tmp_path / "m.gguf")
+    reader = gguf.GGUFReader(path, "r+")
+    norm = next(t for t in reader.tensors if t.name == "output_norm.weight")
+    norm.data[3] = np.nan
+    del norm, reader
+
+    with phicore.load(path, backend_name) as model, pytest.raises(PhicoreError, match="not finite"):
+        list(model.generate("Hello", max_tokens=3))
+
+
+def test_context_that_is_absurd_costs_nothing(tmp_path) -> None:
+    """Once, rotary tables were made for the whole context: 8 GB for this file."""
+    path = write_tiny(tmp_path / "m.gguf", max_position_embeddings=2**31 - 1)
+    with phicore.load(path, "numpy") as model:
+        assert len(list(model.generate("Hello", max_tokens=3))) == 3

@@ -20,6 +20,7 @@ from phicore.config import Phi3Config
 from phicore.gguf.reader import open_gguf
 from phicore.loader import load_params
 from phicore.protocol import Array, Backend, LayerCache, Params
+from phicore.rope import rope_tables
 
 TINY = Tiny(
     hidden_size=48,
@@ -46,11 +47,18 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._forward = self.ops.compile(self._compiled, donate=(1,))
+        cos, sin = rope_tables(self.config, TINY.max_position_embeddings)
+        self._rope = self.ops.asarray(cos), self.ops.asarray(sin)
 
     def _compiled(
-        self, params: Params, cache: list[LayerCache], tokens: Array, positions: Array
+        self,
+        params: Params,
+        cache: list[LayerCache],
+        rope: tuple[Array, Array],
+        tokens: Array,
+        positions: Array,
     ) -> tuple[Array, list[LayerCache]]:
-        hidden, cache = graph.forward(self.ops, self.config, params, tokens, positions, cache)
+        hidden, cache = graph.forward(self.ops, self.config, params, rope, tokens, positions, cache)
         return graph.logits(self.ops, params, hidden), cache
 
     def new_cache(self, batch: int = 1, capacity: int = CAPACITY) -> list[LayerCache]:
@@ -65,7 +73,7 @@ class Runner:
         ids = np.array(tokens, np.int32)
         positions = np.array(starts, np.int32)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
         args = self.ops.asarray(ids), self.ops.asarray(positions)
-        logits, cache = self._forward(self.params, cache, *args)
+        logits, cache = self._forward(self.params, cache, self._rope, *args)
         return self.ops.to_numpy(logits), cache
 
     def whole(self, tokens: Sequence[int]) -> np.ndarray:
@@ -81,7 +89,7 @@ def make_runner(
     write_model(path, TINY, Type.F32, tokenizer=False)
     with open_gguf(path) as file:
         config = Phi3Config.from_gguf(file.metadata)
-        params = load_params(ops, config, file, TINY.max_position_embeddings, lambda *_: None)
+        params = load_params(ops, config, file, lambda *_: None)
     return lambda window: Runner(ops, replace(config, sliding_window=window), params)
 
 

@@ -5,6 +5,8 @@ import pytest
 from backend import oracle
 from gguf import GGMLQuantizationType as Type
 
+from phicore.errors import BackendError
+
 jax = pytest.importorskip("jax", reason="the JAX backend is not installed")
 
 LAYERS, SIZE = 8, 512
@@ -13,7 +15,7 @@ LAYERS, SIZE = 8, 512
 @pytest.mark.parametrize("rows", [1, 16])
 def test_products_keep_at_most_two_expanded_matrices_at_a_time(rows: int):
     """Once, XLA:CPU expanded every matrix of the model before it began with the first product."""
-    from phicore_jax.backend import JaxBackend
+    from phicore_jax.backend import CPU_OPTIONS, JaxBackend
 
     ops = JaxBackend("cpu")
     rng = np.random.default_rng(0)
@@ -27,6 +29,16 @@ def test_products_keep_at_most_two_expanded_matrices_at_a_time(rows: int):
         return x
 
     x = ops.asarray(np.zeros((rows, SIZE), np.float32))
-    compiled = ops.compile(chain).lower(x, weights).compile()
+    compiled = jax.jit(chain, compiler_options=CPU_OPTIONS).lower(x, weights).compile()
 
     assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * SIZE * SIZE * 4
+
+
+def test_report_that_memory_is_out_becomes_a_line_and_other_errors_pass():
+    from phicore_jax.backend import memory_errors
+
+    message = r"not enough memory .*Out of memory allocating 6 bytes"
+    with pytest.raises(BackendError, match=message), memory_errors():
+        raise ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 6 bytes.\nmore lines")
+    with pytest.raises(ValueError, match="another"), memory_errors():
+        raise ValueError("another")

@@ -10,10 +10,11 @@ from gguf import GGMLQuantizationType as Type
 from synthetic import Tiny, write_model
 
 from phicore.config import Phi3Config
-from phicore.engine import Engine, Timings
+from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
 from phicore.loader import load_params
 from phicore.sampler import Sampling
+from phicore.timings import Timings
 
 SMALL = Tiny(
     hidden_size=48,
@@ -50,7 +51,7 @@ def test_namespace_whole_generation_uses_exactly_the_listed_functions(tmp_path: 
     write_model(tmp_path / "m.gguf", SMALL, Type.F32, tokenizer=False)
     with open_gguf(tmp_path / "m.gguf") as file:
         config = Phi3Config.from_gguf(file.metadata)
-        engine = Engine(ops, config, load_params(ops, config, file, 300, quiet), 300, quiet)
+        engine = Engine(ops, config, load_params(ops, config, file, quiet), 300, quiet)
         sampling = Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01)
         prompt = [1 + i % 20 for i in range(254)]  # the answer needs a larger cache
         tokens = list(engine.generate(prompt, sampling, limit=4, seed=1, timings=Timings()))

@@ -25,9 +25,15 @@ def sample(ops: Backend) -> Callable[..., np.ndarray]:
     run = ops.compile(lambda *args: sampler.sample(ops, *args))
 
     def call(logits: Any, penalty: Host | None = None, draw: Host | None = None) -> np.ndarray:
+        batch = len(logits)
+        no_penalty = {
+            "recent": np.full((batch, 1), -1, np.int32),
+            "last_n": np.zeros(batch, np.int32),
+            "repeat_penalty": np.ones(batch, np.float32),
+        }
         moved = [
             None if names is None else {name: ops.asarray(a) for name, a in names.items()}
-            for names in (penalty, draw)
+            for names in (penalty or no_penalty, draw)
         ]
         result = ops.to_numpy(run(ops.asarray(np.array(logits, np.float32)), *moved))
         assert result.dtype == np.int32
@@ -311,3 +317,12 @@ def test_sample_penalty_changes_the_greedy_choice(sample: Callable[..., np.ndarr
     assert sample([[1, 4, 3]]).tolist() == [1]
     assert sample([[1, 4, 3]], penalty).tolist() == [2]
     assert sample([[1, 4, 3]], penalty, drawing(1, 0.5, temperature=0)).tolist() == [2]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [None, 0.0, 1.0])
+def test_sample_logits_that_are_no_numbers_give_minus_one(
+    sample: Callable[..., np.ndarray], bad: float, temperature: float | None
+):
+    draw = None if temperature is None else filtered(2, 0.5, temperature=temperature)
+    assert sample([[0, bad, 1], [0, 2, 1]], None, draw).tolist() in ([-1, 1], [-1, 2])

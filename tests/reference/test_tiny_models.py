@@ -14,11 +14,12 @@ from compare import assert_close
 from tolerances import FLOAT32_LOGITS
 
 from phicore.config import Phi3Config
-from phicore.engine import Engine, Timings, capacity_for
+from phicore.engine import Engine
 from phicore.errors import GGUFError
 from phicore.gguf.reader import open_gguf
 from phicore.loader import load_params
 from phicore.sampler import Sampling
+from phicore.timings import Timings
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "phi3.npz"
 CASES = {case.name: case for case in synthetic.cases()}
@@ -35,7 +36,7 @@ def engine_of(path: Path, ops) -> Engine:
     with open_gguf(path) as file:
         config = Phi3Config.from_gguf(file.metadata)
         context = config.max_position_embeddings
-        params = load_params(ops, config, file, capacity_for(context), lambda *_: None)
+        params = load_params(ops, config, file, lambda *_: None)
     return Engine(ops, config, params, context, lambda *_: None)
 
 

@@ -6,7 +6,9 @@ the protocol's defaults, fused by XLA; the cache is updated in place through buf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -62,13 +64,36 @@ def find_device(name: str | None) -> Any:
 
 
 def keep_compiled_programs() -> None:
-    """Let XLA keep what it compiles on disk, so that the second start compiles nothing.
+    """Let XLA keep what it compiles on disk, so that the second start loads it instead.
 
-    A folder chosen by the user (JAX_COMPILATION_CACHE_DIR, or jax.config) is left as it is.
+    This sets JAX's configuration for the process, unless the user has chosen a folder already
+    (JAX_COMPILATION_CACHE_DIR, or jax.config) or the usual one cannot be written.
     """
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = platformdirs.user_cache_path("phicore") / f"jax-{jax.__version__}"
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = platformdirs.user_cache_path("phicore") / f"jax-{jax.__version__}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn XLA's report that memory is out, in whatever exception it comes, into a line."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise BackendError(
+            f"backend jax: not enough memory ({reason}); a shorter prompt or context, or a smaller "
+            "quantization, needs less"
+        ) from error
 
 
 class JaxBackend(Backend):
@@ -87,17 +112,32 @@ class JaxBackend(Backend):
 
     def _put(self, x: np.ndarray) -> Array:
         """Like `asarray`, of an array that nobody else holds: JAX may share its memory."""
-        return jax.device_put(x, self.device)
+        with memory_errors():
+            return jax.device_put(x, self.device)
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        return np.asarray(x)
+        with memory_errors():
+            return np.asarray(x)
 
     def load_weight(self, matrix: Matrix) -> Weight:
         return jax.tree.map(self._put, linear.pack(matrix))
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
-        options = CPU_OPTIONS if self.device.platform == "cpu" else {}
-        return jax.jit(fn, donate_argnums=tuple(donate), compiler_options=options)
+        is_cpu = self.device.platform == "cpu"
+
+        def traced(*args: Any) -> Any:
+            # A GPU would multiply float32 with the 11 bits of TF32; a CPU multiplies it as it is.
+            with jax.default_matmul_precision(None if is_cpu else "highest"):
+                return fn(*args)
+
+        options = CPU_OPTIONS if is_cpu else {}
+        compiled = jax.jit(traced, donate_argnums=tuple(donate), compiler_options=options)
+
+        def call(*args: Any) -> Any:
+            with memory_errors():
+                return compiled(*args)
+
+        return call
 
     def peak_memory_bytes(self) -> int | None:
         if self.device.platform == "cpu":
@@ -111,8 +151,12 @@ class JaxBackend(Backend):
         return linear.rows(ids, weight)
 
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
-        with jax.default_device(self.device):
-            return super().new_cache(batch, heads, capacity, head_dim)
+        shape = (batch, heads, capacity, head_dim)
+        return {name: self._put(np.zeros(shape, np.float32)) for name in ("k", "v")}
+
+    def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
+        with memory_errors():
+            return super().grow_cache(cache, capacity)
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
         def put(old: Array, new: Array, position: Array) -> Array:  # one sequence: (K, S, D)

@@ -104,7 +104,7 @@ def _join(parts: list[Any]) -> Any:
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
-def linear(x: Array, weight: tuple[Any, ...] | Array) -> Array:
+def linear(x: Array, weight: tuple[Any, ...]) -> Array:
     """x @ weight.T for (..., K) float32."""
     flat = x.reshape(-1, x.shape[-1])  # (M, K)
     y = jnp.concatenate([_product(flat, part) for part in weight], axis=-1)
@@ -146,12 +146,12 @@ def _matvec(x: Array, w: Quantized) -> Array:
     return lax.optimization_barrier(values.sum(axis=1)[None])
 
 
-def rows(ids: Array, weight: tuple[Any, ...] | Array) -> Array:
+def rows(ids: Array, weight: tuple[Any, ...]) -> Array:
     """Rows of a matrix, expanded: int (B, T) gives (B, T, K)."""
     flat = ids.reshape(-1)
     start = 0
     values: Array = None
-    for part in weight if isinstance(weight, tuple) else (weight,):
+    for part in weight:
         count = jax.tree.leaves(part)[0].shape[0]
         index = jnp.clip(flat - start, 0, count - 1)
         picked = jax.tree.map(lambda a, index=index: a[index], part)

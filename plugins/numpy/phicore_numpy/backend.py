@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from phicore.protocol import Array, Backend, LayerCache
+from phicore.gguf.matrix import Matrix
+from phicore.protocol import Array, Backend, LayerCache, Weight
 
 
 class NumpyBackend(Backend):
@@ -24,9 +25,13 @@ class NumpyBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.array(x)
 
+    def load_weight(self, matrix: Matrix) -> Weight:
+        return matrix.dequantize()  # as the default, without a copy
+
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            with np.errstate(over="ignore"):  # exp(-gate) may be inf: its reciprocal, 0, is right
+            # exp(-gate) may be inf: its reciprocal, 0, is right. The sampler tells of NaNs.
+            with np.errstate(over="ignore", invalid="ignore"):
                 return fn(*args)
 
         return run
