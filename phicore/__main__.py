@@ -24,6 +24,8 @@ def main() -> NoReturn:
         sys.exit(_fail("standard output is closed", 1))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an encoding that lacks a character prints "?"
+    # huggingface_hub would ask its server about the caller once a day, even for a cached model.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     code: Any
     try:
         code = cli.app(standalone_mode=False, prog_name="phicore")

@@ -62,10 +62,11 @@ class ChatTemplate:
             raise TokenizerError("tokenizer.ggml.tokens: expected an array of strings")
         source = metadata.get("tokenizer.chat_template")
         if source is None:
-            phi3 = metadata.get("general.architecture") == "phi3" and not pieces
+            phi3 = str(metadata.get("general.architecture")) == "phi3" and not pieces
             source = PHI3_TEMPLATE if phi3 or _PHI3_PIECES.issubset(pieces) else _NO_TEMPLATE
         if not isinstance(source, str):
-            raise TokenizerError(f"tokenizer.chat_template: expected text, found {source!r:.80}")
+            found = " ".join(repr(source).split())  # numpy writes an array in several lines
+            raise TokenizerError(f"tokenizer.chat_template: expected text, found {found:.80}")
 
         def spelling(name: str) -> str:
             id = metadata.get(f"tokenizer.ggml.{name}_token_id")

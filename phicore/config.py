@@ -73,9 +73,9 @@ class Phi3Config:
         arch = metadata.get("general.architecture")
         if arch is None:
             raise GGUFError("general.architecture: missing; is this a model file?")
-        if arch not in ARCHITECTURES:
+        if not isinstance(arch, str) or arch not in ARCHITECTURES:
             raise GGUFError(
-                f"general.architecture: {arch!r} is not supported (supported: "
+                f"general.architecture: {_short(arch)} is not supported (supported: "
                 f"{', '.join(ARCHITECTURES)})"
             )
         _refuse_unknown(arch, metadata)
@@ -129,10 +129,10 @@ class Phi3Config:
                 "partial rotation is not supported for this architecture"
             )
         value_length = metadata.get(f"{arch}.attention.value_length", self.head_dim)
-        if value_length != self.head_dim:
+        if not isinstance(value_length, int) or value_length != self.head_dim:
             raise GGUFError(
                 f"{arch}.attention.value_length: expected the key length {self.head_dim}, "
-                f"found {value_length}"
+                f"found {_short(value_length)}"
             )
 
 
@@ -176,7 +176,7 @@ def _refuse_unknown(arch: str, metadata: Mapping[str, Any]) -> None:
             continue
         if name not in NEUTRAL:
             raise GGUFError(f"{key}: this hyperparameter is not supported")
-        if value != NEUTRAL[name]:
+        if not isinstance(value, (str, int, float)) or value != NEUTRAL[name]:
             raise GGUFError(f"{key}: {_short(value)} is not supported (supported: {NEUTRAL[name]})")
 
 

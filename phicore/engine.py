@@ -239,6 +239,7 @@ class _Sequence:
         """Fill the cache with the prompt, and sample the first token."""
         asarray, engine = self._engine.ops.asarray, self._engine
         penalty, done, token = self._penalty, 0, None
+        engine.progress("prompt", done, len(prompt))
         for tokens, positions, last in chunks(prompt, PROMPT_CHUNKS, is_padded=engine.ops.compiles):
             self._penalty = penalty  # every chunk samples a token; only the last one's counts
             self._run(asarray(tokens), asarray(positions), asarray(last))

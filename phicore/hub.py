@@ -37,6 +37,7 @@ _REFERENCE = re.compile(
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
 _NOT_A_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)  # image projectors, statistics
+_CACHED_TIMEOUT_S = 3.0  # what a Hub that does not answer may cost where the cache can
 _SIGN_IN = "set HF_TOKEN or run `hf auth login`"
 
 
@@ -175,10 +176,16 @@ def fetch(reference: str) -> tuple[Path, Path | None]:
 
 
 def fetch_tokenizer(repo: str) -> Path | None:
-    """The tokenizer.json of a repository, or None when it has none or cannot be read."""
+    """The tokenizer.json of a repository, or None when it has none or cannot be read.
+
+    A cached one is taken without a question, so that a Hub that does not answer is waited for
+    once, for the model, and not twice.
+    """
     ref = HubReference(f"hf:{repo}", repo)
     try:
         with _one_line_errors(ref):
+            if cached := _cached_files(ref).get(TOKENIZER):
+                return cached
             snapshot = _snapshot(ref)
             return snapshot.download(TOKENIZER) if TOKENIZER in snapshot.files else None
     except SourceError:
@@ -210,19 +217,21 @@ def _snapshot(ref: HubReference) -> _Snapshot:
     if constants.is_offline_mode():
         reason = "HF_HUB_OFFLINE is set; unset it to download"
         return _Snapshot(ref, _cached_files(ref), reason)
-    if _COMMIT.fullmatch(ref.revision or "") and (ref.file or ref.tag):
+    cached = _cached_files(ref)
+    found = ref.matches(cached)
+    is_complete = len(found) == 1 and cached.keys() >= set(split_parts(found[0]))
+    if is_complete and _COMMIT.fullmatch(ref.revision or "") and (ref.file or ref.tag):
         # A commit never changes, so files that are in the cache need no question.
-        cached = _cached_files(ref)
-        found = ref.matches(cached)
-        if len(found) == 1 and cached.keys() >= set(split_parts(found[0])):
-            return _Snapshot(ref, cached, "the commit is cached")
+        return _Snapshot(ref, cached, "the commit is cached")
+    timeout_s: float = constants.HF_HUB_ETAG_TIMEOUT
     try:
         # Unlike `resolve_revision` and `list_repo_files`, this call takes a timeout.
         info = HfApi(library_name="phicore").model_info(
-            ref.repo, revision=ref.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            ref.repo,
+            revision=ref.revision,
+            timeout=min(timeout_s, _CACHED_TIMEOUT_S) if is_complete else timeout_s,
         )
     except HTTPError as error:
-        cached = _cached_files(ref)
         if not cached:
             raise
         return _Snapshot(ref, cached, _explain(error, ref))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from phicore.chat import ChatTemplate
@@ -19,15 +19,14 @@ from phicore.tokenizer import Tokenizer
 
 def find(reference: str, tokenizer: str | None = None) -> ModelFiles:
     """The files of a reference, with another tokenizer if one is given."""
-    files = resolve(reference, schemes=Plugins().sources())
-    return replace(files, tokenizer=Path(tokenizer)) if tokenizer else files
+    return resolve(reference, tokenizer=tokenizer, schemes=Plugins().sources())
 
 
 def open_tokenizer(reference: str, tokenizer: str | None) -> tuple[Tokenizer, ChatTemplate]:
     """The tokenizer and chat template of a model."""
     files = find(reference, tokenizer)
     with open_gguf(files.path) as file:
-        return Tokenizer.of(files.tokenizer, file.metadata), ChatTemplate.from_gguf(file.metadata)
+        return _tokenizer(files, file), ChatTemplate.from_gguf(file.metadata)
 
 
 def inspect_model(reference: str) -> dict[str, Any]:
@@ -39,8 +38,8 @@ def inspect_model(reference: str) -> dict[str, Any]:
         return {
             "file": str(file.path),
             "size_bytes": file.size_bytes,
-            "name": file.metadata.get("general.name"),
-            "architecture": file.metadata.get("general.architecture"),
+            "name": _plain(file.metadata.get("general.name")),
+            "architecture": _plain(file.metadata.get("general.architecture")),
             "weights": weights,
             "bits_per_weight": 8 * tensor_bytes / weights if weights else None,
             "hyperparameters": _or_error(lambda: asdict(Phi3Config.from_gguf(file.metadata))),
@@ -66,8 +65,12 @@ def _or_error(read: Any) -> dict[str, Any]:
         return {"error": str(error)}
 
 
+def _tokenizer(files: ModelFiles, file: GGUFFile) -> Tokenizer:
+    return Tokenizer.of(files.tokenizer, file.metadata, explicit=files.tokenizer_is_given)
+
+
 def _tokenizer_summary(files: ModelFiles, file: GGUFFile) -> dict[str, Any]:
-    tokenizer = Tokenizer.of(files.tokenizer, file.metadata)
+    tokenizer = _tokenizer(files, file)
     return {
         "source": tokenizer.source,
         "vocab_size": tokenizer.vocab_size,
@@ -79,13 +82,15 @@ def _tokenizer_summary(files: ModelFiles, file: GGUFFile) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A metadata value for JSON; long arrays as their length."""
+    """A metadata value for JSON; long arrays as their length, NaN and infinity as None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, list) and len(value) > 16:
-        return f"array of {len(value)}"
+    if isinstance(value, list):
+        return f"array of {len(value)}" if len(value) > 16 else [_plain(item) for item in value]
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value
 
 
@@ -121,5 +126,5 @@ def _shown(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"  # files hold float32
-    text = " ".join(value) if isinstance(value, list) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

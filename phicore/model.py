@@ -130,7 +130,9 @@ class Model:
             self.config = self._read_config(file.path)
             self.vocab_size = vocab_size(file)
             self.context = _checked_context(context, self.config)
-            self.tokenizer = Tokenizer.of(files.tokenizer, self.metadata)
+            self.tokenizer = Tokenizer.of(
+                files.tokenizer, self.metadata, explicit=files.tokenizer_is_given
+            )
             if self.tokenizer.vocab_size != self.vocab_size:
                 raise GGUFError(
                     f"{file.path.name}: tensor 'token_embd.weight' has {self.vocab_size} rows, "
@@ -297,11 +299,9 @@ def load(
     plugins = Plugins()
     info = choose_backend(backend, plugins) if backend is not None else None
     reference = default_reference()[0] if ref is None else os.fspath(ref)
-    files = resolve(reference, schemes=plugins.sources())
+    files = resolve(reference, tokenizer=tokenizer, schemes=plugins.sources())
     info = info or choose_backend(None, plugins)  # imports the libraries it tries
     ops = info.create(device)
-    if tokenizer is not None:
-        files = replace(files, tokenizer=Path(tokenizer))
     return Model(files, ops, backend=info.name, context=ctx, progress=progress or (lambda *_: None))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from phicore import hookspecs
-from phicore.errors import BackendError, PhicoreError
+from phicore.errors import BackendError, PhicoreError, SourceError
 
 if TYPE_CHECKING:
     from phicore.protocol import Backend
@@ -85,6 +85,10 @@ class Plugins:
         owner = (point.name, dist.name if dist else "?", dist.version if dist else "?")
         try:
             plugin = point.load()
+            if (other := self._owners.get(id(plugin))) is not None:
+                reason = f"{point.value} is loaded already, as {other[0]} of {other[1]}"
+                self.broken.append(BrokenPlugin(owner[0], owner[1], f"{reason}; one must go"))
+                return
             self.manager.register(plugin, name=f"{owner[1]}:{point.name}")
             self.manager.check_pending()  # a misspelt hook would otherwise be silently dead
         except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the rest
@@ -123,12 +127,9 @@ class Plugins:
 
     def sources(self) -> dict[str, Callable[[str], ModelFiles]]:
         """What resolves a model reference, by scheme: the built-in ones and those of plugins."""
-        from phicore import sources
+        from phicore.sources import SCHEMES
 
-        found: dict[str, Callable[[str], ModelFiles]] = {
-            "hf": sources.resolve_hf,
-            "package": sources.resolve_package,
-        }
+        found = dict(SCHEMES)
         for plugin, owner in self._plugins():
 
             def register(
@@ -139,7 +140,7 @@ class Plugins:
             ) -> None:
                 if scheme in found:
                     raise PhicoreError(f"{owner[1]}: the model source {scheme!r} exists already")
-                found[scheme] = resolve
+                found[scheme] = _guarded_source(resolve, owner[1])
 
             self._call(plugin, owner, "phicore_register_sources", register)
         return found
@@ -196,6 +197,27 @@ def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:
     if reasons:
         raise BackendError(f"no usable backend: {'; '.join(reasons)}")
     raise BackendError("no backend is installed; install one, such as phicore-jax")
+
+
+def _guarded_source(
+    resolve: Callable[[str], ModelFiles], distribution: str
+) -> Callable[[str], ModelFiles]:
+    """The same function, with a failure of the plugin as a SourceError that names it."""
+    from phicore.sources import ModelFiles
+
+    def guarded(reference: str) -> ModelFiles:
+        try:
+            files = resolve(reference)
+        except PhicoreError:
+            raise
+        except Exception as error:
+            raise SourceError(f"{reference}: {distribution} failed: {_reason(error)}") from error
+        if not isinstance(files, ModelFiles):
+            found = type(files).__name__
+            raise SourceError(f"{reference}: {distribution} gave {found}, expected ModelFiles")
+        return files
+
+    return guarded
 
 
 def _reason(error: BaseException) -> str:

@@ -28,11 +28,13 @@ class ModelFiles:
         path: The GGUF file; of a split model, its first part.
         tokenizer: A tokenizer.json that belongs to it, when there is one.
         reference: What the user asked for, as given.
+        tokenizer_is_given: Whether the user named the tokenizer.json, and it was not just found.
     """
 
     path: Path
     tokenizer: Path | None
     reference: str
+    tokenizer_is_given: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,31 @@ ALIASES: dict[str, Alias] = {
 }
 
 
-def resolve(reference: str, *, schemes: Mapping[str, Scheme] | None = None) -> ModelFiles:
+def resolve(
+    reference: str,
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    schemes: Mapping[str, Scheme] | None = None,
+) -> ModelFiles:
     """Find, and download if needed, the files that a reference means.
 
     Args:
         reference: An alias, a reference with a scheme (`hf:...`), or the path of a GGUF file. An
             alias or scheme wins over a file of that name, which `./` in front makes a path.
+        tokenizer: A tokenizer.json to use instead of any that belongs to the model.
         schemes: The scheme names and their functions; `hf` and `package` when None.
     Raises:
         SourceError: If the reference has no meaning, or what it means cannot be had.
     """
     schemes = SCHEMES if schemes is None else schemes
     if alias := ALIASES.get(reference):
-        files = resolve(alias.reference, schemes=schemes)
-        tokenizer = files.tokenizer
-        if tokenizer is None and alias.tokenizer_repo is not None:
-            tokenizer = hub.fetch_tokenizer(alias.tokenizer_repo)
-        return replace(files, tokenizer=tokenizer, reference=reference)
+        files = resolve(alias.reference, tokenizer=tokenizer, schemes=schemes)
+        if files.tokenizer is None and alias.tokenizer_repo is not None:
+            files = replace(files, tokenizer=hub.fetch_tokenizer(alias.tokenizer_repo))
+        return replace(files, reference=reference)
+    if tokenizer is not None:
+        files = resolve(reference, schemes=schemes)
+        return replace(files, tokenizer=Path(tokenizer), tokenizer_is_given=True)
     scheme, colon, _ = reference.partition(":")
     if colon and scheme in schemes:
         return schemes[scheme](reference)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import codecs
 import json
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from phicore.vocabulary import (
     metadata_value,
     piece_bytes,
     read_pieces,
+    required_pieces,
     sentencepiece_backend,
     special_token_id,
 )
 
+_MAX_TOKENS = 2**20  # of a tokenizer.json without a model; the largest in use have 2**18
 _END_NAMES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
@@ -43,7 +45,8 @@ class Tokenizer:
         bos_token_id: The token that begins a text, or None.
         eos_token_id: The token that ends a text, or None.
         end_token_ids: Every token that ends a generation.
-        source: Where the rules came from: "GGUF (llama)", "GGUF (gpt2, smollm)" or a path.
+        source: Where the rules came from: "GGUF (llama)", "GGUF (gpt2, smollm)" or a path; if
+            a tokenizer.json was there and not taken, why.
     """
 
     def __init__(
@@ -91,9 +94,32 @@ class Tokenizer:
             )
 
     @classmethod
-    def of(cls, path: Path | None, metadata: Mapping[str, Any]) -> Tokenizer:
-        """The tokenizer of a model: its tokenizer.json if it has one, else the GGUF file's own."""
-        return cls.from_gguf(metadata) if path is None else cls.from_file(path, metadata)
+    def of(
+        cls, path: Path | None, metadata: Mapping[str, Any], *, explicit: bool = False
+    ) -> Tokenizer:
+        """The tokenizer of a model: its tokenizer.json if it has one, else the GGUF file's own.
+
+        Args:
+            path: The tokenizer.json.
+            metadata: The GGUF metadata.
+            explicit: Whether the user named the tokenizer.json. One that merely was found gives
+                way to the GGUF file's own tokenizer when it cannot be used; `source` tells.
+        Raises:
+            TokenizerError: As `from_file` and `from_gguf` do.
+        """
+        if path is None:
+            return cls.from_gguf(metadata)
+        try:
+            return cls.from_file(path, metadata)
+        except TokenizerError as error:
+            if explicit:
+                raise
+            try:
+                tokenizer = cls.from_gguf(metadata)
+            except TokenizerError:
+                raise error from None
+            tokenizer.source += f" instead of {error}"
+            return tokenizer
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -142,6 +168,11 @@ class Tokenizer:
             TokenizerError: If the file cannot be read, has other tokens than the model, or is
                 of a kind whose tokens cannot be printed one by one.
         """
+        with _library_errors(f"{path}: not a tokenizer.json"):
+            return cls._from_file(path, metadata)
+
+    @classmethod
+    def _from_file(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
         backend = _read_json(path)
         decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
@@ -154,23 +185,19 @@ class Tokenizer:
         metaspace = steps.get("Metaspace", {"prepend_scheme": "never"})
 
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        size = max(vocabulary.values(), default=-1) + 1
-        model_pieces = metadata.get("tokenizer.ggml.tokens", ())
-        pieces = [""] * max(size, len(model_pieces))  # ids that the file lacks print nothing
+        added = backend.get_added_tokens_decoder()
+        required = required_pieces(metadata)
+        _check_pieces(path, vocabulary, added, required)
+        # Ids that the file lacks print nothing.
+        pieces = [""] * max(len(required), *(id + 1 for id in vocabulary.values()), 0)
         types = [int(TokenType.NORMAL)] * len(pieces)
         for piece, id in vocabulary.items():
             pieces[id] = piece
             if not byte_level and BYTE_PIECE.fullmatch(piece):
                 types[id] = int(TokenType.BYTE)
-        for id, token in backend.get_added_tokens_decoder().items():
+        for id, token in added.items():
             control = token.special or token.content in END_PIECES
             types[id] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
-        same = sum(map(operator.eq, pieces, model_pieces))
-        if model_pieces and (size > len(model_pieces) or same < len(model_pieces) / 2):
-            raise TokenizerError(
-                f"{path}: expected the model's {len(model_pieces)} tokens, found {size}, "
-                f"{same} of them the same; give the tokenizer.json of this model"
-            )
 
         plain = backend.encode("a", add_special_tokens=False).ids
         first = backend.encode("a", add_special_tokens=True).ids[:1]
@@ -202,7 +229,8 @@ class Tokenizer:
                 not, they are ordinary text. Tokens that the vocabulary's maker defined as text
                 (type 4) are matched either way.
         Raises:
-            TokenizerError: If the text has lone surrogates, or BOS is asked for and there is none.
+            TokenizerError: If the text has lone surrogates, BOS is asked for and there is none, or
+                the tokenizer.json has rules that fail on the text.
         """
         try:
             text.encode()
@@ -211,7 +239,8 @@ class Tokenizer:
                 f"text: expected valid Unicode, found {text[error.start]!r} at {error.start}"
             ) from error
         backend = self._backend if parse_special else self._plain
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        with _library_errors(f"text: {self.source} cannot split it"):
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         if self.add_bos if add_bos is None else add_bos:
             if self.bos_token_id is None:
                 raise TokenizerError("add_bos: this vocabulary has no BOS token; leave it out")
@@ -299,11 +328,54 @@ def _read_json(path: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
-    except Exception as error:  # the library raises no narrower type
-        raise TokenizerError(f"{path}: not a tokenizer.json: {error}") from error
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _check_pieces(
+    path: Path,
+    vocabulary: Mapping[str, int],
+    added: Mapping[int, tokenizers.AddedToken],
+    required: Sequence[tuple[str, bool] | None],
+) -> None:
+    """Raise unless a tokenizer.json has no other tokens than the model, and all special ones.
+
+    Args:
+        vocabulary, added: The file's tokens by spelling, and those found before a text is split.
+        required: From `required_pieces`; if empty, only the number of tokens is checked.
+    """
+    advice = "give the model's own, or none to use the GGUF file's tokenizer"
+    size = max(vocabulary.values(), default=-1) + 1
+    most = len(required) or _MAX_TOKENS
+    if size > most:
+        raise TokenizerError(f"{path}: expected at most {most} tokens, found {size}; {advice}")
+    problems = [
+        (id, f"expected {wanted[0]!r}, found {piece!r}")
+        for piece, id in vocabulary.items()
+        if required and (wanted := required[id]) and piece != wanted[0]
+    ] + [
+        (id, f"expected the special token {wanted[0]!r}, found none")
+        for id, wanted in enumerate(required)
+        if wanted and wanted[1] and id not in added
+    ]
+    if problems:
+        id, problem = min(problems)
+        raise TokenizerError(f"{path}: not of this model: token {id}: {problem}; {advice}")
+
+
+@contextmanager
+def _library_errors(where: str) -> Iterator[None]:
+    """Turn whatever `tokenizers` raises into a TokenizerError of one line.
+
+    It has no narrower type than Exception, and its panics derive from BaseException alone.
+    """
+    try:
+        yield
+    except (TokenizerError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -66,6 +66,8 @@ SENTENCEPIECE_IDS = {
 }
 
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte of a character that has no piece
+# Names for ids without a meaning, which fill a vocabulary up to the rows of the embedding.
+_PADDING = re.compile(r"|[\[<]\|?(pad|placeholder|dummy|unused|reserved|empty)\w*\|?[\]>]", re.I)
 _SPACE = "▁"  # how SentencePiece spells a space
 _MAX_PIECE_LENGTH = 256  # characters; splitting a piece takes time quadratic in its length
 # Types whose tokens are found in a text, and printed, exactly as the vocabulary spells them.
@@ -107,6 +109,30 @@ def read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     return pieces, types
 
 
+def required_pieces(metadata: Mapping[str, Any]) -> list[tuple[str, bool] | None]:
+    """What another tokenizer of the same model must agree on, by id.
+
+    Returns:
+        The spelling of each token, and whether it is found in a text before that is split; None
+        for padding. Empty if the metadata has no vocabulary.
+    Raises:
+        TokenizerError: If the spellings are not text, or not every one has a type.
+    """
+    if "tokenizer.ggml.tokens" not in metadata:
+        return []
+    pieces = _strings(metadata, "tokenizer.ggml.tokens")
+    types = [float(TokenType.NORMAL)] * len(pieces)
+    if "tokenizer.ggml.token_type" in metadata:
+        types = _numbers(metadata, "tokenizer.ggml.token_type", len(pieces))
+    special = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    return [
+        None
+        if token_type == TokenType.UNUSED or _PADDING.fullmatch(piece)
+        else (piece, token_type in special or piece in END_PIECES)
+        for piece, token_type in zip(pieces, types, strict=True)
+    ]
+
+
 def sentencepiece_backend(
     metadata: Mapping[str, Any], pieces: Sequence[str], types: Sequence[int], space_prefix: bool
 ) -> tokenizers.Tokenizer:
@@ -131,7 +157,7 @@ def sentencepiece_backend(
     unescape = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     strip = [decoders.Strip(" ", 1, 0)] if space_prefix else []
     backend.decoder = decoders.Sequence([*unescape, *strip])
-    is_phi3 = metadata.get("general.architecture") == "phi3"
+    is_phi3 = str(metadata.get("general.architecture")) == "phi3"
     _add_special_tokens(backend, pieces, types, rstrip=is_phi3)
     return backend
 
@@ -203,7 +229,8 @@ def metadata_value(metadata: Mapping[str, Any], key: str, kind: type, default: A
         value = int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         name = "array" if kind is Collection else kind.__name__
-        raise TokenizerError(f"{key}: expected {name}, found {value!r:.80}")
+        found = " ".join(repr(value).split())  # numpy writes an array in several lines
+        raise TokenizerError(f"{key}: expected {name}, found {found:.80}")
     return value
 
 

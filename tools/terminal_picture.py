@@ -26,7 +26,7 @@ def main() -> None:
     console.print(Text(notes[0], style="dim"))
     console.print(Text(done.stdout.rstrip()))
     # What is said while loading and compiling vanishes on a terminal.
-    for line in (n for n in notes[1:] if not n.startswith(("loading:", "compiling:"))):
+    for line in (n for n in notes[1:] if not n.startswith(("loading:", "compiling:", "prompt:"))):
         console.print(Text(line, style="dim"))
     picture = console.export_svg(title="phicore")
     picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # nothing to fetch

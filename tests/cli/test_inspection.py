@@ -6,10 +6,15 @@ import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from api.tiny_models import with_value, without, write_tiny
+import gguf
+import numpy as np
+import pytest
+from api.tiny_models import Edit, with_value, without, write_tiny
 
 import phicore as api
+from phicore import inspection
 
 
 def test_inspect_shows_the_parts_of_a_file(phicore: Callable, tiny: Path) -> None:
@@ -54,6 +59,71 @@ def test_inspect_of_another_architecture_shows_its_tensors(phicore, tmp_path: Pa
     assert result.code == 0
     assert "'mamba' is not supported" in result.out
     assert "blk.1.ffn_down.weight" in result.out
+
+
+def with_any(key: str, value: Any) -> Edit:
+    """Set a key to a value of any type, as a file may that nobody checked."""
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0].pop(key, None)
+        writer.add_key_value(
+            key,
+            value,
+            gguf.GGUFValueType.get_type(value),
+            gguf.GGUFValueType.INT32 if isinstance(value, list) else None,
+        )
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("general.architecture", "general.name", "phi3.expert_count", "phi3.block_count"),
+        *("phi3.attention.value_length", "tokenizer.ggml.model", "tokenizer.chat_template"),
+        *("tokenizer.ggml.tokens", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.token_type"),
+    ],
+)
+@pytest.mark.parametrize("value", [[1, 2], list(range(200))], ids=["short", "long"])
+def test_array_in_place_of_a_value_is_no_traceback(
+    phicore, tmp_path: Path, key: str, value: list[int]
+) -> None:
+    path = write_tiny(tmp_path / "m.gguf", with_any(key, value))
+    assert phicore("inspect", path).code == 0
+    shown = json.loads(phicore("inspect", "--json", path).out)["metadata"][key]
+    assert shown == (value if len(value) < 10 else "array of 200")
+    for command in (["tokenize"], ["generate", "-b", "numpy", "-n", "1"]):
+        result = phicore(*command, "-m", path, "the")
+        assert result.code in (0, 1)
+        assert (result.code == 1) == ("phicore: " in result.err)
+
+
+def test_inspect_json_number_that_is_none_is_null(phicore, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m.gguf", with_any("general.odd", float("nan")))
+    out = phicore("inspect", "--json", path).out
+    assert "NaN" not in out
+    assert json.loads(out)["metadata"]["general.odd"] is None
+
+
+def test_plain_values_inside_of_arrays() -> None:
+    value = [np.array([1.5, np.inf]), ["a\udc80", [np.float32("nan")]], np.zeros(17)]
+    expected = [[1.5, None], ["a\\udc80", [None]], "array of 17"]
+    assert inspection._plain(value) == expected
+    json.dumps(expected, allow_nan=False)
+
+
+def test_tokenizer_that_was_found_gives_way_and_one_that_was_given_does_not(
+    phicore, tmp_path: Path
+) -> None:
+    path = write_tiny(tmp_path / "m.gguf")
+    other = tmp_path / "tokenizer.json"
+    other.write_text("{}")
+    found = json.loads(phicore("inspect", "--json", path).out)["tokenizer"]
+    assert found["source"].startswith(f"GGUF (llama) instead of {other}: not a tokenizer.json")
+    assert phicore("tokenize", "-m", path, "the").code == 0
+    result = phicore("tokenize", "-m", path, "--tokenizer", other, "the")
+    assert (result.code, result.out) == (1, "")
+    assert f"{other}: not a tokenizer.json" in result.err
 
 
 def test_inspect_prints_no_control_characters_of_the_file(phicore, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -170,6 +171,23 @@ def test_unreachable_hub_leaves_the_cache(tmp_path: Path) -> None:
     assert f"the cache has no GGUF file tagged Q8_0, and cannot reach {hub.url}" in absent
     assert f"hf:o/none: cannot reach {hub.url}" in unknown
     assert "check the network" in unknown
+
+
+def test_hub_that_never_answers_is_waited_for_once(tmp_path: Path) -> None:
+    gguf = Repository({"Phi-3-mini-4k-instruct-q4.gguf": model()})
+    base = Repository({"tokenizer.json": TOKENIZER}, commit="d1" * 20)
+    with serve(Hub({f"{PHI_3}-gguf": gguf, PHI_3: base})) as hub:
+        first = Client(hub, tmp_path).files("phi-3-mini")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the system accepts, nobody answers
+        client = Client(Hub(port=silent.getsockname()[1]), tmp_path)
+        started = time.monotonic()
+        # without the question, once a day, about the program that started this one
+        assert client.files("phi-3-mini", HF_HUB_DISABLE_TELEMETRY="1") == first
+        assert time.monotonic() - started < 9  # a time-out of 3 s, and the start of a process
+        silent.settimeout(0)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
 
 
 def test_failing_hub_leaves_the_cache(hub: Hub, client: Client) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from phicore import sources
+from phicore import hub, sources
 from phicore.errors import SourceError
 from phicore.sources import (
     ALIASES,
@@ -132,6 +132,23 @@ def test_alias_uses_the_given_schemes_and_keeps_its_name(tmp_path: Path) -> None
 
     files = resolve("phi-3-mini-fp16", schemes={"hf": resolve_hf})
     assert files == ModelFiles(tmp_path / "m.gguf", tmp_path / "tokenizer.json", "phi-3-mini-fp16")
+
+
+def test_given_tokenizer_is_used_and_no_other_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve_hf(reference: str) -> ModelFiles:
+        return ModelFiles(tmp_path / "m.gguf", None, reference)
+
+    monkeypatch.setattr(hub, "fetch_tokenizer", pytest.fail)
+    mine = tmp_path / "mine.json"
+    files = resolve("phi-3-mini", tokenizer=mine, schemes={"hf": resolve_hf})
+    assert files == ModelFiles(tmp_path / "m.gguf", mine, "phi-3-mini", tokenizer_is_given=True)
+    (tmp_path / "m.gguf").touch()
+    (tmp_path / "tokenizer.json").touch()
+    path = str(tmp_path / "m.gguf")
+    assert resolve(path, tokenizer=str(mine)) == ModelFiles(Path(path), mine, path, True)
+    assert not resolve(path).tokenizer_is_given
 
 
 @needs_smollm2

@@ -1,5 +1,6 @@
 """The real Phi-3 vocabulary, against the ids that llama.cpp's own tests expect."""
 
+import json
 import os
 import random
 from itertools import pairwise
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phicore.errors import TokenizerError
 from phicore.gguf.reader import open_gguf
 from phicore.tokenizer import Tokenizer
 
@@ -162,3 +164,27 @@ def test_from_file_saved_tokenizer_gives_the_same_ids(tokenizer: Tokenizer, tmp_
     assert again.encode(prompt) == tokenizer.encode(prompt)
     everything = range(tokenizer.vocab_size)
     assert all(again.token_bytes(id) == tokenizer.token_bytes(id) for id in everything)
+
+
+def test_from_file_without_padding_fits_and_that_of_llama_2_does_not(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with open_gguf(VOCABULARY) as file:
+        metadata = file.metadata
+    content = json.loads(tokenizer._backend.to_str())
+    vocabulary = content["model"]["vocab"]
+    own = content | {"added_tokens": [t for t in content["added_tokens"] if t["id"] < 32011]}
+    own["model"]["vocab"] = {p: id for p, id in vocabulary.items() if id < 32011}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(own))
+    again = Tokenizer.from_file(path, metadata)  # as the model's own file, which ends there
+    assert again.vocab_size == 32064
+    assert again.end_token_ids == tokenizer.end_token_ids
+
+    llama = own | {"added_tokens": [t for t in own["added_tokens"] if t["id"] < 32000]}
+    llama["model"]["vocab"] = {p: id for p, id in vocabulary.items() if id < 32000}
+    path.write_text(json.dumps(llama))
+    expected = r"token 32000: expected the special token '<\|endoftext\|>', found none"
+    with pytest.raises(TokenizerError, match=expected):
+        Tokenizer.from_file(path, metadata)
+    assert Tokenizer.of(path, metadata).encode("<|user|>") == [1, 32010]

@@ -1,6 +1,7 @@
 """Small vocabularies made here: what files leave out, get wrong or lie about."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tokenizers import pre_tokenizers
 from phicore.errors import TokenizerError
 from phicore.tokenizer import Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def llama(**changes: Any) -> dict[str, Any]:
@@ -55,6 +56,15 @@ def gpt2(pre: str | None = "gpt-2", **changes: Any) -> dict[str, Any]:
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     values |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     return {key: value for key, value in values.items() if value is not None}
+
+
+def longer(values: dict[str, Any], pieces: list[str], types: list[int]) -> dict[str, Any]:
+    """The same metadata with more tokens at the end."""
+    more: dict[str, list[Any]] = {
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": types,
+    }
+    return values | {key: [*values[key], *added] for key, added in more.items()}
 
 
 def pieces_of(tokenizer: Tokenizer, text: str, **options: bool) -> list[str]:
@@ -278,10 +288,11 @@ def test_from_file_ignores_truncation_and_padding(tmp_path: Path) -> None:
 
 def test_from_file_ids_that_only_the_model_has_print_nothing(tmp_path: Path) -> None:
     path = save(Tokenizer.from_gguf(gpt2()), tmp_path / "tokenizer.json")
-    metadata = gpt2()
-    metadata["tokenizer.ggml.tokens"] += ["[PAD260]", "[PAD261]"]
+    names = ["[PAD260]", "<|placeholder7|>", "<unused0>", "", "anything"]
+    types = [UNKNOWN, CONTROL, USER_DEFINED, CONTROL, UNUSED]
+    metadata = longer(gpt2(), names, types)
     tokenizer = Tokenizer.from_file(path, metadata)
-    assert tokenizer.vocab_size == 262
+    assert tokenizer.vocab_size == 265
     assert (tokenizer.piece(261), tokenizer.token_bytes(261)) == ("", b"")
 
 
@@ -304,19 +315,100 @@ def test_from_file_unreadable_file_is_refused(
         Tokenizer.from_file(path, {})
 
 
+GPT2_TOKENS = gpt2()["tokenizer.ggml.tokens"]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    ("metadata", "message"),
     [
-        (["a"], "expected the model's 1 tokens, found 260, 0 of them the same"),
-        (["x"] * 300, "expected the model's 300 tokens, found 260"),
+        ({"tokenizer.ggml.tokens": ["a"]}, "expected at most 1 tokens, found 260"),
+        (
+            gpt2(tokens=[*GPT2_TOKENS[:100], "other", *GPT2_TOKENS[101:]]),
+            f"not of this model: token 100: expected 'other', found {GPT2_TOKENS[100]!r}; give",
+        ),
+        (
+            longer(gpt2(), ["<|user|>", "<tag>"], [CONTROL, USER_DEFINED]),
+            "token 260: expected the special token '<|user|>', found none",
+        ),
+        (
+            longer(gpt2(), ["<tag>"], [USER_DEFINED]),
+            "token 260: expected the special token '<tag>'",
+        ),
+        (
+            gpt2(token_type=[*[NORMAL] * 257, CONTROL, CONTROL, NORMAL]),
+            "token 257: expected the special token 'abc', found none",
+        ),
+        (gpt2(token_type=[1, 2]), "tokenizer.ggml.token_type: expected 260 finite numbers"),
     ],
 )
 def test_from_file_of_another_model_is_refused(
-    tmp_path: Path, tokens: list[str], message: str
+    tmp_path: Path, metadata: dict[str, Any], message: str
 ) -> None:
     path = save(Tokenizer.from_gguf(gpt2()), tmp_path / "tokenizer.json")
-    with pytest.raises(TokenizerError, match=message):
-        Tokenizer.from_file(path, {"tokenizer.ggml.tokens": tokens})
+    with pytest.raises(TokenizerError, match=re.escape(message)):
+        Tokenizer.from_file(path, metadata)
+
+
+def test_of_file_that_was_found_and_does_not_fit_takes_the_ggufs_own(tmp_path: Path) -> None:
+    path = save(Tokenizer.from_gguf(gpt2()), tmp_path / "tokenizer.json")
+    assert Tokenizer.of(path, gpt2()).source == str(path)
+    other = longer(gpt2(), ["<|user|>"], [CONTROL])
+    tokenizer = Tokenizer.of(path, other)
+    assert tokenizer.encode("<|user|>") == [260]
+    assert tokenizer.source.startswith(f"GGUF (gpt2, gpt-2) instead of {path}: not of this model: ")
+    with pytest.raises(TokenizerError, match="not of this model"):
+        Tokenizer.of(path, other, explicit=True)
+
+
+def test_of_file_that_does_not_fit_and_no_other_tells_what_is_wrong_with_it(tmp_path: Path) -> None:
+    path = save(Tokenizer.from_gguf(gpt2()), tmp_path / "tokenizer.json")
+    with pytest.raises(TokenizerError, match="not of this model: token 260"):
+        Tokenizer.of(path, longer(gpt2(model="t5"), ["<|user|>"], [CONTROL]))
+
+
+@pytest.mark.parametrize("metadata", [{}, gpt2()], ids=["alone", "with-model"])
+def test_from_file_with_a_huge_id_allocates_nothing(tmp_path: Path, metadata: Any) -> None:
+    original = Tokenizer.from_gguf(gpt2())
+    model = json.loads(original._backend.to_str())["model"]
+    model["vocab"]["huge"] = 2**32 - 1
+    path = save(original, tmp_path / "tokenizer.json", model=model)
+    with pytest.raises(TokenizerError, match=r"expected at most .* tokens, found 4294967296"):
+        Tokenizer.from_file(path, metadata)
+
+
+POST_PROCESSOR = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<none>", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        ("post_processor", POST_PROCESSOR),
+    ],
+    ids=["normalizer", "post_processor"],
+)
+def test_from_file_that_makes_the_library_panic_is_refused(
+    tmp_path: Path, part: str, value: Any
+) -> None:
+    path = save(Tokenizer.from_gguf(gpt2()), tmp_path / "tokenizer.json", **{part: value})
+    with pytest.raises(TokenizerError, match=r"tokenizer.json: not a tokenizer.json: ") as raised:
+        Tokenizer.from_file(path, gpt2())
+    assert "\n" not in str(raised.value)
+
+
+def test_encode_text_that_makes_the_library_panic_is_refused(tmp_path: Path) -> None:
+    pattern = {"Regex": "(a+)+$"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    original = Tokenizer.from_gguf(gpt2())
+    path = save(original, tmp_path / "tokenizer.json", pre_tokenizer=split)
+    tokenizer = Tokenizer.from_file(path, gpt2())
+    with pytest.raises(TokenizerError, match=r"tokenizer.json cannot split it: .*retry-limit"):
+        tokenizer.encode("a" * 3000 + "b")
 
 
 @pytest.mark.parametrize("decoder", [None, {"type": "WordPiece", "prefix": "##", "cleanup": True}])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from phicore.config import Phi3Config
@@ -108,6 +109,12 @@ def test_from_gguf_other_architecture_is_refused(arch: Any):
         assert message(values) == expected
 
 
+@pytest.mark.parametrize("arch", [np.array([1, 2]), ["phi3"]], ids=["array", "list"])
+def test_from_gguf_architecture_that_is_an_array_is_refused(arch: Any):
+    expected = f"general.architecture: {arch!r} is not supported (supported: phi3, llama)"
+    assert message(metadata() | {"general.architecture": arch}) == expected
+
+
 def test_from_gguf_no_metadata_says_so():
     assert message({}) == "general.architecture: missing; is this a model file?"
 
@@ -135,6 +142,15 @@ BAD_VALUES = [
     ("expert_count", 16, "16 is not supported (supported: 0)"),
     ("rope__scaling__type", "linear", "'linear' is not supported"),
     ("attention__causal", False, "False is not supported (supported: True)"),
+    ("expert_count", np.array([1, 2]), "array([1, 2]) is not supported (supported: 0)"),
+    ("expert_count", np.array([0]), "array([0]) is not supported (supported: 0)"),
+    ("expert_count", [], "[] is not supported (supported: 0)"),
+    ("block_count", np.array([1, 2]), "expected an integer, found array([1, 2])"),
+    (
+        *("attention__value_length", np.array([1, 2])),
+        "expected the key length 128, found array([1, 2])",
+    ),
+    ("attention__value_length", [128], "expected the key length 128, found [128]"),
     ("logit_scale", 2.0, "this hyperparameter is not supported"),
 ]
 

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
-from phicore.errors import BackendError
+from phicore import plugins
+from phicore.errors import BackendError, PhicoreError, SourceError
 from phicore.plugins import BackendInfo, Plugins, choose_backend
+from phicore.sources import SCHEMES
 
 Install = Callable[..., None]
 
@@ -263,3 +266,53 @@ def test_import_and_listing_backends_load_no_tensor_library():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == list(Plugins().backends())
+
+
+BOX = """
+    from phicore import hookimpl, PhicoreError
+
+    def resolve(reference):
+        {body}
+
+    @hookimpl
+    def phicore_register_sources(register):
+        register("box", resolve=resolve)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("1 / 0", "box:m: phicore-box failed: ZeroDivisionError: division by zero"),
+        ("return reference", "box:m: phicore-box gave str, expected ModelFiles"),
+    ],
+)
+def test_sources_function_that_fails_is_an_error_naming_its_distribution(
+    install: Install, body: str, message: str
+):
+    install("phicore-box", "box", BOX.format(body=body))
+    with pytest.raises(SourceError) as caught:
+        Plugins().sources()["box"]("box:m")
+    assert str(caught.value) == message
+
+
+def test_sources_own_error_is_passed_on_as_it_is(install: Install):
+    install("phicore-box", "box", BOX.format(body="raise PhicoreError('no box m')"))
+    with pytest.raises(PhicoreError, match=r"^no box m$"):
+        Plugins().sources()["box"]("box:m")
+
+
+def test_sources_without_plugins_are_the_built_in_ones():
+    assert Plugins([]).sources() == SCHEMES
+
+
+def test_plugins_two_entry_points_of_one_module_say_so(install: Install):
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus"))
+    [point] = [p for p in plugins.entry_points(group="phicore") if p.name == "abacus"]
+    loaded = Plugins([point, EntryPoint("zither", point.value, "phicore")])
+    assert list(loaded.backends()) == ["abacus"]
+    [broken] = loaded.broken
+    assert broken.name == "zither"
+    assert broken.reason == (
+        "throwaway_phicore_abacus is loaded already, as abacus of phicore-abacus; one must go"
+    )
