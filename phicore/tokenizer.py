@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import tokenizers
 from gguf.constants import TokenType
 
 from phicore.errors import TokenizerError
+from phicore.tokenizer_json import check_pieces, library_errors, read_json
 from phicore.vocabulary import (
     BYTE_PIECE,
     END_PIECES,
@@ -30,7 +30,6 @@ from phicore.vocabulary import (
     special_token_id,
 )
 
-_MAX_TOKENS = 2**20  # of a tokenizer.json without a model; the largest in use have 2**18
 _END_NAMES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
@@ -168,12 +167,12 @@ class Tokenizer:
             TokenizerError: If the file cannot be read, has other tokens than the model, or is
                 of a kind whose tokens cannot be printed one by one.
         """
-        with _library_errors(f"{path}: not a tokenizer.json"):
+        with library_errors(f"{path}: not a tokenizer.json"):
             return cls._from_file(path, metadata)
 
     @classmethod
     def _from_file(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
-        backend = _read_json(path)
+        backend = read_json(path)
         decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
         if not steps.keys() & {"ByteLevel", "ByteFallback", "Metaspace"}:
@@ -187,7 +186,7 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
         required = required_pieces(metadata)
-        _check_pieces(path, vocabulary, added, required)
+        check_pieces(path, vocabulary, added, required)
         # Ids that the file lacks print nothing.
         pieces = [""] * max(len(required), *(id + 1 for id in vocabulary.values()), 0)
         types = [int(TokenType.NORMAL)] * len(pieces)
@@ -239,7 +238,7 @@ class Tokenizer:
                 f"text: expected valid Unicode, found {text[error.start]!r} at {error.start}"
             ) from error
         backend = self._backend if parse_special else self._plain
-        with _library_errors(f"text: {self.source} cannot split it"):
+        with library_errors(f"text: {self.source} cannot split it"):
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         if self.add_bos if add_bos is None else add_bos:
             if self.bos_token_id is None:
@@ -320,62 +319,6 @@ class TextStream:
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an incomplete character, or ""."""
         return self._decoder.decode(b"", final=True)
-
-
-def _read_json(path: Path) -> tokenizers.Tokenizer:
-    """What a tokenizer.json says, but for the lengths that it cuts or fills texts to."""
-    try:
-        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-    except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _check_pieces(
-    path: Path,
-    vocabulary: Mapping[str, int],
-    added: Mapping[int, tokenizers.AddedToken],
-    required: Sequence[tuple[str, bool] | None],
-) -> None:
-    """Raise unless a tokenizer.json has no other tokens than the model, and all special ones.
-
-    Args:
-        vocabulary, added: The file's tokens by spelling, and those found before a text is split.
-        required: From `required_pieces`; if empty, only the number of tokens is checked.
-    """
-    advice = "give the model's own, or none to use the GGUF file's tokenizer"
-    size = max(vocabulary.values(), default=-1) + 1
-    most = len(required) or _MAX_TOKENS
-    if size > most:
-        raise TokenizerError(f"{path}: expected at most {most} tokens, found {size}; {advice}")
-    problems = [
-        (id, f"expected {wanted[0]!r}, found {piece!r}")
-        for piece, id in vocabulary.items()
-        if required and (wanted := required[id]) and piece != wanted[0]
-    ] + [
-        (id, f"expected the special token {wanted[0]!r}, found none")
-        for id, wanted in enumerate(required)
-        if wanted and wanted[1] and id not in added
-    ]
-    if problems:
-        id, problem = min(problems)
-        raise TokenizerError(f"{path}: not of this model: token {id}: {problem}; {advice}")
-
-
-@contextmanager
-def _library_errors(where: str) -> Iterator[None]:
-    """Turn whatever `tokenizers` raises into a TokenizerError of one line.
-
-    It has no narrower type than Exception, and its panics derive from BaseException alone.
-    """
-    try:
-        yield
-    except (TokenizerError, MemoryError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise TokenizerError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
