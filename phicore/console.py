@@ -47,9 +47,11 @@ class Console:
         status = self._rich.status("", spinner="dots") if self._rich.is_terminal else None
 
         def show(what: str, done: int, total: int) -> None:
+            if self._has_text:
+                return  # it would cut the text in two
             begun = started.setdefault(what, time.perf_counter())
             share = f" {done / total:4.0%}" if total > 1 else ""
-            if status is not None and not self._has_text:
+            if status is not None:
                 status.update(f"{what}{share}")
                 status.start()
             if done == total:
@@ -73,8 +75,8 @@ def stats_lines(model: Model, generation: Generation) -> list[str]:
         f"model {model.path.name}, backend {model.backend}, seed {generation.seed}",
         f"load {model.load_s:.2f} s, compile {t.compile_s:.2f} s, "
         f"first token {t.first_token_s:.2f} s",
-        f"prompt {_tokens(t.prompt_tokens)}, {t.prompt_tokens_per_s:.1f} tokens/s; "
-        f"generated {_tokens(t.generated_tokens)}, {t.decode_tokens_per_s:.1f} tokens/s",
+        f"prompt {_tokens(t.prompt_tokens)}, {_speed(t.prompt_tokens_per_s)}; "
+        f"generated {_tokens(t.generated_tokens)}, {_speed(t.decode_tokens_per_s)}",
     ]
     peak = model.peak_memory_bytes()
     if peak is not None:
@@ -84,6 +86,10 @@ def stats_lines(model: Model, generation: Generation) -> list[str]:
 
 def _tokens(count: int) -> str:
     return "1 token" if count == 1 else f"{count} tokens"
+
+
+def _speed(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:.1f} tokens/s" if tokens_per_s > 0 else "- tokens/s"
 
 
 def size(size_bytes: int) -> str:

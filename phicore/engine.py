@@ -33,9 +33,17 @@ class Engine:
     """Runs one model on one backend. Holds no state of a sequence: several may run at a time."""
 
     def __init__(
-        self, ops: Backend, config: Phi3Config, params: Params, context: int, progress: Progress
+        self,
+        ops: Backend,
+        config: Phi3Config,
+        params: Params,
+        *,
+        vocab_size: int,
+        context: int,
+        progress: Progress,
     ) -> None:
         self.ops = ops
+        self.vocab_size = vocab_size
         self._config = config
         self._params = params
         self.context = context
@@ -258,7 +266,8 @@ class _Sequence:
     def _run(self, tokens: Array, positions: Array, last: Array) -> None:
         draw = self._draw
         if draw is not None:
-            draw = {**draw, "uniform": self._floats(sampler.uniform(self._seed, self._index))}
+            numbers = sampler.uniforms(self._seed, self._index, self._engine.vocab_size)
+            draw = {**draw, "uniforms": self._engine.ops.asarray(numbers[None])}
         self._cache, self.token, self._position, recent = self._engine.call(
             self._engine.step,
             self._cache,

@@ -141,7 +141,14 @@ class Model:
             self.sampling = _recommended_sampling(self.metadata, file.path)
             params = load_params(ops, self.config, file, progress)
         self._ops = ops
-        self._engine: Engine | None = Engine(ops, self.config, params, self.context, progress)
+        self._engine: Engine | None = Engine(
+            ops,
+            self.config,
+            params,
+            vocab_size=self.vocab_size,
+            context=self.context,
+            progress=progress,
+        )
         self.load_s = time.perf_counter() - started
 
     def _read_config(self, path: Path) -> Phi3Config:

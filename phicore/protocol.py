@@ -15,8 +15,8 @@ Axes: B sequences, T new tokens, S positions the cache has room for, V vocabular
 F `intermediate_size`, H `num_attention_heads`, K `num_key_value_heads`, D `head_dim`.
 
 `xp` has these functions of the Python Array API standard (2024.12), with its names and meanings:
-    arange argmax astype broadcast_to concat cumulative_sum exp expand_dims matmul max maximum mean
-    minimum permute_dims reshape round sort sqrt sum take take_along_axis where zeros
+    arange argmax astype broadcast_to concat cumulative_sum exp expand_dims log log1p matmul max
+    maximum mean minimum permute_dims reshape round sort sqrt sum take take_along_axis where zeros
 and its dtypes float32, int32 and bool. Arrays have `shape`, operators and basic slices.
 """
 

@@ -1,11 +1,12 @@
 """The sampler, once, for every backend: pure functions of logits and of arrays of parameters.
 
-Order: repeat penalty, temperature, top-k, top-p, min-p, then one token by inverse CDF.
+Order: repeat penalty, temperature, top-k, top-p, min-p, then one token by the Gumbel-max rule.
 
-The same seed gives the same token on every backend. Two things make that so: the uniform numbers
-come from the host, and after the softmax everything is integer arithmetic: a probability becomes a
-count out of 2**30, so sums are exact in whatever order a library adds. What is left to differ is
-the rounding of the logits themselves.
+The same seed gives the same token on every backend, but for near-ties: one uniform number per
+token of the vocabulary comes from the host, and the largest sum of logit and noise wins. So two
+backends differ only where their two best sums are closer than the rounding of the logits. With one
+number per step and an inverse CDF, every boundary between two tokens of the vocabulary would be a
+chance to differ (docs/architecture.md has what was measured).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Sampling:
         # The bounds of temperature and penalty keep them, and what they divide, in float32.
         is_good = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
         _check("temperature", self.temperature, is_good, "0 (greedy), or 1e-6 to 1e6")
-        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (all) or more")
+        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (all) to 2**31 - 1")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
         is_good = 1e-6 <= self.repeat_penalty <= 1e6
@@ -75,14 +76,16 @@ def _check(name: str, value: float, is_good: bool, allowed: str) -> None:
         raise ArgumentError(f"{name}: expected {allowed}, got {value}")
 
 
-def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1), a multiple of 2**-24, for the given token of the given seed.
+def uniforms(seed: int, step: int, size: int) -> np.ndarray:
+    """Numbers in (0, 1), one for each token of the vocabulary: (size,) float32.
 
-    Philox is counter-based (Salmon et al., 2011): any token's number is had without the others',
-    and the raw stream is the same in every NumPy version.
+    Philox is counter-based (Salmon et al., 2011): any step's numbers are had without the others',
+    and the raw stream is the same in every NumPy version. Small numbers keep all their bits.
     """
-    raw = int(np.random.Philox(key=seed, counter=step).random_raw())
-    return (raw >> 40) * 2.0**-24
+    raw = np.random.Philox(key=seed, counter=step << 64).random_raw((size + 1) // 2)
+    words = raw.astype("<u8").view("<u4")[:size]
+    numbers = ((words + 0.5) * 2.0**-32).astype(np.float32)
+    return np.minimum(numbers, np.float32(1 - 2**-24))
 
 
 def sample(
@@ -97,9 +100,9 @@ def sample(
         logits: (B, V) float32.
         penalty: `recent` (B, R) int32, newest last, -1 where there is none; `last_n` (B,) int32;
             `repeat_penalty` (B,) float32.
-        draw: (B,) each: `temperature` and `uniform` float32, and, unless they leave out nothing
-            in any row, `top_k` int32, `top_p` and `min_p` float32. A temperature of 0 makes that
-            row greedy. None: all rows are greedy.
+        draw: `uniforms` (B, V) float32; `temperature` (B,) float32; and, unless they leave out
+            nothing in any row, `top_k` int32, `top_p` and `min_p` float32, (B,) each. A temperature
+            of 0 makes that row greedy. None: all rows are greedy.
     Returns:
         (B,) int32; -1 where the logits hold a NaN or +infinity.
     """
@@ -110,11 +113,22 @@ def sample(
     if draw is None:
         return ops.xp.where(is_finite, best, -1)
     is_greedy = draw["temperature"] == 0
-    counts = probability_counts(ops, logits, ops.xp.where(is_greedy, 1.0, draw["temperature"]))
+    temperature = ops.xp.where(is_greedy, 1.0, draw["temperature"])[:, None]
+    scaled = (logits - ops.xp.max(logits, axis=-1, keepdims=True)) / temperature
+    scores = scaled + gumbel(ops, draw["uniforms"])
     if "top_k" in draw:
-        counts = keep_likely(ops, counts, draw["top_k"], draw["top_p"], draw["min_p"])
-    token = ops.xp.where(is_greedy, best, inverse_cdf(ops, counts, draw["uniform"]))
-    return ops.xp.where(is_finite, token, -1)
+        is_kept = keep_likely(ops, scaled, draw["top_k"], draw["top_p"], draw["min_p"])
+        scores = ops.xp.where(is_kept, scores, -float("inf"))
+    drawn = ops.xp.astype(ops.xp.argmax(scores, axis=-1), ops.xp.int32)
+    return ops.xp.where(is_finite, ops.xp.where(is_greedy, best, drawn), -1)
+
+
+def gumbel(ops: Backend, uniforms: Array) -> Array:
+    """Gumbel noise: the token with the largest sum of logit and noise is a draw from the softmax.
+
+    Source: Gumbel (1954); Maddison et al., "A* Sampling" (2014), section 2.
+    """
+    return -ops.xp.log(-ops.xp.log1p(-uniforms))
 
 
 def apply_repeat_penalty(
@@ -132,48 +146,34 @@ def apply_repeat_penalty(
     return xp.where(ops.contains(recent, logits.shape[-1]), penalized, logits)
 
 
-def probability_counts(ops: Backend, logits: Array, temperature: Array) -> Array:
-    """softmax(logits / temperature) as int32 counts out of 2**30."""
-    xp = ops.xp
-    shifted = (logits - xp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
-    weights = xp.exp(shifted)
-    probabilities = weights / xp.sum(weights, axis=-1, keepdims=True)
-    return xp.astype(xp.round(probabilities * ONE), xp.int32)
+def keep_likely(ops: Backend, scaled: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+    """Which tokens top-k, then top-p, then min-p leave: bool (B, V).
 
-
-def keep_likely(ops: Backend, counts: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
-    """Zero the counts of the tokens that top-k, then top-p, then min-p leave out.
-
-    Each of the three is a bound that a count must reach, so that tied tokens share their fate and
+    Each of the three is a bound that a logit must reach, so that tied tokens share their fate and
     the result depends on no order. Top-p (Holtzman et al., 2019) keeps a token when those that are
-    likelier hold less than p of what top-k has left.
+    likelier hold less than p of what top-k has left; these sums are of integers, and so are the
+    same in whatever order a library adds.
+
+    Args:
+        scaled: (B, V) float32, logits minus the largest, divided by the temperature.
+        top_k: (B,) int32, 0 for all.
+        top_p, min_p: (B,) float32.
     """
     xp = ops.xp
-    vocab = counts.shape[-1]
-    ordered = -xp.sort(-counts, axis=-1)  # (B, V), largest first
+    vocab = scaled.shape[-1]
+    ordered = -xp.sort(-scaled, axis=-1)  # (B, V), largest first
     k = xp.where(top_k == 0, vocab, xp.minimum(top_k, vocab))
     bound_k = xp.take_along_axis(ordered, k[:, None] - 1, axis=-1)  # (B, 1)
 
-    ordered = xp.where(ordered >= bound_k, ordered, 0)
-    running = xp.cumulative_sum(ordered, axis=-1, dtype=xp.int32)
-    share = xp.astype(running[:, -1:], xp.float32) * top_p[:, None]
-    is_kept = (xp.astype(running - ordered, xp.float32) < share) | (top_p[:, None] == 1)
+    weights = xp.where(ordered >= bound_k, xp.exp(ordered), 0.0)
+    shares = weights / xp.sum(weights, axis=-1, keepdims=True)
+    counts = xp.astype(xp.round(shares * ONE), xp.int32)
+    running = xp.cumulative_sum(counts, axis=-1, dtype=xp.int32)
+    most = xp.astype(running[:, -1:], xp.float32) * top_p[:, None]
+    is_kept = (xp.astype(running - counts, xp.float32) < most) | (top_p[:, None] == 1)
     last = xp.sum(xp.astype(is_kept, xp.int32), axis=-1, keepdims=True, dtype=xp.int32) - 1
     last = xp.maximum(last, 0)  # a top_p that is 0 in float32 keeps the first too
     bound_p = xp.take_along_axis(ordered, last, axis=-1)
 
-    bound_min = xp.astype(ordered[:, :1], xp.float32) * min_p[:, None]
-    is_likely = (counts >= xp.maximum(bound_k, bound_p)) & (
-        xp.astype(counts, xp.float32) >= bound_min
-    )
-    return xp.where(is_likely, counts, 0)
-
-
-def inverse_cdf(ops: Backend, counts: Array, uniform: Array) -> Array:
-    """The first token, in the vocabulary's order, whose running count passes uniform * total."""
-    xp = ops.xp
-    running = xp.cumulative_sum(counts, axis=-1, dtype=xp.int32)
-    total = running[:, -1]
-    target = xp.astype(uniform * xp.astype(total, xp.float32), xp.int32)
-    target = xp.minimum(target, total - 1)  # float32 may round the product up to the total
-    return xp.astype(xp.argmax(xp.astype(running > target[:, None], xp.int32), axis=-1), xp.int32)
+    is_likely = xp.exp(scaled) >= min_p[:, None]
+    return (scaled >= xp.maximum(bound_k, bound_p)) & is_likely

@@ -51,7 +51,9 @@ def test_namespace_whole_generation_uses_exactly_the_listed_functions(tmp_path: 
     write_model(tmp_path / "m.gguf", SMALL, Type.F32, tokenizer=False)
     with open_gguf(tmp_path / "m.gguf") as file:
         config = Phi3Config.from_gguf(file.metadata)
-        engine = Engine(ops, config, load_params(ops, config, file, quiet), 300, quiet)
+        params = load_params(ops, config, file, quiet)
+        size = file.tensors["token_embd.weight"].shape[0]
+        engine = Engine(ops, config, params, vocab_size=size, context=300, progress=quiet)
         sampling = Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01)
         prompt = [1 + i % 20 for i in range(254)]  # the answer needs a larger cache
         tokens = list(engine.generate(prompt, sampling, limit=4, seed=1, timings=Timings()))

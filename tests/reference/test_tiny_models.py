@@ -35,9 +35,9 @@ def golden() -> dict[str, np.ndarray]:
 def engine_of(path: Path, ops) -> Engine:
     with open_gguf(path) as file:
         config = Phi3Config.from_gguf(file.metadata)
-        context = config.max_position_embeddings
         params = load_params(ops, config, file, lambda *_: None)
-    return Engine(ops, config, params, context, lambda *_: None)
+    context = config.max_position_embeddings
+    return Engine(ops, config, params, vocab_size=80, context=context, progress=lambda *_: None)
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - LONG_ROPE))
