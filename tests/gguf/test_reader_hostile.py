@@ -291,7 +291,7 @@ def test_file_without_permission_is_refused(
 
 def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
     for size in range(len(VALID)):
-        message_of(tmp_path, VALID[:size])
+        assert message_of(tmp_path, VALID[:size])
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +299,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch") / "model.gguf"
 
 
-def use(path: Path, content: bytes) -> None:
+def check_use(path: Path, content: bytes) -> None:
     """Open and expand everything: no exception but `GGUFError`, and little memory."""
     path.write_bytes(content)
     tracemalloc.start()
@@ -317,15 +317,15 @@ def use(path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("number", [2**31, 2**62, 2**63 - 1, 2**64 - 1], ids=hex)
 def test_huge_number_anywhere_opens_or_is_refused(scratch: Path, number: int) -> None:
     for position in range(4, len(VALID) - 144):
-        use(scratch, VALID[:position] + u64(number) + VALID[position + 8 :])
+        check_use(scratch, VALID[:position] + u64(number) + VALID[position + 8 :])
 
 
 @given(position=st.integers(0, len(VALID) - 1), value=st.integers(0, 255))
 @example(position=5, value=1)  # the version
 def test_changed_byte_opens_or_is_refused(scratch: Path, position: int, value: int) -> None:
-    use(scratch, VALID[:position] + bytes([value]) + VALID[position + 1 :])
+    check_use(scratch, VALID[:position] + bytes([value]) + VALID[position + 1 :])
 
 
 @given(tail=st.binary(max_size=200), size=st.integers(0, len(VALID)))
 def test_random_tail_opens_or_is_refused(scratch: Path, tail: bytes, size: int) -> None:
-    use(scratch, VALID[:size] + tail)
+    check_use(scratch, VALID[:size] + tail)
