@@ -28,6 +28,7 @@ app = typer.Typer(
 Examples:
   phicore generate "Write a haiku about ice hockey"
   phicore generate -m path/to/model.gguf -b jax -t 0 "Why is the sky blue?"
+  phicore bench --synthetic phi-3-mini
   phicore inspect phi-3-mini
   echo "Hello world" | phicore tokenize
 """,
@@ -52,9 +53,45 @@ def complete_backend(incomplete: str) -> list[str]:
     return [name for name in Plugins().backends() if name.startswith(incomplete)]
 
 
+def complete_synthetic(incomplete: str) -> list[str]:
+    """For the shell: the models of random weights."""
+    from phicore.synthetic import MODELS
+
+    return [name for name in MODELS if name.startswith(incomplete)]
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", metavar="REF", help=MODEL_HELP, autocompletion=complete_model),
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        "-b",
+        metavar="NAME",
+        help="One that `phicore backends` lists.",
+        autocompletion=complete_backend,
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="A device of the backend, such as cpu or cuda:1."),
+]
+CacheTypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="How keys and values are stored: i16, f16 or f32. [the backend's default]",
+    ),
+]
+FastPrefillOption = Annotated[
+    bool,
+    typer.Option("--fast-prefill", help="Read prompts faster, as exactly as llama.cpp does."),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Threads that compute. [one for each processor]"),
 ]
 TokenizerOption = Annotated[
     str | None,
@@ -102,20 +139,8 @@ def generate(
     ] = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            "--backend",
-            "-b",
-            metavar="NAME",
-            help="One that `phicore backends` lists.",
-            autocompletion=complete_backend,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="A device of the backend, such as cpu or cuda:1."),
-    ] = None,
+    backend: BackendOption = None,
+    device: DeviceOption = None,
     system: Annotated[
         str | None, typer.Option("--system", "-s", metavar="TEXT", help="A system message.")
     ] = None,
@@ -171,6 +196,9 @@ def generate(
             help="Tokens that prompt and answer may have. [as many as the model allows]",
         ),
     ] = None,
+    cache_type: CacheTypeOption = None,
+    fast_prefill: FastPrefillOption = False,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
     stats: Annotated[
         bool, typer.Option("--stats/--no-stats", help="Print figures on standard error.")
@@ -201,7 +229,17 @@ def generate(
     reference = model or console.default_model()
     with (
         console.progress() as progress,  # also while the steps are compiled
-        load(reference, backend, device, ctx, tokenizer=tokenizer, progress=progress) as loaded,
+        load(
+            reference,
+            backend,
+            device,
+            ctx,
+            tokenizer=tokenizer,
+            cache_type=cache_type,
+            fast_prefill=fast_prefill,
+            threads=threads,
+            progress=progress,
+        ) as loaded,
     ):
         generation = loaded.generate(
             text,
@@ -264,6 +302,98 @@ def _result(model: Model, generation: Generation, pieces: list[Piece]) -> dict[s
     }
 
 
+@app.command(
+    epilog="""
+\b
+Examples:
+  phicore bench -m phi-3-mini
+  phicore bench --synthetic phi-3-mini -p 128,512 -n 64 -d 0,1024 --markdown
+  phicore bench -b numpy -p 0 -n 32 -r 3 --json
+"""
+)
+def bench(
+    model: ModelOption = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Random weights in the shapes of phi-3-mini, phi-3-medium or tiny, written to the "
+            "cache once, instead of a model.",
+            autocompletion=complete_synthetic,
+        ),
+    ] = None,
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    n_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--n-prompt", "-p", metavar="N,...", help="Read this many tokens; 0: do not. [512]"
+        ),
+    ] = None,
+    n_gen: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--n-gen", "-n", metavar="N,...", help="Generate this many tokens; 0: do not. [64]"
+        ),
+    ] = None,
+    depth: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--depth", "-d", metavar="N,...", help="Generate them after this many others. [0]"
+        ),
+    ] = None,
+    repetitions: Annotated[
+        int,
+        typer.Option(
+            "--repetitions", "-r", metavar="N", min=1, help="Runs of each, after one to warm up."
+        ),
+    ] = 5,
+    cache_type: CacheTypeOption = None,
+    fast_prefill: FastPrefillOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Measure how fast prompts are read and tokens generated."""
+    if model is not None and synthetic is not None:
+        raise ArgumentError("--synthetic: is a model of its own; leave --model out")
+    if as_json and markdown:
+        raise ArgumentError("--markdown: not together with --json")
+    from phicore.bench import measure, plan, print_markdown, print_table
+    from phicore.console import Console
+    from phicore.model import load
+    from phicore.synthetic import synthetic_model
+
+    rows = plan(n_prompt or ["512"], n_gen or ["64"], depth or ["0"])
+    console = Console()
+    with console.progress() as progress:
+
+        def show(what: str, done: int, total: int) -> None:
+            if what != "prompt":  # one for every run
+                progress(what, done, total)
+
+        if synthetic is not None:
+            reference = str(synthetic_model(synthetic, progress))
+        else:
+            reference = model or console.default_model()
+        with load(
+            reference,
+            backend,
+            device,
+            cache_type=cache_type,
+            fast_prefill=fast_prefill,
+            threads=threads,
+            progress=show,
+        ) as loaded:
+            found = measure(loaded, rows, repetitions, progress)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+    elif markdown:
+        print_markdown(found)
+    else:
+        print_table(found)
+
+
 @app.command()
 def inspect(
     ref: Annotated[str | None, typer.Argument(metavar="REF", help=MODEL_HELP)] = None,
@@ -322,7 +452,8 @@ def backends(as_json: JsonOption = False) -> None:
     rows: list[dict[str, Any]] = []
     for info in plugins.backends().values():
         try:
-            devices, status = info.devices(), "usable"
+            devices, notes = info.devices(), info.notes()
+            status = f"usable; {notes}" if notes else "usable"
         except PhicoreError as error:
             devices, status = [], str(error)
         rows.append(

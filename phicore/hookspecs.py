@@ -24,6 +24,7 @@ class RegisterBackend(Protocol):
         *,
         create: Callable[[str | None], Backend],
         devices: Callable[[], list[str]],
+        notes: Callable[[], str] | None = None,
     ) -> None:
         """
         Args:
@@ -32,6 +33,7 @@ class RegisterBackend(Protocol):
                 is imported in here, not before; what it raises is shown as the reason why the
                 backend cannot be used.
             devices: The names that `create` takes on this machine.
+            notes: What `phicore backends` says beside "usable", such as which kernels are in use.
         """
 
 

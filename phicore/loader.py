@@ -125,6 +125,8 @@ class _Tensors:
         return self._ops.asarray(tensor.dequantize())
 
     def _count(self, *tensors: GGUFTensor) -> None:
+        for tensor in tensors:
+            self._file.forget(tensor.name)
         self._done_bytes += sum(t.size_bytes for t in tensors)
         self._progress("loading", self._done_bytes, self._total_bytes)
 

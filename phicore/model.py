@@ -259,6 +259,11 @@ class Model:
             raise PhicoreError("the model is closed; load it again")
         return self._engine.logits(_checked_ids(token_ids, self.vocab_size))
 
+    @property
+    def device(self) -> str:
+        """The name of the backend's device."""
+        return self._ops.device_name
+
     def peak_memory_bytes(self) -> int | None:
         """The most memory that the process, or the device, has used so far."""
         return self._ops.peak_memory_bytes()
@@ -286,6 +291,9 @@ def load(
     ctx: int | None = None,
     *,
     tokenizer: str | os.PathLike[str] | None = None,
+    cache_type: str | None = None,
+    fast_prefill: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model.
@@ -298,6 +306,10 @@ def load(
         ctx: How many tokens a prompt and what follows it may have; None is as many as the model
             was made for.
         tokenizer: A tokenizer.json to use instead of the model's own.
+        cache_type: How keys and values are stored: `f32`, `f16`, or `i16`, integers of 16 bits with
+            a scale for each head and position. None is the backend's default.
+        fast_prefill: Read prompts faster, with a relative error of up to 1.3e-2 in the logits.
+        threads: How many threads compute, where the backend can be told; None is its default.
         progress: Called with (what, done, total) while weights are loaded, steps are compiled and
             a prompt is read.
     Raises:
@@ -309,6 +321,7 @@ def load(
     files = resolve(reference, tokenizer=tokenizer, schemes=plugins.sources())
     info = info or choose_backend(None, plugins)  # imports the libraries it tries
     ops = info.create(device)
+    ops.configure(cache_type=cache_type, fast_prefill=fast_prefill, threads=threads)
     return Model(files, ops, backend=info.name, context=ctx, progress=progress or (lambda *_: None))
 
 

@@ -33,6 +33,7 @@ class BackendInfo:
     version: str
     _create: Callable[[str | None], Backend] = field(repr=False)
     _devices: Callable[[], list[str]] = field(repr=False)
+    _notes: Callable[[], str] | None = field(repr=False, default=None)
 
     def devices(self) -> list[str]:
         """The devices it can use here; imports its library.
@@ -41,6 +42,14 @@ class BackendInfo:
             BackendError: If it cannot be used, with the reason.
         """
         return self._guarded(self._devices)
+
+    def notes(self) -> str:
+        """What it says of itself on this machine, perhaps nothing; imports its library.
+
+        Raises:
+            BackendError: If it cannot be used, with the reason.
+        """
+        return self._guarded(self._notes) if self._notes is not None else ""
 
     def create(self, device: str | None = None) -> Backend:
         """The backend on a device, or on the best one there is.
@@ -112,6 +121,7 @@ class Plugins:
                 *,
                 create: Callable[[str | None], Backend],
                 devices: Callable[[], list[str]],
+                notes: Callable[[], str] | None = None,
                 owner: tuple[str, str, str] = owner,
             ) -> None:
                 if name in found:
@@ -119,7 +129,7 @@ class Plugins:
                         f"backend {name!r} is claimed by two distributions, "
                         f"{found[name].distribution} and {owner[1]}; uninstall one"
                     )
-                found[name] = BackendInfo(name, owner[1], owner[2], create, devices)
+                found[name] = BackendInfo(name, owner[1], owner[2], create, devices, notes)
 
             self._call(plugin, owner, "phicore_register_backends", register)
         rank = {name: i for i, name in enumerate(PREFERRED_BACKENDS)}

@@ -15,8 +15,8 @@ Axes: B sequences, T new tokens, S positions the cache has room for, V vocabular
 F `intermediate_size`, H `num_attention_heads`, K `num_key_value_heads`, D `head_dim`.
 
 `xp` has these functions of the Python Array API standard (2024.12), with its names and meanings:
-    arange argmax astype broadcast_to concat cumulative_sum exp expand_dims log log1p matmul max
-    maximum mean minimum permute_dims reshape round sort sqrt sum take take_along_axis where zeros
+    arange argmax astype broadcast_to concat exp expand_dims log log1p matmul max maximum mean
+    permute_dims reshape round sqrt sum take take_along_axis where zeros
 and its dtypes float32, int32 and bool. Arrays have `shape`, operators and basic slices.
 """
 
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 
 Array = Any
@@ -48,6 +49,46 @@ class Backend:
     asynchronous: bool = False
     """Whether a compiled call returns before its result is there. The engine then starts the next
     step before it reads the last token."""
+
+    device_name: str = "cpu"
+    """The device it is on, by the name that made it."""
+    cache_types: tuple[str, ...] = ("f32",)
+    """How it can store keys and values, the default first: `f32`, `f16`, or `i16`, integers of 16
+    bits with a float32 scale for each head and position."""
+    linear_error: float = 5e-6
+    """A bound of the relative error of `linear` on random numbers: that of float32."""
+    has_fast_prefill: bool = False
+    """Whether it can multiply prompts faster at the price of exactness."""
+    cache_type: str | None = None
+    """What `configure` was given; None is the default."""
+    fast_prefill: bool = False
+
+    def configure(
+        self,
+        *,
+        cache_type: str | None = None,
+        fast_prefill: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        """Set what a user may choose, before weights are loaded.
+
+        Args:
+            cache_type: One of `cache_types`; None is the first.
+            fast_prefill: Multiply prompts with a relative error of up to 1.3e-2 in the logits.
+            threads: How many threads compute; None leaves it to the backend. The default cannot
+                tell its library.
+        Raises:
+            BackendError: If this backend cannot do it.
+        """
+        if threads is not None:
+            raise BackendError("threads: this backend's library decides, on this device")
+        if cache_type is not None and cache_type not in self.cache_types:
+            known = ", ".join(self.cache_types)
+            raise BackendError(f"cache type {cache_type!r}: this backend has {known}")
+        if fast_prefill and not self.has_fast_prefill:
+            raise BackendError("fast prefill: this backend has only the exact one, on this machine")
+        self.cache_type = cache_type
+        self.fast_prefill = fast_prefill
 
     # ---- edges: host and device ------------------------------------------------------------
 
@@ -201,6 +242,38 @@ class Backend:
         for r in range(1, ids.shape[1]):
             found = found | (numbers == ids[:, r : r + 1])
         return found
+
+    def largest(self, x: Array, counts: Array, total: Array) -> Array:
+        """The largest numbers of each row that together count at least `total`: bool (B, V).
+
+        They are all numbers from a bound upwards, so equal ones share their fate, and as few as
+        will do; the whole row where none will.
+
+        Args:
+            x: (B, V) float32, 0 or less; nearer to 0 than 2**-126 is 0.
+            counts: (B, V) int32, 0 or more; those of a row sum to less than 2**31.
+            total: (B,) int32, 1 or more.
+
+        The default finds the bound bit by bit: its exponent, then its 23 bits of fraction. That is
+        32 sums of V integers, and less than sorting where sorting is not a library's strength.
+        """
+        xp = self.xp
+        distance = -x
+        bound = xp.zeros((x.shape[0], 1), dtype=xp.float32) + 2.0**-126
+
+        def raised(bound: Array, trial: Array) -> Array:
+            """The trial where those that are nearer to 0 count too little, else the bound."""
+            counted = xp.astype(distance < trial, xp.int32) * counts
+            counted = xp.sum(counted, axis=-1, keepdims=True, dtype=xp.int32)
+            return xp.where(counted < total[:, None], trial, bound)
+
+        for exponent in (64, 64, 64, 32, 16, 8, 4, 2, 1):  # up to 2**127, then infinity
+            bound = raised(bound, bound * 2.0**exponent)
+        step = bound
+        for _ in range(23):
+            step = step / 2
+            bound = raised(bound, bound + step)
+        return distance <= bound
 
 
 Params = Mapping[str, Any]

@@ -20,6 +20,8 @@ from phicore.errors import ArgumentError
 from phicore.protocol import Array, Backend
 
 ONE = 2**30  # probability 1 as a count; the sum over a vocabulary stays below 2**31
+ALL = 2**31 - 1  # a count that no vocabulary has
+BLOCK = 64  # of tokens; divides the vocabularies of Phi-3, Phi-4-mini and SmolLM2
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,11 @@ def uniforms(seed: int, step: int, size: int) -> np.ndarray:
     and the raw stream is the same in every NumPy version. Small numbers keep all their bits.
     """
     raw = np.random.Philox(key=seed, counter=step << 64).random_raw((size + 1) // 2)
-    words = raw.astype("<u8").view("<u4")[:size]
-    numbers = ((words + 0.5) * 2.0**-32).astype(np.float32)
-    return np.minimum(numbers, np.float32(1 - 2**-24))
+    words = raw.astype("<u8", copy=False).view("<u4")[:size]
+    numbers = np.empty(size, np.float32)
+    np.add(words, 0.5, out=numbers, casting="same_kind")  # in float64, then rounded
+    numbers *= np.float32(2.0**-32)
+    return np.minimum(numbers, np.float32(1 - 2**-24), out=numbers)
 
 
 def sample(
@@ -104,23 +108,41 @@ def sample(
             nothing in any row, `top_k` int32, `top_p` and `min_p` float32, (B,) each. A temperature
             of 0 makes that row greedy. None: all rows are greedy.
     Returns:
-        (B,) int32; -1 where the logits hold a NaN or +infinity.
+        (B,) int32; -1 where the penalized logits hold a NaN or +infinity, or only -infinity.
     """
-    is_finite = ops.xp.max(logits, axis=-1) < float("inf")  # false for NaN too
-    logits = ops.xp.where(is_finite[:, None], logits, 0.0)
+    xp = ops.xp
     logits = apply_repeat_penalty(ops, logits, **penalty)
-    best = ops.xp.astype(ops.xp.argmax(logits, axis=-1), ops.xp.int32)
+    largest = xp.max(logits, axis=-1, keepdims=True)  # (B, 1)
+    is_finite = (largest > -float("inf")) & (largest < float("inf"))  # false for NaN too
+    logits, largest = xp.where(is_finite, logits, 0.0), xp.where(is_finite, largest, 0.0)
+    best = argmax(ops, logits)
     if draw is None:
-        return ops.xp.where(is_finite, best, -1)
+        return xp.where(is_finite[:, 0], best, -1)
     is_greedy = draw["temperature"] == 0
-    temperature = ops.xp.where(is_greedy, 1.0, draw["temperature"])[:, None]
-    scaled = (logits - ops.xp.max(logits, axis=-1, keepdims=True)) / temperature
+    scaled = (logits - largest) / xp.where(is_greedy, 1.0, draw["temperature"])[:, None]
     scores = scaled + gumbel(ops, draw["uniforms"])
     if "top_k" in draw:
         is_kept = keep_likely(ops, scaled, draw["top_k"], draw["top_p"], draw["min_p"])
-        scores = ops.xp.where(is_kept, scores, -float("inf"))
-    drawn = ops.xp.astype(ops.xp.argmax(scores, axis=-1), ops.xp.int32)
-    return ops.xp.where(is_finite, ops.xp.where(is_greedy, best, drawn), -1)
+        scores = xp.where(is_kept, scores, -float("inf"))
+    drawn = argmax(ops, scores)
+    return xp.where(is_finite[:, 0], xp.where(is_greedy, best, drawn), -1)
+
+
+def argmax(ops: Backend, x: Array) -> Array:
+    """Where each row of (B, V) has its largest number, the first of equal ones: (B,) int32.
+
+    It is sought among the largest of blocks, then in its block. On a CPU, XLA vectorizes max but
+    not argmax, nor what it fuses into that: a draw from 49,152 tokens would take 1.3 ms, not 0.1.
+    """
+    xp = ops.xp
+    batch, size = x.shape
+    if size % BLOCK:
+        padding = xp.zeros((batch, -size % BLOCK), dtype=xp.float32) - float("inf")
+        x = xp.concat([x, padding], axis=1)
+    blocks = xp.reshape(x, (batch, -1, BLOCK))
+    best = xp.argmax(xp.max(blocks, axis=-1), axis=-1)[:, None, None]  # (B, 1, 1)
+    block = xp.take_along_axis(blocks, xp.broadcast_to(best, (batch, 1, BLOCK)), axis=1)
+    return xp.astype(best[:, 0, 0] * BLOCK + xp.argmax(block[:, 0, :], axis=-1), xp.int32)
 
 
 def gumbel(ops: Backend, uniforms: Array) -> Array:
@@ -160,20 +182,15 @@ def keep_likely(ops: Backend, scaled: Array, top_k: Array, top_p: Array, min_p: 
         top_p, min_p: (B,) float32.
     """
     xp = ops.xp
-    vocab = scaled.shape[-1]
-    ordered = -xp.sort(-scaled, axis=-1)  # (B, V), largest first
-    k = xp.where(top_k == 0, vocab, xp.minimum(top_k, vocab))
-    bound_k = xp.take_along_axis(ordered, k[:, None] - 1, axis=-1)  # (B, 1)
+    k = xp.where(top_k == 0, ALL, top_k)
+    ones = xp.zeros(scaled.shape, dtype=xp.int32) + 1
+    is_kept = ops.largest(scaled, ones, k)
 
-    weights = xp.where(ordered >= bound_k, xp.exp(ordered), 0.0)
+    likely = xp.exp(scaled)
+    weights = xp.where(is_kept, likely, 0.0)
     shares = weights / xp.sum(weights, axis=-1, keepdims=True)
     counts = xp.astype(xp.round(shares * ONE), xp.int32)
-    running = xp.cumulative_sum(counts, axis=-1, dtype=xp.int32)
-    most = xp.astype(running[:, -1:], xp.float32) * top_p[:, None]
-    is_kept = (xp.astype(running - counts, xp.float32) < most) | (top_p[:, None] == 1)
-    last = xp.sum(xp.astype(is_kept, xp.int32), axis=-1, keepdims=True, dtype=xp.int32) - 1
-    last = xp.maximum(last, 0)  # a top_p that is 0 in float32 keeps the first too
-    bound_p = xp.take_along_axis(ordered, last, axis=-1)
-
-    is_likely = xp.exp(scaled) >= min_p[:, None]
-    return (scaled >= xp.maximum(bound_k, bound_p)) & is_likely
+    most = xp.astype(xp.sum(counts, axis=-1, dtype=xp.int32), xp.float32) * top_p
+    most = xp.maximum(xp.astype(xp.round(most), xp.int32), 1)  # top_p may be 0 in float32
+    is_kept = is_kept & ops.largest(scaled, counts, xp.where(top_p == 1, ALL, most))
+    return is_kept & (likely >= min_p[:, None])

@@ -83,6 +83,20 @@ class GGUFFile:
     size_bytes: int
     _maps: list[mmap.mmap] = field(repr=False)
 
+    def forget(self, name: str) -> None:
+        """Let go of the memory that a tensor's data takes; it is read from disk when used again."""
+        data = self.tensors[name].data
+        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
+            return
+        for view in self._maps:
+            base = np.frombuffer(view, np.uint8)
+            start = data.ctypes.data - base.ctypes.data
+            if 0 <= start < base.size:
+                first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+                size = (start + data.size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+                if size > 0:  # whole pages only: the neighbours may be in use
+                    view.madvise(mmap.MADV_DONTNEED, first, size)
+
     def close(self) -> None:
         """Release the memory maps. One that views still use lives on until the last view goes."""
         self.tensors = {}

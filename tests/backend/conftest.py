@@ -9,11 +9,38 @@ from conftest import BACKENDS, make_backend
 
 from phicore.protocol import Backend
 
+VARIANTS = ("jax-xla", "jax-avx2", "jax-generic") if "jax" in BACKENDS else ()
+"""JAX as it is on other processors, and where its kernels cannot be used."""
 
-@pytest.fixture(scope="session", params=[*BACKENDS, "strict"])
+
+def make_variant(name: str) -> Backend:
+    from phicore_jax.backend import JaxBackend
+
+    kernels = None
+    if name != "jax-xla":
+        pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
+        from phicore_jax.kernels.build import supported_targets
+        from phicore_jax.kernels.runtime import Kernels
+
+        target = name.removeprefix("jax-")
+        if target not in supported_targets():
+            pytest.skip(f"this processor cannot run {target} code")
+        kernels = Kernels(target)
+    return JaxBackend("cpu", kernels=kernels)
+
+
+@pytest.fixture(scope="session", params=[*BACKENDS, *VARIANTS, "strict"])
 def ops(request: pytest.FixtureRequest) -> Backend:
-    """Each installed backend in turn, then array-api-strict behind the protocol's list."""
-    return StrictBackend() if request.param == "strict" else make_backend(request.param)
+    """Each installed backend in turn, variants, and array-api-strict behind the protocol's list.
+
+    The cache is exact; other types of cache have tests of their own.
+    """
+    if request.param == "strict":
+        return StrictBackend()
+    make = make_variant if request.param in VARIANTS else make_backend
+    made = make(request.param)
+    made.configure(cache_type="f32")
+    return made
 
 
 @pytest.fixture

@@ -198,17 +198,43 @@ def test_sample_large_vocabulary_counts_do_not_overflow(sample: Callable[..., np
     assert tokens.tolist() == uniforms.argmin(axis=1).tolist()
 
 
+@pytest.mark.parametrize("spread", [0.3, 3.0], ids=["flat", "peaked"])
+def test_sample_large_vocabulary_equals_cutting_an_order(
+    sample: Callable[..., np.ndarray], rng: np.random.Generator, spread: float
+):
+    size = 32_064  # Phi-3-mini
+    logits = (rng.standard_normal((4, size)) * spread).astype(np.float32)
+    filters = {"top_k": [40, 0, 0, 1000], "top_p": [0.9, 0.9, 1, 0.5], "min_p": [0.05, 0, 0.1, 0]}
+    uniforms = noise(4, size)
+    expected = []
+    for row, top_k, top_p, min_p, u in zip(logits, *filters.values(), uniforms, strict=True):
+        order = np.argsort(-row)[: top_k or size]
+        p = softmax(row[order])
+        order = order[(np.cumsum(p) - p < top_p) & (p >= min_p * p[0])]
+        scores = row[order] - np.log(-np.log1p(-u[order].astype(np.float64)))
+        expected.append(order[scores.argmax()])
+    assert sample(logits, None, filtered(uniforms, **filters)).tolist() == expected
+
+
+def test_sample_equal_scores_take_the_lowest_index(sample: Callable[..., np.ndarray]):
+    uniforms = np.full((2, 5), 0.5)
+    uniforms[1, 3:] = 0.1
+    assert sample(np.ones((2, 5)), None, drawing(uniforms)).tolist() == [0, 3]
+    assert sample(np.ones((2, 5)), None, filtered(uniforms, top_k=5)).tolist() == [0, 3]
+
+
 # ---- filters -------------------------------------------------------------------------------
 
-grid = st.lists(st.integers(-20, 20), min_size=V, max_size=V).map(lambda x: [i / 4 for i in x])
+steps = st.integers(-20, 20).map(lambda i: i / 4)  # many are tied
+grid = st.lists(st.one_of(steps, st.just(-np.inf)), min_size=V, max_size=V)
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(
-    logits=grid,
+    logits=grid.filter(lambda x: max(x) > -np.inf),
     temperature=st.sampled_from([1.0, 1.5, 3.0]),
-    top_k=st.integers(0, V + 3),
-    top_p=st.one_of(st.just(1.0), st.floats(1 / 64, 1, width=32)),
+    top_k=st.one_of(st.integers(0, V + 3), st.just(2**31 - 1)),
+    top_p=st.one_of(st.just(1.0), st.floats(1 / 1024, 1, width=32)),
     min_p=st.one_of(st.just(0.0), st.floats(0, 1, width=32)),
 )
 def test_keep_likely_equals_float64(
@@ -320,7 +346,21 @@ def test_sample_penalty_changes_the_greedy_choice(sample: Callable[..., np.ndarr
 def test_sample_logits_that_are_no_numbers_give_minus_one(
     sample: Callable[..., np.ndarray], bad: float, temperature: float | None
 ):
-    draw = None if temperature is None else filtered(noise(2, 3), temperature=temperature)
-    first, second = sample([[0, bad, 1], [0, 2, 1]], None, draw).tolist()
-    assert first == -1
+    draw = None if temperature is None else filtered(noise(3, 3), temperature=temperature)
+    first, second, third = sample([[0, bad, 1], [0, 2, 1], [-np.inf] * 3], None, draw).tolist()
+    assert first == third == -1
     assert second >= 0
+
+
+@pytest.mark.parametrize("temperature", [None, 0.0, 1.0])
+def test_sample_penalty_beyond_float32_gives_minus_one(
+    sample: Callable[..., np.ndarray], temperature: float | None
+):
+    """The infinite logit made differences that are no numbers, and these a draw by chance."""
+    penalty = {
+        "recent": np.array([[1]], np.int32),
+        "last_n": np.array([1], np.int32),
+        "repeat_penalty": np.array([1e-6], np.float32),
+    }
+    draw = None if temperature is None else filtered(noise(1, 3), temperature=temperature)
+    assert sample([[1, 1e38, 3]], penalty, draw).tolist() == [-1]

@@ -82,6 +82,14 @@ def test_uniforms_equal_the_published_philox():
     assert int(np.random.Philox(key=0, counter=2**256 - 1).random_raw()) == 0x16554D9ECA36314C
 
 
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (7, 1), (2**64 - 1, 10**6)])
+def test_uniforms_are_the_middles_of_2_to_the_32_intervals(seed: int, step: int):
+    raw = np.random.Philox(key=seed, counter=step << 64).random_raw(5000)
+    words = [half for word in raw.tolist() for half in (word & 0xFFFFFFFF, word >> 32)][:-1]
+    middles = np.float32([(word + 0.5) / 2**32 for word in words])
+    assert np.array_equal(uniforms(seed, step, 9999), np.minimum(middles, np.float32(1 - 2**-24)))
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 32064])
 def test_uniforms_are_in_range_and_of_the_size(size: int):
     numbers = uniforms(2**64 - 1, 500, size)

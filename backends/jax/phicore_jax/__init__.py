@@ -15,4 +15,10 @@ def phicore_register_backends(register):  # type: ignore[no-untyped-def]
 
         return device_names()
 
-    register("jax", create=create, devices=devices)
+    def notes() -> str:
+        from phicore_jax.kernels import find_kernels
+
+        kernels, about = find_kernels()
+        return f"CPU kernels: {about}" if kernels else f"no CPU kernels, XLA alone ({about})"
+
+    register("jax", create=create, devices=devices, notes=notes)

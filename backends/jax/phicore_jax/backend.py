@@ -1,7 +1,9 @@
 """The tensor protocol on JAX.
 
-Weights stay quantized on the device and are expanded inside `linear` (see `linear.py`). The rest is
-the protocol's defaults, fused by XLA; the cache is updated in place through buffer donation.
+Weights stay quantized. On a CPU, products, rows, the cache and attention are kernels of our own
+(see `kernels`); where these cannot be used, and on other devices, weights are expanded inside the
+product (see `expanded.py`). The rest is the protocol's defaults, fused by XLA; the cache is updated
+in place through buffer donation.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +21,13 @@ import platformdirs
 
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
+from phicore.gguf.reader import GGUFTensor
 from phicore.protocol import Array, Backend, LayerCache, Weight
-from phicore_jax import linear
+from phicore_jax import expanded
+from phicore_jax.kernels import ROWS_OF_STRIP, Packed, find_kernels
+
+if TYPE_CHECKING:
+    from phicore_jax.kernels.runtime import Kernels
 
 # XLA's other orders compute whatever does not depend on the input first: here every expanded weight
 # of the model, all alive at once. In this order memory stays small and warm, and prefill takes half
@@ -96,16 +104,79 @@ def memory_errors() -> Iterator[None]:
         ) from error
 
 
+CACHE_DTYPES = {"f32": np.float32, "f16": np.float16, "i16": np.int16}
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros that no other array shares and JAX need not copy: memory that is aligned."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def quantized(x: Array) -> list[Array]:
+    """Rows (..., D) as integers of 16 bits and the float32 unit (...,) of each row."""
+    unit = jnp.max(jnp.abs(x), axis=-1) / 32767
+    divisor = jnp.where(unit > 0, unit, 1)[..., None]
+    return [jnp.round(x / divisor).astype(jnp.int16), unit]
+
+
+def joined(parts: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:
+    """Parts of the same type next to each other, in groups that one product can take."""
+    groups: list[list[GGUFTensor]] = []
+    for part in parts:
+        last = groups[-1] if groups else []
+        if last and last[-1].type == part.type and last[-1].shape[0] % ROWS_OF_STRIP == 0:
+            last.append(part)
+        else:
+            groups.append([part])
+    return groups
+
+
+def rows_of(part: Any) -> int:
+    """Rows of a part of a weight."""
+    return part.rows if isinstance(part, Packed) else int(jax.tree.leaves(part)[0].shape[0])
+
+
 class JaxBackend(Backend):
-    """JAX on one device."""
+    """JAX on one device.
+
+    Args:
+        device: Its name; None is the best one.
+        kernels: For a CPU: "host" are those that fit this processor; None is XLA alone.
+    """
 
     xp = jnp
     compiles = True
     asynchronous = True
 
-    def __init__(self, device: str | None = None) -> None:
+    def __init__(
+        self, device: str | None = None, kernels: Kernels | Literal["host"] | None = "host"
+    ) -> None:
         self.device = find_device(device)
+        self.device_name = "cpu" if self.device.platform == "cpu" else _name(self.device)
         keep_compiled_programs()
+        self._kernels: Kernels | None = None
+        if self.device.platform == "cpu":
+            self._kernels = find_kernels()[0] if kernels == "host" else kernels
+        self.cache_types = ("f32", "f16", "i16")
+        if self._kernels is not None:
+            self.cache_types = ("i16", "f16", "f32")
+            self.has_fast_prefill = self._kernels.has_fast_products
+            self.linear_error = 3e-5
+
+    def configure(
+        self,
+        *,
+        cache_type: str | None = None,
+        fast_prefill: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        if self._kernels is not None and threads is not None:
+            self._kernels.set_threads(threads)
+            threads = None
+        super().configure(cache_type=cache_type, fast_prefill=fast_prefill, threads=threads)
 
     def asarray(self, x: np.ndarray) -> Array:
         return self._put(np.array(x))
@@ -120,7 +191,13 @@ class JaxBackend(Backend):
             return np.asarray(x)
 
     def load_weight(self, matrix: Matrix) -> Weight:
-        return jax.tree.map(self._put, linear.pack(matrix))
+        packed: list[Any] = []
+        for part in joined(matrix.parts):
+            if self._kernels is not None and self._kernels.has_type(part[0].type):
+                packed.append(self._kernels.pack(part))
+            else:
+                packed.extend(expanded.pack(replace(matrix, parts=tuple(part))))
+        return tuple(jax.tree.map(self._put, p) for p in packed)
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         is_cpu = self.device.platform == "cpu"
@@ -145,33 +222,82 @@ class JaxBackend(Backend):
         return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
 
     def linear(self, x: Array, weight: Weight) -> Array:
-        return linear.linear(x, weight)
+        flat = x.reshape(-1, x.shape[-1])  # (M, K)
+        products = [self._product(flat, part) for part in weight]
+        y = products[0] if len(products) == 1 else jnp.concatenate(products, axis=-1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _product(self, x: Array, part: Any) -> Array:
+        if isinstance(part, Packed):
+            assert self._kernels is not None
+            return self._kernels.linear(x, part, is_fast=self.fast_prefill)
+        return expanded.product(x, part)
 
     def embedding(self, ids: Array, weight: Weight) -> Array:
-        return linear.rows(ids, weight)
+        flat = ids.reshape(-1)
+        start, values = 0, None
+        for part in weight:
+            index = jnp.clip(flat - start, 0, rows_of(part) - 1)
+            found = self._rows(index, part)
+            is_here = (flat >= start)[:, None]
+            values = found if values is None else jnp.where(is_here, found, values)
+            start += rows_of(part)
+        assert values is not None
+        return values.reshape(*ids.shape, -1)
+
+    def _rows(self, index: Array, part: Any) -> Array:
+        if isinstance(part, Packed):
+            assert self._kernels is not None
+            return self._kernels.rows(index, part)
+        return expanded.rows(index, part)
+
+    # ---- cache -----------------------------------------------------------------------------
+    # k and v are the numbers; those of `i16` are multiples of k_scale and v_scale.
+
+    def _cache_type(self) -> str:
+        return self.cache_type or self.cache_types[0]
 
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
         shape = (batch, heads, capacity, head_dim)
-        return {name: self._put(np.zeros(shape, np.float32)) for name in ("k", "v")}
+        dtype = CACHE_DTYPES[self._cache_type()]
+        cache = {name: self._put(zeros(shape, dtype)) for name in ("k", "v")}
+        if dtype == np.int16:
+            for name in ("k_scale", "v_scale"):
+                cache[name] = self._put(zeros(shape[:3], np.float32))
+        return cache
 
     def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
         with memory_errors():
             return super().grow_cache(cache, capacity)
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
-        def put(old: Array, new: Array, position: Array) -> Array:  # one sequence: (K, S, D)
-            return jax.lax.dynamic_update_slice(old, new, (0, position, 0))
+        new: LayerCache = {}
+        for name, x in (("k", k), ("v", v)):
+            old = [cache[n] for n in (name, f"{name}_scale") if n in cache]
+            if self._kernels is not None:
+                stored = self._kernels.store(x, positions, self._cache_type(), *old)
+            else:
+                rows = quantized(x) if len(old) == 2 else [x.astype(old[0].dtype)]
+                pairs = zip(old, rows, strict=True)
+                stored = [expanded.put(o, r, positions[:, 0]) for o, r in pairs]
+            new[name] = stored[0]
+            if len(stored) == 2:
+                new[f"{name}_scale"] = stored[1]
+        return new
 
-        start = positions[:, 0]
-        if start.shape[0] == 1:  # under vmap it would become a scatter, which XLA:CPU does by loops
-            return {
-                "k": put(cache["k"][0], k[0], start[0])[None],
-                "v": put(cache["v"][0], v[0], start[0])[None],
-            }
-        return {
-            "k": jax.vmap(put)(cache["k"], k, start),
-            "v": jax.vmap(put)(cache["v"], v, start),
-        }
+    def attention(
+        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+    ) -> Array:
+        scales = [cache[n] for n in ("k_scale", "v_scale") if n in cache]
+        if self._kernels is not None:
+            arrays = (cache["k"], cache["v"], *scales)
+            return self._kernels.attention(
+                q * scale, positions, window, self._cache_type(), *arrays
+            )
+        numbers = {name: cache[name].astype(jnp.float32) for name in ("k", "v")}
+        for name, s in zip(numbers, scales, strict=False):
+            numbers[name] = numbers[name] * s[..., None]
+        return super().attention(q, numbers, positions, scale, window)
 
     def contains(self, ids: Array, size: int) -> Array:
         ids = jnp.where(ids < 0, size, ids)  # a negative index would count from the end

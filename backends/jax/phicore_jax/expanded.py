@@ -1,8 +1,7 @@
-"""Quantized matrices on JAX: packed codes and scales, expanded inside the product.
+"""Quantized matrices in plain XLA: packed codes and scales, expanded inside the product.
 
 Two layouts hold every affine type: codes of up to 4 bits as nibbles, wider ones as int8. Types
-without an affine form are dense float32. This is the seam for faster kernels: whatever they want of
-a matrix is made in `pack` and used in `linear`.
+without an affine form are dense float32.
 """
 
 from __future__ import annotations
@@ -104,14 +103,7 @@ def _join(parts: list[Any]) -> Any:
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
-def linear(x: Array, weight: tuple[Any, ...]) -> Array:
-    """x @ weight.T for (..., K) float32."""
-    flat = x.reshape(-1, x.shape[-1])  # (M, K)
-    y = jnp.concatenate([_product(flat, part) for part in weight], axis=-1)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _product(x: Array, part: Any) -> Array:
+def product(x: Array, part: Any) -> Array:
     """(M, K) by one part of N rows: (M, N)."""
     if not isinstance(part, Quantized):
         return x @ part.T
@@ -146,16 +138,18 @@ def _matvec(x: Array, w: Quantized) -> Array:
     return lax.optimization_barrier(values.sum(axis=1)[None])
 
 
-def rows(ids: Array, weight: tuple[Any, ...]) -> Array:
-    """Rows of a matrix, expanded: int (B, T) gives (B, T, K)."""
-    flat = ids.reshape(-1)
-    start = 0
-    values: Array = None
-    for part in weight:
-        count = jax.tree.leaves(part)[0].shape[0]
-        index = jnp.clip(flat - start, 0, count - 1)
-        picked = jax.tree.map(lambda a, index=index: a[index], part)
-        found = picked.dense() if isinstance(picked, Quantized) else picked
-        values = found if values is None else jnp.where((flat >= start)[:, None], found, values)
-        start += count
-    return values.reshape(*ids.shape, -1)
+def rows(index: Array, part: Any) -> Array:
+    """Rows of a part, expanded: (n,) below N gives (n, K)."""
+    picked = jax.tree.map(lambda a: a[index], part)
+    return picked.dense() if isinstance(picked, Quantized) else picked
+
+
+def put(old: Array, new: Array, start: Array) -> Array:
+    """Write new positions (B, K, T, ...) into a cache (B, K, S, ...), from `start` (B,) on."""
+
+    def put_one(old: Array, new: Array, position: Array) -> Array:
+        return lax.dynamic_update_slice(old, new, (0, position, *(0,) * (old.ndim - 2)))
+
+    if start.shape[0] == 1:  # under vmap it would become a scatter, which XLA:CPU does by loops
+        return put_one(old[0], new[0], start[0])[None]
+    return jax.vmap(put_one)(old, new, start)

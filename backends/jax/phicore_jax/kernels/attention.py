@@ -1,0 +1,407 @@
+"""Kernels of the cache of keys and values, and of attention over it.
+
+The cache holds numbers of 16 bits with a float32 scale for each head and position (`i16`), or
+float16, or float32. Attention reads the positions that a token sees and no others. It goes over
+them in blocks and keeps a running maximum and sum (Milakov and Gimelshein, "Online normalizer
+calculation for softmax", 2018; Dao et al., "FlashAttention", 2022), so its memory does not grow
+with the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+from llvmlite import ir
+
+from phicore_jax.kernels import ffi, pool
+from phicore_jax.kernels.ffi import Buffer
+from phicore_jax.kernels.lang import (
+    F16,
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    PTR,
+    VOID,
+    Function,
+    Module,
+    Value,
+    vec,
+)
+
+FLOATS = vec(F32)
+LARGEST = 32767.0
+LOWEST = -1e30  # below every score
+PREFETCH = 4096  # bytes ahead
+BLOCK = 32  # positions that are looked at together
+ELEMENTS = {"i16": I16, "f16": F16, "f32": F32}
+ELEMENT_BYTES = {"i16": 2, "f16": 2, "f32": 4}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a kernel is made for: how numbers are stored, and the dimension of a head."""
+
+    type: str
+    dim: int
+
+    @property
+    def has_scales(self) -> bool:
+        return self.type == "i16"
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dim * ELEMENT_BYTES[self.type]
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """A row as vectors: (first channel, number of channels), the last one perhaps short."""
+        return [(d, min(LANES, self.dim - d)) for d in range(0, self.dim, LANES)]
+
+    def load(self, f: Function, row: Value, d: int, lanes: int) -> Value:
+        """Channels of a row as float32, without their scale."""
+        at = d * ELEMENT_BYTES[self.type]
+        if self.type == "f32":
+            return f.load(vec(F32, lanes), row, at)
+        bits = f.load(vec(I16, lanes), row, at)
+        return bits.to(F32) if self.type == "i16" else f.target.half_to_float(bits)
+
+    def store(self, f: Function, x: Value, row: Value, d: int) -> None:
+        """Channels of a row; those of `i16` are integers already."""
+        at = d * ELEMENT_BYTES[self.type]
+        if self.type == "i16":
+            x = f.round_even(x).to(I32).to(I16)
+        elif self.type == "f16":
+            x = f.target.float_to_half(x)
+        f.store(x, row, at)
+
+
+def exp(f: Function, x: Value) -> Value:
+    """e to the power of x, for x <= 0, to within 2 units in the last place.
+
+    2**n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes, expf.c).
+    """
+    x = (x < -87.0).select(-87.0, x)
+    n = f.round_even(x * (1 / log(2)))
+    r = f.fma(n, f.like(x, -0.693359375), x)
+    r = f.fma(n, f.like(x, 2.12194440e-4), r)
+    p = f.like(x, 1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = f.fma(p, r, f.like(x, c))
+    p = f.fma(p * r, r, r + 1.0)
+    return p * ((n.to(I32) + 127) << 23).bits_as(x.type)
+
+
+# ---- storing -------------------------------------------------------------------------------
+
+
+def emit_store(module: Module, cache: Cache) -> None:
+    """`store`: x (B, K, T, D), positions (B, T), rows (B, K, S, D) and their scales, in place."""
+    pool.emit(module)
+    pieces = cache.pieces()
+
+    def head(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        x, positions, rows, scales = (f.load(PTR, args, 8 * i) for i in range(4))
+        heads, tokens, capacity = (f.load(I64, args, 8 * i) for i in range(4, 7))
+        with f.loop(tokens) as t:
+            source = f.offset(x, (chunk * tokens + t) * (4 * cache.dim))
+            at = f.load(I32, f.offset(positions, (chunk // heads * tokens + t) * 4)).to(I64)
+            number = chunk * capacity + at
+            with f.when((at >= 0) & (at < capacity)):
+                row = f.offset(rows, number * cache.row_bytes)
+                values = [f.load(vec(F32, n), source, 4 * d) for d, n in pieces]
+                if cache.has_scales:
+                    largest = f.f32(0.0)
+                    for v in values:
+                        largest = f.maximum(largest, f.maximum_of_lanes(f.absolute(v)))
+                    is_some = largest > 1e-30
+                    f.store(
+                        is_some.select(largest * (1 / LARGEST), 0.0), f.offset(scales, number * 4)
+                    )
+                    inverse = is_some.select(f.f32(LARGEST) / largest, 0.0)
+                    values = [v * inverse.splat(v.type.count) for v in values]
+                for v, (d, _) in zip(values, pieces, strict=True):
+                    cache.store(f, v, row, d)
+
+    job = module.function("store_head", [PTR, I64, I64], head, exported=False)
+
+    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
+        x, positions = args[0], args[1]
+        rows, scales = rets[0], rets[-1]  # the same memory as the arguments that follow
+        heads, tokens = x.dim(1), x.dim(2)
+        packed = f.pack(x.data, positions.data, rows.data, scales.data, heads, tokens, rows.dim(2))
+        f.call("pool_run", VOID, state, f.address_of(job), packed, x.dim(0) * heads)
+
+    count = 2 if cache.has_scales else 1
+    ffi.emit_handler(module, "store", 2 + count, count, call)
+
+
+# ---- attention -----------------------------------------------------------------------------
+
+# args of attention, in 64-bit words
+Q, POSITIONS, KEYS, VALUES, KEY_SCALES, VALUE_SCALES, OUT, WINDOW = range(8)
+HEADS, KV_HEADS, TOKENS, CAPACITY = range(8, 12)
+
+
+def _scale(f: Function, cache: Cache, scales: Value, number: Value) -> Value | None:
+    return f.load(F32, f.offset(scales, number * 4)) if cache.has_scales else None
+
+
+def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
+    """A chunk is a head of keys: one token of the `group` heads of queries that share it."""
+    pieces = cache.pieces()
+    queries = range(group)
+
+    def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        q, positions, keys, values, key_scales, value_scales, out = (
+            f.load(PTR, args, 8 * i) for i in range(7)
+        )
+        window, kv_heads, capacity = (
+            f.load(I64, args, 8 * i) for i in (WINDOW, KV_HEADS, CAPACITY)
+        )
+        position = f.load(I32, f.offset(positions, chunk // kv_heads * 4)).to(I64)
+        start = position - window + 1
+        start = (start < 0).select(0, start)
+        q = f.offset(q, chunk * (group * 4 * cache.dim))
+        out = f.offset(out, chunk * (group * 4 * cache.dim))
+        scores = f.buffer(group * BLOCK * 4)
+        highest = [f.variable(f.f32(LOWEST)) for _ in queries]
+        sums = [f.variable(f.zeros(FLOATS)) for _ in queries]
+        found = [[f.variable(f.zeros(vec(F32, n))) for _, n in pieces] for _ in queries]
+        with f.loop(position + 1, start=start, step=BLOCK) as first:
+            left = position + 1 - first
+            count = (left < BLOCK).select(left, BLOCK)
+            for r in queries:
+                for i in range(BLOCK // LANES):
+                    f.store(f.like(f.zeros(FLOATS), LOWEST), scores, (r * BLOCK + i * LANES) * 4)
+            with f.loop(count) as j:
+                number = chunk * capacity + first + j
+                row = f.offset(keys, number * cache.row_bytes)
+                f.prefetch(row, PREFETCH)
+                key = [cache.load(f, row, d, n) for d, n in pieces]
+                scale = _scale(f, cache, key_scales, number)
+                for r in queries:
+                    total = _dot(
+                        f,
+                        [
+                            f.load(k.type, q, (r * cache.dim + d) * 4)
+                            for k, (d, _) in zip(key, pieces, strict=True)
+                        ],
+                        key,
+                    )
+                    score = total if scale is None else total * scale
+                    f.store(score, f.offset(scores + r * BLOCK * 4, j * 4))
+            for r in queries:
+                at = [(r * BLOCK + i * LANES) * 4 for i in range(BLOCK // LANES)]
+                block = [f.load(FLOATS, scores, a) for a in at]
+                largest = block[0]
+                for b in block[1:]:
+                    largest = f.maximum(largest, b)
+                new = f.maximum(highest[r].value, f.maximum_of_lanes(largest))
+                factor = exp(f, (highest[r].value - new).splat(LANES))
+                highest[r].value = new
+                total = sums[r].value * factor
+                for b, a in zip(block, at, strict=True):
+                    # beyond the last position scores are LOWEST, and this is 0
+                    p = (b > LOWEST).select(exp(f, b - new.splat()), f.zeros(FLOATS))
+                    total = total + p
+                    f.store(p, scores, a)
+                sums[r].value = total
+                for so_far, (_, n) in zip(found[r], pieces, strict=True):
+                    so_far.value = so_far.value * factor.lane(0).splat(n)
+            with f.loop(count) as j:
+                number = chunk * capacity + first + j
+                row = f.offset(values, number * cache.row_bytes)
+                f.prefetch(row, PREFETCH)
+                value = [cache.load(f, row, d, n) for d, n in pieces]
+                scale = _scale(f, cache, value_scales, number)
+                for r in queries:
+                    p = f.load(F32, f.offset(scores + r * BLOCK * 4, j * 4))
+                    p = p if scale is None else p * scale
+                    for so_far, v in zip(found[r], value, strict=True):
+                        so_far.value = f.fma(p.splat(v.type.count), v, so_far.value)
+        for r in queries:
+            inverse = f.f32(1.0) / f.sum_of_lanes(sums[r].value)
+            for so_far, (d, n) in zip(found[r], pieces, strict=True):
+                f.store(so_far.value * inverse.splat(n), out, (r * cache.dim + d) * 4)
+
+    return module.function("one_token", [PTR, I64, I64], body, exported=False)
+
+
+def _dot(f: Function, x: Sequence[Value], y: Sequence[Value]) -> Value:
+    """The sum of products of vectors of 16 channels; the last may be shorter."""
+    whole: Value | None = None
+    rest: Value | None = None
+    for a, b in zip(x, y, strict=True):
+        if a.type.count < LANES:
+            rest = f.sum_of_lanes(a * b)
+        else:
+            whole = a * b if whole is None else f.fma(a, b, whole)
+    total = None if whole is None else f.sum_of_lanes(whole)
+    if total is None:
+        assert rest is not None
+        return rest
+    return total if rest is None else total + rest
+
+
+KEYS_TOGETHER, CHANNELS_TOGETHER = 8, 4
+
+
+def _emit_many_tokens(module: Module, cache: Cache) -> ir.Function:
+    """A chunk is 16 tokens of a head of queries: a lane of every vector is a token."""
+    dim, pieces = cache.dim, cache.pieces()
+    vector = 4 * LANES
+    channels = -(-dim // CHANNELS_TOGETHER) * CHANNELS_TOGETHER
+
+    def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        q, positions, keys, values, key_scales, value_scales, out = (
+            f.load(PTR, args, 8 * i) for i in range(7)
+        )
+        window, heads, kv_heads, tokens, capacity = (
+            f.load(I64, args, 8 * i) for i in (WINDOW, HEADS, KV_HEADS, TOKENS, CAPACITY)
+        )
+        blocks = (tokens + (LANES - 1)) // LANES
+        head, block = chunk // blocks, chunk % blocks
+        # the last blocks see most: with the largest first, threads end together
+        block = blocks - 1 - block
+        sequence, h = head // heads, head % heads
+        kv_head = sequence * kv_heads + h // (heads // kv_heads)
+        last_token = tokens - 1
+
+        def token(lane: Value) -> Value:
+            """Lanes beyond the last token are copies of it, whose results are not stored."""
+            t = block * LANES + lane
+            return (t < tokens).select(t, last_token)
+
+        queries, result = f.buffer(vector * channels), f.buffer(vector * channels)
+        places, weights = f.buffer(vector), f.buffer(vector * BLOCK)
+        rows = f.buffer(4 * channels * BLOCK)
+        with f.loop(LANES) as lane:
+            t = token(lane)
+            at = f.load(I32, f.offset(positions, (sequence * tokens + t) * 4))
+            f.store(at, f.offset(places, lane * 4))
+            with f.loop(dim) as d:
+                x = f.load(F32, f.offset(q, ((head * tokens + t) * dim + d) * 4))
+                f.store(x, f.offset(queries, (d * LANES + lane) * 4))
+        for channel in range(channels):
+            f.store(f.zeros(FLOATS), result, vector * channel, align=64)
+        place = f.load(vec(I32), places, align=64)
+        lowest, end = place.lane(0).to(I64), place.lane(LANES - 1).to(I64) + 1
+        start = lowest - window + 1
+        start = (start < 0).select(0, start)
+        oldest = place - window.to(I32).splat()  # the last position that is out of the window
+
+        def load_rows(source: Value, first: Value, count: Value) -> None:
+            """Positions of the cache as float32, without their scales."""
+            with f.loop(count) as j:
+                row = f.offset(source, (kv_head * capacity + first + j) * cache.row_bytes)
+                to = f.offset(rows, j * (4 * channels))
+                for d, n in pieces:
+                    f.store(cache.load(f, row, d, n), to, 4 * d)
+
+        highest = f.variable(f.like(f.zeros(FLOATS), LOWEST))
+        total = f.variable(f.zeros(FLOATS))
+        with f.loop(end, start=start, step=BLOCK) as first:
+            left = end - first
+            count = (left < BLOCK).select(left, BLOCK)
+            load_rows(keys, first, count)
+            largest = f.variable(highest.value)
+            with f.loop(BLOCK, step=KEYS_TOGETHER) as j:
+                sums = [f.variable(f.zeros(FLOATS)) for _ in range(KEYS_TOGETHER)]
+                at = f.offset(rows, j * (4 * channels))
+                with f.loop(dim) as d:
+                    x = f.load(FLOATS, f.offset(queries, d * vector), align=64)
+                    here = f.offset(at, d * 4)
+                    for i, s in enumerate(sums):
+                        s.value = f.fma(x, f.load(F32, here, i * 4 * channels).splat(), s.value)
+                for i, s in enumerate(sums):
+                    p = first + j + i
+                    score = s.value
+                    if cache.has_scales:
+                        # beyond the capacity there is nothing to read; the score is masked anyway
+                        safe = (p < end).select(p, first)
+                        scale = f.load(F32, f.offset(key_scales, (kv_head * capacity + safe) * 4))
+                        score = score * scale.splat()
+                    p32 = p.to(I32).splat()
+                    is_seen = (p32 <= place) & (p32 > oldest)
+                    score = is_seen.select(score, LOWEST)
+                    largest.value = f.maximum(largest.value, score)
+                    f.store(score, f.offset(weights, (j + i) * vector), align=64)
+            factor = exp(f, highest.value - largest.value)
+            highest.value = largest.value
+            new_total = f.variable(total.value * factor)
+            with f.loop(count) as j:
+                at = f.offset(weights, j * vector)
+                score = f.load(FLOATS, at, align=64)
+                p = (score > LOWEST).select(exp(f, score - highest.value), 0.0)
+                new_total.value = new_total.value + p
+                if cache.has_scales:
+                    number = kv_head * capacity + first + j
+                    p = p * f.load(F32, f.offset(value_scales, number * 4)).splat()
+                f.store(p, at, align=64)
+            total.value = new_total.value
+            load_rows(values, first, count)
+            with f.loop(channels, step=CHANNELS_TOGETHER) as d:
+                at = f.offset(result, d * vector)
+                sums = []
+                for i in range(CHANNELS_TOGETHER):
+                    sums.append(f.variable(f.load(FLOATS, at, vector * i, align=64) * factor))
+                source = f.offset(rows, d * 4)
+                with f.loop(count) as j:
+                    p = f.load(FLOATS, f.offset(weights, j * vector), align=64)
+                    here = f.offset(source, j * (4 * channels))
+                    for i, s in enumerate(sums):
+                        s.value = f.fma(p, f.load(F32, here, 4 * i).splat(), s.value)
+                for i, s in enumerate(sums):
+                    f.store(s.value, at, vector * i, align=64)
+        inverse = f.like(total.value, 1.0) / total.value
+        for channel in range(dim):
+            x = f.load(FLOATS, result, vector * channel, align=64) * inverse
+            f.store(x, result, vector * channel, align=64)
+        with f.loop(LANES) as lane:
+            t = block * LANES + lane
+            with f.when(t < tokens), f.loop(dim) as d:
+                x = f.load(F32, f.offset(result, (d * LANES + lane) * 4))
+                f.store(x, f.offset(out, ((head * tokens + t) * dim + d) * 4))
+
+    return module.function("many_tokens", [PTR, I64, I64], body, exported=False)
+
+
+def emit_attention(module: Module, cache: Cache, group: int | None) -> None:
+    """`attention`: q (B, H, T, D) scaled, positions (B, T), window (1,), then keys and values.
+
+    Args:
+        group: Heads of queries that share a head of keys, for one token; None for many tokens.
+    """
+    pool.emit(module)
+    is_one = group is not None
+    job = (
+        _emit_many_tokens(module, cache) if group is None else _emit_one_token(module, cache, group)
+    )
+
+    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
+        q, positions, window, keys, values = args[:5]
+        scales = args[5:] if cache.has_scales else (keys, values)
+        width = f.load(I32, window.data).to(I64)
+        batch, heads, tokens = (q.dim(i) for i in range(3))
+        packed = f.pack(
+            q.data,
+            positions.data,
+            keys.data,
+            values.data,
+            *(s.data for s in scales),
+            rets[0].data,
+            width,
+            heads,
+            keys.dim(1),
+            tokens,
+            keys.dim(2),
+        )
+        chunks = batch * keys.dim(1)
+        if not is_one:
+            chunks = batch * heads * ((tokens + (LANES - 1)) // LANES)
+        f.call("pool_run", VOID, state, f.address_of(job), packed, chunks)
+
+    ffi.emit_handler(module, "attention", 7 if cache.has_scales else 5, 1, call)

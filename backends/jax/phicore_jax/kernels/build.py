@@ -1,0 +1,144 @@
+"""From kernels as text to kernels in memory: compiled by LLVM for this processor, kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+import platformdirs
+
+from phicore_jax.kernels.lang import Module, Target
+
+# What a target needs of an x86 processor.
+X86_FEATURES = {
+    "avx512vnni": (
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512dq",
+        "avx512vnni",
+        "avx2",
+        "fma",
+        "f16c",
+    ),
+    "avxvnni": ("avxvnni", "avx2", "fma", "f16c"),
+    "avx2": ("avx2", "fma", "f16c"),
+}
+
+
+class Library:
+    """Compiled functions. Their code stays in memory for the life of the process."""
+
+    def __init__(self, jit: Any, name: str, code: bytes, exports: Sequence[str]) -> None:
+        builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
+        for function in exports:
+            builder.export_symbol(function)
+        self._tracker = builder.link(jit, name)
+
+    def address(self, name: str) -> int:
+        """The address of a function or a variable."""
+        return int(self._tracker[name])
+
+
+class Compiler:
+    """Compiles modules for this processor, as one of the targets that it supports."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._libraries: dict[str, Library] = {}
+
+    @cached_property
+    def machine(self) -> Any:
+        return target_machine(self.target)
+
+    @cached_property
+    def _jit(self) -> Any:
+        return llvm.create_lljit_compiler(target_machine(self.target))
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with any kernel, the compiler, the target and the processor."""
+        digest = hashlib.sha256()
+        for path in sorted(Path(__file__).parent.glob("*.py")):
+            digest.update(path.read_bytes())
+        host = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+        for part in (llvmlite.__version__, self.target.name, llvm.get_process_triple(), *host):
+            digest.update(part.encode())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where compiled modules are kept."""
+        return platformdirs.user_cache_path("phicore") / "kernels" / self.digest
+
+    def library(self, name: str, emit: Callable[[Module], None], exports: Sequence[str]) -> Library:
+        """The functions of a module: from memory, from disk, or compiled now."""
+        if name not in self._libraries:
+            path = self.folder / f"{name}.o"
+            try:
+                code = path.read_bytes()
+            except OSError:
+                module = Module(self.target)
+                emit(module)
+                code = optimized(module, self.machine, lambda m, ir: m.emit_object(ir))
+                _write(path, code)
+            self._libraries[name] = Library(self._jit, name, code, exports)
+        return self._libraries[name]
+
+
+@cache
+def _initialize() -> None:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+
+
+@cache
+def supported_targets() -> list[str]:
+    """The instruction sets that this processor has, fastest first."""
+    features = llvm.get_host_cpu_features()
+    names = [n for n, needed in X86_FEATURES.items() if all(features.get(f) for f in needed)]
+    if llvm.get_process_triple().split("-")[0] in ("aarch64", "arm64"):
+        names.append("neon")
+    return [*names, "generic"]
+
+
+def target_machine(target: Target, triple: str | None = None) -> Any:
+    """LLVM's description of a processor: this one's, cut to the target, or that of a triple."""
+    _initialize()
+    host = llvm.get_process_triple()
+    cpu, features = "", ",".join(f"+{f}" for f in X86_FEATURES.get(target.name, ()))
+    if triple in (None, host) and target.name == supported_targets()[0]:
+        cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+        if target.name == "avx512vnni":
+            features += ",-prefer-256-bit"
+    return llvm.Target.from_triple(triple or host).create_target_machine(
+        cpu=cpu, features=features, opt=3, reloc="pic", codemodel="small"
+    )
+
+
+def optimized(module: Module, machine: Any, emit: Callable[[Any, Any], Any]) -> Any:
+    """Optimize a module, and `emit` it: object code, or assembly to look at."""
+    parsed = llvm.parse_assembly(str(module.ir))
+    parsed.triple = machine.triple
+    parsed.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(parsed, passes)
+    return emit(machine, parsed)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file as a whole, unless the folder cannot be written."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(data)
+        Path(file.name).replace(path)

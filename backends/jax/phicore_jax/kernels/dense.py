@@ -1,0 +1,165 @@
+"""Kernels of matrices of float16, bfloat16 and float32 numbers.
+
+Rows come in strips of 16; a strip has the 16 numbers of the first column, then those of the second.
+Sums are float32, four of them side by side (columns 0, 4, 8, ... and so on), whatever the number of
+rows of activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gguf import GGMLQuantizationType
+from llvmlite import ir
+
+from phicore_jax.kernels import ffi, pool
+from phicore_jax.kernels.ffi import Buffer
+from phicore_jax.kernels.lang import (
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    PTR,
+    VOID,
+    Function,
+    Module,
+    Value,
+    vec,
+)
+from phicore_jax.kernels.linear import CHUNK_BYTES, FLOATS, PREFETCH, store_strip
+
+Type = GGMLQuantizationType
+ELEMENT_BYTES = {Type.F16: 2, Type.BF16: 2, Type.F32: 4}
+CHAINS = 4
+
+
+def strip_bytes(ggml_type: GGMLQuantizationType, columns: int) -> int:
+    return columns * LANES * ELEMENT_BYTES[ggml_type]
+
+
+def _values(f: Function, ggml_type: GGMLQuantizationType, at: Value) -> Value:
+    """16 numbers as float32."""
+    if ggml_type == Type.F32:
+        return f.load(FLOATS, at)
+    bits = f.load(vec(I16), at)
+    if ggml_type == Type.F16:
+        return f.target.half_to_float(bits)
+    return (bits.to(I32, signed=False) << 16).bits_as(FLOATS)
+
+
+W, X, Y, ROWS, COLUMNS, OUT, PER_CHUNK = range(7)
+
+
+def _emit_tile(module: Module, ggml_type: GGMLQuantizationType, tile: int) -> ir.Function:
+    """Some strips by all rows, a tile of them at a time."""
+    size = ELEMENT_BYTES[ggml_type] * LANES
+
+    def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        w, x, y = (f.load(PTR, args, 8 * i) for i in (W, X, Y))
+        rows, columns, out = (f.load(I64, args, 8 * i) for i in (ROWS, COLUMNS, OUT))
+        per = f.load(I64, args, 8 * PER_CHUNK)
+        strips = (out + (LANES - 1)) // LANES
+        last = (chunk + 1) * per
+        last = (last < strips).select(last, strips)
+        with f.loop(last, start=chunk * per) as strip, f.loop(rows, step=tile) as first:
+            start = f.offset(w, strip * columns * size)
+            sums = [[f.variable(f.zeros(FLOATS)) for _ in range(CHAINS)] for _ in range(tile)]
+            sources = []
+            for m in range(tile):
+                # rows beyond the last are copies of it, whose results are not stored
+                row = first + m
+                row = (row < rows).select(row, rows - 1)
+                sources.append(f.offset(x, row * columns * 4))
+            whole = columns // CHAINS * CHAINS
+
+            def add(k: Value, chain: int, start: Value = start, sums=sums, sources=sources) -> None:  # type: ignore[no-untyped-def]
+                value = _values(f, ggml_type, f.offset(start, k * size))
+                for source, chains in zip(sources, sums, strict=True):
+                    scalar = f.load(F32, f.offset(source, k * 4)).splat()
+                    chains[chain].value = f.fma(value, scalar, chains[chain].value)
+
+            with f.loop(whole, step=CHAINS) as k:
+                for line in range(0, CHAINS * size, 64):
+                    f.prefetch(f.offset(start, k * size), PREFETCH + line)
+                for c in range(CHAINS):
+                    add(k + c, c)
+            with f.loop(columns, start=whole) as k:
+                add(k, 0)
+            for m, chains in enumerate(sums):
+                total = (chains[0].value + chains[1].value) + (chains[2].value + chains[3].value)
+                with f.when(first + m < rows):
+                    store_strip(f, y, first + m, strip, out, total)
+
+    return module.function("tile", [PTR, I64, I64], body, exported=False)
+
+
+def emit_linear(module: Module, ggml_type: GGMLQuantizationType, tile: int) -> None:
+    """`linear`: x (rows, columns) and strips to y (rows, out)."""
+    pool.emit(module)
+    job = _emit_tile(module, ggml_type, tile)
+
+    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
+        (x, w), (y,) = args, rets
+        columns, out = x.dim(1), y.dim(1)
+        per = f.i64(CHUNK_BYTES) // (columns * (LANES * ELEMENT_BYTES[ggml_type])) + 1
+        strips = (out + (LANES - 1)) // LANES
+        packed = f.pack(w.data, x.data, y.data, x.dim(0), columns, out, per)
+        f.call("pool_run", VOID, state, f.address_of(job), packed, (strips + per - 1) // per)
+
+    ffi.emit_handler(module, "linear", 2, 1, call)
+
+
+def emit_pack(module: Module, ggml_type: GGMLQuantizationType) -> None:
+    """`pack(state, args)`; args: 0 file rows, 8 strips, 16 rows, 24 columns."""
+    pool.emit(module)
+    size = ELEMENT_BYTES[ggml_type]
+    element = ir.IntType(8 * size)
+
+    def strip(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        source, w = f.load(PTR, args, 0), f.load(PTR, args, 8)
+        rows, columns = f.load(I64, args, 16), f.load(I64, args, 24)
+        start = f.offset(w, chunk * columns * (LANES * size))
+        with f.loop(LANES) as lane:
+            row = chunk * LANES + lane
+            row = (row < rows).select(row, rows - 1)
+            first = f.offset(source, row * columns * size)
+            with f.loop(columns) as k:
+                value = f.load(element, f.offset(first, k * size))
+                f.store(value, f.offset(start, (k * LANES + lane) * size))
+
+    job = module.function("pack_strip", [PTR, I64, I64], strip, exported=False)
+
+    def body(f: Function, state: Value, args: Value) -> None:
+        strips = (f.load(I64, args, 16) + (LANES - 1)) // LANES
+        f.call("pool_run", VOID, state, f.address_of(job), args, strips)
+
+    module.function("pack", [PTR, PTR], body)
+
+
+def emit_rows(module: Module, ggml_type: GGMLQuantizationType) -> None:
+    """`rows`: ids (n,) int32 and strips to y (n, columns)."""
+    pool.emit(module)
+    size = ELEMENT_BYTES[ggml_type] * LANES
+
+    def row(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        ids, w, y = (f.load(PTR, args, 8 * i) for i in range(3))
+        columns, strips = f.load(I64, args, 24), f.load(I64, args, 32)
+        number = f.load(I32, f.offset(ids, chunk * 4)).to(I64)
+        number = (number < 0).select(0, number)
+        strip = number // LANES
+        strip = (strip < strips).select(strip, strips - 1)
+        picked = f.buffer(4 * LANES)
+        with f.loop(columns) as k:
+            f.store(_values(f, ggml_type, f.offset(w, (strip * columns + k) * size)), picked)
+            value = f.load(F32, f.offset(picked, number % LANES * 4))
+            f.store(value, f.offset(y, (chunk * columns + k) * 4))
+
+    job = module.function("row", [PTR, I64, I64], row, exported=False)
+
+    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
+        (ids, w), (y,) = args, rets
+        packed = f.pack(ids.data, w.data, y.data, y.dim(1), w.dim(0))
+        f.call("pool_run", VOID, state, f.address_of(job), packed, y.dim(0))
+
+    ffi.emit_handler(module, "rows", 2, 1, call)

@@ -1,0 +1,494 @@
+"""Kernels of quantized matrices: packing, products, rows.
+
+Activations are made integers too: in every 8 columns, multiples of 1 / 32767 of the largest, so
+that the sum of their products is exact in 32 bits, and rounding them costs 1e-5 of a product
+(llama.cpp's bytes: 7e-3). Sums over groups are float32, in the order of the columns,
+whatever the number of rows or threads: a prompt gives the same bits in one piece or in many.
+
+In memory, activations are tiles of a few rows. A record of a tile is a group of 32 columns: for
+each pair of columns the pairs of all rows, then the rows' scales, then what the format needs of
+their sums (`_sums`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gguf import GGMLQuantizationType
+from llvmlite import ir
+
+from phicore_jax.kernels import ffi, pool
+from phicore_jax.kernels.ffi import Buffer
+from phicore_jax.kernels.formats import FORMATS, GROUP, PAIRS, Format
+from phicore_jax.kernels.lang import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    PTR,
+    VOID,
+    Function,
+    Module,
+    Value,
+    Variable,
+    joined,
+    vec,
+)
+
+STRIPS_AT_ONCE = 4  # decoded at a time, for all rows
+STRIPS_TOGETHER = 2  # multiplied at a time, so that activations are loaded once for both
+SPAN = 8  # groups that are decoded at a time
+PREFETCH = 8192  # bytes ahead
+CHUNK_BYTES = 64 << 10  # of weights, the unit of work of a thread
+
+FLOATS, INTS = vec(F32), vec(I32)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A kernel: rows of a format by a tile of activations of 16 or 8 bits.
+
+    The record of a group is, in 32-bit words, each for all rows of the tile: `words` times the
+    integers of 2 or 4 columns; the units they are multiples of, one for every `unit_columns`; and
+    sums of the activations, one for each subgroup, if the format has a minimum, or else of the
+    integers of each unit, times -offset.
+    """
+
+    format: Format
+    tile: int
+    bits: int = 16
+
+    @property
+    def words(self) -> int:
+        return GROUP * self.bits // 32
+
+    @property
+    def unit_columns(self) -> int:
+        return 8 if self.bits == 16 else GROUP // self.format.subgroups
+
+    @property
+    def units(self) -> int:
+        return GROUP // self.unit_columns
+
+    @property
+    def sums(self) -> int:
+        return self.format.subgroups if self.format.has_min else self.units
+
+    @property
+    def largest(self) -> float:
+        return 2.0 ** (self.bits - 1) - 1
+
+    @property
+    def offset(self) -> int:
+        """What is in the codes as they are multiplied: bytes are made unsigned."""
+        is_signed_byte = self.format.planes[0][0] == 8
+        return 128 if self.bits == 8 and is_signed_byte else self.format.offset
+
+    @property
+    def record_bytes(self) -> int:
+        return 4 * self.tile * (self.words + self.units + self.sums)
+
+    def activation_bytes(self, rows: int, columns: int) -> int:
+        return -(-rows // self.tile) * (columns // GROUP) * self.record_bytes
+
+    def sums_bytes(self, rows: int) -> int:
+        """Memory of a thread for the sums of the strips it works on."""
+        return -(-rows // self.tile) * self.tile * STRIPS_AT_ONCE * 4 * LANES
+
+
+# args of products, in 64-bit words
+W, X, Y, WORKSPACE, ROWS, COLUMNS, OUT, PER_CHUNK = range(8)
+
+
+# ---- activations ---------------------------------------------------------------------------
+
+
+def _quantize_group(f: Function, p: Product, x: Value, record: Value, row: Value) -> None:
+    """32 columns of a row, to their places in a record."""
+    size, at = p.unit_columns, f.offset(record, row * 4)
+
+    def put(value: Value, word: int) -> None:
+        f.store(value, at, 4 * p.tile * word)
+
+    integers, units = [], []
+    for i in range(p.units):
+        part = f.load(vec(F32, size), x, 4 * size * i)
+        largest = f.maximum_of_lanes(f.absolute(part))
+        is_some = largest > 1e-30
+        units.append(is_some.select(largest * (1 / p.largest), 0.0))
+        inverse = is_some.select(f.f32(p.largest) / largest, 0.0)
+        integers.append(f.round_even(part * inverse.splat(size)).to(I32))
+        put(units[i], p.words + i)
+    totals = [f.sum_of_lanes(part) for part in integers]
+    if p.format.has_min:
+        products = [unit * total.to(F32) for unit, total in zip(units, totals, strict=True)]
+        per = p.units // p.format.subgroups
+        for i in range(p.format.subgroups):
+            total = products[i * per]
+            for product in products[i * per + 1 : (i + 1) * per]:
+                total = total + product
+            put(total, p.words + p.units + i)
+    else:
+        for i, total in enumerate(totals):
+            put(total * -p.offset, p.words + p.units + i)
+    columns = joined(integers)
+    if p.bits == 16:
+        words = columns.to(I16).bits_as(vec(I32, p.words))
+    else:  # as two pairs of columns lie in a word of codes, see `_code_bytes`
+        order = [4 * q + i for q in range(p.words) for i in (0, 2, 1, 3)]
+        words = columns.lanes(order).to(I8).bits_as(vec(I32, p.words))
+    if p.tile == 1:
+        f.store(words, at)
+    else:
+        for i in range(p.words):
+            put(words.lane(i), i)
+
+
+def _emit_quantize(module: Module, p: Product) -> ir.Function:
+    """A chunk is a tile."""
+
+    def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        x, out = f.load(PTR, args, 8 * X), f.load(PTR, args, 8 * WORKSPACE)
+        rows, columns = f.load(I64, args, 8 * ROWS), f.load(I64, args, 8 * COLUMNS)
+        groups = columns // GROUP
+        out = f.offset(out, chunk * groups * p.record_bytes)
+        with f.loop(groups) as g, f.loop(p.tile) as i:
+            # rows beyond the last are copies of it, whose results are not stored
+            row = chunk * p.tile + i
+            row = (row < rows).select(row, rows - 1)
+            source = f.offset(x, (row * columns + g * GROUP) * 4)
+            _quantize_group(f, p, source, f.offset(out, g * p.record_bytes), i)
+
+    return module.function("quantize", [PTR, I64, I64], body, exported=False)
+
+
+# ---- products ------------------------------------------------------------------------------
+
+
+class Strip(NamedTuple):
+    """16 rows of weights by a group of columns, on their way through a product.
+
+    Attributes:
+        codes: The codes of a word of columns, (16,) int32.
+        scales: The scale and the bias of each subgroup.
+        totals: Sums of all groups, for each row of the tile.
+    """
+
+    codes: Callable[[int], Value]
+    scales: Sequence[tuple[Value, Value | None]]
+    totals: Sequence[Variable]
+
+
+def _dot_group(
+    f: Function,
+    p: Product,
+    strips: Sequence[Strip],
+    record: Value,
+    has_offset: bool,
+) -> None:
+    """Add strips of weights by a tile of activations, over a group of columns."""
+
+    def broadcast(t: ir.Type, word: int, m: int) -> Value:
+        return f.load(t, record, 4 * (word * p.tile + m)).splat()
+
+    dot = f.target.dot_pairs if p.bits == 16 else f.target.dot_bytes
+    rows, sums_at = range(p.tile), p.words + p.units
+    words_per_unit, units_per_scale = p.words // p.units, p.units // p.format.subgroups
+    for i in range(p.format.subgroups):
+        parts: list[list[Value]] = [[] for _ in strips]
+        for unit in range(i * units_per_scale, (i + 1) * units_per_scale):
+            zero = f.zeros(INTS)
+            start = [broadcast(I32, sums_at + unit, m) if has_offset else zero for m in rows]
+            sums = [list(start) for _ in strips]
+            for word in range(unit * words_per_unit, (unit + 1) * words_per_unit):
+                codes = [strip.codes(word) for strip in strips]
+                for m in rows:
+                    x = broadcast(I32, word, m)
+                    for of_strip, w in zip(sums, codes, strict=True):
+                        of_strip[m] = dot(of_strip[m], w, x)
+            for m in rows:
+                u = broadcast(F32, p.words + unit, m)
+                for part, of_strip in zip(parts, sums, strict=True):
+                    total = of_strip[m].to(F32)
+                    if len(part) < p.tile:
+                        part.append(total * u)
+                    else:
+                        part[m] = f.fma(total, u, part[m])
+        for m in rows:
+            for part, strip in zip(parts, strips, strict=True):
+                scale, bias = strip.scales[i]
+                total = f.fma(part[m], scale, strip.totals[m].value)
+                if bias is not None:
+                    total = f.fma(bias, broadcast(F32, sums_at + i, m), total)
+                strip.totals[m].value = total
+
+
+def store_strip(f: Function, y: Value, row: Value, strip: Value, out: Value, x: Value) -> None:
+    """Store 16 results of a row, or as many as there are columns left."""
+    column = strip * LANES
+    place = f.offset(y, (row * out + column) * 4)
+    with f.if_else(column + LANES <= out) as (whole, part):
+        with whole:
+            f.store(x, place)
+        with part:
+            spill = f.buffer(4 * LANES)
+            f.store(x, spill)
+            with f.loop(out - column) as i:
+                f.store(f.load(F32, f.offset(spill, i * 4)), f.offset(place, i * 4))
+
+
+def _strips(f: Function, args: Value) -> Value:
+    return (f.load(I64, args, 8 * OUT) + (LANES - 1)) // LANES
+
+
+def _strips_of_chunk(f: Function, args: Value, chunk: Value) -> tuple[Value, Value]:
+    per, strips = f.load(I64, args, 8 * PER_CHUNK), _strips(f, args)
+    last = (chunk + 1) * per
+    return chunk * per, (last < strips).select(last, strips)
+
+
+def _emit_fused(module: Module, p: Product) -> ir.Function:
+    """Products of one tile, decoding codes in registers."""
+    fmt = p.format
+
+    def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        w, y, act = (f.load(PTR, args, 8 * i) for i in (W, Y, WORKSPACE))
+        columns, out = f.load(I64, args, 8 * COLUMNS), f.load(I64, args, 8 * OUT)
+        blocks = columns // fmt.columns
+        first, last = _strips_of_chunk(f, args, chunk)
+        with f.loop(last, start=first) as strip:
+            totals = [f.variable(f.zeros(FLOATS)) for _ in range(p.tile)]
+            start = f.offset(w, strip * blocks * fmt.block_bytes)
+            with f.loop(blocks) as b:
+                block = f.offset(start, b * fmt.block_bytes)
+                record = f.offset(act, b * (fmt.groups * p.record_bytes))
+                for line in range(0, fmt.planes_start, 64):
+                    f.prefetch(block, PREFETCH + line)
+                supers = fmt.super_scales(f, block)
+                with f.loop(fmt.groups) as g:
+                    group = f.offset(block + fmt.planes_start, g * fmt.group_bytes)
+                    for line in range(0, fmt.group_bytes, 64):
+                        f.prefetch(group, PREFETCH + line)
+                    scales = fmt.group_scales(f, block, supers, g)
+                    codes = fmt.group_codes(f, group)
+                    at = f.offset(record, g * p.record_bytes)
+                    decoded = Strip(codes.__getitem__, scales, totals)
+                    _dot_group(f, p, [decoded], at, has_offset=fmt.offset != 0)
+            for m, total in enumerate(totals):
+                store_strip(f, y, f.i64(m), strip, out, total.value)
+
+    return module.function("fused", [PTR, I64, I64], body, exported=False)
+
+
+def _code_bytes(pairs: Sequence[Value], offset: int) -> list[Value]:
+    """Codes of 16 bits, two pairs of columns at a time, as unsigned bytes."""
+    words = [a | b << 8 for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
+    return [w ^ -0x7F80 for w in words] if offset == 128 else words  # 0x8080
+
+
+def _emit_tiled(module: Module, p: Product) -> ir.Function:
+    """Products of many rows: codes of a few strips are decoded once for all tiles."""
+    fmt = p.format
+    vector = 4 * LANES
+    group_bytes = vector * p.words
+    scales_start = SPAN * group_bytes
+    scale_bytes = vector * fmt.subgroups * (2 if fmt.has_min else 1)
+    strip_bytes = scales_start + SPAN * scale_bytes
+    is_offset_kept = p.bits == 8 and p.offset != 0
+
+    def decode(
+        f: Function, block: Value, supers: list[Value], g: Value, to: Value, n: Value
+    ) -> None:
+        """Group g of a block becomes group n of the decoded strip."""
+        codes = fmt.group_codes(f, f.offset(block + fmt.planes_start, g * fmt.group_bytes))
+        if p.bits == 8:
+            codes = [c & 255 for c in codes] if fmt.planes[0][0] == 8 else codes
+            codes = _code_bytes(codes, p.offset)
+        elif fmt.offset:
+            codes = [c - fmt.offset for c in codes]
+        at = f.offset(to, n * group_bytes)
+        for i, c in enumerate(codes):
+            f.store(c, at, vector * i, align=64)
+        at = f.offset(to + scales_start, n * scale_bytes)
+        for scale, bias in fmt.group_scales(f, block, supers, g):
+            f.store(scale, at, align=64)
+            at = at + vector
+            if bias is not None:
+                f.store(bias, at, align=64)
+                at = at + vector
+
+    def multiply(f: Function, codes: Value, record: Value, groups: Value, sums: Value) -> None:
+        """Add a span of adjacent decoded strips by a tile to the tile's sums."""
+        totals = [
+            [
+                f.variable(f.load(FLOATS, sums, vector * (s * p.tile + m), align=64))
+                for m in range(p.tile)
+            ]
+            for s in range(STRIPS_TOGETHER)
+        ]
+        with f.loop(groups) as g:
+            strips = []
+            for s in range(STRIPS_TOGETHER):
+                at = f.offset(codes + s * strip_bytes, g * group_bytes)
+                place = f.offset(codes + (s * strip_bytes + scales_start), g * scale_bytes)
+                scales: list[tuple[Value, Value | None]] = []
+                for _ in range(fmt.subgroups):
+                    scale, bias = f.load(FLOATS, place, align=64), None
+                    place = place + vector
+                    if fmt.has_min:
+                        bias, place = f.load(FLOATS, place, align=64), place + vector
+                    scales.append((scale, bias))
+
+                def word(i: int, at: Value = at) -> Value:
+                    return f.load(INTS, at, vector * i, align=64)
+
+                strips.append(Strip(word, scales, totals[s]))
+            _dot_group(f, p, strips, f.offset(record, g * p.record_bytes), is_offset_kept)
+        for s, of_strip in enumerate(totals):
+            for m, total in enumerate(of_strip):
+                f.store(total.value, sums, vector * (s * p.tile + m), align=64)
+
+    def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        w, y, act = (f.load(PTR, args, 8 * i) for i in (W, Y, WORKSPACE))
+        rows, columns, out = (f.load(I64, args, 8 * i) for i in (ROWS, COLUMNS, OUT))
+        blocks, groups = columns // fmt.columns, columns // GROUP
+        tiles = (rows + (p.tile - 1)) // p.tile
+        sums_size = tiles * (p.tile * STRIPS_AT_ONCE * vector)
+        all_sums = f.offset(act, tiles * groups * p.record_bytes)
+        all_sums = f.offset(f.align(all_sums, 64), slot * sums_size)
+        first, last = _strips_of_chunk(f, args, chunk)
+        decoded = f.buffer(STRIPS_AT_ONCE * strip_bytes)
+        with f.loop(sums_size // vector) as i:
+            f.store(f.zeros(FLOATS), f.offset(all_sums, i * vector), align=64)
+        with f.loop(groups, step=SPAN) as start:
+            left = groups - start
+            count = (left < SPAN).select(left, SPAN)
+            with f.loop(STRIPS_AT_ONCE) as s:
+                # strips beyond the last are copies of it, whose results are not stored
+                strip = first + s
+                strip = (strip < last).select(strip, last - 1)
+                from_ = f.offset(w, (strip * blocks + start // fmt.groups) * fmt.block_bytes)
+                with f.loop(count // fmt.groups) as b:
+                    block = f.offset(from_, b * fmt.block_bytes)
+                    supers = fmt.super_scales(f, block)
+                    with f.loop(fmt.groups) as g:
+                        to = f.offset(decoded, s * strip_bytes)
+                        decode(f, block, supers, g, to, b * fmt.groups + g)
+            with f.loop(tiles) as t:
+                record = f.offset(act, (t * groups + start) * p.record_bytes)
+                with f.loop(STRIPS_AT_ONCE, step=STRIPS_TOGETHER) as s:
+                    codes = f.offset(decoded, s * strip_bytes)
+                    sums = f.offset(all_sums, (t * STRIPS_AT_ONCE + s) * (p.tile * vector))
+                    multiply(f, codes, record, count, sums)
+        with f.loop(rows) as row, f.loop(last, start=first) as strip:
+            t, m = row // p.tile, row % p.tile
+            at = (t * STRIPS_AT_ONCE + (strip - first)) * p.tile + m
+            total = f.load(FLOATS, f.offset(all_sums, at * vector), align=64)
+            store_strip(f, y, row, strip, out, total)
+
+    return module.function("tiled", [PTR, I64, I64], body, exported=False)
+
+
+def emit_linear(module: Module, p: Product, is_fused: bool) -> None:
+    """`linear`: x (rows, columns) and strips to y (rows, out), with a workspace."""
+    fmt = p.format
+    pool.emit(module)
+    quantize = _emit_quantize(module, p)
+    product = _emit_fused(module, p) if is_fused else _emit_tiled(module, p)
+
+    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
+        (x, w), (y, workspace) = args, rets
+        rows, columns, out = x.dim(0), x.dim(1), y.dim(1)
+        per = f.i64(STRIPS_AT_ONCE)
+        if is_fused:
+            per = f.i64(CHUNK_BYTES) // (columns // fmt.columns * fmt.block_bytes) + 1
+        packed = f.pack(w.data, x.data, y.data, workspace.data, rows, columns, out, per)
+        tiles = (rows + (p.tile - 1)) // p.tile
+        f.call("pool_run", VOID, state, f.address_of(quantize), packed, tiles)
+        chunks = (_strips(f, packed) + per - 1) // per
+        f.call("pool_run", VOID, state, f.address_of(product), packed, chunks)
+
+    ffi.emit_handler(module, "linear", 2, 2, call)
+
+
+# ---- packing -------------------------------------------------------------------------------
+
+
+def emit_pack(module: Module, ggml_type: GGMLQuantizationType) -> None:
+    """`pack(state, args)`; args: 0 file rows, 8 strips, 16 rows, 24 columns."""
+    fmt = FORMATS[ggml_type]
+    pool.emit(module)
+
+    def strip(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        source, w = f.load(PTR, args, 0), f.load(PTR, args, 8)
+        rows, columns = f.load(I64, args, 16), f.load(I64, args, 24)
+        blocks = columns // fmt.columns
+        start = f.offset(w, chunk * blocks * fmt.block_bytes)
+        with f.loop(blocks) as b, f.loop(LANES) as lane:
+            # lanes beyond the last row are copies of it, whose results are not stored
+            row = chunk * LANES + lane
+            row = (row < rows).select(row, rows - 1)
+            block = f.offset(source, (row * blocks + b) * fmt.file_block_bytes)
+            fmt.pack_block(f, block, f.offset(start, b * fmt.block_bytes), lane)
+
+    packer = module.function("pack_strip", [PTR, I64, I64], strip, exported=False)
+
+    def body(f: Function, state: Value, args: Value) -> None:
+        strips = (f.load(I64, args, 16) + (LANES - 1)) // LANES
+        f.call("pool_run", VOID, state, f.address_of(packer), args, strips)
+
+    module.function("pack", [PTR, PTR], body)
+
+
+# ---- rows ----------------------------------------------------------------------------------
+
+
+def emit_rows(module: Module, ggml_type: GGMLQuantizationType) -> None:
+    """`rows`: ids (n,) int32 and strips to y (n, columns), the values of `gguf.quants` exactly."""
+    fmt = FORMATS[ggml_type]
+    pool.emit(module)
+
+    def row(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        ids, w, y = (f.load(PTR, args, 8 * i) for i in range(3))
+        columns, strips = f.load(I64, args, 24), f.load(I64, args, 32)
+        blocks = columns // fmt.columns
+        number = f.load(I32, f.offset(ids, chunk * 4)).to(I64)
+        number = (number < 0).select(0, number)
+        strip = number // LANES
+        strip = (strip < strips).select(strip, strips - 1)
+        lane = number % LANES
+        vectors, pairs = f.buffer(4 * LANES), f.buffer(4 * PAIRS)
+
+        def pick(t: ir.Type, vector: Value) -> Value:
+            f.store(vector, vectors)
+            return f.load(t, f.offset(vectors, lane * 4))
+
+        with f.loop(blocks) as b:
+            block = f.offset(w, (strip * blocks + b) * fmt.block_bytes)
+            supers = fmt.super_scales(f, block)
+            with f.loop(fmt.groups) as g:
+                codes = fmt.group_codes(f, f.offset(block + fmt.planes_start, g * fmt.group_bytes))
+                for i, pair in enumerate(codes):
+                    f.store(pick(I32, pair.bits_as(INTS)), pairs, 4 * i)
+                values = f.load(vec(I16, GROUP), pairs) - fmt.offset
+                at = (chunk * columns + b * fmt.columns + g * GROUP) * 4
+                count = GROUP // fmt.subgroups
+                for i, (scale, bias) in enumerate(fmt.group_scales(f, block, supers, g)):
+                    part = values.lanes(list(range(i * count, (i + 1) * count))).to(F32)
+                    part = part * pick(F32, scale).splat(count)
+                    if bias is not None:
+                        part = part + pick(F32, bias).splat(count)
+                    f.store(part, f.offset(y, at), 4 * i * count)
+
+    job = module.function("row", [PTR, I64, I64], row, exported=False)
+
+    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
+        (ids, w), (y,) = args, rets
+        packed = f.pack(ids.data, w.data, y.data, y.dim(1), w.dim(0))
+        f.call("pool_run", VOID, state, f.address_of(job), packed, y.dim(0))
+
+    ffi.emit_handler(module, "rows", 2, 1, call)

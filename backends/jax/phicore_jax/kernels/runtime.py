@@ -1,0 +1,212 @@
+"""The kernels as functions of JAX arrays.
+
+A kernel is compiled (or read from disk) when a graph first asks for it; its name carries all that
+it was made for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from math import ceil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from phicore.errors import BackendError
+from phicore.gguf.reader import GGUFTensor
+from phicore_jax.kernels import attention, dense, ffi, linear
+from phicore_jax.kernels.attention import Cache
+from phicore_jax.kernels.build import Compiler
+from phicore_jax.kernels.formats import FORMATS
+from phicore_jax.kernels.lang import Module, Target
+from phicore_jax.kernels.linear import Product
+from phicore_jax.kernels.packed import ROWS_OF_STRIP, Packed
+from phicore_jax.kernels.pool import Pool, emit_worker, thread_count
+
+Array = Any
+
+HUGE_PAGE = 2 << 20
+
+
+def _strip_bytes(ggml_type: GGMLQuantizationType, columns: int) -> int:
+    if ggml_type in FORMATS:
+        return FORMATS[ggml_type].strip_bytes(columns)
+    return dense.strip_bytes(ggml_type, columns)
+
+
+class Kernels:
+    """Kernels for an instruction set, and threads that run them.
+
+    Args:
+        target: One of `build.supported_targets`.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._compiler = Compiler(Target(target))
+        self._worker = self._compiler.library("worker", emit_worker, ["pool_worker"])
+        self._threads = thread_count()
+        self._registered: set[str] = set()
+
+    @cached_property
+    def pool(self) -> Pool:
+        return Pool(self._worker, self._threads)
+
+    def set_threads(self, threads: int) -> None:
+        """Take this many threads, the caller's included.
+
+        Raises:
+            BackendError: If others are at work already.
+        """
+        if "pool" in self.__dict__ and threads != self._threads:
+            raise BackendError(
+                f"threads: {self._threads} are at work in this process already; "
+                "ask for as many, or start another process"
+            )
+        self._threads = threads
+
+    @staticmethod
+    def has_type(ggml_type: GGMLQuantizationType) -> bool:
+        return ggml_type in FORMATS or ggml_type in dense.ELEMENT_BYTES
+
+    @property
+    def has_fast_products(self) -> bool:
+        return self._compiler.target.has_byte_dot
+
+    @property
+    def threads(self) -> int:
+        return self._threads
+
+    # ---- weights ---------------------------------------------------------------------------
+
+    def pack(self, tensors: Sequence[GGUFTensor]) -> Packed:
+        """Strips of tensors of one type that lie on top of each other.
+
+        All but the last have a multiple of 16 rows.
+        """
+        ggml_type, columns = tensors[0].type, tensors[0].shape[1]
+        counts = [ceil(t.shape[0] / ROWS_OF_STRIP) for t in tensors]
+        strips = _huge_array((sum(counts), _strip_bytes(ggml_type, columns)))
+        emit = linear.emit_pack if ggml_type in FORMATS else dense.emit_pack
+        library = self._compiler.library(
+            f"pack-{ggml_type.name}", lambda module: emit(module, ggml_type), ["pack"]
+        )
+        pack = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(library.address("pack"))
+        start = 0
+        for tensor, count in zip(tensors, counts, strict=True):
+            data, to = np.ascontiguousarray(tensor.data), strips[start:]
+            args = np.array([data.ctypes.data, to.ctypes.data, len(data), columns], np.int64)
+            pack(self.pool.state, args.ctypes.data)
+            start += count
+        return Packed(strips, ggml_type, sum(t.shape[0] for t in tensors), columns)
+
+    # ---- operations ------------------------------------------------------------------------
+
+    def linear(self, x: Array, w: Packed, *, is_fast: bool = False) -> Array:
+        """(M, K) float32 by a packed (N, K) matrix: (M, N).
+
+        Args:
+            is_fast: Take 8 bits of the activations instead of 16, if there are many rows.
+        """
+        m = x.shape[0]
+        result = jax.ShapeDtypeStruct((m, w.rows), jnp.float32)
+        is_fused = m <= self._compiler.target.fused_rows
+        tile = m if is_fused else ceil(m / ceil(m / self._compiler.target.tile))
+        if w.type not in FORMATS:
+            tile = min(tile, self._compiler.target.tile)
+            target = self._target(
+                f"dense-{w.type.name}-{tile}",
+                "linear",
+                lambda module: dense.emit_linear(module, w.type, tile),
+            )
+            return jax.ffi.ffi_call(target, result)(x, w.strips)
+        bits = 8 if is_fast and self.has_fast_products and not is_fused else 16
+        product = Product(FORMATS[w.type], tile, bits)
+        target = self._target(
+            f"linear-{w.type.name}-{bits}-{'fused' if is_fused else 'tiled'}-{tile}",
+            "linear",
+            lambda module: linear.emit_linear(module, product, is_fused),
+        )
+        size = product.activation_bytes(m, w.columns)
+        if not is_fused:
+            size += 64 + self.threads * product.sums_bytes(m)
+        workspace = jax.ShapeDtypeStruct((size,), jnp.uint8)
+        return jax.ffi.ffi_call(target, (result, workspace))(x, w.strips)[0]
+
+    def rows(self, ids: Array, w: Packed) -> Array:
+        """Rows of a packed (N, K) matrix: (n,) int32 gives (n, K) float32."""
+        emit = linear.emit_rows if w.type in FORMATS else dense.emit_rows
+        target = self._target(f"rows-{w.type.name}", "rows", lambda module: emit(module, w.type))
+        result = jax.ShapeDtypeStruct((ids.shape[0], w.columns), jnp.float32)
+        return jax.ffi.ffi_call(target, result)(ids, w.strips)
+
+    # ---- cache -----------------------------------------------------------------------------
+
+    def store(
+        self, x: Array, positions: Array, cache_type: str, rows: Array, *scales: Array
+    ) -> Any:
+        """Put the keys or values (B, K, T, D) of new tokens into rows (B, K, S, D), in place."""
+        cache = Cache(cache_type, x.shape[3])
+        target = self._target(
+            f"store-{cache.type}-{cache.dim}",
+            "store",
+            lambda module: attention.emit_store(module, cache),
+        )
+        kept = (rows, *scales)
+        results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kept]
+        aliases = {2 + i: i for i in range(len(kept))}
+        call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
+        return call(x, positions, *kept)
+
+    def attention(
+        self,
+        q: Array,
+        positions: Array,
+        window: int | None,
+        cache_type: str,
+        keys: Array,
+        values: Array,
+        *scales: Array,
+    ) -> Array:
+        """Attention of scaled queries (B, H, T, D) over keys and values (B, K, S, D)."""
+        cache = Cache(cache_type, q.shape[3])
+        group = q.shape[1] // keys.shape[1] if q.shape[2] == 1 else None
+        target = self._target(
+            f"attention-{cache.type}-{cache.dim}-{'many' if group is None else group}",
+            "attention",
+            lambda module: attention.emit_attention(module, cache, group),
+        )
+        width = np.array([2**31 - 1 if window is None else window], np.int32)
+        result = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+        return jax.ffi.ffi_call(target, result)(q, positions, width, keys, values, *scales)
+
+    def _target(self, name: str, handler: str, emit: Callable[[Module], None]) -> str:
+        """The name under which XLA knows a kernel."""
+        # XLA keeps compiled programs on disk by the names of their targets.
+        target = f"phicore-{name}-{self._compiler.digest}"
+        if target not in self._registered:
+            library = self._compiler.library(name, emit, ffi.exports(handler))
+            ffi.register(library, handler, target, self.pool.state)
+            self._registered.add(target)
+        return target
+
+
+def _huge_array(shape: tuple[int, int]) -> np.ndarray:
+    """Memory in huge pages where the system has them: walking page tables costs a third."""
+    size = shape[0] * shape[1]
+    if size < HUGE_PAGE:
+        memory = np.empty(size + 64, np.uint8)
+        start = -memory.ctypes.data % 64  # JAX shares the memory of arrays that are aligned so
+        return memory[start : start + size].reshape(shape)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has no huge pages by default
+    region = mmap.mmap(-1, size + HUGE_PAGE, flags=flags)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(region, np.uint8)
+    start = -memory.ctypes.data % HUGE_PAGE
+    return memory[start : start + size].reshape(shape)
