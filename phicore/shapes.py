@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-PROMPT_CHUNKS = (1, 16, 64, 256)  # each divides the next
+PROMPT_CHUNKS = (1, 16, 32, 64, 128, 256)  # each divides the next
 LOGITS_CHUNKS = (1, 64)
 MIN_CAPACITY = 256
 
@@ -30,8 +30,8 @@ def chunks(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Cut a prompt into pieces: of the given sizes, some padded, or else as large as the largest.
 
-    Each size divides the next. A piece is padded to a size that is at most twice as large, or to
-    the smallest above 1.
+    Each size divides the next. A piece is padded to a size that is at most one and a half times as
+    large, or to the smallest above 1.
 
     Yields:
         Tokens (1, T) and positions (1, T) int32, and the index (1,) of the last real token.
@@ -42,7 +42,7 @@ def chunks(
         size = min(left, sizes[-1])
         if is_padded and left not in sizes:
             above = next((s for s in sizes if s > left), sizes[-1])
-            is_near = above <= max(2 * left, sizes[1])
+            is_near = 2 * above <= 3 * left or above == sizes[1]
             size = above if is_near else max(s for s in sizes if s <= left)
         count = min(size, left)
         chunk = np.zeros((1, size), np.int32)

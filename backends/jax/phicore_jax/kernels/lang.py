@@ -222,9 +222,9 @@ class Target:
         return {"avx512vnni": 6, "neon": 3}.get(self.name, 2)
 
     @property
-    def fused_rows(self) -> int:
-        """Rows of activations up to which codes are decoded in registers, not in memory."""
-        return 8 if self.name in ("avx512vnni", "neon") else 4
+    def fused_tile(self) -> int:
+        """The same for a product of one strip, whose codes are decoded in registers."""
+        return {"avx512vnni": 8, "neon": 4}.get(self.name, 3)
 
     def dot_pairs(self, acc: Value, x: Value, y: Value) -> Value:
         """acc + x0 * y0 + x1 * y1 in every 32-bit lane, of signed 16-bit numbers x and y."""

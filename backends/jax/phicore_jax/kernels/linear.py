@@ -68,7 +68,7 @@ class Product:
 
     @property
     def unit_columns(self) -> int:
-        return 8 if self.bits == 16 else GROUP // self.format.subgroups
+        return 8 if self.bits == 16 else 16
 
     @property
     def units(self) -> int:
@@ -252,7 +252,7 @@ def _strips_of_chunk(f: Function, args: Value, chunk: Value) -> tuple[Value, Val
 
 
 def _emit_fused(module: Module, p: Product) -> ir.Function:
-    """Products of one tile, decoding codes in registers."""
+    """Products by one tile after the other, decoding codes in registers for each."""
     fmt = p.format
 
     def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
@@ -260,12 +260,18 @@ def _emit_fused(module: Module, p: Product) -> ir.Function:
         columns, out = f.load(I64, args, 8 * COLUMNS), f.load(I64, args, 8 * OUT)
         blocks = columns // fmt.columns
         first, last = _strips_of_chunk(f, args, chunk)
-        with f.loop(last, start=first) as strip:
+        rows = f.load(I64, args, 8 * ROWS)
+        tile_bytes = blocks * (fmt.groups * p.record_bytes)
+        with (
+            f.loop((rows + (p.tile - 1)) // p.tile) as t,
+            f.loop(last, start=first) as strip,
+        ):
             totals = [f.variable(f.zeros(FLOATS)) for _ in range(p.tile)]
             start = f.offset(w, strip * blocks * fmt.block_bytes)
+            records = f.offset(act, t * tile_bytes)
             with f.loop(blocks) as b:
                 block = f.offset(start, b * fmt.block_bytes)
-                record = f.offset(act, b * (fmt.groups * p.record_bytes))
+                record = f.offset(records, b * (fmt.groups * p.record_bytes))
                 for line in range(0, fmt.planes_start, 64):
                     f.prefetch(block, PREFETCH + line)
                 supers = fmt.super_scales(f, block)
@@ -279,7 +285,9 @@ def _emit_fused(module: Module, p: Product) -> ir.Function:
                     decoded = Strip(codes.__getitem__, scales, totals)
                     _dot_group(f, p, [decoded], at, has_offset=fmt.offset != 0)
             for m, total in enumerate(totals):
-                store_strip(f, y, f.i64(m), strip, out, total.value)
+                row = t * p.tile + m
+                with f.when(row < rows):
+                    store_strip(f, y, row, strip, out, total.value)
 
     return module.function("fused", [PTR, I64, I64], body, exported=False)
 

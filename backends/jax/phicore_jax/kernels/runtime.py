@@ -31,6 +31,7 @@ from phicore_jax.kernels.pool import Pool, emit_worker, thread_count
 
 Array = Any
 
+MANY_ROWS = 32
 HUGE_PAGE = 2 << 20
 
 
@@ -115,18 +116,21 @@ class Kernels:
         """
         m = x.shape[0]
         result = jax.ShapeDtypeStruct((m, w.rows), jnp.float32)
-        is_fused = m <= self._compiler.target.fused_rows
-        tile = m if is_fused else ceil(m / ceil(m / self._compiler.target.tile))
+        sizes = self._compiler.target
         if w.type not in FORMATS:
-            tile = min(tile, self._compiler.target.tile)
+            tile = ceil(m / ceil(m / sizes.tile))
             target = self._target(
                 f"dense-{w.type.name}-{tile}",
                 "linear",
                 lambda module: dense.emit_linear(module, w.type, tile),
             )
             return jax.ffi.ffi_call(target, result)(x, w.strips)
-        bits = 8 if is_fast and self.has_fast_products and not is_fused else 16
-        product = Product(FORMATS[w.type], tile, bits)
+        fmt, is_many = FORMATS[w.type], m > MANY_ROWS
+        bits = 8 if is_fast and self.has_fast_products and is_many else 16
+        # Codes of one plane are decoded in a moment, each time anew; others once for many rows.
+        is_fused = bits == 16 and (not is_many or len(fmt.planes) == 1)
+        tile = ceil(m / ceil(m / (sizes.fused_tile if is_fused else sizes.tile)))
+        product = Product(fmt, tile, bits)
         target = self._target(
             f"linear-{w.type.name}-{bits}-{'fused' if is_fused else 'tiled'}-{tile}",
             "linear",
