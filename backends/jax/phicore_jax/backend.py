@@ -116,8 +116,10 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def quantized(x: Array) -> list[Array]:
-    """Rows (..., D) as integers of 16 bits and the float32 unit (...,) of each row."""
+def as_stored(x: Array, cache_type: str) -> list[Array]:
+    """Rows (..., D) as a cache holds them: numbers, and for `i16` the unit (...,) of each row."""
+    if cache_type != "i16":
+        return [x.astype(CACHE_DTYPES[cache_type])]
     unit = jnp.max(jnp.abs(x), axis=-1) / 32767
     divisor = jnp.where(unit > 0, unit, 1)[..., None]
     return [jnp.round(x / divisor).astype(jnp.int16), unit]
@@ -272,19 +274,15 @@ class JaxBackend(Backend):
             return super().grow_cache(cache, capacity)
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
-        new: LayerCache = {}
-        for name, x in (("k", k), ("v", v)):
-            old = [cache[n] for n in (name, f"{name}_scale") if n in cache]
-            if self._kernels is not None:
-                stored = self._kernels.store(x, positions, self._cache_type(), *old)
-            else:
-                rows = quantized(x) if len(old) == 2 else [x.astype(old[0].dtype)]
-                pairs = zip(old, rows, strict=True)
-                stored = [expanded.put(o, r, positions[:, 0]) for o, r in pairs]
-            new[name] = stored[0]
-            if len(stored) == 2:
-                new[f"{name}_scale"] = stored[1]
-        return new
+        names = [n for n in ("k", "k_scale", "v", "v_scale") if n in cache]
+        old = [cache[name] for name in names]
+        if self._kernels is not None:
+            stored = self._kernels.store(k, v, positions, self._cache_type(), old)
+        else:
+            new = [part for x in (k, v) for part in as_stored(x, self._cache_type())]
+            start = positions[:, 0]
+            stored = [expanded.put(o, n, start) for o, n in zip(old, new, strict=True)]
+        return dict(zip(names, stored, strict=True))
 
     def attention(
         self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None

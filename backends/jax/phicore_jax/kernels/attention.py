@@ -98,17 +98,26 @@ def exp(f: Function, x: Value) -> Value:
 
 
 def emit_store(module: Module, cache: Cache) -> None:
-    """`store`: x (B, K, T, D), positions (B, T), rows (B, K, S, D) and their scales, in place."""
+    """`store`: keys and values (B, K, T, D) and positions (B, T), then the cache, in place.
+
+    The cache is the rows (B, K, S, D) of keys and, if there are any, their scales (B, K, S), and
+    then those of values.
+    """
     pool.emit(module)
     pieces = cache.pieces()
+    count = 2 if cache.has_scales else 1
 
     def head(f: Function, args: Value, chunk: Value, slot: Value) -> None:
-        x, positions, rows, scales = (f.load(PTR, args, 8 * i) for i in range(4))
-        heads, tokens, capacity = (f.load(I64, args, 8 * i) for i in range(4, 7))
+        """A chunk is a head of keys, or after those of values."""
+        positions = f.load(PTR, args, 0)
+        heads, tokens, capacity, all_heads = (f.load(I64, args, 8 * i) for i in range(1, 5))
+        head, is_value = chunk % all_heads, chunk // all_heads
+        own = f.offset(args + 40, is_value * 24)
+        x, rows, scales = (f.load(PTR, own, 8 * i) for i in range(3))
         with f.loop(tokens) as t:
-            source = f.offset(x, (chunk * tokens + t) * (4 * cache.dim))
-            at = f.load(I32, f.offset(positions, (chunk // heads * tokens + t) * 4)).to(I64)
-            number = chunk * capacity + at
+            source = f.offset(x, (head * tokens + t) * (4 * cache.dim))
+            at = f.load(I32, f.offset(positions, (head // heads * tokens + t) * 4)).to(I64)
+            number = head * capacity + at
             with f.when((at >= 0) & (at < capacity)):
                 row = f.offset(rows, number * cache.row_bytes)
                 values = [f.load(vec(F32, n), source, 4 * d) for d, n in pieces]
@@ -116,11 +125,10 @@ def emit_store(module: Module, cache: Cache) -> None:
                     largest = f.f32(0.0)
                     for v in values:
                         largest = f.maximum(largest, f.maximum_of_lanes(f.absolute(v)))
-                    is_some = largest > 1e-30
-                    f.store(
-                        is_some.select(largest * (1 / LARGEST), 0.0), f.offset(scales, number * 4)
-                    )
-                    inverse = is_some.select(f.f32(LARGEST) / largest, 0.0)
+                    is_none = largest <= 1e-30  # false for NaN, which is to be seen
+                    unit = is_none.select(0.0, largest * (1 / LARGEST))
+                    f.store(unit, f.offset(scales, number * 4))
+                    inverse = is_none.select(0.0, f.f32(LARGEST) / largest)
                     values = [v * inverse.splat(v.type.count) for v in values]
                 for v, (d, _) in zip(values, pieces, strict=True):
                     cache.store(f, v, row, d)
@@ -128,14 +136,17 @@ def emit_store(module: Module, cache: Cache) -> None:
     job = module.function("store_head", [PTR, I64, I64], head, exported=False)
 
     def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
-        x, positions = args[0], args[1]
-        rows, scales = rets[0], rets[-1]  # the same memory as the arguments that follow
-        heads, tokens = x.dim(1), x.dim(2)
-        packed = f.pack(x.data, positions.data, rows.data, scales.data, heads, tokens, rows.dim(2))
-        f.call("pool_run", VOID, state, f.address_of(job), packed, x.dim(0) * heads)
+        keys, values, positions = args[:3]  # the results are the memory of the others
+        heads, tokens, capacity = keys.dim(1), keys.dim(2), rets[0].dim(2)
+        all_heads = keys.dim(0) * heads
+        own = []
+        for i, x in enumerate((keys, values)):
+            kept = rets[i * count : (i + 1) * count]
+            own += [x.data, kept[0].data, kept[-1].data]
+        packed = f.pack(positions.data, heads, tokens, capacity, all_heads, *own)
+        f.call("pool_run", VOID, state, f.address_of(job), packed, all_heads * 2)
 
-    count = 2 if cache.has_scales else 1
-    ffi.emit_handler(module, "store", 2 + count, count, call)
+    ffi.emit_handler(module, "store", 3 + 2 * count, 2 * count, call)
 
 
 # ---- attention -----------------------------------------------------------------------------

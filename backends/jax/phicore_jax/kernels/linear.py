@@ -118,9 +118,9 @@ def _quantize_group(f: Function, p: Product, x: Value, record: Value, row: Value
     for i in range(p.units):
         part = f.load(vec(F32, size), x, 4 * size * i)
         largest = f.maximum_of_lanes(f.absolute(part))
-        is_some = largest > 1e-30
-        units.append(is_some.select(largest * (1 / p.largest), 0.0))
-        inverse = is_some.select(f.f32(p.largest) / largest, 0.0)
+        is_none = largest <= 1e-30  # false for NaN, which is to be seen
+        units.append(is_none.select(0.0, largest * (1 / p.largest)))
+        inverse = is_none.select(0.0, f.f32(p.largest) / largest)
         integers.append(f.round_even(part * inverse.splat(size)).to(I32))
         put(units[i], p.words + i)
     totals = [f.sum_of_lanes(part) for part in integers]

@@ -152,20 +152,23 @@ class Kernels:
     # ---- cache -----------------------------------------------------------------------------
 
     def store(
-        self, x: Array, positions: Array, cache_type: str, rows: Array, *scales: Array
-    ) -> Any:
-        """Put the keys or values (B, K, T, D) of new tokens into rows (B, K, S, D), in place."""
-        cache = Cache(cache_type, x.shape[3])
+        self, k: Array, v: Array, positions: Array, cache_type: str, cache: Sequence[Array]
+    ) -> list[Array]:
+        """Put the keys and values (B, K, T, D) of new tokens into a cache, in place.
+
+        Args:
+            cache: Rows of keys and values, (B, K, S, D), each followed by its scales if it has any.
+        """
+        kind = Cache(cache_type, k.shape[3])
         target = self._target(
-            f"store-{cache.type}-{cache.dim}",
+            f"store-{kind.type}-{kind.dim}",
             "store",
-            lambda module: attention.emit_store(module, cache),
+            lambda module: attention.emit_store(module, kind),
         )
-        kept = (rows, *scales)
-        results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kept]
-        aliases = {2 + i: i for i in range(len(kept))}
+        results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cache]
+        aliases = {3 + i: i for i in range(len(cache))}
         call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
-        return call(x, positions, *kept)
+        return list(call(k, v, positions, *cache))
 
     def attention(
         self,
