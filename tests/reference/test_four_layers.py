@@ -1,0 +1,58 @@
+"""Four layers of random weights of each type: the error that `linear` and the cache leave.
+
+The reference is the NumPy backend, in float32, which other tests hold to transformers.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+from compare import assert_close, relative_error
+from conftest import BACKENDS
+from gguf import GGMLQuantizationType as Type
+from tolerances import FLOAT32_LOGITS
+
+import phicore
+from phicore.errors import BackendError
+from phicore.gguf.quants import AFFINE_TYPES
+
+TINY = synthetic.Tiny(num_hidden_layers=4)
+LENGTHS = (1, 3, 300)
+OTHERS = [name for name in BACKENDS if name != "numpy"]
+
+pytestmark = pytest.mark.skipif("numpy" not in BACKENDS, reason="needs the NumPy backend")
+
+
+def model_file(folder: Path, data_type: Type) -> Path:
+    return synthetic.write_model(folder / "model.gguf", TINY, data_type)
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(TINY.vocab_size, size=n).tolist() for n in LENGTHS]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("data_type", [*AFFINE_TYPES, Type.F16, Type.BF16], ids=lambda t: t.name)
+def test_logits_of_four_layers_equal_float32(name: str, data_type: Type, tmp_path: Path):
+    path = model_file(tmp_path, data_type)
+    with phicore.load(path, "numpy") as reference, phicore.load(path, name) as model:
+        for ids in prompts():
+            assert_close(model.logits(ids), reference.logits(ids), FLOAT32_LOGITS)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_fast_prefill_is_as_exact_as_bytes_allow_and_faithful_for_one_token(
+    name: str, tmp_path: Path
+):
+    path = model_file(tmp_path, Type.Q4_K)
+    try:
+        fast = phicore.load(path, name, fast_prefill=True)
+    except BackendError as error:
+        pytest.skip(str(error))
+    with fast, phicore.load(path, "numpy") as reference:
+        one, _, many = prompts()
+        assert_close(fast.logits(one), reference.logits(one), FLOAT32_LOGITS)
+        error = relative_error(fast.logits(many), reference.logits(many))
+    assert 1e-4 < error < 1.3e-2  # if it were below, it would not be the fast path
