@@ -82,7 +82,7 @@ CacheTypeOption = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        help="How keys and values are stored: i16, f16 or f32. [the backend's default]",
+        help="How keys and values are stored: i24, i16, f16 or f32. [the backend's default]",
     ),
 ]
 FastPrefillOption = Annotated[

@@ -306,8 +306,8 @@ def load(
         ctx: How many tokens a prompt and what follows it may have; None is as many as the model
             was made for.
         tokenizer: A tokenizer.json to use instead of the model's own.
-        cache_type: How keys and values are stored: `f32`, `f16`, or `i16`, integers of 16 bits with
-            a scale for each head and position. None is the backend's default.
+        cache_type: How keys and values are stored: `f32`, `f16`, or integers with a scale for each
+            head and position, `i16`, or `i24` with 24 bits for keys. None is the backend's default.
         fast_prefill: Read prompts faster, with a relative error of up to 1.3e-2 in the logits.
         threads: How many threads compute, where the backend can be told; None is its default.
         progress: Called with (what, done, total) while weights are loaded, steps are compiled and

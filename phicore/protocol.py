@@ -53,8 +53,8 @@ class Backend:
     device_name: str = "cpu"
     """The device it is on, by the name that made it."""
     cache_types: tuple[str, ...] = ("f32",)
-    """How it can store keys and values, the default first: `f32`, `f16`, or `i16`, integers of 16
-    bits with a float32 scale for each head and position."""
+    """How it can store keys and values, the default first: `f32`, `f16`, or integers with a float32
+    scale for each head and position, `i16` of 16 bits, `i24` of 24 for keys and 16 for values."""
     linear_error: float = 5e-6
     """A bound of the relative error of `linear` on random numbers: that of float32."""
     has_fast_prefill: bool = False

@@ -199,6 +199,36 @@ def test_file_closed_without_views_releases_the_map(tmp_path: Path) -> None:
     assert view.closed
 
 
+def resident_kib(path: Path) -> int:
+    """How much of a file is mapped into this process's memory."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    sizes = [
+        next(line for line in lines[i:] if line.startswith("Rss:")).split()[1]
+        for i, line in enumerate(lines)
+        if line.endswith(path.name)
+    ]
+    return sum(map(int, sizes))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
+def test_tensor_forgotten_takes_no_memory_and_can_be_read_again(tmp_path: Path) -> None:
+    values = {name: np.full(2**20, i, np.float32) for i, name in enumerate("xyz")}  # 4 MiB each
+
+    def fill(writer: gguf.GGUFWriter) -> None:
+        for name, value in values.items():
+            writer.add_tensor(name, value)
+
+    path = write(tmp_path / "forgotten.gguf", fill)
+    with open_gguf(path) as file:
+        for tensor in file.tensors.values():
+            tensor.data.max()
+        before = resident_kib(path)
+        file.forget("y")
+        assert before - resident_kib(path) in range(4096 - 8, 4096 + 1)  # whole pages of 4 KiB
+        for name, value in values.items():
+            assert np.array_equal(file.tensors[name].dequantize(), value)
+
+
 def test_split_model_opens_as_one_file(tmp_path: Path) -> None:
     first = write_split(tmp_path)
     with open_gguf(first) as file:

@@ -25,7 +25,7 @@ from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFTensor
 from phicore.protocol import Array, Backend, LayerCache, Weight
 from phicore_jax import expanded
-from phicore_jax.kernels import ROWS_OF_STRIP, Packed, find_kernels
+from phicore_jax.kernels import CACHE_ROWS, ROWS_OF_STRIP, Packed, find_kernels
 
 if TYPE_CHECKING:
     from phicore_jax.kernels.runtime import Kernels
@@ -105,7 +105,7 @@ def memory_errors() -> Iterator[None]:
         ) from error
 
 
-CACHE_DTYPES = {"f32": np.float32, "f16": np.float16, "i16": np.int16}
+CACHE_DTYPES = {"f32": np.float32, "f16": np.float16, "i16": np.int16, "i24": np.int8}
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -116,13 +116,29 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def as_stored(x: Array, cache_type: str) -> list[Array]:
-    """Rows (..., D) as a cache holds them: numbers, and for `i16` the unit (...,) of each row."""
-    if cache_type != "i16":
-        return [x.astype(CACHE_DTYPES[cache_type])]
-    unit = jnp.max(jnp.abs(x), axis=-1) / 32767
+def as_stored(x: Array, row_type: str) -> list[Array]:
+    """Rows (..., D) as a cache holds them: numbers, and of integers the unit (...,) of each row."""
+    if row_type in ("f32", "f16"):
+        return [x.astype(CACHE_DTYPES[row_type])]
+    unit = jnp.max(jnp.abs(x), axis=-1) / (32767 * 256 if row_type == "i24" else 32767)
     divisor = jnp.where(unit > 0, unit, 1)[..., None]
-    return [jnp.round(x / divisor).astype(jnp.int16), unit]
+    integers = jnp.round(x / divisor).astype(jnp.int32)
+    if row_type == "i16":
+        return [integers.astype(jnp.int16), unit]
+    high = ((integers + 128) >> 8).astype(jnp.int16)
+    halves = lax.bitcast_convert_type(high, jnp.int8).reshape(*x.shape[:-1], -1)
+    return [jnp.concatenate([halves, integers.astype(jnp.int8)], axis=-1), unit]
+
+
+def as_numbers(rows: Array, unit: Array | None) -> Array:
+    """The reverse: (..., D) float32."""
+    if rows.dtype == jnp.int8:
+        dim = rows.shape[-1] // 3
+        halves = rows[..., : 2 * dim].reshape(*rows.shape[:-1], dim, 2)
+        high = lax.bitcast_convert_type(halves, jnp.int16).astype(jnp.int32)
+        rows = (high << 8) + rows[..., 2 * dim :].astype(jnp.int32)
+    numbers = rows.astype(jnp.float32)
+    return numbers if unit is None else numbers * unit[..., None]
 
 
 def joined(parts: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:
@@ -163,9 +179,9 @@ class JaxBackend(Backend):
         self._kernels: Kernels | None = None
         if self.device.platform == "cpu":
             self._kernels = find_kernels()[0] if kernels == "host" else kernels
-        self.cache_types = ("f32", "f16", "i16")
+        self.cache_types = ("f32", "f16", "i24", "i16")
         if self._kernels is not None:
-            self.cache_types = ("i16", "f16", "f32")
+            self.cache_types = ("i24", "i16", "f16", "f32")
             self.has_fast_prefill = self._kernels.has_fast_products
             self.linear_error = 3e-5
 
@@ -254,19 +270,31 @@ class JaxBackend(Backend):
             return self._kernels.rows(index, part)
         return expanded.rows(index, part)
 
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        if self._kernels is None:
+            return super().rms_norm(x, weight, eps)
+        return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
+
+    def swiglu(self, gate_up: Array) -> Array:
+        if self._kernels is None:
+            return super().swiglu(gate_up)
+        y = self._kernels.swiglu(gate_up.reshape(-1, gate_up.shape[-1]))
+        return y.reshape(*gate_up.shape[:-1], -1)
+
     # ---- cache -----------------------------------------------------------------------------
-    # k and v are the numbers; those of `i16` are multiples of k_scale and v_scale.
+    # k and v are the numbers; integers are multiples of k_scale and v_scale.
 
     def _cache_type(self) -> str:
         return self.cache_type or self.cache_types[0]
 
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
-        shape = (batch, heads, capacity, head_dim)
-        dtype = CACHE_DTYPES[self._cache_type()]
-        cache = {name: self._put(zeros(shape, dtype)) for name in ("k", "v")}
-        if dtype == np.int16:
-            for name in ("k_scale", "v_scale"):
-                cache[name] = self._put(zeros(shape[:3], np.float32))
+        cache: LayerCache = {}
+        for name, row_type in zip(("k", "v"), CACHE_ROWS[self._cache_type()], strict=True):
+            width = 3 * head_dim if row_type == "i24" else head_dim
+            shape = (batch, heads, capacity, width)
+            cache[name] = self._put(zeros(shape, CACHE_DTYPES[row_type]))
+            if row_type in ("i24", "i16"):
+                cache[f"{name}_scale"] = self._put(zeros(shape[:3], np.float32))
         return cache
 
     def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
@@ -279,7 +307,9 @@ class JaxBackend(Backend):
         if self._kernels is not None:
             stored = self._kernels.store(k, v, positions, self._cache_type(), old)
         else:
-            new = [part for x in (k, v) for part in as_stored(x, self._cache_type())]
+            types = CACHE_ROWS[self._cache_type()]
+            pairs = zip((k, v), types, strict=True)
+            new = [part for x, row_type in pairs for part in as_stored(x, row_type)]
             start = positions[:, 0]
             stored = [expanded.put(o, n, start) for o, n in zip(old, new, strict=True)]
         return dict(zip(names, stored, strict=True))
@@ -293,9 +323,7 @@ class JaxBackend(Backend):
             return self._kernels.attention(
                 q * scale, positions, window, self._cache_type(), *arrays
             )
-        numbers = {name: cache[name].astype(jnp.float32) for name in ("k", "v")}
-        for name, s in zip(numbers, scales, strict=False):
-            numbers[name] = numbers[name] * s[..., None]
+        numbers = {n: as_numbers(cache[n], cache.get(f"{n}_scale")) for n in ("k", "v")}
         return super().attention(q, numbers, positions, scale, window)
 
     def contains(self, ids: Array, size: int) -> Array:

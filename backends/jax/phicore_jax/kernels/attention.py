@@ -1,10 +1,9 @@
 """Kernels of the cache of keys and values, and of attention over it.
 
-The cache holds numbers of 16 bits with a float32 scale for each head and position (`i16`), or
-float16, or float32. Attention reads the positions that a token sees and no others. It goes over
-them in blocks and keeps a running maximum and sum (Milakov and Gimelshein, "Online normalizer
-calculation for softmax", 2018; Dao et al., "FlashAttention", 2022), so its memory does not grow
-with the prompt.
+The cache holds float32, float16, or integers with a float32 scale for each head and position.
+Attention reads the positions that a token sees and no others. It goes over them in blocks and
+keeps a running maximum and sum (Milakov and Gimelshein, "Online normalizer calculation for
+softmax", 2018; Dao et al., "FlashAttention", 2022), so its memory does not grow with the prompt.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from llvmlite import ir
 from phicore_jax.kernels import ffi, pool
 from phicore_jax.kernels.ffi import Buffer
 from phicore_jax.kernels.lang import (
-    F16,
     F32,
+    I8,
     I16,
     I32,
     I64,
@@ -33,28 +32,33 @@ from phicore_jax.kernels.lang import (
 )
 
 FLOATS = vec(F32)
-LARGEST = 32767.0
 LOWEST = -1e30  # below every score
 PREFETCH = 4096  # bytes ahead
 BLOCK = 32  # positions that are looked at together
-ELEMENTS = {"i16": I16, "f16": F16, "f32": F32}
-ELEMENT_BYTES = {"i16": 2, "f16": 2, "f32": 4}
 
 
 @dataclass(frozen=True)
-class Cache:
-    """What a kernel is made for: how numbers are stored, and the dimension of a head."""
+class Rows:
+    """How the numbers of a head at a position are stored: `f32`, `f16`, `i16` or `i24`.
+
+    Integers are multiples of the row's scale. Those of 24 bits are their upper 16 bits, one after
+    the other, and then the rest, signed bytes.
+    """
 
     type: str
     dim: int
 
     @property
     def has_scales(self) -> bool:
-        return self.type == "i16"
+        return self.type in ("i16", "i24")
 
     @property
-    def row_bytes(self) -> int:
-        return self.dim * ELEMENT_BYTES[self.type]
+    def largest(self) -> float:
+        return {"i16": 32767.0, "i24": 32767.0 * 256}[self.type]
+
+    @property
+    def bytes(self) -> int:
+        return self.dim * {"f32": 4, "f16": 2, "i16": 2, "i24": 3}[self.type]
 
     def pieces(self) -> list[tuple[int, int]]:
         """A row as vectors: (first channel, number of channels), the last one perhaps short."""
@@ -62,20 +66,56 @@ class Cache:
 
     def load(self, f: Function, row: Value, d: int, lanes: int) -> Value:
         """Channels of a row as float32, without their scale."""
-        at = d * ELEMENT_BYTES[self.type]
         if self.type == "f32":
-            return f.load(vec(F32, lanes), row, at)
-        bits = f.load(vec(I16, lanes), row, at)
-        return bits.to(F32) if self.type == "i16" else f.target.half_to_float(bits)
-
-    def store(self, f: Function, x: Value, row: Value, d: int) -> None:
-        """Channels of a row; those of `i16` are integers already."""
-        at = d * ELEMENT_BYTES[self.type]
+            return f.load(vec(F32, lanes), row, 4 * d)
+        bits = f.load(vec(I16, lanes), row, 2 * d)
+        if self.type == "f16":
+            return f.target.half_to_float(bits)
         if self.type == "i16":
-            x = f.round_even(x).to(I32).to(I16)
-        elif self.type == "f16":
-            x = f.target.float_to_half(x)
-        f.store(x, row, at)
+            return bits.to(F32)
+        low = f.load(vec(I8, lanes), row, 2 * self.dim + d)
+        return ((bits.to(I32) << 8) + low.to(I32)).to(F32)
+
+    def store(self, f: Function, x: Sequence[Value], row: Value, scale_at: Value) -> None:
+        """Store a row, given in pieces, and its scale."""
+        if self.has_scales:
+            largest = f.f32(0.0)
+            for v in x:
+                largest = f.maximum(largest, f.maximum_of_lanes(f.absolute(v)))
+            is_none = largest <= 1e-30  # false for NaN, which is to be seen
+            f.store(is_none.select(0.0, largest * (1 / self.largest)), scale_at)
+            inverse = is_none.select(0.0, f.f32(self.largest) / largest)
+            x = [f.round_even(v * inverse.splat(v.type.count)).to(I32) for v in x]
+        for v, (d, _) in zip(x, self.pieces(), strict=True):
+            if self.type == "f32":
+                f.store(v, row, 4 * d)
+            elif self.type == "f16":
+                f.store(f.target.float_to_half(v), row, 2 * d)
+            elif self.type == "i16":
+                f.store(v.to(I16), row, 2 * d)
+            else:
+                f.store(((v + 128).sar(8)).to(I16), row, 2 * d)
+                f.store(v.to(I8), row, 2 * self.dim + d)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a kernel is made for: the rows of keys and those of values."""
+
+    keys: Rows
+    values: Rows
+
+    @property
+    def name(self) -> str:
+        return f"{self.keys.type}-{self.values.type}-{self.dim}"
+
+    @property
+    def dim(self) -> int:
+        return self.keys.dim
+
+    @property
+    def has_scales(self) -> bool:
+        return self.keys.has_scales
 
 
 def exp(f: Function, x: Value) -> Value:
@@ -83,7 +123,8 @@ def exp(f: Function, x: Value) -> Value:
 
     2**n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes, expf.c).
     """
-    x = (x < -87.0).select(-87.0, x)
+    is_tiny = x < -87.0  # nothing, to float32
+    x = is_tiny.select(-87.0, x)
     n = f.round_even(x * (1 / log(2)))
     r = f.fma(n, f.like(x, -0.693359375), x)
     r = f.fma(n, f.like(x, 2.12194440e-4), r)
@@ -91,7 +132,7 @@ def exp(f: Function, x: Value) -> Value:
     for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = f.fma(p, r, f.like(x, c))
     p = f.fma(p * r, r, r + 1.0)
-    return p * ((n.to(I32) + 127) << 23).bits_as(x.type)
+    return is_tiny.select(0.0, p * ((n.to(I32) + 127) << 23).bits_as(x.type))
 
 
 # ---- storing -------------------------------------------------------------------------------
@@ -104,7 +145,6 @@ def emit_store(module: Module, cache: Cache) -> None:
     then those of values.
     """
     pool.emit(module)
-    pieces = cache.pieces()
     count = 2 if cache.has_scales else 1
 
     def head(f: Function, args: Value, chunk: Value, slot: Value) -> None:
@@ -119,19 +159,12 @@ def emit_store(module: Module, cache: Cache) -> None:
             at = f.load(I32, f.offset(positions, (head // heads * tokens + t) * 4)).to(I64)
             number = head * capacity + at
             with f.when((at >= 0) & (at < capacity)):
-                row = f.offset(rows, number * cache.row_bytes)
-                values = [f.load(vec(F32, n), source, 4 * d) for d, n in pieces]
-                if cache.has_scales:
-                    largest = f.f32(0.0)
-                    for v in values:
-                        largest = f.maximum(largest, f.maximum_of_lanes(f.absolute(v)))
-                    is_none = largest <= 1e-30  # false for NaN, which is to be seen
-                    unit = is_none.select(0.0, largest * (1 / LARGEST))
-                    f.store(unit, f.offset(scales, number * 4))
-                    inverse = is_none.select(0.0, f.f32(LARGEST) / largest)
-                    values = [v * inverse.splat(v.type.count) for v in values]
-                for v, (d, _) in zip(values, pieces, strict=True):
-                    cache.store(f, v, row, d)
+                new = [f.load(vec(F32, n), source, 4 * d) for d, n in cache.keys.pieces()]
+                scale_at = f.offset(scales, number * 4)
+                with f.if_else(is_value.equals(0)) as branches:
+                    for kind, branch in zip((cache.keys, cache.values), branches, strict=True):
+                        with branch:
+                            kind.store(f, new, f.offset(rows, number * kind.bytes), scale_at)
 
     job = module.function("store_head", [PTR, I64, I64], head, exported=False)
 
@@ -162,7 +195,7 @@ def _scale(f: Function, cache: Cache, scales: Value, number: Value) -> Value | N
 
 def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
     """A chunk is a head of keys: one token of the `group` heads of queries that share it."""
-    pieces = cache.pieces()
+    pieces = cache.keys.pieces()
     queries = range(group)
 
     def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
@@ -189,9 +222,9 @@ def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
                     f.store(f.like(f.zeros(FLOATS), LOWEST), scores, (r * BLOCK + i * LANES) * 4)
             with f.loop(count) as j:
                 number = chunk * capacity + first + j
-                row = f.offset(keys, number * cache.row_bytes)
+                row = f.offset(keys, number * cache.keys.bytes)
                 f.prefetch(row, PREFETCH)
-                key = [cache.load(f, row, d, n) for d, n in pieces]
+                key = [cache.keys.load(f, row, d, n) for d, n in pieces]
                 scale = _scale(f, cache, key_scales, number)
                 for r in queries:
                     total = _dot(
@@ -224,9 +257,9 @@ def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
                     so_far.value = so_far.value * factor.lane(0).splat(n)
             with f.loop(count) as j:
                 number = chunk * capacity + first + j
-                row = f.offset(values, number * cache.row_bytes)
+                row = f.offset(values, number * cache.values.bytes)
                 f.prefetch(row, PREFETCH)
-                value = [cache.load(f, row, d, n) for d, n in pieces]
+                value = [cache.values.load(f, row, d, n) for d, n in pieces]
                 scale = _scale(f, cache, value_scales, number)
                 for r in queries:
                     p = f.load(F32, f.offset(scores + r * BLOCK * 4, j * 4))
@@ -262,7 +295,7 @@ KEYS_TOGETHER, CHANNELS_TOGETHER = 8, 4
 
 def _emit_many_tokens(module: Module, cache: Cache) -> ir.Function:
     """A chunk is 16 tokens of a head of queries: a lane of every vector is a token."""
-    dim, pieces = cache.dim, cache.pieces()
+    dim = cache.dim
     vector = 4 * LANES
     channels = -(-dim // CHANNELS_TOGETHER) * CHANNELS_TOGETHER
 
@@ -304,20 +337,20 @@ def _emit_many_tokens(module: Module, cache: Cache) -> ir.Function:
         start = (start < 0).select(0, start)
         oldest = place - window.to(I32).splat()  # the last position that is out of the window
 
-        def load_rows(source: Value, first: Value, count: Value) -> None:
+        def load_rows(kind: Rows, source: Value, first: Value, count: Value) -> None:
             """Positions of the cache as float32, without their scales."""
             with f.loop(count) as j:
-                row = f.offset(source, (kv_head * capacity + first + j) * cache.row_bytes)
+                row = f.offset(source, (kv_head * capacity + first + j) * kind.bytes)
                 to = f.offset(rows, j * (4 * channels))
-                for d, n in pieces:
-                    f.store(cache.load(f, row, d, n), to, 4 * d)
+                for d, n in kind.pieces():
+                    f.store(kind.load(f, row, d, n), to, 4 * d)
 
         highest = f.variable(f.like(f.zeros(FLOATS), LOWEST))
         total = f.variable(f.zeros(FLOATS))
         with f.loop(end, start=start, step=BLOCK) as first:
             left = end - first
             count = (left < BLOCK).select(left, BLOCK)
-            load_rows(keys, first, count)
+            load_rows(cache.keys, keys, first, count)
             largest = f.variable(highest.value)
             with f.loop(BLOCK, step=KEYS_TOGETHER) as j:
                 sums = [f.variable(f.zeros(FLOATS)) for _ in range(KEYS_TOGETHER)]
@@ -353,7 +386,7 @@ def _emit_many_tokens(module: Module, cache: Cache) -> ir.Function:
                     p = p * f.load(F32, f.offset(value_scales, number * 4)).splat()
                 f.store(p, at, align=64)
             total.value = new_total.value
-            load_rows(values, first, count)
+            load_rows(cache.values, values, first, count)
             with f.loop(channels, step=CHANNELS_TOGETHER) as d:
                 at = f.offset(result, d * vector)
                 sums = []

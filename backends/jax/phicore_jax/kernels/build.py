@@ -33,6 +33,9 @@ X86_FEATURES = {
 }
 
 
+DIGEST_BYTES = 32
+
+
 class Library:
     """Compiled functions. Their code stays in memory for the life of the process."""
 
@@ -82,9 +85,8 @@ class Compiler:
         """The functions of a module: from memory, from disk, or compiled now."""
         if name not in self._libraries:
             path = self.folder / f"{name}.o"
-            try:
-                code = path.read_bytes()
-            except OSError:
+            code = _read(path)
+            if code is None:
                 module = Module(self.target)
                 emit(module)
                 code = optimized(module, self.machine, lambda m, ir: m.emit_object(ir))
@@ -135,10 +137,20 @@ def optimized(module: Module, machine: Any, emit: Callable[[Any, Any], Any]) -> 
     return emit(machine, parsed)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _read(path: Path) -> bytes | None:
+    """What `_write` wrote; None if it is not there, or is damaged: it would crash the process."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
     """Write a file as a whole, unless the folder cannot be written."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
+            file.write(hashlib.sha256(code).digest() + code)
         Path(file.name).replace(path)

@@ -274,6 +274,7 @@ class Target:
         small = (size.bits_as(x.type) + 0.5).bits_as(bits.type) - magic
         half = (size < 113 << 23).select(small, normal)
         half = (size >= 143 << 23).select(0x7C00, half)
+        half = (size > 255 << 23).select(0x7E00, half)  # NaN
         return (half | sign).to(I16)
 
     def pause(self, f: Function) -> None:

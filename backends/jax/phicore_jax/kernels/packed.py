@@ -1,4 +1,4 @@
-"""A matrix as the kernels read it."""
+"""A matrix and a cache as the kernels read them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from gguf import GGMLQuantizationType
 
 Array = Any
 ROWS_OF_STRIP = 16
+CACHE_ROWS = {
+    "i24": ("i24", "i16"),
+    "i16": ("i16", "i16"),
+    "f16": ("f16", "f16"),
+    "f32": ("f32", "f32"),
+}
+"""How each type of cache stores keys, and how values, whose rounding matters less."""
 
 
 @partial(

@@ -20,13 +20,13 @@ from gguf import GGMLQuantizationType
 
 from phicore.errors import BackendError
 from phicore.gguf.reader import GGUFTensor
-from phicore_jax.kernels import attention, dense, ffi, linear
-from phicore_jax.kernels.attention import Cache
+from phicore_jax.kernels import attention, dense, ffi, linear, rowwise
+from phicore_jax.kernels.attention import Cache, Rows
 from phicore_jax.kernels.build import Compiler
 from phicore_jax.kernels.formats import FORMATS
 from phicore_jax.kernels.lang import Module, Target
 from phicore_jax.kernels.linear import Product
-from phicore_jax.kernels.packed import ROWS_OF_STRIP, Packed
+from phicore_jax.kernels.packed import CACHE_ROWS, ROWS_OF_STRIP, Packed
 from phicore_jax.kernels.pool import Pool, emit_worker, thread_count
 
 Array = Any
@@ -149,6 +149,18 @@ class Kernels:
         result = jax.ShapeDtypeStruct((ids.shape[0], w.columns), jnp.float32)
         return jax.ffi.ffi_call(target, result)(ids, w.strips)
 
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """Rows (n, E) of root mean square 1, times weight (E,)."""
+        target = self._target("rms-norm", "rms_norm", rowwise.emit_rms_norm)
+        result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        return jax.ffi.ffi_call(target, result)(x, weight, np.array([eps], np.float32))
+
+    def swiglu(self, gate_up: Array) -> Array:
+        """silu(gate) * up of rows (n, 2F), gates first: (n, F)."""
+        target = self._target("swiglu", "swiglu", rowwise.emit_swiglu)
+        n, width = gate_up.shape
+        return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((n, width // 2), jnp.float32))(gate_up)
+
     # ---- cache -----------------------------------------------------------------------------
 
     def store(
@@ -159,9 +171,9 @@ class Kernels:
         Args:
             cache: Rows of keys and values, (B, K, S, D), each followed by its scales if it has any.
         """
-        kind = Cache(cache_type, k.shape[3])
+        kind = _cache(cache_type, k.shape[3])
         target = self._target(
-            f"store-{kind.type}-{kind.dim}",
+            f"store-{kind.name}",
             "store",
             lambda module: attention.emit_store(module, kind),
         )
@@ -181,10 +193,10 @@ class Kernels:
         *scales: Array,
     ) -> Array:
         """Attention of scaled queries (B, H, T, D) over keys and values (B, K, S, D)."""
-        cache = Cache(cache_type, q.shape[3])
+        cache = _cache(cache_type, q.shape[3])
         group = q.shape[1] // keys.shape[1] if q.shape[2] == 1 else None
         target = self._target(
-            f"attention-{cache.type}-{cache.dim}-{'many' if group is None else group}",
+            f"attention-{cache.name}-{'many' if group is None else group}",
             "attention",
             lambda module: attention.emit_attention(module, cache, group),
         )
@@ -201,6 +213,11 @@ class Kernels:
             ffi.register(library, handler, target, self.pool.state)
             self._registered.add(target)
         return target
+
+
+def _cache(cache_type: str, dim: int) -> Cache:
+    keys, values = CACHE_ROWS[cache_type]
+    return Cache(Rows(keys, dim), Rows(values, dim))
 
 
 def _huge_array(shape: tuple[int, int]) -> np.ndarray:

@@ -1,0 +1,92 @@
+"""Kernels of what is between the products: normalization and SwiGLU, a row at a time.
+
+XLA needs several operations for each, and does not share them between threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from phicore_jax.kernels import ffi, pool
+from phicore_jax.kernels.attention import exp
+from phicore_jax.kernels.ffi import Buffer
+from phicore_jax.kernels.lang import F32, I64, LANES, PTR, VOID, Function, Module, Value, vec
+
+FLOATS = vec(F32)
+
+
+def _each_vector(f: Function, size: Value, body: Callable[[Value, int], None]) -> None:
+    """Call `body(offset, lanes)` for vectors of 16 numbers, and for single ones at the end."""
+    whole = size // LANES * LANES
+    with f.loop(whole, step=LANES) as i:
+        body(i * 4, LANES)
+    with f.loop(size, start=whole) as i:
+        body(i * 4, 1)
+
+
+def emit_rms_norm(module: Module) -> None:
+    """`rms_norm`: x (rows, size), weight (size,) and eps (1,) to weight * x / rms(x)."""
+    pool.emit(module)
+
+    def row(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        x, weight, epsilon, y = (f.load(PTR, args, 8 * i) for i in range(4))
+        size = f.load(I64, args, 32)
+        x, y = f.offset(x, chunk * size * 4), f.offset(y, chunk * size * 4)
+        many, few = f.variable(f.zeros(FLOATS)), f.variable(f.f32(0.0))
+
+        def square(at: Value, lanes: int) -> None:
+            value = f.load(FLOATS if lanes == LANES else F32, f.offset(x, at))
+            total = many if lanes == LANES else few
+            total.value = f.fma(value, value, total.value)
+
+        _each_vector(f, size, square)
+        total = f.sum_of_lanes(many.value) + few.value
+        mean = total / size.to(F32) + f.load(F32, epsilon)
+        factor = f.f32(1.0) / f.call("llvm.sqrt.f32", F32, mean)
+
+        def scale(at: Value, lanes: int) -> None:
+            t = FLOATS if lanes == LANES else F32
+            by = factor.splat() if lanes == LANES else factor
+            value = f.load(t, f.offset(x, at)) * by * f.load(t, f.offset(weight, at))
+            f.store(value, f.offset(y, at))
+
+        _each_vector(f, size, scale)
+
+    job = module.function("norm_row", [PTR, I64, I64], row, exported=False)
+
+    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
+        (x, weight, epsilon), (y,) = args, rets
+        packed = f.pack(x.data, weight.data, epsilon.data, y.data, x.dim(1))
+        f.call("pool_run", VOID, state, f.address_of(job), packed, x.dim(0))
+
+    ffi.emit_handler(module, "rms_norm", 3, 1, call)
+
+
+def emit_swiglu(module: Module) -> None:
+    """`swiglu`: gates and then as many others (rows, 2 size) to silu(gate) * other (rows, size)."""
+    pool.emit(module)
+
+    def row(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        x, y, size = f.load(PTR, args, 0), f.load(PTR, args, 8), f.load(I64, args, 16)
+        gates = f.offset(x, chunk * size * 8)
+        others = f.offset(gates, size * 4)
+        y = f.offset(y, chunk * size * 4)
+
+        def one(at: Value, lanes: int) -> None:
+            t = FLOATS if lanes == LANES else F32
+            gate, other = f.load(t, f.offset(gates, at)), f.load(t, f.offset(others, at))
+            # of the gate's size, so that nothing overflows
+            power = exp(f, f.like(gate, 0.0) - f.absolute(gate))
+            share = (gate < 0.0).select(power, 1.0) / (power + 1.0)
+            f.store(gate * share * other, f.offset(y, at))
+
+        _each_vector(f, size, one)
+
+    job = module.function("swiglu_row", [PTR, I64, I64], row, exported=False)
+
+    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
+        (x,), (y,) = args, rets
+        packed = f.pack(x.data, y.data, y.dim(1))
+        f.call("pool_run", VOID, state, f.address_of(job), packed, x.dim(0))
+
+    ffi.emit_handler(module, "swiglu", 1, 1, call)
