@@ -16,7 +16,14 @@ from phicore.sources import resolve
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md")), *sorted(ROOT.glob("*/*/README.md"))]
 # Commands that install, download or take long; each is run by other means.
-NOT_HERE = ("pip install", "uv run pytest", "phi-3-mini", "--group reference", "uv sync")
+NOT_HERE = (
+    "pip install",
+    "uv run pytest",
+    "phi-3-mini",
+    "--group reference",
+    "uv sync",
+    "benchmarks/",
+)
 
 
 def blocks(path: Path, language: str) -> list[str]:

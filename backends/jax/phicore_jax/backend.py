@@ -120,7 +120,9 @@ def as_stored(x: Array, row_type: str) -> list[Array]:
     """Rows (..., D) as a cache holds them: numbers, and of integers the unit (...,) of each row."""
     if row_type in ("f32", "f16"):
         return [x.astype(CACHE_DTYPES[row_type])]
-    unit = jnp.max(jnp.abs(x), axis=-1) / (32767 * 256 if row_type == "i24" else 32767)
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    largest = jnp.where(jnp.isfinite(x).all(axis=-1), largest, jnp.nan)  # XLA's max may lose a NaN
+    unit = largest / (32767 * 256 if row_type == "i24" else 32767)
     divisor = jnp.where(unit > 0, unit, 1)[..., None]
     integers = jnp.round(x / divisor).astype(jnp.int32)
     if row_type == "i16":

@@ -254,11 +254,12 @@ class Target:
             half = vec(F16, bits.type.count)
             return bits.bits_as(half).to(F32)
         wide = bits.to(I32, signed=False)
-        floats = vec(F32, bits.type.count)
-        # exponents differ by 112; subnormals come out right, infinities need their exponent
-        number = ((wide & 0x7FFF) << 13).bits_as(floats) * 2.0**112
-        special = (wide & 0x7C00).equals(0x7C00)
-        number = special.select(number.bits_as(wide.type) | 0x7F800000, number.bits_as(wide.type))
+        size, floats = wide & 0x7FFF, vec(F32, bits.type.count)
+        number = (size << 13) + (112 << 23)  # exponents differ by 112
+        number = (size >= 0x7C00).select(number | 0x7F800000, number)
+        # by way of an integer: XLA lets processors take subnormal numbers for 0
+        subnormal = (size.to(F32) * 2.0**-24).bits_as(wide.type)
+        number = (size < 0x400).select(subnormal, number)
         return (number | (wide & 0x8000) << 16).bits_as(floats)
 
     def float_to_half(self, x: Value) -> Value:

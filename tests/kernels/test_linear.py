@@ -1,0 +1,142 @@
+"""Products: against float64, and the laws of rows, threads and neighbours, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pytest
+from compare import assert_close, relative_error
+from gguf import GGMLQuantizationType as Type
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels.made import TYPES, block_columns, kernels_of, random_tensor, values
+from phicore_jax.kernels.build import supported_targets
+from phicore_jax.kernels.formats import FORMATS
+from phicore_jax.kernels.runtime import Kernels
+
+EXACT, DENSE = 3e-5, 2e-6
+ROWS = (1, 2, 5, 8, 9, 16, 31, 33, 64, 70)
+OUT = (1, 16, 17, 100)
+
+
+def products(kernels: Kernels, xs: Sequence[np.ndarray], ws: list, **options: bool) -> list:
+    """Every x by every w, compiled together."""
+
+    def run(xs, ws):
+        return [[kernels.linear(x, w, **options) for w in ws] for x in xs]
+
+    return [[np.asarray(y) for y in ys] for ys in jax.jit(run)(xs, ws)]
+
+
+@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
+def test_linear_equals_float64_and_rows_do_not_depend_on_their_number(
+    kernels: Kernels, ggml_type: Type, rng: np.random.Generator
+):
+    block = block_columns(ggml_type)
+    for columns in (block, 3 * block) if block > 32 else (block, 9 * block):
+        tensors = [random_tensor(ggml_type, n, columns, rng) for n in OUT]
+        x = rng.standard_normal((max(ROWS), columns), np.float32)
+        ys = products(kernels, [x[:m] for m in ROWS], [kernels.pack([t]) for t in tensors])
+        for t, *of_tensor in zip(tensors, *ys, strict=True):
+            expected = x.astype(np.float64) @ values(t).astype(np.float64).T
+            assert_close(of_tensor[-1], expected, EXACT if ggml_type in FORMATS else DENSE)
+            for m, y in zip(ROWS, of_tensor, strict=True):
+                assert np.array_equal(y, of_tensor[-1][:m]), (columns, t.shape, m)
+
+
+@pytest.mark.parametrize("ggml_type", [Type.Q4_K, Type.Q6_K, Type.BF16], ids=lambda t: t.name)
+def test_linear_does_not_depend_on_the_number_of_threads(ggml_type: Type, rng: np.random.Generator):
+    tensor = random_tensor(ggml_type, 1000, 2048, rng)
+    x = rng.standard_normal((70, 2048), np.float32)
+    xs = [x[:1], x[:9], x]
+    found = []
+    for threads in (1, 2, 3):
+        kernels = kernels_of(supported_targets()[0], threads)
+        weight = kernels.pack([tensor])
+        run = jax.jit(lambda xs, w, kernels=kernels: [kernels.linear(x, w) for x in xs])
+        found += [list(map(np.asarray, run(xs, weight))) for _ in range(10)]
+        assert kernels.pool.size == threads
+    for others in found[1:]:
+        assert all(map(np.array_equal, others, found[0]))
+
+
+# One plane or two, a scale or a scale and a minimum, one or two of them in a group.
+LAWFUL = (Type.Q4_1, Type.Q2_K, Type.Q5_0, Type.Q6_K, Type.F16)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(LAWFUL), st.integers(1, 75), st.integers(1, 70), st.randoms())
+def test_linear_of_a_row_depends_on_nothing_but_the_row(
+    ggml_type: Type, m: int, n: int, random: object
+):
+    """Neither on its place nor on its neighbours; and a strip not on the rest of the matrix."""
+    rng = np.random.default_rng(random.getrandbits(32))  # type: ignore[attr-defined]
+    columns = block_columns(ggml_type) * int(rng.integers(1, 4))
+    kernels = kernels_of(supported_targets()[0])
+    tensor = random_tensor(ggml_type, n, columns, rng)
+    x = rng.standard_normal((m, columns), np.float32) * 10.0 ** rng.integers(-6, 6, (m, 1))
+    x = x.astype(np.float32)
+    order = rng.permutation(m)
+    weight = kernels.pack([tensor])
+    [[y], [shuffled], [alone]] = products(kernels, [x, x[order], x[m // 2][None]], [weight])
+    assert np.array_equal(shuffled, y[order])
+    assert np.array_equal(alone[0], y[m // 2])
+
+
+@pytest.mark.parametrize("m", [1, 7, 40])
+@pytest.mark.parametrize(
+    "ggml_type", [Type.Q4_K, Type.Q8_0, Type.Q3_K, Type.F32], ids=lambda t: t.name
+)
+def test_linear_zero_tiny_and_huge_rows(
+    kernels: Kernels, ggml_type: Type, m: int, rng: np.random.Generator
+):
+    """Quantized, rows below 1e-30 are taken as zero."""
+    tensor = random_tensor(ggml_type, 20, 512, rng)
+    x = rng.standard_normal((m, 512), np.float32)
+    sizes = np.array([0, 1e-35, 1e-25, 1e-10, 1e10, 1e30], np.float32)
+    xs = [x * size for size in sizes]
+    expected = x.astype(np.float64) @ values(tensor).astype(np.float64).T
+    ys = [y for [y] in products(kernels, xs, [kernels.pack([tensor])])]
+    assert not ys[0].any()
+    assert np.abs(ys[1]).max() < 1e-30
+    for size, y in zip(sizes[2:], ys[2:], strict=True):
+        assert_close(y / size, expected, EXACT)
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize(
+    "ggml_type", [Type.Q4_K, Type.Q8_0, Type.Q3_K, Type.BF16], ids=lambda t: t.name
+)
+def test_linear_one_number_that_is_not_finite_spoils_its_row_and_no_other(
+    kernels: Kernels, ggml_type: Type, bad: float, m: int, rng: np.random.Generator
+):
+    tensor = random_tensor(ggml_type, 20, 512, rng)
+    x = rng.standard_normal((m, 512), np.float32)
+    spoiled = x.copy()
+    spoiled[m // 2, 300] = bad
+    [[y], [found]] = products(kernels, [x, spoiled], [kernels.pack([tensor])])
+    assert not np.isfinite(found[m // 2]).any()
+    others = np.arange(m) != m // 2
+    assert np.array_equal(found[others], y[others])
+
+
+@pytest.mark.parametrize("ggml_type", FORMATS, ids=lambda t: t.name)
+def test_linear_fast_takes_8_bits_for_many_rows_alone(
+    kernels: Kernels, ggml_type: Type, rng: np.random.Generator
+):
+    """The error bound is that of the documentation; below 1e-4 it would be the exact product."""
+    tensor = random_tensor(ggml_type, 100, 768, rng)
+    weight = kernels.pack([tensor])
+    x = rng.standard_normal((70, 768), np.float32)
+    xs = [x[:1], x[:32], x[:33], x]
+    fast = products(kernels, xs, [weight], is_fast=True)
+    exact = products(kernels, xs, [weight])
+    expected = x.astype(np.float64) @ values(tensor).astype(np.float64).T
+    for [y], [z] in zip(fast, exact, strict=True):
+        if len(y) <= 32 or not kernels.has_fast_products:
+            assert np.array_equal(y, z)
+        else:
+            assert 1e-4 < relative_error(y, expected[: len(y)]) < 1.3e-2

@@ -1,0 +1,181 @@
+"""The threads: every chunk is done once, whoever else is at work, asleep, or gone."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from kernels.made import run_python
+from phicore_jax.kernels import build, pool
+from phicore_jax.kernels.lang import I64, PTR, VOID, Function, Module, Target, Value
+
+SIZES = (1, 2, 5)
+PATIENCE_S = 60  # how long a test waits for what is to happen in a moment
+
+Job = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+def emit(module: Module) -> None:
+    """`run(state, job, args, chunks)`, and a job that counts the visits of each chunk."""
+    pool.emit(module)
+
+    def run(f: Function, *args: Value) -> None:
+        f.call("pool_run", VOID, *args)
+
+    def count(f: Function, counters: Value, chunk: Value, slot: Value) -> None:
+        at = f.offset(counters, chunk * 8)
+        f.builder.atomic_rmw("add", at.ir, I64(1), "monotonic")
+
+    module.function("run", [PTR, PTR, PTR, I64], run)
+    module.function("count", [PTR, I64, I64], count)
+
+
+@cache
+def libraries() -> tuple[build.Library, build.Library]:
+    """The code above, and that of the helpers."""
+    compiler = build.Compiler(Target(build.supported_targets()[0]))
+    compiler.folder = Path(os.devnull)  # nothing is kept
+    worker = compiler.library("worker", pool.emit_worker, ["pool_worker"])
+    return compiler.library("pool", emit, ["run", "count"]), worker
+
+
+@cache
+def pool_of(size: int) -> pool.Pool:
+    """Pools live as long as their threads, which never end."""
+    return pool.Pool(libraries()[1], size)
+
+
+def run(threads: pool.Pool, job: Any, chunks: int, args: int = 0) -> None:
+    """Do the chunks of a job: a Python function or an address."""
+    address = ctypes.cast(job, ctypes.c_void_p)
+    function = ctypes.CFUNCTYPE(
+        None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
+    )(libraries()[0].address("run"))
+    function(threads.state, address, args, chunks)
+
+
+def counting(chunks: int) -> tuple[np.ndarray, Callable[[pool.Pool], None]]:
+    """Counters, and what adds one to each."""
+    counters = np.zeros(chunks + 1, np.int64)  # one more, which nobody is to touch
+    job = libraries()[0].address("count")
+    return counters, lambda threads: run(threads, job, chunks, counters.ctypes.data)
+
+
+def wait_until_parked(threads: pool.Pool) -> None:
+    slots = [pool.SLOTS + i * pool.SLOT_BYTES for i in range(1, threads.size)]
+    parked = [ctypes.c_int64.from_address(threads.state + s + pool.PARKED) for s in slots]
+    end = time.monotonic() + PATIENCE_S
+    while not all(word.value for word in parked):
+        assert time.monotonic() < end, "the helpers do not go to sleep"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 2, 1000])
+@pytest.mark.parametrize("size", SIZES)
+def test_run_visits_every_chunk_once(size: int, chunks: int):
+    counters, count = counting(chunks)
+    for i in range(1, 5001):
+        count(pool_of(size))
+        assert (counters[:-1] == i).all()  # the helpers are done when it returns
+        if i % 1000 == 0:
+            wait_until_parked(pool_of(size))
+    assert counters[-1] == 0
+
+
+@pytest.mark.parametrize("is_parked", [True, False], ids=["asleep", "awake"])
+@pytest.mark.parametrize("size", SIZES)
+def test_run_all_threads_take_part(size: int, is_parked: bool):
+    """Each chunk waits for the others: one thread alone would wait for ever."""
+    for _ in range(20):
+        if is_parked:
+            wait_until_parked(pool_of(size))
+        barrier, seen = threading.Barrier(size), []
+
+        def meet(args: int, chunk: int, slot: int, barrier=barrier, seen=seen) -> None:
+            barrier.wait(PATIENCE_S)
+            seen.append((chunk, slot))
+
+        run(pool_of(size), Job(meet), size)
+        chunks, slots = zip(*seen, strict=True)
+        assert sorted(chunks) == sorted(slots) == list(range(size))
+
+
+def test_run_while_the_pool_is_busy_works_alone():
+    """The first caller's job ends when the second caller's has been done."""
+    seen, callers = [], []
+
+    def second(args: int, chunk: int, slot: int) -> None:
+        seen.append((chunk, slot, threading.current_thread()))
+        time.sleep(0.002)  # time enough for a helper to come
+
+    def first(args: int, chunk: int, slot: int) -> None:
+        if not callers:
+            callers.append(threading.Thread(target=run, args=(pool_of(2), Job(second), 10)))
+            callers[0].start()
+            callers[0].join(PATIENCE_S)
+
+    run(pool_of(2), Job(first), 2)
+    assert seen == [(chunk, 0, callers[0]) for chunk in range(10)]
+
+
+def test_run_from_two_threads_at_once_visits_every_chunk_once():
+    counts = [counting(5000), counting(3700)]
+
+    def repeat(count: Callable[[pool.Pool], None]) -> None:
+        for _ in range(2000):
+            count(pool_of(2))
+
+    callers = [threading.Thread(target=repeat, args=(count,)) for _, count in counts]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(PATIENCE_S)
+    for counters, _ in counts:
+        assert Counter(counters.tolist()) == {2000: len(counters) - 1, 0: 1}
+
+
+FORK = """
+import os, warnings
+warnings.simplefilter("ignore")  # a process with threads is forked here: that is the point
+from kernels.test_pool import Job, counting, pool_of, run, wait_until_parked
+
+def check_in_child():
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        assert status == 0, status
+        return
+    counters, count = counting(100)
+    for _ in range(10):
+        count(pool_of(3))
+    os._exit(0 if (counters[:-1] == 10).all() else 1)
+
+def in_a_job(args, chunk, slot):
+    if slot == 0:
+        check_in_child()
+
+counters, count = counting(100)
+count(pool_of(3))
+check_in_child()
+wait_until_parked(pool_of(3))
+check_in_child()
+run(pool_of(3), Job(in_a_job), 3)
+count(pool_of(3))  # and nothing is amiss in the parent
+assert (counters[:-1] == 2).all()
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_run_in_a_forked_process_needs_no_helpers():
+    """They stay behind in the parent, awake, asleep or in the middle of a job."""
+    assert run_python(FORK) == "done\n"

@@ -1,0 +1,200 @@
+"""One source, several instruction sets: the results agree, and the code is what it should be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+from compare import assert_close
+from gguf import GGMLQuantizationType as Type
+from kernels.made import TYPES, block_columns, kernels_of, random_tensor
+from phicore_jax.backend import JaxBackend
+from phicore_jax.kernels import CACHE_ROWS, attention, build, dense, linear, pool, rowwise
+from phicore_jax.kernels.attention import Cache, Rows
+from phicore_jax.kernels.formats import FORMATS
+from phicore_jax.kernels.lang import Module, Target
+from phicore_jax.kernels.linear import Product
+from phicore_jax.kernels.runtime import Kernels
+
+# ---- results -------------------------------------------------------------------------------
+
+BEST = build.supported_targets()[0]
+SEPARATE = 1e-6
+"""A sum of hundreds of products, each rounded before it is added or not (`Function.fma`)."""
+
+
+def assert_agree(target: str, actual: np.ndarray, best: np.ndarray) -> None:
+    """Sums of integers are exact, and all but the generic code multiply and add in one rounding."""
+    if target == "generic":
+        assert_close(actual, best, SEPARATE)
+    else:
+        assert np.array_equal(actual, best)
+
+
+@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
+def test_products_of_all_targets_agree(
+    target: str, kernels: Kernels, ggml_type: Type, rng: np.random.Generator
+):
+    tensor = random_tensor(ggml_type, 40, 3 * block_columns(ggml_type), rng)
+    x = rng.standard_normal((33, tensor.shape[1]), np.float32)
+    ys = []
+    for each in (kernels, kernels_of(BEST)):
+        run = jax.jit(lambda x, w, each=each: (each.linear(x[:2], w), each.linear(x, w)))
+        ys.append([np.asarray(y) for y in run(x, each.pack([tensor]))])
+    for y, best in zip(*ys, strict=True):
+        assert_agree(target, y, best)
+
+
+@pytest.mark.parametrize("cache_type", CACHE_ROWS)
+def test_caches_and_attention_of_all_targets_agree(
+    target: str, kernels: Kernels, cache_type: str, rng: np.random.Generator
+):
+    """What is stored is the same, bit for bit."""
+    k, v = (rng.standard_normal((1, 2, 50, 20), np.float32) for _ in range(2))
+    qs = [rng.standard_normal((1, 6, tokens, 20), np.float32) for tokens in (1, 20)]
+    places = np.arange(50, dtype=np.int32)[None]
+    found = []
+    for each in (kernels, kernels_of(BEST)):
+        ops = JaxBackend("cpu", kernels=each)
+        ops.configure(cache_type=cache_type)
+
+        def run(empty, k, v, qs, ops=ops):
+            held = ops.update_cache(empty, k, v, places)
+            seen = [places[:, 49 - q.shape[2] : 49] for q in qs]
+            return held, [
+                ops.attention(q, held, p, 0.2, None) for q, p in zip(qs, seen, strict=True)
+            ]
+
+        results = jax.jit(run)(ops.new_cache(*k.shape), k, v, qs)
+        found.append(jax.tree.map(np.asarray, results))
+    (held, ys), (best_held, best) = found
+    for name, array in held.items():
+        assert np.array_equal(array, best_held[name]), name
+    for y, best_y in zip(ys, best, strict=True):
+        assert_agree(target, y, best_y)
+
+
+def test_norms_and_swiglu_of_all_targets_agree(
+    target: str, kernels: Kernels, rng: np.random.Generator
+):
+    x, weight = rng.standard_normal((5, 70), np.float32), rng.standard_normal(70, np.float32)
+    found = []
+    for each in (kernels, kernels_of(BEST)):
+        run = jax.jit(lambda x, w, each=each: (each.rms_norm(x, w, 1e-5), each.swiglu(x)))
+        found.append([np.asarray(y) for y in run(x, weight)])
+    for y, best in zip(*found, strict=True):
+        assert_agree(target, y, best)
+
+
+# ---- code ----------------------------------------------------------------------------------
+
+X86, LINUX_ARM, MAC_ARM = (
+    "x86_64-unknown-linux-gnu",
+    "aarch64-unknown-linux-gnu",
+    "arm64-apple-darwin",
+)
+MACHINES = [
+    *((name, X86) for name in ("avx512vnni", "avxvnni", "avx2", "generic")),
+    ("neon", LINUX_ARM),
+    ("neon", MAC_ARM),
+]
+WANTED = {
+    "avx512vnni": {
+        "exact": r"vpdpwssd .*%zmm",
+        "fast": r"vpdpbusd .*%zmm",
+        "floats": r"vfmadd\d+ps .*%zmm",
+        "halves": r"vcvtph2ps .*%zmm",
+    },
+    "avxvnni": {
+        "exact": r"vpdpwssd .*%ymm",
+        "fast": r"vpdpbusd .*%ymm",
+        "floats": r"vfmadd\d+ps .*%ymm",
+        "halves": r"vcvtph2ps .*%ymm",
+    },
+    "avx2": {
+        "exact": r"vpmaddwd .*%ymm",
+        "floats": r"vfmadd\d+ps .*%ymm",
+        "halves": r"vcvtph2ps .*%ymm",
+    },
+    "generic": {"exact": r"p(maddwd|mulhw) .*%xmm", "floats": r"mulps .*%xmm"},
+    "neon": {"exact": r"sml?al", "floats": r"fmla", "halves": r"fcvtl"},
+}
+"""Instructions of products of 16 and of 8 bits, of float32, and of float16 numbers."""
+ABSENT = {
+    "avxvnni": r"%zmm|%ymm(1[6-9]|2\d|3[01])|%k\d",
+    "avx2": r"%zmm|%ymm(1[6-9]|2\d|3[01])|%k\d|vpdp",
+    "generic": r"%[yz]mm|\tv[a-z0-9]+ps ",
+}
+"""What would be an illegal instruction on a processor that has no more than it must."""
+LIBRARY = {"read", "write", "memcpy", "memset", "bzero"}
+"""Functions that code may call: those of the C library that every process has."""
+
+
+def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]]]:
+    """Names, the kind of their instructions, and what writes them."""
+    i24, f16 = (Cache(*(Rows(t, 20) for t in CACHE_ROWS[name])) for name in ("i24", "f16"))
+    found: dict[str, tuple[str, Callable[[Module], None]]] = {
+        "worker": ("", pool.emit_worker),
+        "pack-Q5_K": ("", lambda m: linear.emit_pack(m, Type.Q5_K)),
+        "rows-Q6_K": ("halves", lambda m: linear.emit_rows(m, Type.Q6_K)),
+        "rows-F16": ("halves", lambda m: dense.emit_rows(m, Type.F16)),
+        "dense-F16": ("floats", lambda m: dense.emit_linear(m, Type.F16, target.tile)),
+        "store-i24": ("", lambda m: attention.emit_store(m, i24)),
+        "store-f16": ("", lambda m: attention.emit_store(m, f16)),
+        "attention-f16-3": ("floats", lambda m: attention.emit_attention(m, f16, 3)),
+        "attention-i24-many": ("floats", lambda m: attention.emit_attention(m, i24, None)),
+        "rms-norm": ("", rowwise.emit_rms_norm),
+        "swiglu": ("floats", rowwise.emit_swiglu),
+    }
+    for t, tile, bits, is_fused in [
+        (Type.Q4_K, target.fused_tile, 16, True),
+        (Type.Q6_K, target.tile, 16, False),
+        *([(Type.Q8_0, target.tile, 8, False)] if target.has_byte_dot else []),
+    ]:
+        product = Product(FORMATS[t], tile, bits)
+        found[f"linear-{t.name}"] = (
+            "exact" if bits == 16 else "fast",
+            lambda m, product=product, is_fused=is_fused: linear.emit_linear(m, product, is_fused),
+        )
+    return found
+
+
+@pytest.fixture(scope="module", params=MACHINES, ids="-".join)
+def code(request: pytest.FixtureRequest) -> tuple[str, dict[str, tuple[str, str]]]:
+    """A target, and the kind and the assembly of its kernels."""
+    name, triple = request.param
+    target = Target(name)
+    machine = build.target_machine(target, triple)
+    written = {}
+    for kernel, (kind, emit) in kernels_for(target).items():
+        module = Module(target)
+        emit(module)
+        text = build.optimized(module, machine, lambda m, ir: m.emit_assembly(ir))
+        written[kernel] = kind, text.replace("\t", " ")
+    return name, written
+
+
+def test_code_has_the_instructions_of_its_target(code: tuple[str, dict[str, tuple[str, str]]]):
+    name, kernels = code
+    wanted = WANTED[name]
+    for kernel, (kind, text) in kernels.items():
+        if kind in wanted:
+            assert re.search(wanted[kind], text), kernel
+        assert name not in ABSENT or not re.search(ABSENT[name], text), kernel
+    assert {kind for kind, _ in kernels.values()} >= wanted.keys()
+
+
+def test_code_calls_nothing_for_its_numbers(code: tuple[str, dict[str, tuple[str, str]]]):
+    """Conversions, rounding and fma are instructions, not calls for each lane.
+
+    The oldest x86 processors cannot round; there it is roundevenf of the C library.
+    """
+    name, kernels = code
+    allowed = LIBRARY | ({"roundevenf"} if name == "generic" else set())
+    for kernel, (_, text) in kernels.items():
+        own = set(re.findall(r"^_?(\w+):", text, re.MULTILINE))
+        jumps = re.findall(r"^ +(?:callq?|jmpq?|bl|b) +_?(\w+)(?:@PLT)?$", text, re.MULTILINE)
+        assert set(jumps) - own <= allowed, kernel
