@@ -26,7 +26,7 @@ B, K, S = 2, 2, 83
 SHAPES = [(12, 3), (20, 1), (64, 3), (96, 8), (128, 1)]  # dimension of a head, queries of a key
 CASES = [
     *(("host", *shape) for shape in SHAPES),
-    *((variant, *shape) for variant in ("xla", "avx2", "generic") for shape in SHAPES[1:4:2]),
+    *((variant, *shape) for variant in ("xla", "avx2", "generic") for shape in SHAPES[:2]),
 ]
 STARTS = (3, 37)  # of the two sequences
 STEPS = [(1, 1000), (1, 3), (2, 1), (16, 17), (17, None), (40, 3)]  # tokens, window

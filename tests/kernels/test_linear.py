@@ -19,6 +19,7 @@ from phicore_jax.kernels.runtime import Kernels
 EXACT, DENSE = 3e-5, 2e-6
 ROWS = (1, 2, 5, 8, 9, 16, 31, 33, 64, 70)
 OUT = (1, 16, 17, 100)
+BEST = supported_targets()[0]
 
 
 def products(kernels: Kernels, xs: Sequence[np.ndarray], ws: list, **options: bool) -> list:
@@ -32,17 +33,18 @@ def products(kernels: Kernels, xs: Sequence[np.ndarray], ws: list, **options: bo
 
 @pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
 def test_linear_equals_float64_and_rows_do_not_depend_on_their_number(
-    kernels: Kernels, ggml_type: Type, rng: np.random.Generator
+    target: str, kernels: Kernels, ggml_type: Type, rng: np.random.Generator
 ):
+    rows = ROWS if target == BEST else ROWS[::3]  # the others have fewer tiles
     block = block_columns(ggml_type)
     for columns in (block, 3 * block) if block > 32 else (block, 9 * block):
         tensors = [random_tensor(ggml_type, n, columns, rng) for n in OUT]
-        x = rng.standard_normal((max(ROWS), columns), np.float32)
-        ys = products(kernels, [x[:m] for m in ROWS], [kernels.pack([t]) for t in tensors])
+        x = rng.standard_normal((max(rows), columns), np.float32)
+        ys = products(kernels, [x[:m] for m in rows], [kernels.pack([t]) for t in tensors])
         for t, *of_tensor in zip(tensors, *ys, strict=True):
             expected = x.astype(np.float64) @ values(t).astype(np.float64).T
             assert_close(of_tensor[-1], expected, EXACT if ggml_type in FORMATS else DENSE)
-            for m, y in zip(ROWS, of_tensor, strict=True):
+            for m, y in zip(rows, of_tensor, strict=True):
                 assert np.array_equal(y, of_tensor[-1][:m]), (columns, t.shape, m)
 
 
@@ -53,7 +55,7 @@ def test_linear_does_not_depend_on_the_number_of_threads(ggml_type: Type, rng: n
     xs = [x[:1], x[:9], x]
     found = []
     for threads in (1, 2, 3):
-        kernels = kernels_of(supported_targets()[0], threads)
+        kernels = kernels_of(BEST, threads)
         weight = kernels.pack([tensor])
         run = jax.jit(lambda xs, w, kernels=kernels: [kernels.linear(x, w) for x in xs])
         found += [list(map(np.asarray, run(xs, weight))) for _ in range(10)]
@@ -74,7 +76,7 @@ def test_linear_of_a_row_depends_on_nothing_but_the_row(
     """Neither on its place nor on its neighbours; and a strip not on the rest of the matrix."""
     rng = np.random.default_rng(random.getrandbits(32))  # type: ignore[attr-defined]
     columns = block_columns(ggml_type) * int(rng.integers(1, 4))
-    kernels = kernels_of(supported_targets()[0])
+    kernels = kernels_of(BEST)
     tensor = random_tensor(ggml_type, n, columns, rng)
     x = rng.standard_normal((m, columns), np.float32) * 10.0 ** rng.integers(-6, 6, (m, 1))
     x = x.astype(np.float32)
@@ -85,42 +87,43 @@ def test_linear_of_a_row_depends_on_nothing_but_the_row(
     assert np.array_equal(alone[0], y[m // 2])
 
 
-@pytest.mark.parametrize("m", [1, 7, 40])
 @pytest.mark.parametrize(
     "ggml_type", [Type.Q4_K, Type.Q8_0, Type.Q3_K, Type.F32], ids=lambda t: t.name
 )
 def test_linear_zero_tiny_and_huge_rows(
-    kernels: Kernels, ggml_type: Type, m: int, rng: np.random.Generator
+    kernels: Kernels, ggml_type: Type, rng: np.random.Generator
 ):
     """Quantized, rows below 1e-30 are taken as zero."""
     tensor = random_tensor(ggml_type, 20, 512, rng)
-    x = rng.standard_normal((m, 512), np.float32)
+    x = rng.standard_normal((40, 512), np.float32)
     sizes = np.array([0, 1e-35, 1e-25, 1e-10, 1e10, 1e30], np.float32)
-    xs = [x * size for size in sizes]
+    xs = [(x * size)[:m] for size in sizes for m in (1, 40)]
     expected = x.astype(np.float64) @ values(tensor).astype(np.float64).T
     ys = [y for [y] in products(kernels, xs, [kernels.pack([tensor])])]
-    assert not ys[0].any()
-    assert np.abs(ys[1]).max() < 1e-30
-    for size, y in zip(sizes[2:], ys[2:], strict=True):
-        assert_close(y / size, expected, EXACT)
+    for size, y in zip(np.repeat(sizes, 2), ys, strict=True):
+        if size < 1e-30:
+            assert np.abs(y).max() <= size * 1e5
+        else:
+            assert_close(y / size, expected[: len(y)], EXACT)
 
 
-@pytest.mark.parametrize("m", [1, 3, 40])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
 @pytest.mark.parametrize(
     "ggml_type", [Type.Q4_K, Type.Q8_0, Type.Q3_K, Type.BF16], ids=lambda t: t.name
 )
 def test_linear_one_number_that_is_not_finite_spoils_its_row_and_no_other(
-    kernels: Kernels, ggml_type: Type, bad: float, m: int, rng: np.random.Generator
+    kernels: Kernels, ggml_type: Type, rng: np.random.Generator
 ):
     tensor = random_tensor(ggml_type, 20, 512, rng)
-    x = rng.standard_normal((m, 512), np.float32)
-    spoiled = x.copy()
-    spoiled[m // 2, 300] = bad
-    [[y], [found]] = products(kernels, [x, spoiled], [kernels.pack([tensor])])
-    assert not np.isfinite(found[m // 2]).any()
-    others = np.arange(m) != m // 2
-    assert np.array_equal(found[others], y[others])
+    x = rng.standard_normal((40, 512), np.float32)
+    cases = [(m, bad) for m in (1, 3, 40) for bad in (np.nan, np.inf, -np.inf)]
+    xs = [x[:m].copy() for m, _ in cases]
+    for spoiled, (m, bad) in zip(xs, cases, strict=True):
+        spoiled[m // 2, 300] = bad
+    [[whole], *found] = products(kernels, [x, *xs], [kernels.pack([tensor])])
+    for [y], (m, _) in zip(found, cases, strict=True):
+        others = np.arange(m) != m // 2
+        assert not np.isfinite(y[m // 2]).any()
+        assert np.array_equal(y[others], whole[:m][others])
 
 
 @pytest.mark.parametrize("ggml_type", FORMATS, ids=lambda t: t.name)

@@ -69,7 +69,9 @@ def test_rows_of_packed_weights_equal_the_files(
     packed = [kernels.pack(tensors) for tensors in matrices]
     found = jax.jit(lambda ids, ws: list(map(kernels.rows, ids, ws)))(ids, packed)
 
-    for rows, order, e in zip(found, ids, expected, strict=True):
+    for rows, order, e, p in zip(found, ids, expected, packed, strict=True):
+        assert (p.rows, p.columns) == e.shape
+        assert len(p.strips) == -(-len(e) // 16)
         assert_same(np.asarray(rows), e[order])
 
 
