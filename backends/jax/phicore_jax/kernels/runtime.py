@@ -41,6 +41,9 @@ def _strip_bytes(ggml_type: GGMLQuantizationType, columns: int) -> int:
     return dense.strip_bytes(ggml_type, columns)
 
 
+_ALL: list[Kernels] = []
+
+
 class Kernels:
     """Kernels for an instruction set, and threads that run them.
 
@@ -53,6 +56,9 @@ class Kernels:
         self._worker = self._compiler.library("worker", emit_worker, ["pool_worker"])
         self._threads = thread_count()
         self._registered: set[str] = set()
+        # Helpers and XLA go on using code and state, so nothing of it may ever be freed.
+        _ALL.append(self)
+        self._number = sum(k._compiler.digest == self._compiler.digest for k in _ALL)
 
     @cached_property
     def pool(self) -> Pool:
@@ -207,7 +213,9 @@ class Kernels:
     def _target(self, name: str, handler: str, emit: Callable[[Module], None]) -> str:
         """The name under which XLA knows a kernel."""
         # XLA keeps compiled programs on disk by the names of their targets.
-        target = f"phicore-{name}-{self._compiler.digest}"
+        # A name can be registered once in a process: the first kernels have the plain one.
+        suffix = "" if self._number == 1 else f"-{self._number}"
+        target = f"phicore-{name}-{self._compiler.digest}{suffix}"
         if target not in self._registered:
             library = self._compiler.library(name, emit, ffi.exports(handler))
             ffi.register(library, handler, target, self.pool.state)
