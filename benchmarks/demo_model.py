@@ -15,9 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import phicore
+from phicore.machine import cpu_name
 
 PROMPT = "Write a haiku about ice hockey, then explain it to a child in a hundred words."
 COLUMNS = {
@@ -57,14 +57,6 @@ def run(model: str, backend: str, tokens: int) -> dict[str, float]:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def processor() -> str:
-    """The name of the CPU, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
@@ -84,7 +76,7 @@ def main() -> None:
         for name in backends:
             runs[name].append(run(args.model, name, args.tokens))
 
-    print(f"{args.model}, {args.tokens} tokens; {os.cpu_count()} CPUs, {processor()};")
+    print(f"{args.model}, {args.tokens} tokens; {os.cpu_count()} CPUs, {cpu_name()};")
     print(f"Python {platform.python_version()}; medians of {args.runs} runs\n")
     print(f"| backend | {' | '.join(COLUMNS)} |")
     print(f"| --- |{' --- |' * len(COLUMNS)}")

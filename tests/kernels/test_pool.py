@@ -35,7 +35,17 @@ def emit(module: Module) -> None:
         at = f.offset(counters, chunk * 8)
         f.builder.atomic_rmw("add", at.ir, I64(1), "monotonic")
 
+    def run_flushing(f: Function, *args: Value) -> None:
+        """As `run`, with the processor's bits for subnormal numbers, of x86 and of AArch64."""
+        *args, is_flushing = args
+        bits = 0x8040 if f.target.is_x86 else 1 << 24
+        old = f.target.float_control(f)
+        f.target.set_float_control(f, old | is_flushing * bits)
+        f.call("pool_run", VOID, *args)
+        f.target.set_float_control(f, old)
+
     module.function("run", [PTR, PTR, PTR, I64], run)
+    module.function("run_flushing", [PTR, PTR, PTR, I64, I64], run_flushing)
     module.function("count", [PTR, I64, I64], count)
 
 
@@ -45,7 +55,7 @@ def libraries() -> tuple[build.Library, build.Library]:
     compiler = build.Compiler(Target(build.supported_targets()[0]))
     compiler.folder = Path(os.devnull)  # nothing is kept
     worker = compiler.library("worker", pool.emit_worker, ["pool_worker"])
-    return compiler.library("pool", emit, ["run", "count"]), worker
+    return compiler.library("pool", emit, ["run", "run_flushing", "count"]), worker
 
 
 @cache
@@ -107,6 +117,23 @@ def test_run_all_threads_take_part(size: int, is_parked: bool):
         run(pool_of(size), Job(meet), size)
         chunks, slots = zip(*seen, strict=True)
         assert sorted(chunks) == sorted(slots) == list(range(size))
+
+
+def test_helpers_compute_as_the_caller_does():
+    """XLA's threads take subnormal numbers for 0, others do not: results are alike."""
+    call = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int64)(
+        libraries()[0].address("run_flushing")
+    )
+    for is_flushing in (1, 0, 1):
+        barrier, halves = threading.Barrier(2), {}
+
+        def halve(args: int, chunk: int, slot: int, barrier=barrier, halves=halves) -> None:
+            barrier.wait(PATIENCE_S)  # so that each thread does one
+            halves[slot] = float(np.float32(2.0**-126) * np.float32(0.5))
+
+        call(pool_of(2).state, ctypes.cast(Job(halve), ctypes.c_void_p), None, 2, is_flushing)
+        half = 0 if is_flushing else 2.0**-127
+        assert halves == {0: half, 1: half}
 
 
 def test_run_while_the_pool_is_busy_works_alone():

@@ -43,5 +43,5 @@ def find_kernels() -> tuple[Kernels | None, str]:
     try:
         kernels = Kernels(name)
     except (OSError, RuntimeError) as error:
-        return None, f"LLVM: {str(error).splitlines()[0]}"
+        return None, f"LLVM: {str(error).partition(chr(10))[0]}"
     return kernels, f"{name}, threads: {kernels.threads}"

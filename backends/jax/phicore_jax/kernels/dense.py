@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from gguf import GGMLQuantizationType
 from llvmlite import ir
 
-from phicore_jax.kernels import ffi, pool
+from phicore_jax.kernels import ffi, matrix, pool
 from phicore_jax.kernels.ffi import Buffer
 from phicore_jax.kernels.lang import (
     F32,
@@ -27,7 +27,7 @@ from phicore_jax.kernels.lang import (
     Value,
     vec,
 )
-from phicore_jax.kernels.linear import CHUNK_BYTES, FLOATS, PREFETCH, store_strip
+from phicore_jax.kernels.linear import FLOATS, PREFETCH
 
 Type = GGMLQuantizationType
 ELEMENT_BYTES = {Type.F16: 2, Type.BF16: 2, Type.F32: 4}
@@ -89,7 +89,7 @@ def _emit_tile(module: Module, ggml_type: GGMLQuantizationType, tile: int) -> ir
             for m, chains in enumerate(sums):
                 total = (chains[0].value + chains[1].value) + (chains[2].value + chains[3].value)
                 with f.when(first + m < rows):
-                    store_strip(f, y, first + m, strip, out, total)
+                    matrix.store(f, y, first + m, strip, out, total)
 
     return module.function("tile", [PTR, I64, I64], body, exported=False)
 
@@ -102,7 +102,7 @@ def emit_linear(module: Module, ggml_type: GGMLQuantizationType, tile: int) -> N
     def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
         (x, w), (y,) = args, rets
         columns, out = x.dim(1), y.dim(1)
-        per = f.i64(CHUNK_BYTES) // (columns * (LANES * ELEMENT_BYTES[ggml_type])) + 1
+        per = f.i64(matrix.CHUNK_BYTES) // (columns * (LANES * ELEMENT_BYTES[ggml_type])) + 1
         strips = (out + (LANES - 1)) // LANES
         packed = f.pack(w.data, x.data, y.data, x.dim(0), columns, out, per)
         f.call("pool_run", VOID, state, f.address_of(job), packed, (strips + per - 1) // per)
@@ -111,55 +111,20 @@ def emit_linear(module: Module, ggml_type: GGMLQuantizationType, tile: int) -> N
 
 
 def emit_pack(module: Module, ggml_type: GGMLQuantizationType) -> None:
-    """`pack(state, args)`; args: 0 file rows, 8 strips, 16 rows, 24 columns."""
-    pool.emit(module)
+    """`pack`, see `matrix.emit_pack`."""
     size = ELEMENT_BYTES[ggml_type]
     element = ir.IntType(8 * size)
 
-    def strip(f: Function, args: Value, chunk: Value, slot: Value) -> None:
-        source, w = f.load(PTR, args, 0), f.load(PTR, args, 8)
-        rows, columns = f.load(I64, args, 16), f.load(I64, args, 24)
-        start = f.offset(w, chunk * columns * (LANES * size))
-        with f.loop(LANES) as lane:
-            row = chunk * LANES + lane
-            row = (row < rows).select(row, rows - 1)
-            first = f.offset(source, row * columns * size)
-            with f.loop(columns) as k:
-                value = f.load(element, f.offset(first, k * size))
-                f.store(value, f.offset(start, (k * LANES + lane) * size))
+    def pack_block(f: Function, block: Value, to: Value, lane: Value) -> None:
+        f.store(f.load(element, block), f.offset(to, lane * size))
 
-    job = module.function("pack_strip", [PTR, I64, I64], strip, exported=False)
-
-    def body(f: Function, state: Value, args: Value) -> None:
-        strips = (f.load(I64, args, 16) + (LANES - 1)) // LANES
-        f.call("pool_run", VOID, state, f.address_of(job), args, strips)
-
-    module.function("pack", [PTR, PTR], body)
+    matrix.emit_pack(module, 1, size, size * LANES, pack_block)
 
 
 def emit_rows(module: Module, ggml_type: GGMLQuantizationType) -> None:
-    """`rows`: ids (n,) int32 and strips to y (n, columns)."""
-    pool.emit(module)
-    size = ELEMENT_BYTES[ggml_type] * LANES
+    """`rows`, see `matrix.emit_rows`."""
 
-    def row(f: Function, args: Value, chunk: Value, slot: Value) -> None:
-        ids, w, y = (f.load(PTR, args, 8 * i) for i in range(3))
-        columns, strips = f.load(I64, args, 24), f.load(I64, args, 32)
-        number = f.load(I32, f.offset(ids, chunk * 4)).to(I64)
-        number = (number < 0).select(0, number)
-        strip = number // LANES
-        strip = (strip < strips).select(strip, strips - 1)
-        picked = f.buffer(4 * LANES)
-        with f.loop(columns) as k:
-            f.store(_values(f, ggml_type, f.offset(w, (strip * columns + k) * size)), picked)
-            value = f.load(F32, f.offset(picked, number % LANES * 4))
-            f.store(value, f.offset(y, (chunk * columns + k) * 4))
+    def read_block(f: Function, block: Value, pick: matrix.Pick, to: Value) -> None:
+        f.store(pick(_values(f, ggml_type, block)), to)
 
-    job = module.function("row", [PTR, I64, I64], row, exported=False)
-
-    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
-        (ids, w), (y,) = args, rets
-        packed = f.pack(ids.data, w.data, y.data, y.dim(1), w.dim(0))
-        f.call("pool_run", VOID, state, f.address_of(job), packed, y.dim(0))
-
-    ffi.emit_handler(module, "rows", 2, 1, call)
+    matrix.emit_rows(module, 1, ELEMENT_BYTES[ggml_type] * LANES, read_block)

@@ -212,6 +212,10 @@ class Target:
         self.name = name
 
     @property
+    def is_x86(self) -> bool:
+        return self.name in ("avx512vnni", "avxvnni", "avx2")
+
+    @property
     def has_byte_dot(self) -> bool:
         """Whether sums of products of bytes are faster than those of 16-bit numbers."""
         return self.name in ("avx512vnni", "avxvnni")
@@ -278,9 +282,26 @@ class Target:
         half = (size > 255 << 23).select(0x7E00, half)  # NaN
         return (half | sign).to(I16)
 
+    def float_control(self, f: Function) -> Value:
+        """How this thread rounds, and whether it takes subnormal numbers for 0, as XLA's do."""
+        if self.is_x86:
+            word = f.buffer(4)
+            f.call("llvm.x86.sse.stmxcsr", VOID, word)
+            return f.load(I32, word).to(I64)
+        return f.call("llvm.aarch64.get.fpcr", I64) if self.name == "neon" else f.i64(0)
+
+    def set_float_control(self, f: Function, control: Value) -> None:
+        """Compute as the thread does whose `float_control` this is."""
+        if self.is_x86:
+            word = f.buffer(4)
+            f.store(control.to(I32), word)
+            f.call("llvm.x86.sse.ldmxcsr", VOID, word)
+        elif self.name == "neon":
+            f.call("llvm.aarch64.set.fpcr", VOID, control)
+
     def pause(self, f: Function) -> None:
         """Tell the processor that this thread only waits."""
-        if self.name in ("avx512vnni", "avxvnni", "avx2"):
+        if self.is_x86:
             f.call("llvm.x86.sse2.pause", VOID)
         elif self.name == "neon":
             f.call("llvm.aarch64.hint", VOID, f.i32(1))
@@ -490,7 +511,8 @@ class Function:
         return self.call("llvm.fabs" + _suffix(x.type), x.type, x)
 
     def round_even(self, x: Value) -> Value:
-        return self.call("llvm.roundeven" + _suffix(x.type), x.type, x)
+        # rint, not roundeven: not every C library has the latter, for processors without either
+        return self.call("llvm.rint" + _suffix(x.type), x.type, x)
 
     def sum_of_lanes(self, x: Value) -> Value:
         """The sum of a vector's lanes, added in pairs."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from gguf import GGMLQuantizationType
 from llvmlite import ir
 
-from phicore_jax.kernels import ffi, pool
+from phicore_jax.kernels import ffi, matrix, pool
 from phicore_jax.kernels.ffi import Buffer
 from phicore_jax.kernels.formats import FORMATS, GROUP, PAIRS, Format
 from phicore_jax.kernels.lang import (
@@ -43,7 +43,6 @@ STRIPS_AT_ONCE = 4  # decoded at a time, for all rows
 STRIPS_TOGETHER = 2  # multiplied at a time, so that activations are loaded once for both
 SPAN = 8  # groups that are decoded at a time
 PREFETCH = 8192  # bytes ahead
-CHUNK_BYTES = 64 << 10  # of weights, the unit of work of a thread
 
 FLOATS, INTS = vec(F32), vec(I32)
 
@@ -227,20 +226,6 @@ def _dot_group(
                 strip.totals[m].value = total
 
 
-def store_strip(f: Function, y: Value, row: Value, strip: Value, out: Value, x: Value) -> None:
-    """Store 16 results of a row, or as many as there are columns left."""
-    column = strip * LANES
-    place = f.offset(y, (row * out + column) * 4)
-    with f.if_else(column + LANES <= out) as (whole, part):
-        with whole:
-            f.store(x, place)
-        with part:
-            spill = f.buffer(4 * LANES)
-            f.store(x, spill)
-            with f.loop(out - column) as i:
-                f.store(f.load(F32, f.offset(spill, i * 4)), f.offset(place, i * 4))
-
-
 def _strips(f: Function, args: Value) -> Value:
     return (f.load(I64, args, 8 * OUT) + (LANES - 1)) // LANES
 
@@ -287,7 +272,7 @@ def _emit_fused(module: Module, p: Product) -> ir.Function:
             for m, total in enumerate(totals):
                 row = t * p.tile + m
                 with f.when(row < rows):
-                    store_strip(f, y, row, strip, out, total.value)
+                    matrix.store(f, y, row, strip, out, total.value)
 
     return module.function("fused", [PTR, I64, I64], body, exported=False)
 
@@ -396,7 +381,7 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
             t, m = row // p.tile, row % p.tile
             at = (t * STRIPS_AT_ONCE + (strip - first)) * p.tile + m
             total = f.load(FLOATS, f.offset(all_sums, at * vector), align=64)
-            store_strip(f, y, row, strip, out, total)
+            matrix.store(f, y, row, strip, out, total)
 
     return module.function("tiled", [PTR, I64, I64], body, exported=False)
 
@@ -413,7 +398,7 @@ def emit_linear(module: Module, p: Product, is_fused: bool) -> None:
         rows, columns, out = x.dim(0), x.dim(1), y.dim(1)
         per = f.i64(STRIPS_AT_ONCE)
         if is_fused:
-            per = f.i64(CHUNK_BYTES) // (columns // fmt.columns * fmt.block_bytes) + 1
+            per = f.i64(matrix.CHUNK_BYTES) // (columns // fmt.columns * fmt.block_bytes) + 1
         packed = f.pack(w.data, x.data, y.data, workspace.data, rows, columns, out, per)
         tiles = (rows + (p.tile - 1)) // p.tile
         f.call("pool_run", VOID, state, f.address_of(quantize), packed, tiles)
@@ -423,80 +408,32 @@ def emit_linear(module: Module, p: Product, is_fused: bool) -> None:
     ffi.emit_handler(module, "linear", 2, 2, call)
 
 
-# ---- packing -------------------------------------------------------------------------------
+# ---- packing, and rows ---------------------------------------------------------------------
 
 
 def emit_pack(module: Module, ggml_type: GGMLQuantizationType) -> None:
-    """`pack(state, args)`; args: 0 file rows, 8 strips, 16 rows, 24 columns."""
+    """`pack`, see `matrix.emit_pack`."""
     fmt = FORMATS[ggml_type]
-    pool.emit(module)
-
-    def strip(f: Function, args: Value, chunk: Value, slot: Value) -> None:
-        source, w = f.load(PTR, args, 0), f.load(PTR, args, 8)
-        rows, columns = f.load(I64, args, 16), f.load(I64, args, 24)
-        blocks = columns // fmt.columns
-        start = f.offset(w, chunk * blocks * fmt.block_bytes)
-        with f.loop(blocks) as b, f.loop(LANES) as lane:
-            # lanes beyond the last row are copies of it, whose results are not stored
-            row = chunk * LANES + lane
-            row = (row < rows).select(row, rows - 1)
-            block = f.offset(source, (row * blocks + b) * fmt.file_block_bytes)
-            fmt.pack_block(f, block, f.offset(start, b * fmt.block_bytes), lane)
-
-    packer = module.function("pack_strip", [PTR, I64, I64], strip, exported=False)
-
-    def body(f: Function, state: Value, args: Value) -> None:
-        strips = (f.load(I64, args, 16) + (LANES - 1)) // LANES
-        f.call("pool_run", VOID, state, f.address_of(packer), args, strips)
-
-    module.function("pack", [PTR, PTR], body)
-
-
-# ---- rows ----------------------------------------------------------------------------------
+    matrix.emit_pack(module, fmt.columns, fmt.file_block_bytes, fmt.block_bytes, fmt.pack_block)
 
 
 def emit_rows(module: Module, ggml_type: GGMLQuantizationType) -> None:
-    """`rows`: ids (n,) int32 and strips to y (n, columns), the values of `gguf.quants` exactly."""
+    """`rows`, see `matrix.emit_rows`: the values of `gguf.quants` exactly."""
     fmt = FORMATS[ggml_type]
-    pool.emit(module)
 
-    def row(f: Function, args: Value, chunk: Value, slot: Value) -> None:
-        ids, w, y = (f.load(PTR, args, 8 * i) for i in range(3))
-        columns, strips = f.load(I64, args, 24), f.load(I64, args, 32)
-        blocks = columns // fmt.columns
-        number = f.load(I32, f.offset(ids, chunk * 4)).to(I64)
-        number = (number < 0).select(0, number)
-        strip = number // LANES
-        strip = (strip < strips).select(strip, strips - 1)
-        lane = number % LANES
-        vectors, pairs = f.buffer(4 * LANES), f.buffer(4 * PAIRS)
+    def read_block(f: Function, block: Value, pick: matrix.Pick, to: Value) -> None:
+        supers, pairs = fmt.super_scales(f, block), f.buffer(4 * PAIRS)
+        count = GROUP // fmt.subgroups
+        with f.loop(fmt.groups) as g:
+            codes = fmt.group_codes(f, f.offset(block + fmt.planes_start, g * fmt.group_bytes))
+            for i, pair in enumerate(codes):
+                f.store(pick(pair.bits_as(INTS)), pairs, 4 * i)
+            values = f.load(vec(I16, GROUP), pairs) - fmt.offset
+            for i, (scale, bias) in enumerate(fmt.group_scales(f, block, supers, g)):
+                part = values.lanes(list(range(i * count, (i + 1) * count))).to(F32)
+                part = part * pick(scale).splat(count)
+                if bias is not None:
+                    part = part + pick(bias).splat(count)
+                f.store(part, f.offset(to, g * (4 * GROUP)), 4 * i * count)
 
-        def pick(t: ir.Type, vector: Value) -> Value:
-            f.store(vector, vectors)
-            return f.load(t, f.offset(vectors, lane * 4))
-
-        with f.loop(blocks) as b:
-            block = f.offset(w, (strip * blocks + b) * fmt.block_bytes)
-            supers = fmt.super_scales(f, block)
-            with f.loop(fmt.groups) as g:
-                codes = fmt.group_codes(f, f.offset(block + fmt.planes_start, g * fmt.group_bytes))
-                for i, pair in enumerate(codes):
-                    f.store(pick(I32, pair.bits_as(INTS)), pairs, 4 * i)
-                values = f.load(vec(I16, GROUP), pairs) - fmt.offset
-                at = (chunk * columns + b * fmt.columns + g * GROUP) * 4
-                count = GROUP // fmt.subgroups
-                for i, (scale, bias) in enumerate(fmt.group_scales(f, block, supers, g)):
-                    part = values.lanes(list(range(i * count, (i + 1) * count))).to(F32)
-                    part = part * pick(F32, scale).splat(count)
-                    if bias is not None:
-                        part = part + pick(F32, bias).splat(count)
-                    f.store(part, f.offset(y, at), 4 * i * count)
-
-    job = module.function("row", [PTR, I64, I64], row, exported=False)
-
-    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
-        (ids, w), (y,) = args, rets
-        packed = f.pack(ids.data, w.data, y.data, y.dim(1), w.dim(0))
-        f.call("pool_run", VOID, state, f.address_of(job), packed, y.dim(0))
-
-    ffi.emit_handler(module, "rows", 2, 1, call)
+    matrix.emit_rows(module, fmt.columns, fmt.block_bytes, read_block)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # The shared state, in bytes; what different threads write lies on different lines.
 GATE = 0  # generation << 32 | closed << 31 | number of helpers at work
 LOCK = 64
-JOB, ARGS, SIZE = 128, 136, 144
+JOB, ARGS, SIZE, CONTROL = 128, 136, 144, 152
 SLOTS = 192
 CURSOR, END, PARKED, READ_END, WRITE_END = 0, 8, 64, 72, 80
 SLOT_BYTES = 128
@@ -116,6 +116,7 @@ def _run_shared(
 ) -> None:
     f.store(job, state, JOB)
     f.store(args, state, ARGS)
+    f.store(f.target.float_control(f), state, CONTROL)
     with f.loop(size) as index:
         slot = _slot(f, state, index)
         _Atomic(f, slot + CURSOR).store(chunks * index // size)
@@ -153,6 +154,7 @@ def _worker(f: Function, state: Value, index: Value) -> None:
             with work:
                 with f.when(gate.replace(seen, seen + 1)):
                     last.value = seen >> 32
+                    f.target.set_float_control(f, f.load(I64, state, CONTROL))
                     f.call("pool_work", ir.VoidType(), state, index)
                     gate.update("sub", 1)
                 spins.value = f.i64(0)

@@ -1,0 +1,108 @@
+"""What matrices of any type share: strips of 16 rows are made from a file, and rows read again.
+
+Both go block by block of columns: how one block is written or read is the type's own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from phicore_jax.kernels import ffi, pool
+from phicore_jax.kernels.ffi import Buffer
+from phicore_jax.kernels.lang import F32, I32, I64, LANES, PTR, VOID, Function, Module, Value
+
+CHUNK_BYTES = 64 << 10  # of weights, the unit of work of a thread
+
+Pick = Callable[[Value], Value]
+
+
+def store(f: Function, y: Value, row: Value, strip: Value, out: Value, x: Value) -> None:
+    """Store 16 results of a row, or as many as there are columns left."""
+    column = strip * LANES
+    place = f.offset(y, (row * out + column) * 4)
+    with f.if_else(column + LANES <= out) as (whole, part):
+        with whole:
+            f.store(x, place)
+        with part:
+            spill = f.buffer(4 * LANES)
+            f.store(x, spill)
+            with f.loop(out - column) as i:
+                f.store(f.load(F32, f.offset(spill, i * 4)), f.offset(place, i * 4))
+
+
+def emit_pack(
+    module: Module,
+    block_columns: int,
+    file_bytes: int,
+    strip_bytes: int,
+    pack_block: Callable[[Function, Value, Value, Value], None],
+) -> None:
+    """`pack(state, args)`; args: 0 file rows, 8 strips, 16 rows, 24 columns.
+
+    Args:
+        file_bytes: Bytes of a block in the file.
+        strip_bytes: Bytes of a block of 16 rows.
+        pack_block: Called as (f, block of the file, block of the strip, lane).
+    """
+    pool.emit(module)
+
+    def strip(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        source, w = f.load(PTR, args, 0), f.load(PTR, args, 8)
+        rows, blocks = f.load(I64, args, 16), f.load(I64, args, 24) // block_columns
+        start = f.offset(w, chunk * blocks * strip_bytes)
+        with f.loop(LANES) as lane, f.loop(blocks) as b:
+            # lanes beyond the last row are copies of it, whose results are not stored
+            row = chunk * LANES + lane
+            row = (row < rows).select(row, rows - 1)
+            block = f.offset(source, (row * blocks + b) * file_bytes)
+            pack_block(f, block, f.offset(start, b * strip_bytes), lane)
+
+    job = module.function("pack_strip", [PTR, I64, I64], strip, exported=False)
+
+    def body(f: Function, state: Value, args: Value) -> None:
+        strips = (f.load(I64, args, 16) + (LANES - 1)) // LANES
+        f.call("pool_run", VOID, state, f.address_of(job), args, strips)
+
+    module.function("pack", [PTR, PTR], body)
+
+
+def emit_rows(
+    module: Module,
+    block_columns: int,
+    strip_bytes: int,
+    read_block: Callable[[Function, Value, Pick, Value], None],
+) -> None:
+    """`rows`: ids (n,) int32 and strips to y (n, columns). Ids are kept within the matrix.
+
+    Args:
+        read_block: Called as (f, block of the strip, pick, y), to write a row's float32 numbers;
+            `pick(vector)` is the row's lane of 16 numbers of 32 bits.
+    """
+    pool.emit(module)
+
+    def row(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        ids, w, y = (f.load(PTR, args, 8 * i) for i in range(3))
+        columns, strips = f.load(I64, args, 24), f.load(I64, args, 32)
+        blocks, last = columns // block_columns, strips * LANES - 1
+        number = f.load(I32, f.offset(ids, chunk * 4)).to(I64)
+        number = (number < 0).select(0, number)
+        number = (number < last).select(number, last)
+        start = f.offset(w, number // LANES * blocks * strip_bytes)
+        lanes = f.buffer(4 * LANES)
+
+        def pick(vector: Value) -> Value:
+            f.store(vector, lanes)
+            return f.load(vector.type.element, f.offset(lanes, number % LANES * 4))
+
+        with f.loop(blocks) as b:
+            to = f.offset(y, (chunk * columns + b * block_columns) * 4)
+            read_block(f, f.offset(start, b * strip_bytes), pick, to)
+
+    job = module.function("row", [PTR, I64, I64], row, exported=False)
+
+    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
+        (ids, w), (y,) = args, rets
+        packed = f.pack(ids.data, w.data, y.data, y.dim(1), w.dim(0))
+        f.call("pool_run", VOID, state, f.address_of(job), packed, y.dim(0))
+
+    ffi.emit_handler(module, "rows", 2, 1, call)
