@@ -82,12 +82,24 @@ CacheTypeOption = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        help="How keys and values are stored: i24, i16, f16 or f32. [the backend's default]",
+        help="How keys and values are stored: i24, i16, f16, bf16 or f32. [the backend's default]",
     ),
 ]
 FastPrefillOption = Annotated[
     bool,
     typer.Option("--fast-prefill", help="Read prompts faster, as exactly as llama.cpp does."),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="What prompts are multiplied in: float32, or float16 or bfloat16 on a GPU. "
+        "[the backend's default]",
+    ),
+]
+CompactOption = Annotated[
+    bool,
+    typer.Option("--compact", help="Round the scales of quantized weights to save memory."),
 ]
 ThreadsOption = Annotated[
     int | None,
@@ -198,6 +210,8 @@ def generate(
     ] = None,
     cache_type: CacheTypeOption = None,
     fast_prefill: FastPrefillOption = False,
+    dtype: DtypeOption = None,
+    compact: CompactOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     stats: Annotated[
@@ -237,6 +251,8 @@ def generate(
             tokenizer=tokenizer,
             cache_type=cache_type,
             fast_prefill=fast_prefill,
+            dtype=dtype,
+            compact=compact,
             threads=threads,
             progress=progress,
         ) as loaded,
@@ -350,6 +366,8 @@ def bench(
     ] = 5,
     cache_type: CacheTypeOption = None,
     fast_prefill: FastPrefillOption = False,
+    dtype: DtypeOption = None,
+    compact: CompactOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
@@ -382,6 +400,8 @@ def bench(
             device,
             cache_type=cache_type,
             fast_prefill=fast_prefill,
+            dtype=dtype,
+            compact=compact,
             threads=threads,
             progress=show,
         ) as loaded:

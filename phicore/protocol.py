@@ -53,15 +53,22 @@ class Backend:
     device_name: str = "cpu"
     """The device it is on, by the name that made it."""
     cache_types: tuple[str, ...] = ("f32",)
-    """How it can store keys and values, the default first: `f32`, `f16`, or integers with a float32
-    scale for each head and position, `i16` of 16 bits, `i24` of 24 for keys and 16 for values."""
+    """How it can store keys and values, the default first: `f32`, `f16`, `bf16`, or integers with a
+    float32 scale for each head and position, `i16` of 16 bits, `i24` of 24 for keys and 16 for
+    values."""
     linear_error: float = 5e-6
     """A bound of the relative error of `linear` on random numbers: that of float32."""
     has_fast_prefill: bool = False
     """Whether it can multiply prompts faster at the price of exactness."""
+    dtypes: tuple[str, ...] = ("float32",)
+    """In which types it can multiply prompts, the default first."""
+    has_compact: bool = False
+    """Whether it can store weights in less memory, at the price of exactness."""
     cache_type: str | None = None
     """What `configure` was given; None is the default."""
     fast_prefill: bool = False
+    dtype: str | None = None
+    compact: bool = False
 
     def configure(
         self,
@@ -69,6 +76,8 @@ class Backend:
         cache_type: str | None = None,
         fast_prefill: bool = False,
         threads: int | None = None,
+        dtype: str | None = None,
+        compact: bool = False,
     ) -> None:
         """Set what a user may choose, before weights are loaded.
 
@@ -77,6 +86,8 @@ class Backend:
             fast_prefill: Multiply prompts with a relative error of up to 1.3e-2 in the logits.
             threads: How many threads compute; None leaves it to the backend. The default cannot
                 tell its library.
+            dtype: One of `dtypes`; None is the first.
+            compact: Round the scales of quantized weights to float16.
         Raises:
             BackendError: If this backend cannot do it.
         """
@@ -87,8 +98,15 @@ class Backend:
             raise BackendError(f"cache type {cache_type!r}: this backend has {known}")
         if fast_prefill and not self.has_fast_prefill:
             raise BackendError("fast prefill: this backend has only the exact one, on this machine")
+        if dtype is not None and dtype not in self.dtypes:
+            known = ", ".join(self.dtypes)
+            raise BackendError(f"dtype {dtype!r}: this backend has {known}, on this device")
+        if compact and not self.has_compact:
+            raise BackendError("compact weights: this backend has only the exact ones")
         self.cache_type = cache_type
         self.fast_prefill = fast_prefill
+        self.dtype = dtype
+        self.compact = compact
 
     # ---- edges: host and device ------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from backend.strict import StrictBackend
@@ -41,6 +43,18 @@ def ops(request: pytest.FixtureRequest) -> Backend:
     made = make(request.param)
     made.configure(cache_type="f32")
     return made
+
+
+@pytest.fixture(autouse=True)
+def _no_fused_kernels():
+    """MLX has a C++ compiler make these on a CPU, a second each; other tests use them."""
+    mlx = sys.modules.get("mlx.core")
+    if mlx is None:
+        yield
+        return
+    mlx.disable_compile()
+    yield
+    mlx.enable_compile()
 
 
 @pytest.fixture

@@ -43,6 +43,19 @@ def test_logits_of_four_layers_equal_float32(name: str, data_type: Type, tmp_pat
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("data_type", AFFINE_TYPES, ids=lambda t: t.name)
+def test_greedy_tokens_of_four_layers_equal_float32(name: str, data_type: Type, tmp_path: Path):
+    path = model_file(tmp_path, data_type)
+    options = {"max_tokens": 60, "temperature": 0, "repeat_penalty": 1, "ignore_eos": True}
+    with phicore.load(path, "numpy") as reference, phicore.load(path, name) as model:
+        texts = [
+            [piece.token_id for piece in each.generate(prompts()[2][:40], **options)]
+            for each in (reference, model)
+        ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_fast_prefill_is_as_exact_as_bytes_allow_and_faithful_for_one_token(
     name: str, tmp_path: Path
 ):

@@ -187,17 +187,11 @@ class JaxBackend(Backend):
             self.has_fast_prefill = self._kernels.has_fast_products
             self.linear_error = 3e-5
 
-    def configure(
-        self,
-        *,
-        cache_type: str | None = None,
-        fast_prefill: bool = False,
-        threads: int | None = None,
-    ) -> None:
+    def configure(self, *, threads: int | None = None, **choices: Any) -> None:
         if self._kernels is not None and threads is not None:
             self._kernels.set_threads(threads)
             threads = None
-        super().configure(cache_type=cache_type, fast_prefill=fast_prefill, threads=threads)
+        super().configure(threads=threads, **choices)
 
     def asarray(self, x: np.ndarray) -> Array:
         return self._put(np.array(x))

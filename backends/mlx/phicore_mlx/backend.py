@@ -1,0 +1,344 @@
+"""The tensor protocol on MLX.
+
+Weights keep their values: quantized ones in MLX's affine layout (see `affine.py`), or, on a GPU and
+for types that it has no layout of one pass for, as the blocks of the file (see `blocks.py`).
+Products are float32 on a CPU. On a GPU they are float32 for a few rows, where reading the weights
+is what takes time, and for prompts as `configure` says. Norms, rotation and the residual stream are
+float32 everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from phicore.errors import BackendError
+from phicore.gguf.matrix import Matrix
+from phicore.gguf.reader import GGUFTensor
+from phicore.protocol import Array, Backend, LayerCache, Weight
+from phicore_mlx import affine, blocks, devices, host, namespace
+from phicore_mlx.affine import LAYOUTS, Layout
+
+FEW_ROWS = 32
+"""On a GPU, up to how many rows a product takes as long as reading the weights."""
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn MLX's report that memory is out into a line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        reason = (str(error).strip() or "MemoryError").splitlines()[0]
+        raise BackendError(
+            f"backend mlx: not enough memory ({reason}); a shorter prompt or context, or a smaller "
+            "quantization, needs less"
+        ) from error
+
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+CACHE_DTYPES = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}
+
+
+class MlxBackend(Backend):
+    """MLX on one device.
+
+    Args:
+        device: Its name; None is the best one.
+
+    A weight is a tuple of parts that lie on top of each other. A part is a dictionary, so that
+    `mx.compile` can look inside: arrays, and the number of the GGUF type. It holds `dense` (N, K);
+    or `blocks` (N, bytes of a row) uint8; or what `affine.transcode` gives.
+    """
+
+    xp = namespace
+    compiles = True
+    asynchronous = True
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device_name, self._device = devices.find_device(device)
+        self._streams: host.Streams | None = None
+        if self.device_name == "cpu":
+            self._streams = host.Streams()
+            self.dtypes = ("float32",)
+        else:
+            self.dtypes = ("float16", "bfloat16", "float32")
+            self.cache_types = ("f16", "bf16", "f32")
+            devices.wire_memory()
+        self.has_compact = True
+        self._is_tracing = False
+
+    # ---- edges -----------------------------------------------------------------------------
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        with memory_errors(), mx.stream(self._device):
+            yield
+
+    def asarray(self, x: np.ndarray) -> Array:
+        with self._on_device():
+            return mx.array(np.array(x, order="C"))
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        with self._on_device():
+            return np.array(x)
+
+    def load_weight(self, matrix: Matrix) -> Weight:
+        with self._on_device():
+            devices.check_room(sum(part.size_bytes for part in matrix.parts))
+            parts = [
+                self._load(list(alike)) for _, alike in groupby(matrix.parts, lambda p: p.type)
+            ]
+            mx.eval(parts)
+        return tuple(parts)
+
+    def _load(self, tensors: list[GGUFTensor]) -> dict[str, Any]:
+        """A part of tensors of one type."""
+        ggml_type = tensors[0].type
+        if ggml_type not in LAYOUTS:
+            return {"dense": mx.concatenate([self._dense(tensor) for tensor in tensors])}
+        part: dict[str, Any] = {"type": int(ggml_type)}
+        if self._streams is None and blocks.is_usable(ggml_type):
+            part["blocks"] = mx.concatenate([mx.array(tensor.data) for tensor in tensors])
+            return part
+        for name, array in affine.transcode(tensors).items():
+            is_halved = self.compact and name != "codes"
+            part[name] = mx.array(array.astype(np.float16) if is_halved else array)
+        return part
+
+    def _dense(self, tensor: GGUFTensor) -> Array:
+        if self._streams is None and tensor.type == GGMLQuantizationType.F16:
+            return mx.array(tensor.data.view(np.float16))
+        if self._streams is None and tensor.type == GGMLQuantizationType.BF16:
+            return mx.array(tensor.data.view(np.uint16)).view(mx.bfloat16)
+        return mx.array(tensor.dequantize())
+
+    def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
+        compiled = mx.compile(fn)
+        # Shapes of the arrays among the arguments that cannot be traced. Where this happens hangs
+        # on the number of tokens alone, so the containers need not be looked at.
+        untraceable: set[Any] = set()
+
+        def call(*args: Any) -> Any:
+            key = tuple(a.shape for a in args if isinstance(a, mx.array))
+            # An array is overwritten in place only if nobody else refers to it.
+            args = tuple(_taken(a) if i in donate else a for i, a in enumerate(args))
+            with self._on_device():
+                result = None
+                if key not in untraceable:
+                    self._is_tracing = True
+                    try:
+                        result = compiled(*args)
+                    except host.NeedsHostError:
+                        untraceable.add(key)
+                    finally:
+                        self._is_tracing = False
+                if key in untraceable:
+                    result = fn(*args)
+                del args
+                mx.async_eval(result)
+            return result
+
+        return call
+
+    def peak_memory_bytes(self) -> int | None:
+        return super().peak_memory_bytes() if self._streams else int(mx.get_peak_memory())
+
+    # ---- products --------------------------------------------------------------------------
+
+    def linear(self, x: Array, weight: Weight) -> Array:
+        flat = x.reshape(-1, x.shape[-1])
+        products = [self._product(flat, part) for part in weight]
+        y = products[0] if len(products) == 1 else mx.concatenate(products, axis=1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _product(self, x: Array, part: dict[str, Any]) -> Array:
+        if self._is_for_host(x.shape[0]):
+            return host.product(x, part)
+        if "dense" in part:
+            return (x.astype(part["dense"].dtype) @ part["dense"].T).astype(mx.float32)
+        ggml_type = GGMLQuantizationType(part["type"])
+        dtype = mx.float32 if x.shape[0] <= FEW_ROWS else self._product_dtype()
+        if "blocks" in part:
+            if x.shape[0] <= blocks.FEW_ROWS:
+                return blocks.product(x, part["blocks"], ggml_type)
+            ids = mx.arange(part["blocks"].shape[0], dtype=mx.int32)
+            weight = blocks.expanded(ids, part["blocks"], ggml_type, dtype)
+            return (x.astype(dtype) @ weight.T).astype(mx.float32)
+        layout = LAYOUTS[ggml_type]
+        if self._streams is None:
+            return _affine_product(x.astype(dtype), part, layout).astype(mx.float32)
+        return self._streams.shared(
+            part["codes"].shape[0],
+            x.shape[1],
+            lambda rows, stream: _affine_product(x, _rows(part, rows), layout, stream),
+        )
+
+    def _product_dtype(self) -> Any:
+        return DTYPES[self.dtype or self.dtypes[0]]
+
+    def _is_for_host(self, rows: int) -> bool:
+        """Whether NumPy computes something for so many tokens."""
+        if self._streams is None or rows < host.ROWS:
+            return False
+        if self._is_tracing:
+            raise host.NeedsHostError
+        return True
+
+    def embedding(self, ids: Array, weight: Weight) -> Array:
+        flat = ids.reshape(-1)
+        start, values = 0, None
+        for part in weight:
+            rows = _row_count(part)
+            # MLX does not check an index
+            index = mx.clip(flat - start, 0, rows - 1)
+            found = self._expanded(index, part)
+            is_here = (flat >= start)[:, None]
+            values = found if values is None else mx.where(is_here, found, values)
+            start += rows
+        assert values is not None
+        return values.reshape(*ids.shape, -1)
+
+    def _expanded(self, index: Array, part: dict[str, Any]) -> Array:
+        if "dense" in part:
+            return part["dense"][index].astype(mx.float32)
+        ggml_type = GGMLQuantizationType(part["type"])
+        if "blocks" in part:
+            return blocks.expanded(index, part["blocks"], ggml_type, mx.float32)
+        return _dequantized(_rows(part, index), LAYOUTS[ggml_type])
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        return mx.fast.rms_norm(x, weight, eps)
+
+    # ---- cache -----------------------------------------------------------------------------
+
+    def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
+        shape = (batch, heads, capacity, head_dim)
+        with self._on_device():
+            dtype = CACHE_DTYPES[self.cache_type or self.cache_types[0]]
+            devices.check_room(2 * prod(shape) * dtype.size)
+            cache = {"k": mx.zeros(shape, dtype), "v": mx.zeros(shape, dtype)}
+            mx.eval(cache)
+        return cache
+
+    def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
+        with self._on_device():
+            devices.check_room(sum(a.nbytes // a.shape[2] * capacity for a in cache.values()))
+            grown = super().grow_cache(cache, capacity)
+            mx.eval(grown)
+        return grown
+
+    def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+        # Taken out of what was handed over: an array is overwritten in place only if nobody else
+        # refers to it.
+        return {name: _put(cache.pop(name), new, positions) for name, new in (("k", k), ("v", v))}
+
+    def attention(
+        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+    ) -> Array:
+        if self._is_for_host(q.shape[2]):
+            return host.attention(q, cache, positions, scale, window)
+        i = positions[:, None, :, None]  # (B, 1, T, 1)
+        j = mx.arange(cache["k"].shape[2], dtype=mx.int32)
+        visible = j <= i if window is None else (j <= i) & (j > i - window)
+        y = mx.fast.scaled_dot_product_attention(
+            q.astype(cache["k"].dtype), cache["k"], cache["v"], scale=scale, mask=visible
+        )
+        return y.astype(mx.float32)
+
+    def contains(self, ids: Array, size: int) -> Array:
+        # the last column takes what is outside
+        index = mx.where((ids >= 0) & (ids < size), ids, size)
+        found = mx.zeros((ids.shape[0], size + 1), mx.bool_)
+        return mx.put_along_axis(found, index, mx.array(True), axis=1)[:, :size]
+
+
+def _taken(container: Any) -> Any:
+    """A container's contents in new ones; the old ones are empty then."""
+    if isinstance(container, dict):
+        taken: Any = {name: _taken(value) for name, value in container.items()}
+        container.clear()
+        return taken
+    if isinstance(container, list):
+        taken = [_taken(value) for value in container]
+        container.clear()
+        return taken
+    return container
+
+
+def _row_count(part: dict[str, Any]) -> int:
+    return next(int(a.shape[0]) for a in part.values() if isinstance(a, mx.array))
+
+
+def _rows(part: dict[str, Any], index: Any) -> dict[str, Any]:
+    """Some rows of each array."""
+    return {n: a[index] if isinstance(a, mx.array) else a for n, a in part.items()}
+
+
+def _affine_product(x: Array, part: dict[str, Any], layout: Layout, stream: Any = None) -> Array:
+    def product(x: Array, suffix: str) -> Array:
+        scales, biases = part[f"scales{suffix}"], part[f"biases{suffix}"]
+        if x.dtype != mx.float32:
+            scales, biases = scales.astype(x.dtype), biases.astype(x.dtype)
+        return mx.quantized_matmul(
+            x,
+            part["codes"],
+            scales,
+            biases,
+            transpose=True,
+            group_size=layout.group_size,
+            bits=layout.bits,
+            stream=stream,
+        )
+
+    if not layout.is_split:
+        return product(x, "")
+    is_first = _is_first_half(x.shape[1], layout)
+    return mx.add(
+        product(mx.where(is_first, x, 0), ""),
+        product(mx.where(is_first, 0, x), "2"),
+        stream=stream,
+    )
+
+
+def _dequantized(part: dict[str, Any], layout: Layout) -> Array:
+    """All values, (N, K) float32."""
+
+    def values(suffix: str) -> Array:
+        return mx.dequantize(
+            part["codes"],
+            part[f"scales{suffix}"].astype(mx.float32),  # it computes in the type of the scales
+            part[f"biases{suffix}"].astype(mx.float32),
+            group_size=layout.group_size,
+            bits=layout.bits,
+        )
+
+    first = values("")
+    if layout.is_split:
+        first = mx.where(_is_first_half(first.shape[1], layout), first, values("2"))
+    return first
+
+
+def _is_first_half(columns: int, layout: Layout) -> Array:
+    """Which columns lie in the first half of their group: (K,) bool."""
+    return mx.arange(columns) % layout.group_size < layout.group_size // 2
+
+
+def _put(old: Array, new: Array, positions: Array) -> Array:
+    """Write new positions (B, K, T, D) into a cache (B, K, S, D), from positions[:, 0] on."""
+    new = new.astype(old.dtype)
+    if new.shape[0] == 1:
+        return mx.slice_update(old, new, positions[0, :1], axes=[2])
+    for b in range(new.shape[0]):
+        start = mx.concatenate([mx.array([b], mx.int32), positions[b, :1]])
+        old = mx.slice_update(old, new[b : b + 1], start, axes=[0, 2])
+    return old

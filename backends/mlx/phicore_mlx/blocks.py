@@ -1,0 +1,199 @@
+"""GPU kernels that read the blocks of a file as they are: types whose scales MLX has no groups for.
+
+They read 6.6 bits a weight of Q6_K instead of twice 8 or 10, and 3.4 and 2.6 of Q3_K and Q2_K. One
+text serves Metal and CUDA, and the C++ compiler of the tests; what differs is in `PREAMBLES`.
+
+A kernel is used once it has given, on this machine, what the portable form gives (`is_usable`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from phicore.protocol import Array
+from phicore_mlx import devices
+
+Type = GGMLQuantizationType
+FEW_ROWS = 8
+"""Of activations, up to which each reads the blocks anew; beyond, they are expanded once."""
+
+PREAMBLES = {
+    "metal": """
+#define PHI_FUNCTION inline
+#define PHI_BITS(u) as_type<float>(u)
+#define PHI_LANE thread_index_in_simdgroup
+#define PHI_INDEX(axis) thread_position_in_grid.axis
+#define PHI_SUM(x) simd_sum(x)
+""",
+    "cuda": """
+#define PHI_FUNCTION __device__ inline
+#define PHI_BITS(u) __uint_as_float(u)
+#define PHI_LANE (threadIdx.x % 32)
+#define PHI_INDEX(axis) (blockIdx.axis * blockDim.axis + threadIdx.axis)
+#define PHI_SUM(x) phi_sum(x)
+typedef unsigned int uint;
+typedef unsigned char uchar;
+__device__ inline float phi_sum(float x) {
+  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
+  return x;
+}
+""",
+}
+"""What a platform calls things: the bits of a float, a thread's place, the sum over 32 threads."""
+
+# Pointers are template arguments, since Metal's have an address space in their type.
+HEADER = """
+template <typename P> PHI_FUNCTION float phi_half(P at) {
+  uint bits = uint(at[0]) | uint(at[1]) << 8;
+  uint size = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
+  if (size < 0x400u) {
+    float small = float(size) * 5.9604644775390625e-8f;
+    return sign ? -small : small;
+  }
+  uint exponent = size >= 0x7c00u ? 0x7f800000u : 112u << 23;
+  return PHI_BITS(sign | ((size << 13) + exponent));
+}
+
+template <typename P> PHI_FUNCTION float phi_q6_k(P block, uint i) {
+  uint half = i >> 7, field = (i >> 5) & 3u, l = i & 31u;
+  uint low = uint(block[half * 64u + (field & 1u) * 32u + l]) >> (field >> 1) * 4u & 15u;
+  uint high = uint(block[128u + half * 32u + l]) >> field * 2u & 3u;
+  int scale = int(block[192u + (i >> 4)]);
+  scale = scale > 127 ? scale - 256 : scale;
+  return phi_half(block + 208) * float(scale) * float(int(low | high << 4) - 32);
+}
+
+template <typename P> PHI_FUNCTION float phi_q3_k(P block, uint i) {
+  uint half = i >> 7, field = (i >> 5) & 3u, l = i & 31u, s = i >> 4;
+  uint low = uint(block[32u + half * 32u + l]) >> field * 2u & 3u;
+  uint high = uint(block[l]) >> (half * 4u + field) & 1u;
+  uint scale = uint(block[96u + (s & 7u)]) >> (s >> 3) * 4u & 15u;
+  scale |= (uint(block[104u + (s & 3u)]) >> (s >> 2) * 2u & 3u) << 4;
+  return phi_half(block + 108) * float(int(scale) - 32) * float(int(low | high << 2) - 4);
+}
+
+template <typename P> PHI_FUNCTION float phi_q2_k(P block, uint i) {
+  uint half = i >> 7, field = (i >> 5) & 3u, l = i & 31u;
+  uint code = uint(block[16u + half * 32u + l]) >> field * 2u & 3u;
+  uint both = uint(block[i >> 4]);
+  return phi_half(block + 80) * float(both & 15u) * float(code)
+    - phi_half(block + 82) * float(both >> 4);
+}
+
+template <typename P, typename X>
+PHI_FUNCTION float phi_dot_TYPE(P row, X x, uint columns, uint lane) {
+  float sum = 0;
+  for (uint start = 0; start < columns; start += 256u, row += BYTES) {
+    for (uint j = 0; j < 8u; j++) {
+      uint i = lane * 8u + j;
+      sum += phi_TYPE(row, i) * x[start + i];
+    }
+  }
+  return sum;
+}
+"""
+
+PRODUCT = """
+uint row = PHI_INDEX(y), m = PHI_INDEX(z);
+if (row < uint(ROWS)) {
+  size_t at = size_t(row) * (COLUMNS / 256 * BYTES);
+  float sum = phi_dot_TYPE(blocks + at, x + m * uint(COLUMNS), uint(COLUMNS), PHI_LANE);
+  sum = PHI_SUM(sum);
+  if (PHI_LANE == 0) y[m * uint(ROWS) + row] = sum;
+}
+"""
+
+EXPANSION = """
+uint column = PHI_INDEX(x), n = PHI_INDEX(y);
+if (column < uint(COLUMNS)) {
+  size_t at = (size_t(ids[n]) * (COLUMNS / 256) + column / 256u) * BYTES;
+  values[size_t(n) * COLUMNS + column] = T(phi_TYPE(blocks + at, column & 255u));
+}
+"""
+
+TYPES = {Type.Q6_K: "q6_k", Type.Q3_K: "q3_k", Type.Q2_K: "q2_k"}
+
+
+def text(source: str, ggml_type: GGMLQuantizationType) -> str:
+    """Source text for a type."""
+    size = str(GGML_QUANT_SIZES[ggml_type][1])
+    return source.replace("TYPE", TYPES[ggml_type]).replace("BYTES", size)
+
+
+@cache
+def _kernel(name: str, ggml_type: GGMLQuantizationType) -> Any:
+    kind = devices.gpu_kind()
+    assert kind is not None
+    make = mx.fast.metal_kernel if kind == "metal" else mx.fast.cuda_kernel
+    inputs, outputs, source = {
+        "product": (["x", "blocks"], ["y"], PRODUCT),
+        "expansion": (["ids", "blocks"], ["values"], EXPANSION),
+    }[name]
+    return make(
+        name=f"phi_{name}_{TYPES[ggml_type]}",
+        input_names=inputs,
+        output_names=outputs,
+        source=text(source, ggml_type),
+        header=PREAMBLES[kind] + text(HEADER, ggml_type),
+    )
+
+
+def product(x: Array, blocks: Array, ggml_type: GGMLQuantizationType) -> Array:
+    """(M, K) float32 by blocks (N, bytes of a row) uint8: (M, N). For a few rows of activations."""
+    (m, columns), rows = x.shape, blocks.shape[0]
+    (y,) = _kernel("product", ggml_type)(
+        inputs=[x, blocks],
+        template=[("ROWS", rows), ("COLUMNS", columns)],
+        grid=(32, rows, m),
+        threadgroup=(32, 8, 1),
+        output_shapes=[(m, rows)],
+        output_dtypes=[mx.float32],
+    )
+    return y
+
+
+def expanded(ids: Array, blocks: Array, ggml_type: GGMLQuantizationType, dtype: Any) -> Array:
+    """Rows of blocks as numbers: ids (n,) int32 below N gives (n, K)."""
+    columns = blocks.shape[1] // GGML_QUANT_SIZES[ggml_type][1] * 256
+    (values,) = _kernel("expansion", ggml_type)(
+        inputs=[ids, blocks],
+        template=[("T", dtype), ("COLUMNS", columns)],
+        grid=(columns, ids.shape[0], 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(ids.shape[0], columns)],
+        output_dtypes=[dtype],
+    )
+    return values
+
+
+@cache
+def is_usable(ggml_type: GGMLQuantizationType) -> bool:
+    """Whether the kernels of a type work here: they are tried on rows whose values are known."""
+    if devices.gpu_kind() is None or ggml_type not in TYPES:
+        return False
+    from gguf.quants import dequantize
+
+    random = np.random.default_rng(0)
+    data = random.integers(0, 256, (5, 3, GGML_QUANT_SIZES[ggml_type][1]), dtype=np.uint8)
+    halves = random.normal(size=(5, 3, 2)).astype("<f2").view(np.uint8)
+    data[:, :, -2:] = halves[:, :, :2]
+    data[:, :, 80:84] = halves if ggml_type == Type.Q2_K else data[:, :, 80:84]
+    data = data.reshape(5, -1)
+    values = dequantize(data, ggml_type)
+    x = random.normal(size=(2, values.shape[1])).astype(np.float32)
+    try:
+        blocks, ids = mx.array(data), mx.arange(5, dtype=mx.int32)
+        found = np.array(expanded(ids, blocks, ggml_type, mx.float32))
+        y = np.array(product(mx.array(x), blocks, ggml_type))
+    except (RuntimeError, ValueError):  # what MLX raises for a kernel that does not compile
+        return False
+    expected = x.astype(np.float64) @ values.T
+    return bool(
+        np.allclose(found, values, rtol=1e-6, atol=0)
+        and np.linalg.norm(y - expected) <= 1e-5 * np.linalg.norm(expected)
+    )

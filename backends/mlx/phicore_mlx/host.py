@@ -1,0 +1,94 @@
+"""What MLX's CPU device does not do well: products of many rows, and the second processor.
+
+MLX's wheel for Linux multiplies matrices with the reference BLAS, at 1 % of the speed of NumPy's,
+and reads quantized ones with one thread. NumPy sees the memory of MLX's arrays, so it takes prompts
+over; and rows of a weight are shared among streams, each of which has a thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from phicore.protocol import Array, Backend, LayerCache
+from phicore_mlx.affine import LAYOUTS, TILE_CODES, dequantized
+
+ROWS = 8
+"""Of activations, from which on NumPy is faster, though it has to expand the weights."""
+
+SHARED_WEIGHTS = 1 << 18
+"""A product of as many weights takes longer than it takes to tell another thread of it."""
+
+
+class NeedsHostError(Exception):
+    """A trace would need values: this shape has to run as it is, operation by operation."""
+
+
+class _NumPy(Backend):
+    xp = np
+
+
+_NUMPY = _NumPy()
+
+
+class Streams:
+    """Threads of MLX's CPU device, this thread's default one among them."""
+
+    def __init__(self) -> None:
+        self._others = [mx.new_thread_local_stream(mx.cpu) for _ in range(_cpu_count() - 1)]
+
+    def shared(self, rows: int, columns: int, product: Callable[[slice, Any], Array]) -> Array:
+        """A product (M, rows), computed in pieces of a few rows: product(rows, stream)."""
+        count = min(len(self._others) + 1, rows * columns // SHARED_WEIGHTS)
+        if count < 2:
+            return product(slice(None), None)
+        ends = [rows * i // count for i in range(count + 1)]
+        streams = [None, *self._others]
+        parts = [product(slice(ends[i], ends[i + 1]), streams[i]) for i in range(count)]
+        return mx.concatenate(parts, axis=1)
+
+
+def _cpu_count() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def product(x: Array, part: dict[str, Any]) -> Array:
+    """(M, K) by a part of a weight: (M, N), in float32 and in NumPy.
+
+    Quantized weights are expanded a tile of rows at a time, on all processors.
+    """
+    left = np.asarray(x)
+    if "dense" in part:
+        return mx.array(left @ np.asarray(part["dense"]).T)
+    layout = LAYOUTS[GGMLQuantizationType(part["type"])]
+    weights = {n: np.asarray(a) for n, a in part.items() if isinstance(a, mx.array)}
+    rows, columns = len(weights["codes"]), left.shape[1]
+    result = np.empty((len(left), rows), np.float32)
+    step = max(1, TILE_CODES // columns)
+
+    def tile(start: int) -> tuple[int, np.ndarray]:
+        piece = {name: array[start : start + step] for name, array in weights.items()}
+        return start, dequantized(piece, layout)
+
+    with ThreadPoolExecutor(_cpu_count()) as threads:
+        for start, values in threads.map(tile, range(0, rows, step)):
+            np.matmul(left, values.T, out=result[:, start : start + step])
+    return mx.array(result)
+
+
+def attention(
+    q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+) -> Array:
+    """The protocol's attention over what is live of the cache, in NumPy."""
+    numbers = np.asarray(positions)
+    live = int(numbers.max()) + 1
+    prefix = {name: np.asarray(array)[:, :, :live] for name, array in cache.items()}
+    return mx.array(_NUMPY.attention(np.asarray(q), prefix, numbers, scale, window))

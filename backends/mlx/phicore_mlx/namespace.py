@@ -1,0 +1,72 @@
+"""MLX's functions under the names and with the meanings of the Python Array API standard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.core import (
+    arange,
+    broadcast_to,
+    concat,
+    exp,
+    expand_dims,
+    float32,
+    int32,
+    log,
+    log1p,
+    matmul,
+    max,
+    maximum,
+    mean,
+    permute_dims,
+    reshape,
+    round,
+    sqrt,
+    take,
+    take_along_axis,
+    where,
+    zeros,
+)
+
+bool = mx.bool_
+
+__all__ = [
+    "arange",
+    "argmax",
+    "astype",
+    "bool",
+    "broadcast_to",
+    "concat",
+    "exp",
+    "expand_dims",
+    "float32",
+    "int32",
+    "log",
+    "log1p",
+    "matmul",
+    "max",
+    "maximum",
+    "mean",
+    "permute_dims",
+    "reshape",
+    "round",
+    "sqrt",
+    "sum",
+    "take",
+    "take_along_axis",
+    "where",
+    "zeros",
+]
+
+
+def argmax(x: Any, /, *, axis: int | None = None, keepdims: Any = False) -> Any:
+    return mx.argmax(x, axis=axis, keepdims=keepdims).astype(mx.int32)
+
+
+def astype(x: Any, dtype: Any, /) -> Any:
+    return x.astype(dtype)
+
+
+def sum(x: Any, /, *, axis: int | None = None, dtype: Any = None, keepdims: Any = False) -> Any:
+    return mx.sum(x if dtype is None else x.astype(dtype), axis=axis, keepdims=keepdims)
