@@ -129,7 +129,7 @@ class Backend:
         """Compile a pure function of nested containers (dict, list, tuple, None) of arrays.
 
         The arguments numbered in `donate` are not used by the caller after a call, so their
-        buffers may be reused for the result.
+        buffers may be reused for the result, and their containers emptied.
         """
         return fn
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -105,6 +107,18 @@ def test_compact_scales_cost_what_the_documentation_says(ggml_type: Type, rng: n
         assert error < 1e-7
     else:
         assert 5e-5 < error < 4e-4
+
+
+def test_documented_table_is_that_of_the_layouts():
+    text = (Path(__file__).parents[2] / "docs" / "mlx.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    found = {
+        name: float(row[2])
+        for row in rows
+        if len(row) == 6 and "_" in row[0]
+        for name in row[0].split(", ")
+    }
+    assert found == {t.name: layout.bits_per_weight for t, layout in LAYOUTS.items()}
 
 
 @given(st.sampled_from([2, 3, 4, 5, 6, 8]), st.integers(1, 3), st.integers(1, 4), st.data())

@@ -15,7 +15,7 @@ import synthetic
 from api.tiny_models import write_tiny
 from compare import assert_close
 from gguf import GGMLQuantizationType as Type
-from mlx_backend.test_affine import random_tensor, values
+from mlx_backend.test_affine import edges, random_tensor, values
 from phicore_mlx import devices, host
 from phicore_mlx.affine import LAYOUTS
 from phicore_mlx.backend import MlxBackend
@@ -131,6 +131,41 @@ def test_weights_are_loaded_one_at_a_time(tmp_path: Path):
         assert mx.get_peak_memory() - before <= 1.3 * held
 
 
+THREADS = """
+    import sys, threading
+    import phicore
+
+    def run(job):
+        thread = threading.Thread(target=job)
+        thread.start()
+        return thread
+
+    model = phicore.load(sys.argv[1], "mlx")
+    options = {"max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    prompts = [[1], list(range(40))]  # one is traced, the other is not
+    expected = [[p.token_id for p in model.generate(ids, **options)] for ids in prompts]
+
+    begun = model.generate(prompts[1], **options)
+    found = [next(begun).token_id]
+    run(lambda: found.extend(next(begun).token_id for _ in range(5))).join()
+    assert found + [p.token_id for p in begun] == expected[1]
+
+    results = {}
+    def generate(n):
+        results[n] = [p.token_id for p in model.generate(prompts[n % 2], **options)]
+    for thread in [run(lambda n=n: generate(n)) for n in range(6)]:
+        thread.join()
+    assert [results[n] for n in range(6)] == expected * 3
+"""
+
+
+def test_threads_may_share_a_model_and_a_generation_and_the_process_ends_well(tmp_path: Path):
+    path = write_tiny(tmp_path / "tiny.gguf")
+    command = [sys.executable, "-c", textwrap.dedent(THREADS), str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 # ---- choices -------------------------------------------------------------------------------
 
 
@@ -143,6 +178,16 @@ def test_compact_weights_take_less_memory_and_answer_nearly_alike(tmp_path: Path
         found, expected = compact.logits(ids), exact.logits(ids)
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert FLOAT32_LOGITS < error < 5e-3
+
+
+def test_compact_keeps_scales_that_float16_cannot_hold(rng: np.random.Generator):
+    ops = MlxBackend("cpu")
+    ops.configure(compact=True)
+    tensor = edges(Type.Q4_K, rng)  # scales up to 63 * 65504
+    (part,) = ops.load_weight(Matrix("w", (tensor,)))
+    assert part["scales"].dtype == mx.float32
+    y = ops.to_numpy(ops.embedding(mx.arange(len(tensor.data))[None], (part,)))[0]
+    np.testing.assert_array_equal(y, values(tensor))
 
 
 @pytest.mark.parametrize(

@@ -25,16 +25,14 @@ static inline float bits_of(uint u) { float f; std::memcpy(&f, &u, 4); return f;
 #define PHI_FUNCTION static inline
 #define PHI_BITS(u) bits_of(u)
 """
-# The bodies, with a thread's place as arguments. PHI_SUM of one thread's part is the part: the
-# caller adds up what the 32 lanes found.
+# The bodies, with a thread's place as arguments. The lanes come one after the other, the first one
+# last: it finds the sum of all.
 MAIN = """
-#define PHI_LANE lane
-#define PHI_INDEX(axis) place_##axis
 #define PHI_SUM(x) (total[0] += (x))
 extern "C" void product_of(const float* x, const unsigned char* blocks, float* y, int ROWS,
                            int COLUMNS, uint place_y, uint place_z) {
   float total[1] = {0};
-  for (int i = 31; i >= 0; i--) { uint lane = i; { PRODUCT } }
+  for (uint of = 32; of > 0; of--) { PRODUCT }
 }
 typedef float T;
 extern "C" void expansion_of(const int* ids, const unsigned char* blocks, float* values,
@@ -50,7 +48,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         pytest.skip("needs a C++ compiler")
     folder = tmp_path_factory.mktemp("kernels")
     main = MAIN.replace("PRODUCT", blocks.PRODUCT).replace("EXPANSION", blocks.EXPANSION)
-    source = PREAMBLE + blocks.text(blocks.HEADER + main, request.param)
+    source = PREAMBLE + blocks.text(blocks.HEADER + main, request.param, "place_{}", "(of - 1)")
     (folder / "kernels.cpp").write_text(source)
     command = [compiler, "-std=c++14", "-O1", "-shared", "-fPIC", "kernels.cpp", "-o", "kernels.so"]
     subprocess.run(command, cwd=folder, check=True)
@@ -89,10 +87,14 @@ def test_product_adds_up_what_the_lanes_find(compiled, rng: np.random.Generator)
 @pytest.mark.parametrize("ggml_type", blocks.TYPES, ids=lambda t: t.name)
 def test_text_has_no_placeholder_left(kind: str, ggml_type: Type):
     source = blocks.PREAMBLES[kind] + blocks.text(
-        blocks.HEADER + blocks.PRODUCT + blocks.EXPANSION, ggml_type
+        blocks.HEADER + blocks.PRODUCT + blocks.EXPANSION,
+        ggml_type,
+        blocks.PLACES[kind],
+        blocks.LANES[kind],
     )
-    assert "TYPE" not in source
-    assert "BYTES" not in source
+    for placeholder in ("TYPE", "BYTES", "LANE", "PLACE"):
+        assert placeholder not in source
+    assert blocks.LANES[kind] in source
     assert source.count("{") == source.count("}")
 
 

@@ -9,6 +9,7 @@ float32 everywhere.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -75,7 +76,7 @@ class MlxBackend(Backend):
             self.cache_types = ("f16", "bf16", "f32")
             devices.wire_memory()
         self.has_compact = True
-        self._is_tracing = False
+        self._thread = threading.local()  # `is_tracing`, while a function of this thread is traced
 
     # ---- edges -----------------------------------------------------------------------------
 
@@ -111,8 +112,7 @@ class MlxBackend(Backend):
             part["blocks"] = mx.concatenate([mx.array(tensor.data) for tensor in tensors])
             return part
         for name, array in affine.transcode(tensors).items():
-            is_halved = self.compact and name != "codes"
-            part[name] = mx.array(array.astype(np.float16) if is_halved else array)
+            part[name] = mx.array(_halved(array) if self.compact and name != "codes" else array)
         return part
 
     def _dense(self, tensor: GGUFTensor) -> Array:
@@ -135,13 +135,13 @@ class MlxBackend(Backend):
             with self._on_device():
                 result = None
                 if key not in untraceable:
-                    self._is_tracing = True
+                    self._thread.is_tracing = True
                     try:
                         result = compiled(*args)
                     except host.NeedsHostError:
                         untraceable.add(key)
                     finally:
-                        self._is_tracing = False
+                        self._thread.is_tracing = False
                 if key in untraceable:
                     result = fn(*args)
                 del args
@@ -190,7 +190,7 @@ class MlxBackend(Backend):
         """Whether NumPy computes something for so many tokens."""
         if self._streams is None or rows < host.ROWS:
             return False
-        if self._is_tracing:
+        if getattr(self._thread, "is_tracing", False):
             raise host.NeedsHostError
         return True
 
@@ -260,6 +260,13 @@ class MlxBackend(Backend):
         index = mx.where((ids >= 0) & (ids < size), ids, size)
         found = mx.zeros((ids.shape[0], size + 1), mx.bool_)
         return mx.put_along_axis(found, index, mx.array(True), axis=1)[:, :size]
+
+
+def _halved(array: np.ndarray) -> np.ndarray:
+    """In float16, if no number is too large for that."""
+    with np.errstate(over="ignore"):
+        halved = array.astype(np.float16)
+    return halved if np.isfinite(halved).all() else array
 
 
 def _taken(container: Any) -> Any:

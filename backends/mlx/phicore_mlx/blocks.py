@@ -26,15 +26,11 @@ PREAMBLES = {
     "metal": """
 #define PHI_FUNCTION inline
 #define PHI_BITS(u) as_type<float>(u)
-#define PHI_LANE thread_index_in_simdgroup
-#define PHI_INDEX(axis) thread_position_in_grid.axis
 #define PHI_SUM(x) simd_sum(x)
 """,
     "cuda": """
 #define PHI_FUNCTION __device__ inline
 #define PHI_BITS(u) __uint_as_float(u)
-#define PHI_LANE (threadIdx.x % 32)
-#define PHI_INDEX(axis) (blockIdx.axis * blockDim.axis + threadIdx.axis)
 #define PHI_SUM(x) phi_sum(x)
 typedef unsigned int uint;
 typedef unsigned char uchar;
@@ -44,7 +40,14 @@ __device__ inline float phi_sum(float x) {
 }
 """,
 }
-"""What a platform calls things: the bits of a float, a thread's place, the sum over 32 threads."""
+"""What a platform calls things: a function, the bits of a float, the sum over 32 threads."""
+
+LANES = {"metal": "thread_index_in_simdgroup", "cuda": "(threadIdx.x % 32)"}
+PLACES = {
+    "metal": "thread_position_in_grid.{}",
+    "cuda": "(blockIdx.{0} * blockDim.{0} + threadIdx.{0})",
+}
+"""A thread's place. MLX looks for Metal's names in a kernel's body, so these cannot be macros."""
 
 # Pointers are template arguments, since Metal's have an address space in their type.
 HEADER = """
@@ -99,17 +102,17 @@ PHI_FUNCTION float phi_dot_TYPE(P row, X x, uint columns, uint lane) {
 """
 
 PRODUCT = """
-uint row = PHI_INDEX(y), m = PHI_INDEX(z);
+uint row = PLACE_y, m = PLACE_z, lane = LANE;
 if (row < uint(ROWS)) {
   size_t at = size_t(row) * (COLUMNS / 256 * BYTES);
-  float sum = phi_dot_TYPE(blocks + at, x + m * uint(COLUMNS), uint(COLUMNS), PHI_LANE);
+  float sum = phi_dot_TYPE(blocks + at, x + m * uint(COLUMNS), uint(COLUMNS), lane);
   sum = PHI_SUM(sum);
-  if (PHI_LANE == 0) y[m * uint(ROWS) + row] = sum;
+  if (lane == 0) y[m * uint(ROWS) + row] = sum;
 }
 """
 
 EXPANSION = """
-uint column = PHI_INDEX(x), n = PHI_INDEX(y);
+uint column = PLACE_x, n = PLACE_y;
 if (column < uint(COLUMNS)) {
   size_t at = (size_t(ids[n]) * (COLUMNS / 256) + column / 256u) * BYTES;
   values[size_t(n) * COLUMNS + column] = T(phi_TYPE(blocks + at, column & 255u));
@@ -119,10 +122,12 @@ if (column < uint(COLUMNS)) {
 TYPES = {Type.Q6_K: "q6_k", Type.Q3_K: "q3_k", Type.Q2_K: "q2_k"}
 
 
-def text(source: str, ggml_type: GGMLQuantizationType) -> str:
-    """Source text for a type."""
+def text(source: str, ggml_type: GGMLQuantizationType, place: str = "", lane: str = "") -> str:
+    """Source text for a type, with these names of a thread's place and lane."""
+    for axis in "xyz":
+        source = source.replace(f"PLACE_{axis}", place.format(axis))
     size = str(GGML_QUANT_SIZES[ggml_type][1])
-    return source.replace("TYPE", TYPES[ggml_type]).replace("BYTES", size)
+    return source.replace("LANE", lane).replace("TYPE", TYPES[ggml_type]).replace("BYTES", size)
 
 
 @cache
@@ -138,7 +143,7 @@ def _kernel(name: str, ggml_type: GGMLQuantizationType) -> Any:
         name=f"phi_{name}_{TYPES[ggml_type]}",
         input_names=inputs,
         output_names=outputs,
-        source=text(source, ggml_type),
+        source=text(source, ggml_type, PLACES[kind], LANES[kind]),
         header=PREAMBLES[kind] + text(HEADER, ggml_type),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from typing import Any
@@ -29,6 +30,15 @@ if tuple(int(part) for part in VERSION.split(".")[:3] if part.isdecimal()) < OLD
     raise BackendError(
         f"backend mlx: MLX {VERSION} is too old; install {'.'.join(map(str, OLDEST))} or later"
     )
+
+
+@atexit.register
+def _end_streams() -> None:
+    """MLX wants its streams cleared before Python ends, and aborts the process now and then if they
+    are not: what threads that have just ended leave to it is not done yet."""
+    mx.synchronize()
+    if hasattr(mx, "clear_streams"):
+        mx.clear_streams()
 
 
 def gpu_kind() -> str | None:
