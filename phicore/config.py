@@ -8,7 +8,7 @@ from typing import Any
 
 from phicore.errors import GGUFError
 
-ARCHITECTURES = ("phi3", "llama")
+ARCHITECTURES = ("phi3", "llama", "qwen2")
 
 # Name here (as in the reference's configuration): GGUF key after the architecture's name.
 KEYS = {
@@ -23,12 +23,13 @@ KEYS = {
     "rotary_dim": "rope.dimension_count",
     "head_dim": "attention.key_length",
     "sliding_window": "attention.sliding_window",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "attention_factor": "rope.scaling.attn_factor",
 }
 # Keys that change nothing here, or that must have the value given to change nothing.
 HARMLESS = {
     "vocab_size",
     "tensor_data_layout",
-    "rope.scaling.original_context_length",  # says something only together with factors
     "rope.scaling.finetuned",
     "attention.value_length",  # checked against the key length
 }
@@ -36,7 +37,6 @@ NEUTRAL = {
     "rope.scaling.type": "none",
     "rope.scaling.factor": 1.0,
     "rope.scale_linear": 1.0,
-    "rope.scaling.attn_factor": 1.0,
     "expert_count": 0,
     "expert_used_count": 0,
     "attention.causal": True,
@@ -61,6 +61,10 @@ class Phi3Config:
     """How many channels of a head are rotated; the rest passes through."""
     sliding_window: int | None
     """A token sees this many positions, itself included; None: all before it."""
+    original_max_position_embeddings: int | None = None
+    """LongRoPE: the context before it was extended; sequences up to it rotate by other factors."""
+    attention_factor: float | None = None
+    """LongRoPE: what sines and cosines are multiplied by; None: see `rope.attention_factor`."""
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Phi3Config:
@@ -107,6 +111,8 @@ class Phi3Config:
             rope_theta=read.number("rope_theta", 10000.0),
             rotary_dim=read.integer("rotary_dim", head_dim),
             sliding_window=window if 0 < window < context else None,
+            original_max_position_embeddings=read.optional("original_max_position_embeddings", int),
+            attention_factor=read.optional("attention_factor", float),
         )
         config._check(metadata)
         return config
@@ -123,9 +129,9 @@ class Phi3Config:
                 f"{arch}.rope.dimension_count: expected an even number up to the head size "
                 f"{self.head_dim}, found {self.rotary_dim}"
             )
-        if arch == "llama" and self.rotary_dim != self.head_dim:
+        if arch != "phi3" and self.rotary_dim != self.head_dim:
             raise GGUFError(
-                f"llama.rope.dimension_count: {self.rotary_dim} of {self.head_dim} channels: "
+                f"{arch}.rope.dimension_count: {self.rotary_dim} of {self.head_dim} channels: "
                 "partial rotation is not supported for this architecture"
             )
         value_length = metadata.get(f"{arch}.attention.value_length", self.head_dim)
@@ -166,6 +172,12 @@ class _Reader:
             raise GGUFError(f"{key}: expected a positive number, found {value}")
         return float(value)
 
+    def optional(self, name: str, kind: type) -> Any:
+        """A number that may be absent: None then."""
+        if f"{self.arch}.{KEYS[name]}" not in self.metadata:
+            return None
+        return self.integer(name) if kind is int else self.number(name)
+
 
 def _refuse_unknown(arch: str, metadata: Mapping[str, Any]) -> None:
     """A key that is not understood might change the computation: better no text than wrong text."""
@@ -176,6 +188,8 @@ def _refuse_unknown(arch: str, metadata: Mapping[str, Any]) -> None:
             continue
         if name not in NEUTRAL:
             raise GGUFError(f"{key}: this hyperparameter is not supported")
+        if key == "phi3.rope.scaling.type" and value == "longrope":
+            continue  # what the factors in the file say anyway
         if not isinstance(value, (str, int, float)) or value != NEUTRAL[name]:
             raise GGUFError(f"{key}: {_short(value)} is not supported (supported: {NEUTRAL[name]})")
 

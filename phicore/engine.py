@@ -18,7 +18,7 @@ from phicore.config import Phi3Config
 from phicore.errors import ArgumentError, ContextError, PhicoreError
 from phicore.loader import Progress
 from phicore.protocol import Array, Backend, LayerCache, Params
-from phicore.rope import rope_tables
+from phicore.rope import RopeFactors, is_long, rope_tables
 from phicore.sampler import Sampling
 from phicore.shapes import LOGITS_CHUNKS, PROMPT_CHUNKS, capacity_for, chunks, power_of_two
 from phicore.timings import Timings
@@ -41,6 +41,7 @@ class Engine:
         vocab_size: int,
         context: int,
         progress: Progress,
+        rope_factors: RopeFactors | None = None,
     ) -> None:
         self.ops = ops
         self.vocab_size = vocab_size
@@ -49,7 +50,8 @@ class Engine:
         self.context = context
         self.progress = progress
         self._called: set[Any] = set()
-        self._rope_tables: dict[int, Rope] = {}
+        self._rope_factors = rope_factors
+        self._rope_tables: dict[tuple[int, bool], Rope] = {}
         self.step = ops.compile(self.step_fn, donate=(1,))
         self._score = ops.compile(self.score_fn, donate=(1,))
 
@@ -139,11 +141,11 @@ class Engine:
             ContextError: If the tokens are more than the context.
         """
         self._check_fits(tokens, 0)
-        cache = self.new_cache(len(tokens))
+        cache, is_long = self.new_cache(len(tokens)), self.is_long(len(tokens))
         rows: np.ndarray | None = None
         for ids, positions, last in chunks(tokens, LOGITS_CHUNKS, is_padded=self.ops.compiles):
             args = (self.ops.asarray(ids), self.ops.asarray(positions))
-            cache, logits = self.call(self._score, cache, args, Timings())
+            cache, logits = self.call(self._score, cache, args, Timings(), is_long=is_long)
             found = self.ops.to_numpy(logits)[0, : last[0] + 1]
             if rows is None:
                 rows = np.empty((len(tokens), found.shape[1]), np.float32)
@@ -192,11 +194,17 @@ class Engine:
         return [self.ops.grow_cache(layer, capacity) for layer in cache]
 
     def call(
-        self, fn: Any, cache: list[LayerCache], args: tuple[Any, ...], timings: Timings
+        self,
+        fn: Any,
+        cache: list[LayerCache],
+        args: tuple[Any, ...],
+        timings: Timings,
+        *,
+        is_long: bool,
     ) -> Any:
         """Call a compiled function; the first call with new shapes counts as compiling."""
         capacity = _capacity_of(cache)
-        args = (self._params, cache, self._rope(capacity), *args)
+        args = (self._params, cache, self._rope(capacity, is_long), *args)
         key = (fn is self.step, capacity, *map(_shapes, args[3:]))
         if not self.ops.compiles or key in self._called:
             return fn(*args)
@@ -208,12 +216,21 @@ class Engine:
         self.progress("compiling", 1, 1)
         return result
 
-    def _rope(self, capacity: int) -> Rope:
+    def is_long(self, length: int) -> bool:
+        """Whether a sequence of this length, prompt and answer, rotates by the long factors."""
+        return self._rope_factors is not None and is_long(self._config, length)
+
+    def _rope(self, capacity: int, is_long: bool) -> Rope:
         """The rotary tables of as many positions as a cache has room for."""
-        if capacity not in self._rope_tables:
-            cos, sin = rope_tables(self._config, capacity)
-            self._rope_tables[capacity] = self.ops.asarray(cos), self.ops.asarray(sin)
-        return self._rope_tables[capacity]
+        key = (capacity, is_long)
+        if key not in self._rope_tables:
+            factors, scale = None, 1.0
+            if self._rope_factors is not None:
+                factors = self._rope_factors.long if is_long else self._rope_factors.short
+                scale = self._rope_factors.scale
+            cos, sin = rope_tables(self._config, capacity, factors, scale)
+            self._rope_tables[key] = self.ops.asarray(cos), self.ops.asarray(sin)
+        return self._rope_tables[key]
 
 
 class _Sequence:
@@ -238,6 +255,8 @@ class _Sequence:
         self._timings = timings
         self._index = 0  # of the token that is sampled next
         self._length = len(prompt)
+        # Decided once: a sequence that is to grow beyond the original context begins so.
+        self._is_long = engine.is_long(len(prompt) + limit)
         self._cache = engine.new_cache(len(prompt) + min(limit, EXPECTED_ANSWER))
         self._only = engine.ops.asarray(np.zeros(1, np.int32))  # the index of a single token
         self._penalty = self._penalty_inputs(prompt, sampling, limit)
@@ -273,6 +292,7 @@ class _Sequence:
             self._cache,
             (tokens, positions, last, self._penalty, draw),
             self._timings,
+            is_long=self._is_long,
         )
         self._penalty = {**self._penalty, "recent": recent}
 

@@ -87,7 +87,10 @@ def attention(
     b, t, _ = x.shape
     h, k, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
-    qkv = xp.reshape(ops.linear(x, layer["qkv_proj"]), (b, t, h + 2 * k, d))
+    qkv = ops.linear(x, layer["qkv_proj"])
+    if "qkv_bias" in layer:
+        qkv = qkv + xp.broadcast_to(layer["qkv_bias"], qkv.shape)
+    qkv = xp.reshape(qkv, (b, t, h + 2 * k, d))
     rotated = ops.rope(qkv[:, :, : h + k, :], *rope)
     query = xp.permute_dims(rotated[:, :, :h, :], (0, 2, 1, 3))  # (B, H, T, D)
     key = xp.permute_dims(rotated[:, :, h:, :], (0, 2, 1, 3))  # (B, K, T, D)

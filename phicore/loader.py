@@ -1,8 +1,9 @@
 """From a GGUF file's tensors to the parameters of the graph.
 
-`phi3` files hold the graph's fused matrices. `llama` files hold the same network with separate
-matrices, and with the rows of queries and keys in the order of interleaved rotation; here they are
-stacked and put back in order, which moves whole quantized rows and changes no value.
+`phi3` files hold the graph's fused matrices. `llama` and `qwen2` files hold the same network with
+separate matrices, `llama` files with the rows of queries and keys in the order of interleaved
+rotation; here they are stacked and put back in order, which moves whole quantized rows and changes
+no value.
 """
 
 from __future__ import annotations
@@ -11,14 +12,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from phicore.config import Phi3Config
 from phicore.errors import GGUFError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFFile, GGUFTensor
 from phicore.protocol import Backend, Params
+from phicore.rope import RopeFactors, attention_factor
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
+
+# What rotary frequencies are divided by, for short and for long sequences, by architecture.
+ROPE_FACTORS = {
+    "phi3": ("rope_factors_short.weight", "rope_factors_long.weight"),
+    "llama": ("rope_freqs.weight", "rope_freqs.weight"),
+    "qwen2": (),
+}
 
 # Tensors that carry nothing for this graph: the tables that old converters wrote of the rotation.
 IGNORED = (".attn_rot_embd.weight", ".attn.rot_embd", ".rope.freqs")
@@ -33,7 +44,7 @@ def load_params(ops: Backend, config: Phi3Config, file: GGUFFile, progress: Prog
     Raises:
         GGUFError: For a missing, surplus or misshapen tensor, or a type that cannot be read.
     """
-    reader = _Tensors(ops, file, progress)
+    reader = _Tensors(ops, file, progress, used=ROPE_FACTORS[config.architecture])
     h, k, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     e, f = config.hidden_size, config.intermediate_size
 
@@ -44,19 +55,28 @@ def load_params(ops: Backend, config: Phi3Config, file: GGUFFile, progress: Prog
             gate_up = [reader.take(f"{blk}.ffn_up.weight", 2 * f, e)]
         else:
             qkv = [
-                rows_for_half_rotation(reader.take(f"{blk}.attn_q.weight", h * d, e), h),
-                rows_for_half_rotation(reader.take(f"{blk}.attn_k.weight", k * d, e), k),
+                reader.take(f"{blk}.attn_q.weight", h * d, e),
+                reader.take(f"{blk}.attn_k.weight", k * d, e),
                 reader.take(f"{blk}.attn_v.weight", k * d, e),
             ]
+            if config.architecture == "llama":
+                qkv[0] = rows_for_half_rotation(qkv[0], h)
+                qkv[1] = rows_for_half_rotation(qkv[1], k)
             gate_up = [
                 reader.take(f"{blk}.ffn_gate.weight", f, e),
                 reader.take(f"{blk}.ffn_up.weight", f, e),
             ]
+        biases = {}
+        if config.architecture == "qwen2":
+            sizes = {"q": h * d, "k": k * d, "v": k * d}
+            names = {f"{blk}.attn_{part}.bias": size for part, size in sizes.items()}
+            biases["qkv_bias"] = reader.vector(names)
         return {
-            "input_layernorm": reader.vector(f"{blk}.attn_norm.weight", e),
+            **biases,
+            "input_layernorm": reader.vector({f"{blk}.attn_norm.weight": e}),
             "qkv_proj": reader.load("qkv_proj", *qkv),
             "o_proj": reader.matrix(f"{blk}.attn_output.weight", e, h * d),
-            "post_attention_layernorm": reader.vector(f"{blk}.ffn_norm.weight", e),
+            "post_attention_layernorm": reader.vector({f"{blk}.ffn_norm.weight": e}),
             "gate_up_proj": reader.load("gate_up_proj", *gate_up),
             "down_proj": reader.matrix(f"{blk}.ffn_down.weight", e, f),
         }
@@ -64,12 +84,50 @@ def load_params(ops: Backend, config: Phi3Config, file: GGUFFile, progress: Prog
     params: dict[str, Any] = {
         "embed_tokens": reader.matrix("token_embd.weight", vocab_size(file), e),
         "layers": [layer(n) for n in range(config.num_hidden_layers)],
-        "norm": reader.vector("output_norm.weight", e),
+        "norm": reader.vector({"output_norm.weight": e}),
     }
     if "output.weight" in file.tensors:
         params["lm_head"] = reader.matrix("output.weight", vocab_size(file), e)
     reader.check_all_read()
     return params
+
+
+def load_rope_factors(config: Phi3Config, file: GGUFFile) -> RopeFactors | None:
+    """What the file's rotary frequencies are divided by; None if it says nothing of it.
+
+    Raises:
+        GGUFError: If the factors are incomplete, misshapen or no positive numbers, or the
+            hyperparameters ask for some that are not there.
+    """
+    names = ROPE_FACTORS[config.architecture]
+    found = {name: file.tensors[name] for name in names if name in file.tensors}
+    where = file.path.name
+    if not found:
+        if config.attention_factor not in (None, 1):
+            raise GGUFError(f"{where}: tensors {' and '.join(names)} are missing")
+        return None
+    factors = []
+    for name in names:
+        if name not in found:
+            raise GGUFError(f"{where}: tensor {name!r} is missing")
+        if found[name].shape != (config.rotary_dim // 2,):
+            raise GGUFError(
+                f"{where}: tensor {name!r}: expected shape [{config.rotary_dim // 2}] by the "
+                f"hyperparameters, found {list(found[name].shape)}"
+            )
+        values = found[name].dequantize()
+        if not (np.isfinite(values) & (values > 0)).all():
+            raise GGUFError(f"{where}: tensor {name!r}: expected positive numbers")
+        factors.append(values)
+    if config.architecture != "phi3":
+        return RopeFactors(factors[0], factors[1])
+    original = config.original_max_position_embeddings
+    if original is None or original < 2:
+        raise GGUFError(
+            f"{where}: phi3.rope.scaling.original_context_length: expected 2 or more with the "
+            f"rope factors of this file, found {original or 'nothing'}"
+        )
+    return RopeFactors(factors[0], factors[1], attention_factor(config))
 
 
 def vocab_size(file: GGUFFile) -> int:
@@ -92,11 +150,15 @@ def rows_for_half_rotation(tensor: GGUFTensor, heads: int) -> GGUFTensor:
 class _Tensors:
     """Takes tensors out of a file, checks their shapes and remembers which were taken."""
 
-    def __init__(self, ops: Backend, file: GGUFFile, progress: Progress) -> None:
+    def __init__(
+        self, ops: Backend, file: GGUFFile, progress: Progress, used: tuple[str, ...]
+    ) -> None:
         self._ops = ops
         self._file = file
         self._progress = progress
-        self._left = {n: t for n, t in file.tensors.items() if not n.endswith(IGNORED)}
+        self._left = {
+            n: t for n, t in file.tensors.items() if n not in used and not n.endswith(IGNORED)
+        }
         self._total_bytes = sum(t.size_bytes for t in self._left.values())
         self._done_bytes = 0
 
@@ -119,10 +181,11 @@ class _Tensors:
     def matrix(self, name: str, rows: int, columns: int) -> Any:
         return self.load(name, self.take(name, rows, columns))
 
-    def vector(self, name: str, size: int) -> Any:
-        tensor = self.take(name, size)
-        self._count(tensor)
-        return self._ops.asarray(tensor.dequantize())
+    def vector(self, sizes: dict[str, int]) -> Any:
+        """Vectors of these names and sizes, one after the other."""
+        tensors = [self.take(name, size) for name, size in sizes.items()]
+        self._count(*tensors)
+        return self._ops.asarray(np.concatenate([tensor.dequantize() for tensor in tensors]))
 
     def _count(self, *tensors: GGUFTensor) -> None:
         for tensor in tensors:

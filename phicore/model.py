@@ -19,7 +19,7 @@ from phicore.config import Phi3Config
 from phicore.engine import Engine
 from phicore.errors import ArgumentError, GGUFError, PhicoreError
 from phicore.gguf.reader import open_gguf
-from phicore.loader import Progress, load_params, vocab_size
+from phicore.loader import Progress, load_params, load_rope_factors, vocab_size
 from phicore.plugins import Plugins, choose_backend
 from phicore.protocol import Backend
 from phicore.sampler import Sampling
@@ -139,6 +139,7 @@ class Model:
                     f"the tokenizer {self.tokenizer.vocab_size} tokens"
                 )
             self.sampling = _recommended_sampling(self.metadata, file.path)
+            rope_factors = load_rope_factors(self.config, file)
             params = load_params(ops, self.config, file, progress)
         self._ops = ops
         self._engine: Engine | None = Engine(
@@ -148,6 +149,7 @@ class Model:
             vocab_size=self.vocab_size,
             context=self.context,
             progress=progress,
+            rope_factors=rope_factors,
         )
         self.load_s = time.perf_counter() - started
 

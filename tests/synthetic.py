@@ -78,7 +78,7 @@ class Tiny:
     Rows of K-quants are multiples of 256 long, hence hidden_size and intermediate_size.
     """
 
-    arch: str = "phi3"  # or "llama"
+    arch: str = "phi3"  # or "llama", "qwen2"
     hidden_size: int = 512
     intermediate_size: int = 768
     num_hidden_layers: int = 2
@@ -91,7 +91,7 @@ class Tiny:
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
     rope_dimension_count: int | None = None  # None: all of head_dim
-    original_max_position_embeddings: int | None = None  # given: LongRoPE
+    original_max_position_embeddings: int | None = None  # given: LongRoPE, or Llama 3's rotation
 
     @property
     def head_dim(self) -> int:
@@ -222,9 +222,13 @@ def _tensors(
         if tiny.arch == "phi3":
             yield matrix(f"{blk}.attn_qkv.weight", (q, kv, kv), hidden, std)
         else:
-            yield matrix(f"{blk}.attn_q.weight", (q,), hidden, std, heads)
-            yield matrix(f"{blk}.attn_k.weight", (kv,), hidden, std, kv_heads)
+            is_llama = tiny.arch == "llama"  # the others' rows are not interleaved
+            yield matrix(f"{blk}.attn_q.weight", (q,), hidden, std, heads if is_llama else 0)
+            yield matrix(f"{blk}.attn_k.weight", (kv,), hidden, std, kv_heads if is_llama else 0)
             yield matrix(f"{blk}.attn_v.weight", (kv,), hidden, std)
+        if tiny.arch == "qwen2":
+            for part, size in (("q", q), ("k", kv), ("v", kv)):
+                yield f"{blk}.attn_{part}.bias", np.float32(0.5) * _normal(rng, size), Type.F32
         yield matrix(f"{blk}.attn_output.weight", (hidden,), q, std)
         yield norm(f"{blk}.ffn_norm.weight")
         if tiny.arch == "phi3":
@@ -233,7 +237,9 @@ def _tensors(
             yield matrix(f"{blk}.ffn_gate.weight", (intermediate,), hidden, std)
             yield matrix(f"{blk}.ffn_up.weight", (intermediate,), hidden, std)
         yield matrix(f"{blk}.ffn_down.weight", (hidden,), intermediate, 1 / math.sqrt(intermediate))
-    if tiny.original_max_position_embeddings:
+    if tiny.original_max_position_embeddings and tiny.arch == "llama":
+        yield "rope_freqs.weight", _llama3_factors(tiny), Type.F32
+    elif tiny.original_max_position_embeddings:
         # As in trained models, factors start near 1 and grow with the wavelength.
         steps = np.arange(1, tiny.rotary_dim // 2 + 1, dtype=np.float32)
         yield "rope_factors_long.weight", 1 + steps / 8, Type.F32
@@ -241,6 +247,17 @@ def _tensors(
     yield norm("output_norm.weight")
     if not tiny.tie_word_embeddings:
         yield matrix("output.weight", (tiny.vocab_size,), hidden, 2 * std)
+
+
+def _llama3_factors(tiny: Tiny) -> np.ndarray:
+    """What Llama 3.1's rotation divides frequencies by: long waves by 8, short ones by 1.
+
+    Source: `LlamaModel.generate_extra_tensors` of llama.cpp's convert_hf_to_gguf.py.
+    """
+    exponent = np.arange(0, tiny.rotary_dim, 2) / tiny.rotary_dim
+    turns = tiny.original_max_position_embeddings / (2 * np.pi * tiny.rope_theta**exponent)
+    smooth = np.clip((turns - 1) / (4 - 1), 0, 1)  # 1 for a wave that fits in 4 times
+    return (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
 
 
 def _type_of(name: str, types: Types) -> Type:
@@ -282,6 +299,8 @@ def _add_config(writer: gguf.GGUFWriter, tiny: Tiny, types: Types) -> None:
         writer.add_sliding_window(tiny.sliding_window or 0)
     else:
         writer.add_vocab_size(tiny.vocab_size)
+        if tiny.sliding_window:
+            writer.add_sliding_window(tiny.sliding_window)
     name = f"MOSTLY_{types.name}" if isinstance(types, Type) else "MOSTLY_Q4_K_M"
     writer.add_file_type(LlamaFileType.__members__.get(name, LlamaFileType.GUESSED))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -358,6 +377,11 @@ def cases() -> list[Case]:
         "partial_rope": replace(plain, rope_dimension_count=48),
         "long_factors": replace(plain, original_max_position_embeddings=16),
         "short_factors": replace(plain, original_max_position_embeddings=32),
+        "at_original": replace(plain, original_max_position_embeddings=24),
+        "beyond_original": replace(plain, original_max_position_embeddings=23),
+        "llama3": replace(plain, arch="llama", original_max_position_embeddings=64),
+        "mistral": replace(plain, arch="llama", sliding_window=5),
+        "qwen2": replace(plain, arch="qwen2"),
     }
     return by_type + [
         Case(name, tiny, Q4_K_M, 100 + i) for i, (name, tiny) in enumerate(mixes.items())

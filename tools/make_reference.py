@@ -4,7 +4,7 @@ Run `uv run --group reference tools/make_reference.py` to write everything under
 with `--model FILE --tokens 1,2,3 --out FILE.npz` for a model of your own.
 
 Nothing here comes from phicore: files are read by the gguf package, weights are dequantized by
-gguf.quants, and the models are transformers' own Phi3 and Llama with eager attention.
+gguf.quants, and the models are transformers' own, with eager attention.
 """
 
 import argparse
@@ -78,15 +78,15 @@ NAMES = {
 
 
 def load_model(path: Path) -> transformers.PreTrainedModel:
-    """Build the transformers model that a GGUF file of architecture phi3 or llama describes."""
+    """Build the transformers model that a GGUF file describes."""
     reader = gguf.GGUFReader(path)
     config = model_config(reader)
     state = {}
     for tensor in reader.tensors:
-        if tensor.name.startswith("rope_factors_"):
-            continue  # they are part of the configuration
+        if tensor.name.startswith("rope_"):
+            continue  # they are part of the configuration, or of the rotation below
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        if config.model_type == "llama":
+        if config.model_type in ("llama", "mistral"):
             if tensor.name.endswith("attn_q.weight"):
                 weight = to_halves(weight, config.num_attention_heads)
             elif tensor.name.endswith("attn_k.weight"):
@@ -97,6 +97,9 @@ def load_model(path: Path) -> transformers.PreTrainedModel:
         config, attn_implementation="eager", dtype=torch.float32
     )
     model.load_state_dict(state, strict=True)
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            model.model.rotary_emb.inv_freq /= torch.from_numpy(tensor.data.copy())
     return model.eval()
 
 
@@ -128,10 +131,15 @@ def model_config(reader: gguf.GGUFReader) -> transformers.PreTrainedConfig:
         "eos_token_id": None,  # generation goes on to the length asked for
         "pad_token_id": None,
     }
+    window = get(f"{arch}.attention.sliding_window", 0)
+    if arch == "llama" and window:
+        return transformers.MistralConfig(**shape, sliding_window=window)
     if arch == "llama":
         return transformers.LlamaConfig(**shape)
+    if arch == "qwen2":
+        return transformers.Qwen2Config(**shape)
     if arch != "phi3":
-        raise SystemExit(f"general.architecture: expected phi3 or llama, found {arch}")
+        raise SystemExit(f"general.architecture: expected phi3, llama or qwen2, found {arch}")
 
     head_dim = hidden_size // heads
     rope["partial_rotary_factor"] = get(f"{arch}.rope.dimension_count", head_dim) / head_dim
@@ -154,10 +162,10 @@ def model_config(reader: gguf.GGUFReader) -> transformers.PreTrainedConfig:
 
 def reference_name(name: str, arch: str) -> str:
     """The name of a GGUF tensor in transformers' state dict."""
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
-        layer, part = match.groups()
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        layer, part, kind = match.groups()
         fused = arch == "phi3" and part == "ffn_up"  # rows of the gate, then rows of up
-        return f"model.layers.{layer}.{'mlp.gate_up_proj' if fused else LAYER_NAMES[part]}.weight"
+        return f"model.layers.{layer}.{'mlp.gate_up_proj' if fused else LAYER_NAMES[part]}.{kind}"
     return NAMES[name]
 
 

@@ -15,15 +15,13 @@ from tolerances import FLOAT32_LOGITS
 
 from phicore.config import Phi3Config
 from phicore.engine import Engine
-from phicore.errors import GGUFError
 from phicore.gguf.reader import open_gguf
-from phicore.loader import load_params
+from phicore.loader import load_params, load_rope_factors
 from phicore.sampler import Sampling
 from phicore.timings import Timings
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "phi3.npz"
 CASES = {case.name: case for case in synthetic.cases()}
-LONG_ROPE = {"long_factors", "short_factors"}
 GREEDY = Sampling(temperature=0.0, repeat_penalty=1.0)
 
 
@@ -35,12 +33,20 @@ def golden() -> dict[str, np.ndarray]:
 def engine_of(path: Path, ops) -> Engine:
     with open_gguf(path) as file:
         config = Phi3Config.from_gguf(file.metadata)
+        factors = load_rope_factors(config, file)
         params = load_params(ops, config, file, lambda *_: None)
-    context = config.max_position_embeddings
-    return Engine(ops, config, params, vocab_size=80, context=context, progress=lambda *_: None)
+    return Engine(
+        ops,
+        config,
+        params,
+        vocab_size=80,
+        context=config.max_position_embeddings,
+        progress=lambda *_: None,
+        rope_factors=factors,
+    )
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - LONG_ROPE))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_logits_of_tiny_model_equal_transformers(name, ops, tmp_path):
     path = CASES[name].write(tmp_path / "tiny.gguf")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -52,7 +58,10 @@ def test_logits_of_tiny_model_equal_transformers(name, ops, tmp_path):
     assert_close(logits, golden()[f"{name}/logits"], FLOAT32_LOGITS)
 
 
-@pytest.mark.parametrize("name", ["F32", "mix", "llama", "window", "partial_rope"])
+GREEDY_CASES = ("F32", "mix", "llama", "window", "partial_rope", "long_factors", "short_factors")
+
+
+@pytest.mark.parametrize("name", [*GREEDY_CASES, "llama3", "mistral", "qwen2"])
 def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
     expected = golden()[f"{name}/greedy_ids"].tolist()
     engine = engine_of(CASES[name].write(tmp_path / "tiny.gguf"), ops)
@@ -64,7 +73,16 @@ def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
     assert list(tokens) == expected
 
 
-@pytest.mark.parametrize("name", sorted(LONG_ROPE))
-def test_long_rope_is_refused_until_it_is_computed(name, ops, tmp_path):
-    with pytest.raises(GGUFError, match="rope"):
-        engine_of(CASES[name].write(tmp_path / "tiny.gguf"), ops)
+def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatch):
+    """With an original context of 32: 24 tokens and 8 more are short, 24 and 9 more are long."""
+    engine = engine_of(CASES["short_factors"].write(tmp_path / "tiny.gguf"), ops)
+    chosen = []
+    monkeypatch.setattr(engine, "is_long", lambda n: chosen.append(n > 32) or n > 32)
+    prompt = golden()["token_ids"].tolist()
+    starts = []
+    for limit in (8, 9):
+        tokens = engine.generate(prompt, GREEDY, limit=limit, seed=0, timings=Timings())
+        starts.append(list(tokens)[:8])
+    assert chosen == [False, True]
+    assert starts[0] == golden()["short_factors/greedy_ids"].tolist()
+    assert starts[0] != starts[1]

@@ -106,13 +106,15 @@ def test_from_gguf_other_architecture_is_refused(arch: Any):
     if arch is None:
         assert message(values) == "general.architecture: missing; is this a model file?"
     else:
-        expected = f"general.architecture: {arch!r} is not supported (supported: phi3, llama)"
+        expected = (
+            f"general.architecture: {arch!r} is not supported (supported: phi3, llama, qwen2)"
+        )
         assert message(values) == expected
 
 
 @pytest.mark.parametrize("arch", [np.array([1, 2]), ["phi3"]], ids=["array", "list"])
 def test_from_gguf_architecture_that_is_an_array_is_refused(arch: Any):
-    expected = f"general.architecture: {arch!r} is not supported (supported: phi3, llama)"
+    expected = f"general.architecture: {arch!r} is not supported (supported: phi3, llama, qwen2)"
     assert message(metadata() | {"general.architecture": arch}) == expected
 
 

@@ -15,7 +15,7 @@ from synthetic import Q4_K_M, Tiny, Types, write_model
 from phicore.config import Phi3Config
 from phicore.errors import GGUFError
 from phicore.gguf.reader import GGUFFile, GGUFTensor, open_gguf
-from phicore.loader import load_params, rows_for_half_rotation, vocab_size
+from phicore.loader import load_params, load_rope_factors, rows_for_half_rotation, vocab_size
 from phicore.protocol import Backend
 
 TINY = Tiny(vocab_size=40, max_position_embeddings=30)
@@ -200,3 +200,98 @@ def test_rows_for_half_rotation_neighbours_become_halves():
     rows = np.arange(8, dtype=np.uint8)[:, None]  # two heads of four channels
     tensor = GGUFTensor("q", Type.I8, (8, 1), rows)
     assert rows_for_half_rotation(tensor, 2).data[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+LONG = replace(TINY, original_max_position_embeddings=16)
+
+
+@pytest.fixture
+def factors(tmp_path: Path) -> Callable[..., Any]:
+    """Write a model with LongRoPE, change its tensors, and load the factors."""
+
+    def call(
+        change: Callable[[GGUFFile], None] = lambda file: None, tiny: Tiny = LONG, **config: Any
+    ) -> Any:
+        path = write_model(tmp_path / "m.gguf", tiny, Type.F32, tokenizer=False)
+        with open_gguf(path) as file:
+            change(file)
+            return load_rope_factors(replace(Phi3Config.from_gguf(file.metadata), **config), file)
+
+    return call
+
+
+def vector(name: str, values: list[float]) -> Callable[[GGUFFile], None]:
+    data = np.array(values, np.float32)
+
+    def change(file: GGUFFile) -> None:
+        file.tensors[name] = GGUFTensor(name, Type.F32, data.shape, data.view(np.uint8))
+
+    return change
+
+
+def test_load_rope_factors_of_long_rope(factors: Callable[..., Any]):
+    found = factors()
+    steps = np.arange(1, 33, dtype=np.float32)
+    assert np.array_equal(found.short, 1 + steps / 64)
+    assert np.array_equal(found.long, 1 + steps / 8)
+    assert found.scale == pytest.approx(
+        np.sqrt(1 + np.log(LONG.max_position_embeddings / 16) / np.log(16))
+    )
+
+
+def test_load_rope_factors_of_llama_are_one_set(factors: Callable[..., Any]):
+    found = factors(tiny=replace(LONG, arch="llama", original_max_position_embeddings=64))
+    assert found.short is found.long or np.array_equal(found.short, found.long)
+    assert (found.scale, found.short[0], found.short[-1]) == (1, 1, 8)
+
+
+def test_load_rope_factors_are_none_without_tensors(factors: Callable[..., Any]):
+    assert factors(tiny=TINY) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (
+            lambda file: file.tensors.pop("rope_factors_long.weight"),
+            {},
+            "tensor 'rope_factors_long.weight' is missing",
+        ),
+        (
+            vector("rope_factors_short.weight", [1.0] * 31),
+            {},
+            "tensor 'rope_factors_short.weight': expected shape [32] by the hyperparameters, "
+            "found [31]",
+        ),
+        (
+            vector("rope_factors_long.weight", [1.0] * 31 + [0.0]),
+            {},
+            "tensor 'rope_factors_long.weight': expected positive numbers",
+        ),
+        (
+            vector("rope_factors_long.weight", [1.0] * 31 + [float("nan")]),
+            {},
+            "tensor 'rope_factors_long.weight': expected positive numbers",
+        ),
+        (
+            lambda file: None,
+            {"original_max_position_embeddings": None},
+            "phi3.rope.scaling.original_context_length: expected 2 or more with the rope factors "
+            "of this file, found nothing",
+        ),
+    ],
+    ids=["missing", "shape", "zero", "nan", "original"],
+)
+def test_load_rope_factors_that_are_wrong_are_named(
+    factors: Callable[..., Any], change: Any, config: dict[str, Any], message: str
+):
+    with pytest.raises(GGUFError) as caught:
+        factors(change, **config)
+    assert str(caught.value) == f"m.gguf: {message}"
+
+
+def test_load_rope_factors_that_the_hyperparameters_ask_for_but_are_not_there(
+    factors: Callable[..., Any],
+):
+    with pytest.raises(GGUFError, match=r"rope_factors_long.weight are missing"):
+        factors(tiny=TINY, attention_factor=1.2)

@@ -7,7 +7,7 @@ import pytest
 import tolerances
 
 from phicore.config import Phi3Config
-from phicore.rope import rope_tables
+from phicore.rope import attention_factor, is_long, rope_tables
 
 CONFIG = Phi3Config(
     architecture="phi3",
@@ -58,3 +58,31 @@ def test_rope_tables_two_thetas_differ():
     first, _ = rope_tables(CONFIG, 10)
     second, _ = rope_tables(replace(CONFIG, rope_theta=500.0), 10)
     assert not np.array_equal(first, second)
+
+
+def test_rope_tables_factors_divide_frequencies_and_scale_multiplies():
+    factors = np.linspace(1, 9, 48, dtype=np.float32)
+    cos, sin = rope_tables(CONFIG, 300, factors, 1.25)
+    angle = np.arange(300)[:, None] / (factors * 10000.0 ** (np.arange(48) / 48))
+    np.testing.assert_allclose(cos, 1.25 * np.cos(angle), atol=1e-4)
+    np.testing.assert_allclose(sin, 1.25 * np.sin(angle), atol=1e-4)
+    plain, _ = rope_tables(CONFIG, 300)
+    ones, _ = rope_tables(CONFIG, 300, np.ones(48, np.float32))
+    assert np.array_equal(plain, ones)
+
+
+@pytest.mark.parametrize(
+    ("original", "length", "expected"),
+    [(None, 10**6, False), (4096, 4096, False), (4096, 4097, True)],
+)
+def test_is_long_beyond_the_original_context(original: int | None, length: int, expected: bool):
+    assert is_long(replace(CONFIG, original_max_position_embeddings=original), length) == expected
+
+
+def test_attention_factor_is_the_file_s_or_that_of_the_paper():
+    extended = replace(
+        CONFIG, max_position_embeddings=131072, original_max_position_embeddings=4096
+    )
+    assert attention_factor(extended) == pytest.approx(1.190238)  # Phi-3-mini-128k
+    assert attention_factor(replace(extended, attention_factor=1.5)) == 1.5
+    assert attention_factor(replace(CONFIG, original_max_position_embeddings=4096)) == 1
