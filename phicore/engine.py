@@ -20,7 +20,14 @@ from phicore.loader import Progress
 from phicore.protocol import Array, Backend, LayerCache, Params
 from phicore.rope import RopeFactors, is_long, rope_tables
 from phicore.sampler import Sampling
-from phicore.shapes import LOGITS_CHUNKS, PROMPT_CHUNKS, capacity_for, chunks, power_of_two
+from phicore.shapes import (
+    LOGITS_CHUNKS,
+    PROMPT_CHUNKS,
+    capacity_for,
+    capacity_of_window,
+    chunks,
+    power_of_two,
+)
 from phicore.timings import Timings
 
 MIN_RECENT = 64
@@ -54,6 +61,7 @@ class Engine:
         self._rope_tables: dict[tuple[int, bool], Rope] = {}
         self.step = ops.compile(self.step_fn, donate=(1,))
         self._score = ops.compile(self.score_fn, donate=(1,))
+        self._shift = ops.compile(self.shift_fn, donate=(0,))
 
     # ---- what is compiled ------------------------------------------------------------------
 
@@ -91,6 +99,12 @@ class Engine:
         ops = self.ops
         hidden, cache = graph.forward(ops, self._config, params, rope, tokens, positions, cache)
         return cache, graph.logits(ops, params, hidden)
+
+    def shift_fn(
+        self, cache: list[LayerCache], position: Array, count: Array
+    ) -> tuple[list[LayerCache], Array]:
+        """Forget the first `count` (B,) positions; `position` (B, 1) is counted without them."""
+        return [self.ops.shift_cache(layer, count) for layer in cache], position - count[:, None]
 
     # ---- what the model calls --------------------------------------------------------------
 
@@ -141,11 +155,12 @@ class Engine:
             ContextError: If the tokens are more than the context.
         """
         self._check_fits(tokens, 0)
-        cache, is_long = self.new_cache(len(tokens)), self.is_long(len(tokens))
+        cache = _Cache(self, len(tokens), len(tokens))
         rows: np.ndarray | None = None
         for ids, positions, last in chunks(tokens, LOGITS_CHUNKS, is_padded=self.ops.compiles):
-            args = (self.ops.asarray(ids), self.ops.asarray(positions))
-            cache, logits = self.call(self._score, cache, args, Timings(), is_long=is_long)
+            cache.make_room(positions[0, 0], ids.shape[1])
+            args = (self.ops.asarray(ids), self.ops.asarray(positions - cache.first))
+            cache.layers, logits = self.call(self._score, cache, args, Timings())
             found = self.ops.to_numpy(logits)[0, : last[0] + 1]
             if rows is None:
                 rows = np.empty((len(tokens), found.shape[1]), np.float32)
@@ -178,34 +193,33 @@ class Engine:
             )
         return value
 
-    def new_cache(self, positions: int) -> list[LayerCache]:
-        c = self._config
+    def capacity_for(self, positions: int) -> int:
+        """Slots of a cache for so many positions: no more than the window needs."""
+        window = self._config.sliding_window
         capacity = capacity_for(positions)
+        return capacity if window is None else min(capacity, capacity_of_window(window))
+
+    def new_cache(self, capacity: int) -> list[LayerCache]:
+        c = self._config
         return [
             self.ops.new_cache(1, c.num_key_value_heads, capacity, c.head_dim)
             for _ in range(c.num_hidden_layers)
         ]
 
-    def grown(self, cache: list[LayerCache], positions: int) -> list[LayerCache]:
-        """The cache, with room for this many positions."""
-        if _capacity_of(cache) >= positions:
-            return cache
-        capacity = capacity_for(positions)
-        return [self.ops.grow_cache(layer, capacity) for layer in cache]
+    def shifted(
+        self, layers: list[LayerCache], position: Array, count: int
+    ) -> tuple[list[LayerCache], Array]:
+        """See `shift_fn`."""
+        return self._shift(layers, position, self.ops.asarray(np.array([count], np.int32)))
 
-    def call(
-        self,
-        fn: Any,
-        cache: list[LayerCache],
-        args: tuple[Any, ...],
-        timings: Timings,
-        *,
-        is_long: bool,
-    ) -> Any:
+    @property
+    def window(self) -> int | None:
+        return self._config.sliding_window
+
+    def call(self, fn: Any, cache: _Cache, args: tuple[Any, ...], timings: Timings) -> Any:
         """Call a compiled function; the first call with new shapes counts as compiling."""
-        capacity = _capacity_of(cache)
-        args = (self._params, cache, self._rope(capacity, is_long), *args)
-        key = (fn is self.step, capacity, *map(_shapes, args[3:]))
+        args = (self._params, cache.layers, cache.rope, *args)
+        key = (fn is self.step, cache.capacity, *map(_shapes, args[3:]))
         if not self.ops.compiles or key in self._called:
             return fn(*args)
         self.progress("compiling", 0, 1)
@@ -220,17 +234,75 @@ class Engine:
         """Whether a sequence of this length, prompt and answer, rotates by the long factors."""
         return self._rope_factors is not None and is_long(self._config, length)
 
-    def _rope(self, capacity: int, is_long: bool) -> Rope:
-        """The rotary tables of as many positions as a cache has room for."""
-        key = (capacity, is_long)
+    def rope(self, first: int, count: int, is_long: bool) -> Rope:
+        """The rotary tables of `count` positions from `first` on."""
+        if first:  # not kept: a sequence gets there once
+            return self._rope(first, count, is_long)
+        key = (count, is_long)
         if key not in self._rope_tables:
-            factors, scale = None, 1.0
-            if self._rope_factors is not None:
-                factors = self._rope_factors.long if is_long else self._rope_factors.short
-                scale = self._rope_factors.scale
-            cos, sin = rope_tables(self._config, capacity, factors, scale)
-            self._rope_tables[key] = self.ops.asarray(cos), self.ops.asarray(sin)
+            self._rope_tables[key] = self._rope(first, count, is_long)
         return self._rope_tables[key]
+
+    def _rope(self, first: int, count: int, is_long: bool) -> Rope:
+        factors, scale = None, 1.0
+        if self._rope_factors is not None:
+            factors = self._rope_factors.long if is_long else self._rope_factors.short
+            scale = self._rope_factors.scale
+        positions = np.arange(first, first + count)
+        cos, sin = rope_tables(self._config, positions, factors, scale)
+        return self.ops.asarray(cos), self.ops.asarray(sin)
+
+
+class _Cache:
+    """The keys and values of a sequence, and the rotation of its positions.
+
+    It has room for all positions or, where the model has a window, for the window and a chunk
+    more: when it is full, those that no token will see again are forgotten, and the slots count
+    from a later position. Keys were rotated by their positions when they came, so nothing of them
+    has to change.
+
+    Attributes:
+        layers: What the graph takes.
+        rope: The tables of the positions that the slots are for.
+        first: The position in slot 0.
+    """
+
+    def __init__(self, engine: Engine, positions: int, planned: int) -> None:
+        self._engine = engine
+        # Decided once: a sequence that is to grow beyond the original context begins so.
+        self._is_long = engine.is_long(planned)
+        self.first = 0
+        self.capacity = engine.capacity_for(positions)
+        self.layers = engine.new_cache(self.capacity)
+        self._set_rope()
+
+    def _set_rope(self) -> None:
+        self.rope = self._engine.rope(self.first, self.capacity, self._is_long)
+
+    def make_room(self, start: int, count: int, position: Array = None) -> Array:
+        """See that `count` positions from `start` on have slots; all before them are there.
+
+        Args:
+            position: (B, 1) int32, of the next token, counted from `first`.
+        Returns:
+            It, counted from the new `first`.
+        """
+        engine, end = self._engine, int(start) + count - self.first
+        if end <= self.capacity:
+            return position
+        capacity = engine.capacity_for(end)
+        if capacity > self.capacity:
+            self.layers = [engine.ops.grow_cache(layer, capacity) for layer in self.layers]
+            self.capacity = capacity
+        if end > capacity:
+            assert engine.window is not None
+            unseen = int(start) - (engine.window - 1) - self.first
+            if position is None:
+                position = engine.ops.asarray(np.zeros((1, 1), np.int32))
+            self.layers, position = engine.shifted(self.layers, position, unseen)
+            self.first += unseen
+        self._set_rope()
+        return position
 
 
 class _Sequence:
@@ -255,9 +327,8 @@ class _Sequence:
         self._timings = timings
         self._index = 0  # of the token that is sampled next
         self._length = len(prompt)
-        # Decided once: a sequence that is to grow beyond the original context begins so.
-        self._is_long = engine.is_long(len(prompt) + limit)
-        self._cache = engine.new_cache(len(prompt) + min(limit, EXPECTED_ANSWER))
+        planned = len(prompt) + limit
+        self._cache = _Cache(engine, len(prompt) + min(limit, EXPECTED_ANSWER), planned)
         self._only = engine.ops.asarray(np.zeros(1, np.int32))  # the index of a single token
         self._penalty = self._penalty_inputs(prompt, sampling, limit)
         self._draw = self._draw_inputs(sampling)
@@ -269,7 +340,8 @@ class _Sequence:
         engine.progress("prompt", done, len(prompt))
         for tokens, positions, last in chunks(prompt, PROMPT_CHUNKS, is_padded=engine.ops.compiles):
             self._penalty = penalty  # every chunk samples a token; only the last one's counts
-            self._run(asarray(tokens), asarray(positions), asarray(last))
+            self._cache.make_room(positions[0, 0], tokens.shape[1])
+            self._run(asarray(tokens), asarray(positions - self._cache.first), asarray(last))
             if token is not None:  # that of the chunk before: it is in the cache when this is read
                 engine.read(token)
                 engine.progress("prompt", done, len(prompt))
@@ -278,8 +350,8 @@ class _Sequence:
 
     def decode(self) -> None:
         """Run the last token, and sample the next one."""
-        self._cache = self._engine.grown(self._cache, self._length + self._index)
-        self._run(self.token, self._position, self._only)
+        position = self._cache.make_room(self._length + self._index - 1, 1, self._position)
+        self._run(self.token, position, self._only)
         self._index += 1
 
     def _run(self, tokens: Array, positions: Array, last: Array) -> None:
@@ -287,12 +359,11 @@ class _Sequence:
         if draw is not None:
             numbers = sampler.uniforms(self._seed, self._index, self._engine.vocab_size)
             draw = {**draw, "uniforms": self._engine.ops.asarray(numbers[None])}
-        self._cache, self.token, self._position, recent = self._engine.call(
+        self._cache.layers, self.token, self._position, recent = self._engine.call(
             self._engine.step,
             self._cache,
             (tokens, positions, last, self._penalty, draw),
             self._timings,
-            is_long=self._is_long,
         )
         self._penalty = {**self._penalty, "recent": recent}
 
@@ -324,10 +395,6 @@ class _Sequence:
 
     def _floats(self, value: float) -> Array:
         return self._engine.ops.asarray(np.array([value], np.float32))
-
-
-def _capacity_of(cache: list[LayerCache]) -> int:
-    return int(next(iter(cache[0].values())).shape[2])
 
 
 def _shapes(arg: Any) -> Any:

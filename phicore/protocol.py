@@ -198,6 +198,21 @@ class Backend:
             for name, a in cache.items()
         }
 
+    def shift_cache(self, cache: LayerCache, count: Array) -> LayerCache:
+        """Forget the first `count` (B,) positions: slot j holds what slot j + count held.
+
+        The last slots hold something finite that was there before. May use the cache it is handed.
+        """
+        xp = self.xp
+
+        def shift(a: Array) -> Array:
+            slots = xp.arange(a.shape[2], dtype=xp.int32)[None, :] + count[:, None]  # (B, S)
+            slots = xp.where(slots < a.shape[2], slots, a.shape[2] - 1)
+            index = xp.reshape(slots, (a.shape[0], 1, a.shape[2], *(1 for _ in a.shape[3:])))
+            return xp.take_along_axis(a, xp.broadcast_to(index, a.shape), axis=2)
+
+        return {name: shift(a) for name, a in cache.items()}
+
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
         """Store the keys and values of new tokens; may write into the cache it is handed.
 

@@ -43,7 +43,10 @@ def attention_factor(config: Phi3Config) -> float:
 
 
 def rope_tables(
-    config: Phi3Config, length: int, factors: np.ndarray | None = None, scale: float = 1.0
+    config: Phi3Config,
+    positions: np.ndarray,
+    factors: np.ndarray | None = None,
+    scale: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of position * theta ** (-2 r / rotary_dim) / factor, times scale.
 
@@ -52,16 +55,17 @@ def rope_tables(
     They are made once on the host, so that every backend rotates by the same numbers.
 
     Args:
+        positions: (S,) integers.
         factors: (R,) float32; None: all 1.
     Returns:
-        Two (length, R) float32 arrays, R = rotary_dim / 2.
+        Two (S, R) float32 arrays, R = rotary_dim / 2.
     """
     exponent = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
     wavelength = np.float32(config.rope_theta) ** exponent  # (R,), over 2 pi
     if factors is not None:
         wavelength = factors * wavelength
     inv_freq = np.float32(1) / wavelength
-    angle = np.arange(length, dtype=np.float32)[:, None] * inv_freq  # (length, R)
+    angle = positions.astype(np.float32)[:, None] * inv_freq  # (S, R)
     angle = angle.astype(np.float64)
     cos, sin = np.cos(angle), np.sin(angle)
     if scale != 1:

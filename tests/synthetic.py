@@ -365,6 +365,12 @@ class Case:
         return write_model(path, self.tiny, self.types, seed=self.seed, tokenizer=False)
 
 
+def windowed() -> Case:
+    """A window that a long prompt goes beyond many times: golden/phi3.npz has its last logits."""
+    tiny = Tiny(vocab_size=80, sliding_window=64, max_position_embeddings=4000)
+    return Case("windowed", tiny, Q4_K_M, 200)
+
+
 def cases() -> list[Case]:
     """One case for each type, and one for each thing besides types in which files differ."""
     plain = Tiny(vocab_size=80)  # keeps complete logits small

@@ -45,6 +45,7 @@ afterwards, it occurred to her that she ought to have wondered at this, but at t
 seemed quite natural)."""
 TEXT_TOKENS = 200
 VOCAB_SAMPLE = 128
+LAST_LOGITS = 40  # that are kept of a long prompt
 QUESTIONS = [
     "Explain in a few sentences why the sky is blue.",
     "Write a short story about a lighthouse keeper.",
@@ -227,6 +228,10 @@ def make_phi3(out: Path) -> None:
         for case in cases:
             result = reference(case.write(Path(folder) / f"{case.name}.gguf"), token_ids, count=8)
             arrays |= {f"{case.name}/{name}": array for name, array in result.items()}
+        case, long_ids = synthetic.windowed(), np.random.default_rng(1).integers(0, 80, 3000)
+        result = reference(case.write(Path(folder) / "windowed.gguf"), long_ids, count=400)
+        result |= {"token_ids": long_ids, "logits": result["logits"][-LAST_LOGITS:]}
+        arrays |= {f"{case.name}/{name}": array for name, array in result.items()}
     save(out, arrays)
 
 

@@ -79,6 +79,20 @@ def test_grow_cache_keeps_entries_and_adds_zeros(ops: Backend, rng: np.random.Ge
         assert not new[:, :, S:].any()
 
 
+@pytest.mark.parametrize("count", [[0], [1], [S - 1], [4, 9], [0, 10]], ids=str)
+def test_shift_cache_forgets_the_first_positions(
+    ops: Backend, rng: np.random.Generator, count: list[int]
+):
+    k, v = normal(rng, len(count), K, S, D), normal(rng, len(count), K, S, D)
+    shift = ops.compile(ops.shift_cache, donate=(0,))
+    found = host(ops, shift(made_of(ops, k, v), ops.asarray(np.array(count, np.int32))))
+    for before, after in zip((k, v), found, strict=True):
+        assert after.shape == before.shape
+        assert np.isfinite(after).all()
+        for row, n in enumerate(count):
+            assert np.array_equal(after[row, :, : S - n], before[row, :, n:])
+
+
 def check_attention(
     ops: Backend,
     rng: np.random.Generator,

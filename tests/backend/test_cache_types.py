@@ -263,6 +263,16 @@ def test_grow_cache_keeps_what_is_stored_and_adds_zeros(ops: Backend, rng: np.ra
 
 
 @pytest.mark.parametrize("variant", ["xla", "host"], indirect=True)
+def test_shift_cache_moves_numbers_with_their_units(ops: Backend, rng: np.random.Generator):
+    k, v = normal(rng, B, K, 20, 12), normal(rng, B, K, 20, 12)
+    before = host(ops, stored(ops, k, v))
+    shift = ops.compile(ops.shift_cache, donate=(0,))
+    after = host(ops, shift(stored(ops, k, v), ops.asarray(np.array([3, 7], np.int32))))
+    for name, held in before.items():
+        for row, n in enumerate((3, 7)):
+            assert np.array_equal(after[name][row, :, : 20 - n], held[row, :, n:])
+
+
 def test_cache_of_another_type_is_an_error(variant: str):
     ops = make(variant, "f32")
     names = ", ".join(ops.cache_types)

@@ -47,7 +47,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._forward = self.ops.compile(self._compiled, donate=(1,))
-        cos, sin = rope_tables(self.config, TINY.max_position_embeddings)
+        cos, sin = rope_tables(self.config, np.arange(TINY.max_position_embeddings))
         self._rope = self.ops.asarray(cos), self.ops.asarray(sin)
 
     def _compiled(

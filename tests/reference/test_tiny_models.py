@@ -86,3 +86,36 @@ def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatc
     assert chosen == [False, True]
     assert starts[0] == golden()["short_factors/greedy_ids"].tolist()
     assert starts[0] != starts[1]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 7), (1, 64)], ids=str)
+def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, monkeypatch):
+    """3000 tokens, one at a time or in chunks, through a cache that has room for 512."""
+    monkeypatch.setattr("phicore.engine.LOGITS_CHUNKS", sizes)
+    capacities = []
+    for name in ("new_cache", "grow_cache"):
+        method = getattr(ops, name)
+
+        def counted(*args, method=method):
+            cache = method(*args)
+            capacities.append(cache["k"].shape[2])
+            return cache
+
+        monkeypatch.setattr(ops, name, counted)
+    expected, ids = golden()["windowed/logits"], golden()["windowed/token_ids"].tolist()
+    engine = engine_of(synthetic.windowed().write(tmp_path / "tiny.gguf"), ops)
+    assert engine.context > len(ids) > 2000
+
+    assert_close(engine.logits(ids)[-len(expected) :], expected, FLOAT32_LOGITS)
+
+    assert max(capacities) == 512
+
+
+def test_greedy_tokens_far_beyond_the_window_equal_transformers(ops, tmp_path):
+    engine = engine_of(synthetic.windowed().write(tmp_path / "tiny.gguf"), ops)
+    ids, expected = (golden()[f"windowed/{name}"].tolist() for name in ("token_ids", "greedy_ids"))
+    for count in (len(ids), len(ids) - 1500):  # no layer of two sees more than 126 tokens back
+        tokens = engine.generate(
+            ids[-count:], GREEDY, limit=len(expected), seed=0, timings=Timings()
+        )
+        assert list(tokens) == expected

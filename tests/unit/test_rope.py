@@ -28,7 +28,7 @@ CONFIG = Phi3Config(
 @pytest.mark.parametrize(("rotary_dim", "theta"), [(96, 10000.0), (72, 250000.0), (2, 10000.0)])
 def test_rope_tables_equal_float64_formula(rotary_dim: int, theta: float):
     config = replace(CONFIG, rotary_dim=rotary_dim, rope_theta=theta)
-    cos, sin = rope_tables(config, 4096)
+    cos, sin = rope_tables(config, np.arange(4096))
     position = np.arange(4096)[:, None]
     pair = np.arange(rotary_dim // 2)
     exponent = 2 * pair / rotary_dim
@@ -42,32 +42,34 @@ def test_rope_tables_equal_float64_formula(rotary_dim: int, theta: float):
 
 
 def test_rope_tables_first_row_is_no_rotation():
-    cos, sin = rope_tables(CONFIG, 1)
+    cos, sin = rope_tables(CONFIG, np.arange(1))
     assert (cos == 1).all()
     assert (sin == 0).all()
     assert cos.shape == sin.shape == (1, 48)
 
 
 def test_rope_tables_longer_table_starts_with_the_shorter():
-    for short, long in zip(rope_tables(CONFIG, 7), rope_tables(CONFIG, 50), strict=True):
+    for short, long in zip(
+        rope_tables(CONFIG, np.arange(7)), rope_tables(CONFIG, np.arange(50)), strict=True
+    ):
         assert np.array_equal(short, long[:7])
 
 
 def test_rope_tables_two_thetas_differ():
     """A table that is kept for the next model must not come back for another base."""
-    first, _ = rope_tables(CONFIG, 10)
-    second, _ = rope_tables(replace(CONFIG, rope_theta=500.0), 10)
+    first, _ = rope_tables(CONFIG, np.arange(10))
+    second, _ = rope_tables(replace(CONFIG, rope_theta=500.0), np.arange(10))
     assert not np.array_equal(first, second)
 
 
 def test_rope_tables_factors_divide_frequencies_and_scale_multiplies():
     factors = np.linspace(1, 9, 48, dtype=np.float32)
-    cos, sin = rope_tables(CONFIG, 300, factors, 1.25)
+    cos, sin = rope_tables(CONFIG, np.arange(300), factors, 1.25)
     angle = np.arange(300)[:, None] / (factors * 10000.0 ** (np.arange(48) / 48))
     np.testing.assert_allclose(cos, 1.25 * np.cos(angle), atol=1e-4)
     np.testing.assert_allclose(sin, 1.25 * np.sin(angle), atol=1e-4)
-    plain, _ = rope_tables(CONFIG, 300)
-    ones, _ = rope_tables(CONFIG, 300, np.ones(48, np.float32))
+    plain, _ = rope_tables(CONFIG, np.arange(300))
+    ones, _ = rope_tables(CONFIG, np.arange(300), np.ones(48, np.float32))
     assert np.array_equal(plain, ones)
 
 

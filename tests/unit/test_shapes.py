@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phicore.shapes import LOGITS_CHUNKS, PROMPT_CHUNKS, capacity_for, chunks
+from phicore.shapes import LOGITS_CHUNKS, PROMPT_CHUNKS, capacity_for, capacity_of_window, chunks
 
 
 @given(length=st.integers(1, 1200), is_padded=st.booleans())
@@ -35,3 +35,8 @@ def test_chunks_of_65_tokens_are_not_padded_to_256():
 )
 def test_capacity_is_256_times_a_power_of_two(positions: int, capacity: int):
     assert capacity_for(positions) == capacity
+
+
+@pytest.mark.parametrize(("window", "capacity"), [(1, 256), (2, 512), (257, 512), (2047, 2304)])
+def test_capacity_of_a_window_holds_it_and_a_chunk(window: int, capacity: int):
+    assert capacity_of_window(window) == capacity

@@ -297,6 +297,12 @@ class JaxBackend(Backend):
         with memory_errors():
             return super().grow_cache(cache, capacity)
 
+    def shift_cache(self, cache: LayerCache, count: Array) -> LayerCache:
+        def shift(a: Array, count: Array) -> Array:  # of one sequence: (K, S, ...)
+            return lax.dynamic_slice_in_dim(jnp.concatenate([a, a], axis=1), count, a.shape[1], 1)
+
+        return {name: jax.vmap(shift)(a, count) for name, a in cache.items()}
+
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
         names = [n for n in ("k", "k_scale", "v", "v_scale") if n in cache]
         old = [cache[name] for name in names]

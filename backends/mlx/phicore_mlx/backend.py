@@ -237,6 +237,15 @@ class MlxBackend(Backend):
             mx.eval(grown)
         return grown
 
+    def shift_cache(self, cache: LayerCache, count: Array) -> LayerCache:
+        if count.shape[0] > 1:
+            return super().shift_cache(cache, count)
+
+        def shift(a: Array) -> Array:
+            return mx.slice(mx.concatenate([a, a], axis=2), count, (2,), a.shape)
+
+        return {name: shift(a) for name, a in cache.items()}
+
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
         # Taken out of what was handed over: an array is overwritten in place only if nobody else
         # refers to it.
