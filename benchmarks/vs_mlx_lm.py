@@ -77,6 +77,16 @@ class MlxLm:
     def __init__(self, path: Path, dtype: Any) -> None:
         with open_gguf(path) as file:
             config = Phi3Config.from_gguf(file.metadata)
+            is_special = any(name.startswith("rope_") for name in file.tensors)
+            if (
+                config.architecture not in NAMES
+                or is_special
+                or config.rotary_dim != config.head_dim
+            ):
+                raise PhicoreError(
+                    f"{path.name}: this program gives mlx-lm no model of this kind; try the demo "
+                    "model or --synthetic phi-3-mini"
+                )
             self._model = _model(config, file)
             self._layouts: dict[str, dict[str, int]] = {}
             self._dtype = dtype

@@ -157,7 +157,7 @@ class Engine:
         self._check_fits(tokens, 0)
         cache = _Cache(self, len(tokens), len(tokens))
         rows: np.ndarray | None = None
-        for ids, positions, last in chunks(tokens, LOGITS_CHUNKS, is_padded=self.ops.compiles):
+        for ids, positions, last in chunks(tokens, LOGITS_CHUNKS, is_padded=self.is_padded):
             cache.make_room(positions[0, 0], ids.shape[1])
             args = (self.ops.asarray(ids), self.ops.asarray(positions - cache.first))
             cache.layers, logits = self.call(self._score, cache, args, Timings())
@@ -213,6 +213,11 @@ class Engine:
         return self._shift(layers, position, self.ops.asarray(np.array([count], np.int32)))
 
     @property
+    def is_padded(self) -> bool:
+        """Whether chunks are to have few sizes, since each is compiled."""
+        return self.ops.compiles and self.ops.compiled_tokens is None
+
+    @property
     def window(self) -> int | None:
         return self._config.sliding_window
 
@@ -220,7 +225,9 @@ class Engine:
         """Call a compiled function; the first call with new shapes counts as compiling."""
         args = (self._params, cache.layers, cache.rope, *args)
         key = (fn is self.step, cache.capacity, *map(_shapes, args[3:]))
-        if not self.ops.compiles or key in self._called:
+        most, tokens = self.ops.compiled_tokens, args[3]
+        is_compiled = self.ops.compiles and (most is None or tokens.shape[1] <= most)
+        if not is_compiled or key in self._called:
             return fn(*args)
         self.progress("compiling", 0, 1)
         started = time.perf_counter()
@@ -338,7 +345,7 @@ class _Sequence:
         asarray, engine = self._engine.ops.asarray, self._engine
         penalty, done, token = self._penalty, 0, None
         engine.progress("prompt", done, len(prompt))
-        for tokens, positions, last in chunks(prompt, PROMPT_CHUNKS, is_padded=engine.ops.compiles):
+        for tokens, positions, last in chunks(prompt, PROMPT_CHUNKS, is_padded=engine.is_padded):
             self._penalty = penalty  # every chunk samples a token; only the last one's counts
             self._cache.make_room(positions[0, 0], tokens.shape[1])
             self._run(asarray(tokens), asarray(positions - self._cache.first), asarray(last))

@@ -100,10 +100,20 @@ def load_rope_factors(config: Phi3Config, file: GGUFFile) -> RopeFactors | None:
             hyperparameters ask for some that are not there.
     """
     names = ROPE_FACTORS[config.architecture]
+    arch, scale = config.architecture, config.attention_factor
+    if arch != "phi3" and scale not in (None, 1):
+        raise GGUFError(
+            f"{file.path.name}: {arch}.rope.scaling.attn_factor: {scale} is not supported "
+            "(supported: 1)"
+        )
     found = {name: file.tensors[name] for name in names if name in file.tensors}
     where = file.path.name
     if not found:
-        if config.attention_factor not in (None, 1):
+        context = config.max_position_embeddings
+        is_extended = (
+            arch == "phi3" and (config.original_max_position_embeddings or context) < context
+        )
+        if is_extended or scale not in (None, 1):
             raise GGUFError(f"{where}: tensors {' and '.join(names)} are missing")
         return None
     factors = []

@@ -46,6 +46,8 @@ class Backend:
     """The namespace of array functions."""
     compiles: bool = False
     """Whether the first call of a compiled function with new shapes takes long: it is announced."""
+    compiled_tokens: int | None = None
+    """Steps of more tokens than this run as they are, and are not announced; None: all compile."""
     asynchronous: bool = False
     """Whether a compiled call returns before its result is there. The engine then starts the next
     step before it reads the last token."""

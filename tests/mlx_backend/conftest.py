@@ -11,6 +11,15 @@ if find_spec("phicore_mlx") is None or find_spec("mlx") is None:  # install phic
     collect_ignore_glob = ["test_*.py"]
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu():
+    """Operations that a test calls by themselves run there, whatever MLX's default device is."""
+    import mlx.core as mx
+
+    with mx.stream(mx.cpu):
+        yield
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -50,7 +50,10 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     main = MAIN.replace("PRODUCT", blocks.PRODUCT).replace("EXPANSION", blocks.EXPANSION)
     source = PREAMBLE + blocks.text(blocks.HEADER + main, request.param, "place_{}", "(of - 1)")
     (folder / "kernels.cpp").write_text(source)
-    command = [compiler, "-std=c++14", "-O1", "-shared", "-fPIC", "kernels.cpp", "-o", "kernels.so"]
+    # words of Metal's language, which a C++ compiler would let pass as names
+    reserved = ("half", "device", "constant", "thread", "kernel", "fragment", "vertex", "sample")
+    options = ["-std=c++14", "-O1", "-shared", "-fPIC", *(f"-D{word}=1;" for word in reserved)]
+    command = [compiler, *options, "kernels.cpp", "-o", "kernels.so"]
     subprocess.run(command, cwd=folder, check=True)
     return request.param, ctypes.CDLL(str(folder / "kernels.so"))
 

@@ -295,3 +295,16 @@ def test_load_rope_factors_that_the_hyperparameters_ask_for_but_are_not_there(
 ):
     with pytest.raises(GGUFError, match=r"rope_factors_long.weight are missing"):
         factors(tiny=TINY, attention_factor=1.2)
+
+
+def test_load_rope_factors_of_an_extended_context_must_be_there(factors: Callable[..., Any]):
+    with pytest.raises(GGUFError, match=r"rope_factors_long.weight are missing"):
+        factors(tiny=TINY, original_max_position_embeddings=16)
+
+
+def test_load_rope_factors_scale_of_another_architecture_is_refused(factors: Callable[..., Any]):
+    with pytest.raises(GGUFError) as caught:
+        factors(tiny=replace(TINY, arch="llama"), attention_factor=1.5)
+    assert str(caught.value) == (
+        "m.gguf: llama.rope.scaling.attn_factor: 1.5 is not supported (supported: 1)"
+    )

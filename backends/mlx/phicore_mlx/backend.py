@@ -33,10 +33,15 @@ FEW_ROWS = 32
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn MLX's report that memory is out into a line."""
+    """Turn MLX's report that memory is out, or no folder to compile in, into a line."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if "temp_directory_path" in str(error):
+            raise BackendError(
+                "backend mlx: there is no folder for temporary files, where MLX keeps what it "
+                "compiles; set TMPDIR, or MLX_DISABLE_COMPILE=1"
+            ) from error
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
         reason = (str(error).strip() or "MemoryError").splitlines()[0]
@@ -69,7 +74,8 @@ class MlxBackend(Backend):
         self.device_name, self._device = devices.find_device(device)
         self._streams: host.Streams | None = None
         if self.device_name == "cpu":
-            self._streams = host.Streams()
+            self._streams = host.streams()
+            self.compiled_tokens = host.ROWS - 1
             self.dtypes = ("float32",)
         else:
             self.dtypes = ("float16", "bfloat16", "float32")
@@ -85,6 +91,10 @@ class MlxBackend(Backend):
         with memory_errors(), mx.stream(self._device):
             yield
 
+    def _check_room(self, needed: int) -> None:
+        if self._streams is not None:
+            devices.check_room(needed)
+
     def asarray(self, x: np.ndarray) -> Array:
         with self._on_device():
             return mx.array(np.array(x, order="C"))
@@ -95,7 +105,7 @@ class MlxBackend(Backend):
 
     def load_weight(self, matrix: Matrix) -> Weight:
         with self._on_device():
-            devices.check_room(sum(part.size_bytes for part in matrix.parts))
+            self._check_room(sum(map(_loaded_bytes, matrix.parts)))
             parts = [
                 self._load(list(alike)) for _, alike in groupby(matrix.parts, lambda p: p.type)
             ]
@@ -165,7 +175,10 @@ class MlxBackend(Backend):
         if self._is_for_host(x.shape[0]):
             return host.product(x, part)
         if "dense" in part:
-            return (x.astype(part["dense"].dtype) @ part["dense"].T).astype(mx.float32)
+            weight = part["dense"]
+            # to float32 at each product would take several times as long as reading it
+            dtype = mx.float32 if self.dtype == "float32" else weight.dtype
+            return (x.astype(dtype) @ weight.T.astype(dtype)).astype(mx.float32)
         ggml_type = GGMLQuantizationType(part["type"])
         dtype = mx.float32 if x.shape[0] <= FEW_ROWS else self._product_dtype()
         if "blocks" in part:
@@ -225,14 +238,14 @@ class MlxBackend(Backend):
         shape = (batch, heads, capacity, head_dim)
         with self._on_device():
             dtype = CACHE_DTYPES[self.cache_type or self.cache_types[0]]
-            devices.check_room(2 * prod(shape) * dtype.size)
+            self._check_room(2 * prod(shape) * dtype.size)
             cache = {"k": mx.zeros(shape, dtype), "v": mx.zeros(shape, dtype)}
             mx.eval(cache)
         return cache
 
     def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
         with self._on_device():
-            devices.check_room(sum(a.nbytes // a.shape[2] * capacity for a in cache.values()))
+            self._check_room(sum(a.nbytes // a.shape[2] * capacity for a in cache.values()))
             grown = super().grow_cache(cache, capacity)
             mx.eval(grown)
         return grown
@@ -269,6 +282,12 @@ class MlxBackend(Backend):
         index = mx.where((ids >= 0) & (ids < size), ids, size)
         found = mx.zeros((ids.shape[0], size + 1), mx.bool_)
         return mx.put_along_axis(found, index, mx.array(True), axis=1)[:, :size]
+
+
+def _loaded_bytes(tensor: GGUFTensor) -> int:
+    """What a tensor takes on a CPU."""
+    layout = LAYOUTS.get(tensor.type)
+    return int(prod(tensor.shape) * (layout.bits_per_weight if layout else 32) / 8)
 
 
 def _halved(array: np.ndarray) -> np.ndarray:

@@ -21,6 +21,8 @@ from phicore_mlx import devices
 Type = GGMLQuantizationType
 FEW_ROWS = 8
 """Of activations, up to which each reads the blocks anew; beyond, they are expanded once."""
+MOST_ROWS = 32768
+"""That a kernel expands at a time: CUDA's grids have fewer than 65536 in their second axis."""
 
 PREAMBLES = {
     "metal": """
@@ -63,26 +65,26 @@ template <typename P> PHI_FUNCTION float phi_half(P at) {
 }
 
 template <typename P> PHI_FUNCTION float phi_q6_k(P block, uint i) {
-  uint half = i >> 7, field = (i >> 5) & 3u, l = i & 31u;
-  uint low = uint(block[half * 64u + (field & 1u) * 32u + l]) >> (field >> 1) * 4u & 15u;
-  uint high = uint(block[128u + half * 32u + l]) >> field * 2u & 3u;
+  uint side = i >> 7, field = (i >> 5) & 3u, l = i & 31u;
+  uint low = uint(block[side * 64u + (field & 1u) * 32u + l]) >> (field >> 1) * 4u & 15u;
+  uint high = uint(block[128u + side * 32u + l]) >> field * 2u & 3u;
   int scale = int(block[192u + (i >> 4)]);
   scale = scale > 127 ? scale - 256 : scale;
   return phi_half(block + 208) * float(scale) * float(int(low | high << 4) - 32);
 }
 
 template <typename P> PHI_FUNCTION float phi_q3_k(P block, uint i) {
-  uint half = i >> 7, field = (i >> 5) & 3u, l = i & 31u, s = i >> 4;
-  uint low = uint(block[32u + half * 32u + l]) >> field * 2u & 3u;
-  uint high = uint(block[l]) >> (half * 4u + field) & 1u;
+  uint side = i >> 7, field = (i >> 5) & 3u, l = i & 31u, s = i >> 4;
+  uint low = uint(block[32u + side * 32u + l]) >> field * 2u & 3u;
+  uint high = uint(block[l]) >> (side * 4u + field) & 1u;
   uint scale = uint(block[96u + (s & 7u)]) >> (s >> 3) * 4u & 15u;
   scale |= (uint(block[104u + (s & 3u)]) >> (s >> 2) * 2u & 3u) << 4;
   return phi_half(block + 108) * float(int(scale) - 32) * float(int(low | high << 2) - 4);
 }
 
 template <typename P> PHI_FUNCTION float phi_q2_k(P block, uint i) {
-  uint half = i >> 7, field = (i >> 5) & 3u, l = i & 31u;
-  uint code = uint(block[16u + half * 32u + l]) >> field * 2u & 3u;
+  uint side = i >> 7, field = (i >> 5) & 3u, l = i & 31u;
+  uint code = uint(block[16u + side * 32u + l]) >> field * 2u & 3u;
   uint both = uint(block[i >> 4]);
   return phi_half(block + 80) * float(both & 15u) * float(code)
     - phi_half(block + 82) * float(both >> 4);
@@ -131,7 +133,8 @@ def text(source: str, ggml_type: GGMLQuantizationType, place: str = "", lane: st
 
 
 @cache
-def _kernel(name: str, ggml_type: GGMLQuantizationType) -> Any:
+def _kernel(name: str, ggml_type: GGMLQuantizationType, label: str = "") -> Any:
+    """A kernel. Metal compiles it anew when its source changes: then it has another label."""
     kind = devices.gpu_kind()
     assert kind is not None
     make = mx.fast.metal_kernel if kind == "metal" else mx.fast.cuda_kernel
@@ -140,7 +143,7 @@ def _kernel(name: str, ggml_type: GGMLQuantizationType) -> Any:
         "expansion": (["ids", "blocks"], ["values"], EXPANSION),
     }[name]
     return make(
-        name=f"phi_{name}_{TYPES[ggml_type]}",
+        name=f"phi_{name}{label}_{TYPES[ggml_type]}",
         input_names=inputs,
         output_names=outputs,
         source=text(source, ggml_type, PLACES[kind], LANES[kind]),
@@ -165,15 +168,19 @@ def product(x: Array, blocks: Array, ggml_type: GGMLQuantizationType) -> Array:
 def expanded(ids: Array, blocks: Array, ggml_type: GGMLQuantizationType, dtype: Any) -> Array:
     """Rows of blocks as numbers: ids (n,) int32 below N gives (n, K)."""
     columns = blocks.shape[1] // GGML_QUANT_SIZES[ggml_type][1] * 256
-    (values,) = _kernel("expansion", ggml_type)(
-        inputs=[ids, blocks],
-        template=[("T", dtype), ("COLUMNS", columns)],
-        grid=(columns, ids.shape[0], 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(ids.shape[0], columns)],
-        output_dtypes=[dtype],
-    )
-    return values
+    parts = []
+    for start in range(0, ids.shape[0], MOST_ROWS):
+        some = ids[start : start + MOST_ROWS]
+        label = "_few" if some.shape[0] < 8 else ""  # MLX puts them into another kind of memory
+        parts += _kernel("expansion", ggml_type, label)(
+            inputs=[some, blocks],
+            template=[("T", dtype), ("COLUMNS", columns)],
+            grid=(columns, some.shape[0], 1),
+            threadgroup=(256, 1, 1),
+            output_shapes=[(some.shape[0], columns)],
+            output_dtypes=[dtype],
+        )
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
 @cache
@@ -193,8 +200,12 @@ def is_usable(ggml_type: GGMLQuantizationType) -> bool:
     x = random.normal(size=(2, values.shape[1])).astype(np.float32)
     try:
         blocks, ids = mx.array(data), mx.arange(5, dtype=mx.int32)
-        found = np.array(expanded(ids, blocks, ggml_type, mx.float32))
-        y = np.array(product(mx.array(x), blocks, ggml_type))
+        on_gpu = (
+            expanded(ids, blocks, ggml_type, mx.float32),
+            product(mx.array(x), blocks, ggml_type),
+        )
+        mx.eval(on_gpu)
+        found, y = (np.array(a) for a in on_gpu)
     except (RuntimeError, ValueError):  # what MLX raises for a kernel that does not compile
         return False
     expected = x.astype(np.float64) @ values.T

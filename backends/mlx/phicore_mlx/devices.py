@@ -66,16 +66,15 @@ def find_device(name: str | None) -> tuple[str, Any]:
         BackendError: If there is no such device; the message lists those there are.
     """
     names = device_names()
-    name = names[0] if name is None else name
+    name = names[0] if name is None else name.removesuffix(":0")
     if name not in names:
         hints = {
             "cuda": "; for NVIDIA cards install phicore-mlx[cuda], without [cpu]",
             "metal": "; MLX has Metal on Macs with Apple silicon",
         }
-        raise BackendError(
-            f"backend mlx: no device {name!r} (available: {', '.join(names)})"
-            + hints.get(name.partition(":")[0], "")
-        )
+        kind = name.partition(":")[0]
+        hint = "" if kind == gpu_kind() else hints.get(kind, "")
+        raise BackendError(f"backend mlx: no device {name!r} (available: {', '.join(names)}){hint}")
     if name == "cpu":
         return name, mx.Device(mx.cpu, 0)
     return name, mx.Device(mx.gpu, int(name.partition(":")[2] or 0))
@@ -86,16 +85,17 @@ def about() -> str:
     kind = gpu_kind()
     if kind is None:
         return f"MLX {VERSION}, no GPU: for small models"
-    return f"MLX {VERSION}, {mx.device_info().get('device_name', kind)}"
+    return f"MLX {VERSION}, {mx.device_info(mx.gpu).get('device_name', kind)}"
 
 
 def wire_memory() -> None:
     """Let Metal keep what MLX holds in memory, as mlx-lm does: macOS would page weights out.
 
-    It concerns only memory that MLX has in use, up to the size that macOS recommends.
+    It concerns only memory that MLX has in use, up to the size that macOS recommends, and holds for
+    the life of the process.
     """
     if gpu_kind() == "metal":
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        mx.set_wired_limit(int(mx.device_info(mx.gpu)["max_recommended_working_set_size"]))
 
 
 def check_room(needed: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -54,6 +55,12 @@ class Streams:
         return mx.concatenate(parts, axis=1)
 
 
+@cache
+def streams() -> Streams:
+    """The streams of this process. MLX gives each thread that computes its own, for good."""
+    return Streams()
+
+
 def _cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -78,9 +85,12 @@ def product(x: Array, part: dict[str, Any]) -> Array:
         piece = {name: array[start : start + step] for name, array in weights.items()}
         return start, dequantized(piece, layout)
 
-    with ThreadPoolExecutor(_cpu_count()) as threads:
-        for start, values in threads.map(tile, range(0, rows, step)):
-            np.matmul(left, values.T, out=result[:, start : start + step])
+    count = _cpu_count()
+    with ThreadPoolExecutor(count) as threads:
+        for first in range(0, rows, count * step):  # no more tiles at a time than threads
+            starts = range(first, min(rows, first + count * step), step)
+            for start, values in threads.map(tile, starts):
+                np.matmul(left, values.T, out=result[:, start : start + step])
     return mx.array(result)
 
 
