@@ -388,6 +388,12 @@ def cases() -> list[Case]:
         "llama3": replace(plain, arch="llama", original_max_position_embeddings=64),
         "mistral": replace(plain, arch="llama", sliding_window=5),
         "qwen2": replace(plain, arch="qwen2"),
+        "phi4_mini": replace(
+            plain,
+            rope_dimension_count=48,
+            original_max_position_embeddings=16,
+            tie_word_embeddings=True,
+        ),
     }
     return by_type + [
         Case(name, tiny, Q4_K_M, 100 + i) for i, (name, tiny) in enumerate(mixes.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,8 +48,9 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._forward = self.ops.compile(self._compiled, donate=(1,))
-        cos, sin = rope_tables(self.config, np.arange(TINY.max_position_embeddings))
-        self._rope = self.ops.asarray(cos), self.ops.asarray(sin)
+        length = TINY.max_position_embeddings
+        self._rope = rope_tables(self.config, np.arange(2 * length))
+        self._length = length
 
     def _compiled(
         self,
@@ -67,18 +69,30 @@ class Runner:
         return [self.ops.new_cache(*shape) for _ in range(c.num_hidden_layers)]
 
     def __call__(
-        self, cache: list[LayerCache], tokens: Sequence[Sequence[int]], starts: Sequence[int]
+        self,
+        cache: list[LayerCache],
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        first: int = 0,
     ) -> tuple[np.ndarray, list[LayerCache]]:
-        """Logits (B, T, V) of tokens (B, T), of which each row starts at a position."""
+        """Logits (B, T, V) of tokens (B, T), each row from a position after `first` on."""
         ids = np.array(tokens, np.int32)
         positions = np.array(starts, np.int32)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
         args = self.ops.asarray(ids), self.ops.asarray(positions)
-        logits, cache = self._forward(self.params, cache, self._rope, *args)
+        rope = tuple(self.ops.asarray(t[first : first + self._length]) for t in self._rope)
+        logits, cache = self._forward(self.params, cache, rope, *args)
         return self.ops.to_numpy(logits), cache
 
     def whole(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits (T, V) of one sequence in one piece."""
         return self(self.new_cache(), [tokens], [0])[0][0]
+
+
+def runner_of(ops: Backend, path: Path, window: int | None) -> Runner:
+    with open_gguf(path) as file:
+        config = Phi3Config.from_gguf(file.metadata)
+        params = load_params(ops, config, file, lambda *_: None)
+    return Runner(ops, replace(config, sliding_window=window), params)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +101,7 @@ def make_runner(
 ) -> Callable[[int | None], Runner]:
     path = tmp_path_factory.mktemp("laws") / "tiny.gguf"
     write_model(path, TINY, Type.F32, tokenizer=False)
-    with open_gguf(path) as file:
-        config = Phi3Config.from_gguf(file.metadata)
-        params = load_params(ops, config, file, lambda *_: None)
-    return lambda window: Runner(ops, replace(config, sliding_window=window), params)
+    return lambda window: runner_of(ops, path, window)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +124,33 @@ def test_logits_any_split_into_chunks_equal_one_piece(
         logits, cache = runner(cache, [tokens[start:end]], [start])
         pieces.append(logits[0])
     assert_close(np.concatenate(pieces), runner.whole(tokens), tolerances.SAME_GRAPH)
+
+
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, 2), (2, None), (6, 4), (3, 1)])
+def test_logits_any_split_whatever_the_window_and_the_heads(
+    ops: Backend, tmp_path_factory: pytest.TempPathFactory, kv_heads: int, window: int | None
+):
+    path = tmp_path_factory.mktemp("laws") / "tiny.gguf"
+    write_model(path, replace(TINY, num_key_value_heads=kv_heads), Type.F32, tokenizer=False)
+    runner = runner_of(ops, path, window)
+
+    @settings(max_examples=8)
+    @given(tokens=prompts, cut=st.integers(1, MAX_LENGTH - 1), is_shifted=st.booleans())
+    def check(tokens: list[int], cut: int, is_shifted: bool) -> None:
+        cut = min(cut, len(tokens) - 1)
+        first, cache = runner(runner.new_cache(), [tokens[:cut]], [0])
+        if is_shifted and window is not None and cut >= window:
+            # what the next token does not see is forgotten, and positions count without it
+            unseen = cut - (window - 1)
+            count = ops.asarray(np.array([unseen], np.int32))
+            cache = [ops.shift_cache(layer, count) for layer in cache]
+            second, _ = runner(cache, [tokens[cut:]], [cut - unseen], first=unseen)
+        else:
+            second, _ = runner(cache, [tokens[cut:]], [cut])
+        pieces = np.concatenate([first[0], second[0]])
+        assert_close(pieces, runner.whole(tokens), tolerances.SAME_GRAPH)
+
+    check()
 
 
 @settings(max_examples=10)
