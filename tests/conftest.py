@@ -17,9 +17,15 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled programs go to pytest's own cache, not to the user's."""
+    """Compiled programs go to pytest's own cache, not to the user's.
+
+    MLX keeps those of a CPU in the folder for temporary files, where two processes would write the
+    same one at a time: each has its own.
+    """
     if config.pluginmanager.hasplugin("cacheprovider"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+        if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+            os.environ["TMPDIR"] = str(config.cache.mkdir(f"tmp-{worker}"))
 
 
 # The same examples in every run, and no time limit: a first example may have to be compiled.
