@@ -13,7 +13,6 @@ Codes are one stream of bits a row, least significant first, as MLX reads them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from phicore.gguf.quants import affine
 from phicore.gguf.reader import GGUFTensor
+from phicore.machine import cpu_count
 
 Type = GGMLQuantizationType
 TILE_CODES = 1 << 20  # that a thread has unpacked at a time
@@ -81,7 +81,7 @@ def transcode(tensors: Sequence[GGUFTensor]) -> Arrays:
         for name, part in _transcode_rows(ggml_type, data).items():
             whole[name][start : start + len(part)] = part
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(cpu_count()) as threads:
         for _ in threads.map(fill, _tiles(tensors, max(1, TILE_CODES // columns))):
             pass
     return whole

@@ -7,7 +7,6 @@ over; and rows of a weight are shared among streams, each of which has a thread.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -17,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from phicore.machine import cpu_count
 from phicore.protocol import Array, Backend, LayerCache
 from phicore_mlx.affine import LAYOUTS, TILE_CODES, dequantized
 
@@ -42,7 +42,7 @@ class Streams:
     """Threads of MLX's CPU device, this thread's default one among them."""
 
     def __init__(self) -> None:
-        self._others = [mx.new_thread_local_stream(mx.cpu) for _ in range(_cpu_count() - 1)]
+        self._others = [mx.new_thread_local_stream(mx.cpu) for _ in range(cpu_count() - 1)]
 
     def shared(self, rows: int, columns: int, product: Callable[[slice, Any], Array]) -> Array:
         """A product (M, rows), computed in pieces of a few rows: product(rows, stream)."""
@@ -59,12 +59,6 @@ class Streams:
 def streams() -> Streams:
     """The streams of this process. MLX gives each thread that computes its own, for good."""
     return Streams()
-
-
-def _cpu_count() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def product(x: Array, part: dict[str, Any]) -> Array:
@@ -85,7 +79,7 @@ def product(x: Array, part: dict[str, Any]) -> Array:
         piece = {name: array[start : start + step] for name, array in weights.items()}
         return start, dequantized(piece, layout)
 
-    count = _cpu_count()
+    count = cpu_count()
     with ThreadPoolExecutor(count) as threads:
         for first in range(0, rows, count * step):  # no more tiles at a time than threads
             starts = range(first, min(rows, first + count * step), step)
