@@ -1,7 +1,7 @@
 """The tensor protocol on MLX.
 
-Weights keep their values: quantized ones in MLX's affine layout (see `affine.py`), or, on a GPU and
-for types that it has no layout of one pass for, as the blocks of the file (see `blocks.py`).
+Weights keep their values: quantized ones in MLX's affine layout (see `affine.py`), or, on a GPU,
+Q6_K, Q3_K and Q2_K as the blocks of the file (see `blocks.py`).
 Products are float32 on a CPU. On a GPU they are float32 for a few rows, where reading the weights
 is what takes time, and for prompts as `configure` says. Norms, rotation and the residual stream are
 float32 everywhere.

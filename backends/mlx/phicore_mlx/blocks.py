@@ -1,7 +1,7 @@
 """GPU kernels that read the blocks of a file as they are: types whose scales MLX has no groups for.
 
-They read 6.6 bits a weight of Q6_K instead of twice 8 or 10, and 3.4 and 2.6 of Q3_K and Q2_K. One
-text serves Metal and CUDA, and the C++ compiler of the tests; what differs is in `PREAMBLES`.
+They read 6.6 bits a weight of Q6_K instead of 16 in two passes, and 3.4 and 2.6 of Q3_K and Q2_K.
+One text serves Metal and CUDA, and the C++ compiler of the tests; what differs is in `PREAMBLES`.
 
 A kernel is used once it has given, on this machine, what the portable form gives (`is_usable`).
 """
