@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from phicore.config import NUM_EXPERTS_PER_TOK
 from phicore.console import size, table
 from phicore.errors import ArgumentError
 from phicore.gguf.reader import GGUFTensor, open_gguf
@@ -178,9 +179,14 @@ def _run_in_turn(
 def bytes_per_step(tensors: Iterable[GGUFTensor]) -> int:
     """What generating a token reads of the file's weights: all matrices but the embedding.
 
-    Of the embedding it is one row, unless it is the output matrix too.
+    Of the embedding it is one row, unless it is the output matrix too; of the experts, two.
     """
-    matrices = {t.name: t.size_bytes for t in tensors if len(t.shape) == 2}
+    matrices = {}
+    for t in tensors:
+        if len(t.shape) == 2:
+            matrices[t.name] = t.size_bytes
+        elif len(t.shape) == 3:  # a matrix for each expert
+            matrices[t.name] = t.size_bytes * NUM_EXPERTS_PER_TOK // t.shape[0]
     if "output.weight" in matrices:
         matrices.pop("token_embd.weight", None)
     return sum(matrices.values())

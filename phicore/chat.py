@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from phicore.config import PHI
 from phicore.errors import TokenizerError
 
 Message = Mapping[str, str]
@@ -62,7 +63,7 @@ class ChatTemplate:
             raise TokenizerError("tokenizer.ggml.tokens: expected an array of strings")
         source = metadata.get("tokenizer.chat_template")
         if source is None:
-            phi3 = str(metadata.get("general.architecture")) == "phi3" and not pieces
+            phi3 = str(metadata.get("general.architecture")) in PHI and not pieces
             source = PHI3_TEMPLATE if phi3 or _PHI3_PIECES.issubset(pieces) else _NO_TEMPLATE
         if not isinstance(source, str):
             found = " ".join(repr(source).split())  # numpy writes an array in several lines

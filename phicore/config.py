@@ -8,7 +8,10 @@ from typing import Any
 
 from phicore.errors import GGUFError
 
-ARCHITECTURES = ("phi3", "llama", "qwen2")
+ARCHITECTURES = ("phi3", "phimoe", "llama", "qwen2")
+PHI = ("phi3", "phimoe")
+"""Those with Phi-3's vocabulary and LongRoPE."""
+NUM_EXPERTS_PER_TOK = 2  # of `phimoe`: its routing is made for two
 
 # Name here (as in the reference's configuration): GGUF key after the architecture's name.
 KEYS = {
@@ -25,6 +28,8 @@ KEYS = {
     "sliding_window": "attention.sliding_window",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
     "attention_factor": "rope.scaling.attn_factor",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
 }
 # Keys that change nothing here, or that must have the value given to change nothing.
 HARMLESS = {
@@ -37,7 +42,7 @@ NEUTRAL = {
     "rope.scaling.type": "none",
     "rope.scaling.factor": 1.0,
     "rope.scale_linear": 1.0,
-    "expert_count": 0,
+    "expert_count": 0,  # but of `phimoe`
     "expert_used_count": 0,
     "attention.causal": True,
 }
@@ -63,6 +68,8 @@ class Phi3Config:
     """A token sees this many positions, itself included; None: all before it."""
     original_max_position_embeddings: int | None = None
     """LongRoPE: the context before it was extended; sequences up to it rotate by other factors."""
+    num_local_experts: int = 0
+    """How many matrices there are in place of each in `mlp`; 0: one, and no router."""
     attention_factor: float | None = None
     """LongRoPE: what sines and cosines are multiplied by; None: see `rope.attention_factor`."""
 
@@ -113,12 +120,20 @@ class Phi3Config:
             sliding_window=window if 0 < window < context else None,
             original_max_position_embeddings=read.optional("original_max_position_embeddings", int),
             attention_factor=read.optional("attention_factor", float),
+            num_local_experts=read.integer("num_local_experts") if arch == "phimoe" else 0,
         )
         config._check(metadata)
         return config
 
     def _check(self, metadata: Mapping[str, Any]) -> None:
         arch = self.architecture
+        chosen = metadata.get(f"{arch}.{KEYS['num_experts_per_tok']}")
+        count, expected = self.num_local_experts, NUM_EXPERTS_PER_TOK
+        if count and (chosen != expected or count < expected):
+            raise GGUFError(
+                f"{arch}.expert_used_count: expected {expected} of {expected} or more experts "
+                f"({arch}.expert_count), found {_short(chosen)} of {count}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise GGUFError(
                 f"{arch}.attention.head_count: {self.num_attention_heads} is not a multiple of "
@@ -129,7 +144,7 @@ class Phi3Config:
                 f"{arch}.rope.dimension_count: expected an even number up to the head size "
                 f"{self.head_dim}, found {self.rotary_dim}"
             )
-        if arch != "phi3" and self.rotary_dim != self.head_dim:
+        if arch not in PHI and self.rotary_dim != self.head_dim:
             raise GGUFError(
                 f"{arch}.rope.dimension_count: {self.rotary_dim} of {self.head_dim} channels: "
                 "partial rotation is not supported for this architecture"
@@ -182,13 +197,15 @@ class _Reader:
 def _refuse_unknown(arch: str, metadata: Mapping[str, Any]) -> None:
     """A key that is not understood might change the computation: better no text than wrong text."""
     known = set(KEYS.values()) | HARMLESS
+    if arch != "phimoe":
+        known -= NEUTRAL.keys()
     for key, value in metadata.items():
         name = key.removeprefix(f"{arch}.")
         if name == key or name in known:
             continue
         if name not in NEUTRAL:
             raise GGUFError(f"{key}: this hyperparameter is not supported")
-        if key == "phi3.rope.scaling.type" and value == "longrope":
+        if arch in PHI and name == "rope.scaling.type" and value == "longrope":
             continue  # what the factors in the file say anyway
         if not isinstance(value, (str, int, float)) or value != NEUTRAL[name]:
             raise GGUFError(f"{key}: {_short(value)} is not supported (supported: {NEUTRAL[name]})")

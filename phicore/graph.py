@@ -1,13 +1,20 @@
 """The Phi-3 network, once, for every backend.
 
-Abdin et al., "Phi-3 Technical Report" (2024); the same computation as transformers' `Phi3Model`.
-Axes as in `protocol.py`. `params` has the names of the reference's weights.
+Abdin et al., "Phi-3 Technical Report" (2024); the same computation as transformers' `Phi3Model` and
+`PhimoeModel`. Axes as in `protocol.py`.
+
+`params` has the names of the reference's weights. A name with `_bias` behind it is that of a bias,
+where a model has one; where `router` is, layers have experts.
 """
 
 from __future__ import annotations
 
-from phicore.config import Phi3Config
+from typing import Any
+
+from phicore.config import NUM_EXPERTS_PER_TOK, Phi3Config
 from phicore.protocol import Array, Backend, LayerCache, Params
+
+ROUTER_JITTER_NOISE = 0.01  # of every `phimoe` model; the files do not have it
 
 
 def forward(
@@ -37,12 +44,26 @@ def forward(
     for layer, layer_cache in zip(params["layers"], cache, strict=True):
         x, layer_cache = decoder_layer(ops, config, layer, x, positions, rope, layer_cache)
         new_cache.append(layer_cache)
-    return ops.rms_norm(x, params["norm"], config.rms_norm_eps), new_cache
+    return norm(ops, config, params, "norm", x), new_cache
 
 
 def logits(ops: Backend, params: Params, hidden: Array) -> Array:
     """Scores of the next token: (..., E) gives (..., V) float32."""
-    return ops.linear(hidden, params.get("lm_head", params["embed_tokens"]))
+    return linear(ops, params, "lm_head" if "lm_head" in params else "embed_tokens", hidden)
+
+
+def linear(ops: Backend, params: Params, name: str, x: Array) -> Array:
+    """x @ weight.T + bias: (..., K) gives (..., N)."""
+    y, bias = ops.linear(x, params[name]), params.get(f"{name}_bias")
+    return y if bias is None else y + ops.xp.broadcast_to(bias, y.shape)
+
+
+def norm(ops: Backend, config: Phi3Config, params: Params, name: str, x: Array) -> Array:
+    """RMSNorm or, with a bias, LayerNorm of (..., E)."""
+    eps, bias = config.rms_norm_eps, params.get(f"{name}_bias")
+    if bias is None:
+        return ops.rms_norm(x, params[name], eps)
+    return ops.layer_norm(x, params[name], bias, eps)
 
 
 def rope_at(ops: Backend, rope: tuple[Array, Array], positions: Array) -> tuple[Array, Array]:
@@ -66,11 +87,12 @@ def decoder_layer(
     cache: LayerCache,
 ) -> tuple[Array, LayerCache]:
     """x + attention(norm(x)), then x + mlp(norm(x)); x is (B, T, E)."""
-    h = ops.rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
+    h = norm(ops, config, layer, "input_layernorm", x)
     h, cache = attention(ops, config, layer, h, positions, rope, cache)
     x = x + h
-    h = ops.rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
-    return x + mlp(ops, layer, h), cache
+    h = norm(ops, config, layer, "post_attention_layernorm", x)
+    feed_forward = experts if "router" in layer else mlp
+    return x + feed_forward(ops, layer, h), cache
 
 
 def attention(
@@ -87,10 +109,7 @@ def attention(
     b, t, _ = x.shape
     h, k, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
-    qkv = ops.linear(x, layer["qkv_proj"])
-    if "qkv_bias" in layer:
-        qkv = qkv + xp.broadcast_to(layer["qkv_bias"], qkv.shape)
-    qkv = xp.reshape(qkv, (b, t, h + 2 * k, d))
+    qkv = xp.reshape(linear(ops, layer, "qkv_proj", x), (b, t, h + 2 * k, d))
     rotated = ops.rope(qkv[:, :, : h + k, :], *rope)
     query = xp.permute_dims(rotated[:, :, :h, :], (0, 2, 1, 3))  # (B, H, T, D)
     key = xp.permute_dims(rotated[:, :, h:, :], (0, 2, 1, 3))  # (B, K, T, D)
@@ -99,9 +118,48 @@ def attention(
     cache = ops.update_cache(cache, key, value, positions)
     out = ops.attention(query, cache, positions, d**-0.5, config.sliding_window)
     out = xp.reshape(xp.permute_dims(out, (0, 2, 1, 3)), (b, t, h * d))
-    return ops.linear(out, layer["o_proj"]), cache
+    return linear(ops, layer, "o_proj", out), cache
 
 
 def mlp(ops: Backend, layer: Params, x: Array) -> Array:
     """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
     return ops.linear(ops.swiglu(ops.linear(x, layer["gate_up_proj"])), layer["down_proj"])
+
+
+def experts(ops: Backend, layer: Params, x: Array) -> Array:
+    """The sum of two experts' `mlp`, which the router chooses and weighs for each token."""
+    xp = ops.xp
+    flat = xp.reshape(x, (-1, x.shape[-1]))  # (M, E)
+    chosen, weights = sparse_mixer(xp, ops.linear(flat, layer["router"]))
+    m, a = chosen.shape
+    rows = xp.broadcast_to(xp.expand_dims(flat, axis=1), (m, a, flat.shape[1]))
+    rows, chosen = xp.reshape(rows, (m * a, -1)), xp.reshape(chosen, (-1,))
+    h = ops.swiglu(ops.expert_linear(rows, chosen, layer["experts_gate_up_proj"]))
+    y = ops.expert_linear(h, chosen, layer["experts_down_proj"])
+    y = xp.reshape(y, (m, a, -1)) * xp.expand_dims(weights, axis=2)
+    return xp.reshape(xp.sum(y, axis=1), x.shape)
+
+
+def sparse_mixer(xp: Any, scores: Array) -> tuple[Array, Array]:
+    """Which two experts each token goes to, and their weights, which need not sum to 1.
+
+    Liu et al., "GRIN: GRadient-INformed MoE" (2024); transformers' `sparsemixer` in inference. Each
+    is the best of those that are left, weighed by its share of the softmax of those near to it.
+
+    Args:
+        scores: (M, X) float32.
+    Returns:
+        (M, 2) int32 and (M, 2) float32.
+    """
+    numbers = xp.arange(scores.shape[1], dtype=xp.int32)[None, :]
+    left, chosen, weights = scores, [], []
+    for _ in range(NUM_EXPERTS_PER_TOK):
+        best = xp.max(left, axis=1, keepdims=True)
+        index = xp.astype(xp.argmax(left, axis=1, keepdims=True), xp.int32)
+        distance = best - scores
+        is_near = distance <= 2 * ROUTER_JITTER_NOISE * xp.maximum(xp.abs(scores), best)
+        power = xp.exp(xp.where(is_near, left, -float("inf")) - best)
+        weights.append(1 / xp.sum(power, axis=1, keepdims=True))
+        chosen.append(index)
+        left = xp.where(numbers == index, -float("inf"), left)
+    return xp.concat(chosen, axis=1), xp.concat(weights, axis=1)

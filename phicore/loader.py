@@ -1,9 +1,8 @@
 """From a GGUF file's tensors to the parameters of the graph.
 
-`phi3` files hold the graph's fused matrices. `llama` and `qwen2` files hold the same network with
-separate matrices, `llama` files with the rows of queries and keys in the order of interleaved
-rotation; here they are stacked and put back in order, which moves whole quantized rows and changes
-no value.
+`phi3` files hold the graph's fused matrices. Others hold the same network with separate matrices,
+`llama` files with the rows of queries and keys in the order of interleaved rotation; here they are
+stacked and put back in order, which moves whole quantized rows and changes no value.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from phicore.config import Phi3Config
+from phicore.config import PHI, Phi3Config
 from phicore.errors import GGUFError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFFile, GGUFTensor
@@ -27,6 +26,7 @@ Progress = Callable[[str, int, int], None]
 # What rotary frequencies are divided by, for short and for long sequences, by architecture.
 ROPE_FACTORS = {
     "phi3": ("rope_factors_short.weight", "rope_factors_long.weight"),
+    "phimoe": ("rope_factors_short.weight", "rope_factors_long.weight"),
     "llama": ("rope_freqs.weight", "rope_freqs.weight"),
     "qwen2": (),
 }
@@ -40,45 +40,68 @@ def load_params(ops: Backend, config: Phi3Config, file: GGUFFile, progress: Prog
 
     Returns:
         `embed_tokens`, `lm_head` (absent when it is tied to the embedding), `norm`, and `layers`, a
-        list with one dictionary a layer.
+        list with one dictionary a layer; and the biases that models of this architecture have.
     Raises:
         GGUFError: For a missing, surplus or misshapen tensor, or a type that cannot be read.
     """
-    reader = _Tensors(ops, file, progress, used=ROPE_FACTORS[config.architecture])
+    arch = config.architecture
+    reader = _Tensors(ops, file, progress, used=ROPE_FACTORS[arch])
     h, k, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     e, f = config.hidden_size, config.intermediate_size
 
     def layer(n: int) -> dict[str, Any]:
         blk = f"blk.{n}"
-        if config.architecture == "phi3":
+        if arch == "phi3":
             qkv = [reader.take(f"{blk}.attn_qkv.weight", (h + 2 * k) * d, e)]
-            gate_up = [reader.take(f"{blk}.ffn_up.weight", 2 * f, e)]
         else:
             qkv = [
                 reader.take(f"{blk}.attn_q.weight", h * d, e),
                 reader.take(f"{blk}.attn_k.weight", k * d, e),
                 reader.take(f"{blk}.attn_v.weight", k * d, e),
             ]
-            if config.architecture == "llama":
+            if arch == "llama":
                 qkv[0] = rows_for_half_rotation(qkv[0], h)
                 qkv[1] = rows_for_half_rotation(qkv[1], k)
-            gate_up = [
-                reader.take(f"{blk}.ffn_gate.weight", f, e),
-                reader.take(f"{blk}.ffn_up.weight", f, e),
-            ]
-        biases = {}
-        if config.architecture == "qwen2":
-            sizes = {"q": h * d, "k": k * d, "v": k * d}
-            names = {f"{blk}.attn_{part}.bias": size for part, size in sizes.items()}
-            biases["qkv_bias"] = reader.vector(names)
-        return {
-            **biases,
+        found = {
             "input_layernorm": reader.vector({f"{blk}.attn_norm.weight": e}),
             "qkv_proj": reader.load("qkv_proj", *qkv),
             "o_proj": reader.matrix(f"{blk}.attn_output.weight", e, h * d),
             "post_attention_layernorm": reader.vector({f"{blk}.ffn_norm.weight": e}),
+        }
+        if arch in ("qwen2", "phimoe"):
+            sizes = {"q": h * d, "k": k * d, "v": k * d}
+            names = {f"{blk}.attn_{part}.bias": size for part, size in sizes.items()}
+            found["qkv_proj_bias"] = reader.vector(names)
+        if arch == "phimoe":
+            found["o_proj_bias"] = reader.vector({f"{blk}.attn_output.bias": e})
+            found["input_layernorm_bias"] = reader.vector({f"{blk}.attn_norm.bias": e})
+            found["post_attention_layernorm_bias"] = reader.vector({f"{blk}.ffn_norm.bias": e})
+        return found | (experts(blk) if config.num_local_experts else mlp(blk))
+
+    def mlp(blk: str) -> dict[str, Any]:
+        if arch == "phi3":
+            gate_up = [reader.take(f"{blk}.ffn_up.weight", 2 * f, e)]
+        else:
+            gate_up = [
+                reader.take(f"{blk}.ffn_gate.weight", f, e),
+                reader.take(f"{blk}.ffn_up.weight", f, e),
+            ]
+        return {
             "gate_up_proj": reader.load("gate_up_proj", *gate_up),
             "down_proj": reader.matrix(f"{blk}.ffn_down.weight", e, f),
+        }
+
+    def experts(blk: str) -> dict[str, Any]:
+        count = config.num_local_experts
+        gate_up = [
+            reader.take(f"{blk}.ffn_gate_exps.weight", count, f, e),
+            reader.take(f"{blk}.ffn_up_exps.weight", count, f, e),
+        ]
+        down = reader.take(f"{blk}.ffn_down_exps.weight", count, e, f)
+        return {
+            "router": reader.matrix(f"{blk}.ffn_gate_inp.weight", count, e),
+            "experts_gate_up_proj": reader.load_experts("experts_gate_up_proj", *gate_up),
+            "experts_down_proj": reader.load_experts("experts_down_proj", down),
         }
 
     params: dict[str, Any] = {
@@ -86,8 +109,11 @@ def load_params(ops: Backend, config: Phi3Config, file: GGUFFile, progress: Prog
         "layers": [layer(n) for n in range(config.num_hidden_layers)],
         "norm": reader.vector({"output_norm.weight": e}),
     }
-    if "output.weight" in file.tensors:
+    if "output.weight" in file.tensors or arch == "phimoe":
         params["lm_head"] = reader.matrix("output.weight", vocab_size(file), e)
+    if arch == "phimoe":
+        params["norm_bias"] = reader.vector({"output_norm.bias": e})
+        params["lm_head_bias"] = reader.vector({"output.bias": vocab_size(file)})
     reader.check_all_read()
     return params
 
@@ -101,7 +127,7 @@ def load_rope_factors(config: Phi3Config, file: GGUFFile) -> RopeFactors | None:
     """
     names = ROPE_FACTORS[config.architecture]
     arch, scale = config.architecture, config.attention_factor
-    if arch != "phi3" and scale not in (None, 1):
+    if arch not in PHI and scale not in (None, 1):
         raise GGUFError(
             f"{file.path.name}: {arch}.rope.scaling.attn_factor: {scale} is not supported "
             "(supported: 1)"
@@ -110,9 +136,7 @@ def load_rope_factors(config: Phi3Config, file: GGUFFile) -> RopeFactors | None:
     where = file.path.name
     if not found:
         context = config.max_position_embeddings
-        is_extended = (
-            arch == "phi3" and (config.original_max_position_embeddings or context) < context
-        )
+        is_extended = arch in PHI and (config.original_max_position_embeddings or context) < context
         if is_extended or scale not in (None, 1):
             raise GGUFError(f"{where}: tensors {' and '.join(names)} are missing")
         return None
@@ -129,12 +153,12 @@ def load_rope_factors(config: Phi3Config, file: GGUFFile) -> RopeFactors | None:
         if not (np.isfinite(values) & (values > 0)).all():
             raise GGUFError(f"{where}: tensor {name!r}: expected positive numbers")
         factors.append(values)
-    if config.architecture != "phi3":
+    if arch not in PHI:
         return RopeFactors(factors[0], factors[1])
     original = config.original_max_position_embeddings
     if original is None or original < 2:
         raise GGUFError(
-            f"{where}: phi3.rope.scaling.original_context_length: expected 2 or more with the "
+            f"{where}: {arch}.rope.scaling.original_context_length: expected 2 or more with the "
             f"rope factors of this file, found {original or 'nothing'}"
         )
     return RopeFactors(factors[0], factors[1], attention_factor(config))
@@ -185,6 +209,19 @@ class _Tensors:
 
     def load(self, name: str, *parts: GGUFTensor) -> Any:
         weight = self._ops.load_weight(Matrix(name, parts))
+        self._count(*parts)
+        return weight
+
+    def load_experts(self, name: str, *parts: GGUFTensor) -> Any:
+        """Tensors (X, N, K): the parts of a matrix for each expert."""
+
+        def expert(number: int) -> Matrix:
+            return Matrix(
+                name,
+                tuple(replace(p, shape=p.shape[1:], data=p.data[number]) for p in parts),
+            )
+
+        weight = self._ops.load_experts([expert(n) for n in range(parts[0].shape[0])])
         self._count(*parts)
         return weight
 

@@ -12,10 +12,11 @@ Rules
   token ids and positions are int32.
 
 Axes: B sequences, T new tokens, S positions the cache has room for, V vocabulary, E `hidden_size`,
-F `intermediate_size`, H `num_attention_heads`, K `num_key_value_heads`, D `head_dim`.
+F `intermediate_size`, H `num_attention_heads`, K `num_key_value_heads`, D `head_dim`,
+X `num_local_experts`.
 
 `xp` has these functions of the Python Array API standard (2024.12), with its names and meanings:
-    arange argmax astype broadcast_to concat exp expand_dims log log1p matmul max maximum mean
+    abs arange argmax astype broadcast_to concat exp expand_dims log log1p matmul max maximum mean
     permute_dims reshape round sqrt sum take take_along_axis where zeros
 and its dtypes float32, int32 and bool. Arrays have `shape`, operators and basic slices.
 """
@@ -127,6 +128,13 @@ class Backend:
         """
         return self.asarray(matrix.dequantize())
 
+    def load_experts(self, matrices: Sequence[Matrix]) -> Weight:
+        """Bring X matrices of N rows by K columns to the device, all of the same types.
+
+        The default is a dense float32 array of shape (X, N, K).
+        """
+        return self.asarray(np.stack([matrix.dequantize() for matrix in matrices]))
+
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         """Compile a pure function of nested containers (dict, list, tuple, None) of arrays.
 
@@ -152,6 +160,24 @@ class Backend:
         y = self.xp.matmul(flat, self.xp.permute_dims(weight, (1, 0)))
         return self.xp.reshape(y, (*x.shape[:-1], y.shape[-1]))
 
+    def expert_linear(self, x: Array, experts: Array, weight: Weight) -> Array:
+        """Each row by the matrix of its expert: (M, K) and int32 (M,) give (M, N).
+
+        Reads no other experts' weights for a few rows; the default multiplies many rows by all.
+
+        Args:
+            weight: What `load_experts` made of X matrices (N, K).
+        """
+        xp, count = self.xp, weight.shape[0]
+        if x.shape[0] < count:
+            picked = xp.take(weight, experts, axis=0)  # (M, N, K)
+            return xp.matmul(picked, xp.expand_dims(x, axis=2))[:, :, 0]
+        y = xp.zeros((x.shape[0], weight.shape[1]), dtype=xp.float32)
+        for number in range(count):
+            product = xp.matmul(x, xp.permute_dims(weight[number, :, :], (1, 0)))
+            y = xp.where((experts == number)[:, None], product, y)
+        return y
+
     def embedding(self, ids: Array, weight: Weight) -> Array:
         """Rows of a loaded (V, E) matrix: int32 (B, T) gives (B, T, E)."""
         rows = self.xp.take(weight, self.xp.reshape(ids, (-1,)), axis=0)
@@ -161,6 +187,13 @@ class Backend:
         """weight * x / sqrt(mean(x**2) + eps) over the last axis, in float32."""
         normed = x / self.xp.sqrt(self.xp.mean(x * x, axis=-1, keepdims=True) + eps)
         return self.xp.broadcast_to(weight, x.shape) * normed
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """weight * (x - mean(x)) / sqrt(variance(x) + eps) + bias over the last axis."""
+        xp = self.xp
+        centred = x - xp.mean(x, axis=-1, keepdims=True)
+        normed = centred / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+        return xp.broadcast_to(weight, x.shape) * normed + xp.broadcast_to(bias, x.shape)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         """Rotate the first 2R of D channels, channel i with channel i + R; the rest passes through.

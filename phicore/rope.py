@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log, sqrt
+from math import isclose, log, sqrt
 
 import numpy as np
 
@@ -24,6 +24,9 @@ class RopeFactors:
     """What sines and cosines are multiplied by, at any length."""
 
 
+PHI_3_5_MOE_SCALE = 1.243163121016122  # `short_mscale` and `long_mscale` of its configuration
+
+
 def is_long(config: Phi3Config, length: int) -> bool:
     """Whether a sequence that is planned to be so long rotates by the long factors."""
     original = config.original_max_position_embeddings
@@ -33,13 +36,17 @@ def is_long(config: Phi3Config, length: int) -> bool:
 def attention_factor(config: Phi3Config) -> float:
     """The scale of LongRoPE.
 
-    Source: `_compute_longrope_parameters` of transformers.
+    Source: `_compute_longrope_parameters` of transformers. Phi-3.5-MoE was trained with a scale of
+    its own, for which llama.cpp's converter writes what the formula gives.
     """
-    if config.attention_factor is not None:
-        return config.attention_factor
     original = config.original_max_position_embeddings or config.max_position_embeddings
     ratio = config.max_position_embeddings / original
-    return sqrt(1 + log(ratio) / log(original)) if ratio > 1 else 1.0
+    by_formula = sqrt(1 + log(ratio) / log(original)) if ratio > 1 else 1.0
+    scale = by_formula if config.attention_factor is None else config.attention_factor
+    is_phi_3_5_moe = config.architecture == "phimoe" and (original, ratio) == (4096, 32)
+    if is_phi_3_5_moe and isclose(scale, by_formula, rel_tol=1e-6):
+        return PHI_3_5_MOE_SCALE
+    return scale
 
 
 def rope_tables(

@@ -22,6 +22,7 @@ import tokenizers
 from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from phicore.config import PHI
 from phicore.errors import TokenizerError
 
 # Spellings that end a generation in every vocabulary that has them (llama.cpp, `special_eog_ids`);
@@ -157,7 +158,7 @@ def sentencepiece_backend(
     unescape = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     strip = [decoders.Strip(" ", 1, 0)] if space_prefix else []
     backend.decoder = decoders.Sequence([*unescape, *strip])
-    is_phi3 = str(metadata.get("general.architecture")) == "phi3"
+    is_phi3 = str(metadata.get("general.architecture")) in PHI
     _add_special_tokens(backend, pieces, types, rstrip=is_phi3)
     return backend
 

@@ -66,6 +66,7 @@ Q4_K_M: Mapping[str, Type] = {
     "*.attn_qkv.weight": Type.Q5_K,
     "*.attn_v.weight": Type.Q6_K,
     "*.ffn_down.weight": Type.Q6_K,
+    "*.ffn_down_exps.weight": Type.Q6_K,
     "*": Type.Q4_K,
 }
 """The mix of types that llama.cpp calls Q4_K_M; in a `llama` file q and k differ from v."""
@@ -78,7 +79,7 @@ class Tiny:
     Rows of K-quants are multiples of 256 long, hence hidden_size and intermediate_size.
     """
 
-    arch: str = "phi3"  # or "llama", "qwen2"
+    arch: str = "phi3"  # or "phimoe", "llama", "qwen2"
     hidden_size: int = 512
     intermediate_size: int = 768
     num_hidden_layers: int = 2
@@ -92,6 +93,7 @@ class Tiny:
     tie_word_embeddings: bool = False
     rope_dimension_count: int | None = None  # None: all of head_dim
     original_max_position_embeddings: int | None = None  # given: LongRoPE, or Llama 3's rotation
+    num_local_experts: int = 0  # of "phimoe"
 
     @property
     def head_dim(self) -> int:
@@ -199,8 +201,18 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray, Type]]:
     """Every tensor of a file: its name, its rows, its type."""
 
-    def norm(name: str) -> tuple[str, np.ndarray, Type]:
-        return name, 1 + np.float32(0.1) * _normal(rng, tiny.hidden_size), Type.F32
+    def norm(name: str) -> Iterator[tuple[str, np.ndarray, Type]]:
+        yield f"{name}.weight", 1 + np.float32(0.1) * _normal(rng, tiny.hidden_size), Type.F32
+        if is_moe:
+            yield bias(name, tiny.hidden_size)
+
+    def bias(name: str, size: int) -> tuple[str, np.ndarray, Type]:
+        return f"{name}.bias", np.float32(0.5) * _normal(rng, size), Type.F32
+
+    def experts(name: str, rows: int, cols: int) -> tuple[str, np.ndarray, Type]:
+        count = tiny.num_local_experts
+        name, data, data_type = matrix(name, (count * rows,), cols, 1 / math.sqrt(cols))
+        return name, data.reshape(count, rows, -1), data_type
 
     def matrix(
         name: str, rows: tuple[int, ...], cols: int, std: float, heads: int = 0
@@ -214,11 +226,12 @@ def _tensors(
     heads, kv_heads = tiny.num_attention_heads, tiny.num_key_value_heads
     q, kv = heads * tiny.head_dim, kv_heads * tiny.head_dim
     std = 1 / math.sqrt(hidden)  # of a matrix whose output is as large as its input
+    is_moe = tiny.arch == "phimoe"
 
     yield matrix("token_embd.weight", (tiny.vocab_size,), hidden, 0.05)
     for i in range(tiny.num_hidden_layers):
         blk = f"blk.{i}"
-        yield norm(f"{blk}.attn_norm.weight")
+        yield from norm(f"{blk}.attn_norm")
         if tiny.arch == "phi3":
             yield matrix(f"{blk}.attn_qkv.weight", (q, kv, kv), hidden, std)
         else:
@@ -226,11 +239,20 @@ def _tensors(
             yield matrix(f"{blk}.attn_q.weight", (q,), hidden, std, heads if is_llama else 0)
             yield matrix(f"{blk}.attn_k.weight", (kv,), hidden, std, kv_heads if is_llama else 0)
             yield matrix(f"{blk}.attn_v.weight", (kv,), hidden, std)
-        if tiny.arch == "qwen2":
+        if tiny.arch == "qwen2" or is_moe:
             for part, size in (("q", q), ("k", kv), ("v", kv)):
-                yield f"{blk}.attn_{part}.bias", np.float32(0.5) * _normal(rng, size), Type.F32
+                yield bias(f"{blk}.attn_{part}", size)
         yield matrix(f"{blk}.attn_output.weight", (hidden,), q, std)
-        yield norm(f"{blk}.ffn_norm.weight")
+        if is_moe:
+            yield bias(f"{blk}.attn_output", hidden)
+        yield from norm(f"{blk}.ffn_norm")
+        if is_moe:
+            count = tiny.num_local_experts
+            yield f"{blk}.ffn_gate_inp.weight", std * _normal(rng, count, hidden), Type.F32
+            yield experts(f"{blk}.ffn_gate_exps.weight", intermediate, hidden)
+            yield experts(f"{blk}.ffn_up_exps.weight", intermediate, hidden)
+            yield experts(f"{blk}.ffn_down_exps.weight", hidden, intermediate)
+            continue
         if tiny.arch == "phi3":
             yield matrix(f"{blk}.ffn_up.weight", (intermediate, intermediate), hidden, std)
         else:
@@ -244,9 +266,11 @@ def _tensors(
         steps = np.arange(1, tiny.rotary_dim // 2 + 1, dtype=np.float32)
         yield "rope_factors_long.weight", 1 + steps / 8, Type.F32
         yield "rope_factors_short.weight", 1 + steps / 64, Type.F32
-    yield norm("output_norm.weight")
+    yield from norm("output_norm")
     if not tiny.tie_word_embeddings:
         yield matrix("output.weight", (tiny.vocab_size,), hidden, 2 * std)
+    if is_moe:
+        yield bias("output", tiny.vocab_size)
 
 
 def _llama3_factors(tiny: Tiny) -> np.ndarray:
@@ -289,7 +313,10 @@ def _add_config(writer: gguf.GGUFWriter, tiny: Tiny, types: Types) -> None:
     writer.add_layer_norm_rms_eps(tiny.rms_norm_eps)
     writer.add_rope_dimension_count(tiny.rotary_dim)
     writer.add_rope_freq_base(tiny.rope_theta)
-    if tiny.arch == "phi3":
+    if tiny.num_local_experts:
+        writer.add_expert_count(tiny.num_local_experts)
+        writer.add_expert_used_count(2)
+    if tiny.arch in ("phi3", "phimoe"):
         original = tiny.original_max_position_embeddings or tiny.max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(original)
         if tiny.original_max_position_embeddings:
@@ -374,6 +401,8 @@ def windowed() -> Case:
 def cases() -> list[Case]:
     """One case for each type, and one for each thing besides types in which files differ."""
     plain = Tiny(vocab_size=80)  # keeps complete logits small
+    moe = replace(plain, arch="phimoe", intermediate_size=256, num_local_experts=6)
+    moe = replace(moe, original_max_position_embeddings=32)
     by_type = [Case(t.name, plain, t, seed) for seed, t in enumerate(TYPES)]
     mixes = {
         "mix": plain,
@@ -394,6 +423,9 @@ def cases() -> list[Case]:
             original_max_position_embeddings=16,
             tie_word_embeddings=True,
         ),
+        "phimoe": moe,
+        "phimoe_beyond_original": replace(moe, original_max_position_embeddings=16),
+        "phimoe_window": replace(moe, sliding_window=5),
     }
     return by_type + [
         Case(name, tiny, Q4_K_M, 100 + i) for i, (name, tiny) in enumerate(mixes.items())

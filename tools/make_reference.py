@@ -70,11 +70,17 @@ LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps": "mlp.experts.gate_proj",  # joined with `up` by load_model
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
 }
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "output_norm.bias": "model.norm.bias",
     "output.weight": "lm_head.weight",
+    "output.bias": "lm_head.bias",
 }
 
 
@@ -93,6 +99,11 @@ def load_model(path: Path) -> transformers.PreTrainedModel:
             elif tensor.name.endswith("attn_k.weight"):
                 weight = to_halves(weight, config.num_key_value_heads)
         state[reference_name(tensor.name, config.model_type)] = torch.from_numpy(weight.copy())
+    for name in [name for name in state if name.endswith("experts.gate_proj.weight")]:
+        prefix = name.removesuffix("gate_proj.weight")
+        gate_up = [state.pop(f"{prefix}{part}_proj.weight") for part in ("gate", "up")]
+        state[f"{prefix}gate_up_proj"] = torch.cat(gate_up, dim=1)
+        state[f"{prefix}down_proj"] = state.pop(f"{prefix}down_proj.weight")
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # tied
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32
@@ -101,6 +112,11 @@ def load_model(path: Path) -> transformers.PreTrainedModel:
     for tensor in reader.tensors:
         if tensor.name == "rope_freqs.weight":
             model.model.rotary_emb.inv_freq /= torch.from_numpy(tensor.data.copy())
+    if config.model_type == "phimoe" and config.rope_parameters["rope_type"] == "longrope":
+        # Phimoe chooses the factors by the length of the sequence, as Phi3 does, but then computes
+        # the frequencies anew without the length, which gives the short ones for any.
+        rotary = model.model.rotary_emb
+        rotary.rope_init_fn = lambda config: (rotary.inv_freq, rotary.attention_scaling)
     return model.eval()
 
 
@@ -139,8 +155,10 @@ def model_config(reader: gguf.GGUFReader) -> transformers.PreTrainedConfig:
         return transformers.LlamaConfig(**shape)
     if arch == "qwen2":
         return transformers.Qwen2Config(**shape)
-    if arch != "phi3":
-        raise SystemExit(f"general.architecture: expected phi3, llama or qwen2, found {arch}")
+    if arch not in ("phi3", "phimoe"):
+        raise SystemExit(
+            f"general.architecture: expected phi3, phimoe, llama or qwen2, found {arch}"
+        )
 
     head_dim = hidden_size // heads
     rope["partial_rotary_factor"] = get(f"{arch}.rope.dimension_count", head_dim) / head_dim
@@ -156,6 +174,16 @@ def model_config(reader: gguf.GGUFReader) -> transformers.PreTrainedConfig:
     window = get(
         f"{arch}.attention.sliding_window", 2047 if layers in (32, 40) and context == 4096 else 0
     )
+    if arch == "phimoe":
+        rope |= {f"{length}_mscale": rope.get("attention_factor") for length in ("long", "short")}
+        return transformers.PhimoeConfig(
+            **shape,
+            sliding_window=window or None,
+            num_local_experts=get(f"{arch}.expert_count"),
+            num_experts_per_tok=get(f"{arch}.expert_used_count"),
+            attention_bias=True,
+            lm_head_bias=True,
+        )
     return transformers.Phi3Config(
         **shape, original_max_position_embeddings=original, sliding_window=window or None
     )

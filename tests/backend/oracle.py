@@ -35,6 +35,11 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return weight * x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
 
 
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    x = x.astype(np.float64) - x.astype(np.float64).mean(axis=-1, keepdims=True)
+    return rms_norm(x, weight, eps) + bias
+
+
 def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """Each pair (channel r, channel r + R) as a complex number, times cos + i sin."""
     out = x.astype(np.float64)

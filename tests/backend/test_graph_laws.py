@@ -126,12 +126,22 @@ def test_logits_any_split_into_chunks_equal_one_piece(
     assert_close(np.concatenate(pieces), runner.whole(tokens), tolerances.SAME_GRAPH)
 
 
-@pytest.mark.parametrize(("kv_heads", "window"), [(1, 2), (2, None), (6, 4), (3, 1)])
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "arch"),
+    [(1, 2, "phi3"), (2, None, "phi3"), (6, 4, "phi3"), (3, 1, "phi3"), (3, 2, "phimoe")],
+)
 def test_logits_any_split_whatever_the_window_and_the_heads(
-    ops: Backend, tmp_path_factory: pytest.TempPathFactory, kv_heads: int, window: int | None
+    ops: Backend,
+    tmp_path_factory: pytest.TempPathFactory,
+    kv_heads: int,
+    window: int | None,
+    arch: str,
 ):
     path = tmp_path_factory.mktemp("laws") / "tiny.gguf"
-    write_model(path, replace(TINY, num_key_value_heads=kv_heads), Type.F32, tokenizer=False)
+    tiny = replace(TINY, num_key_value_heads=kv_heads, arch=arch)
+    if arch == "phimoe":
+        tiny = replace(tiny, num_local_experts=4)
+    write_model(path, tiny, Type.F32, tokenizer=False)
     runner = runner_of(ops, path, window)
 
     @settings(max_examples=8)

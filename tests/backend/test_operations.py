@@ -29,6 +29,19 @@ def test_rms_norm_equals_float64(ops: Backend, rng: np.random.Generator):
     assert_close(result[1, 0], oracle.rms_norm(x, weight, 1e-5)[1, 0], tolerances.ELEMENTWISE)
 
 
+def test_layer_norm_equals_float64(ops: Backend, rng: np.random.Generator):
+    x = 3 * rng.standard_normal((B, T, 7), np.float32) + 2
+    x[0, 0] = 5  # eps alone is under the root
+    x[1, 0] *= 1e-4  # where eps counts
+    weight, bias = rng.standard_normal((2, 7), np.float32)
+    run = ops.compile(lambda *args: ops.layer_norm(*args, 1e-5))
+    result = ops.to_numpy(run(*map(ops.asarray, (x, weight, bias))))
+    assert result.dtype == np.float32
+    expected = oracle.layer_norm(x, weight, bias, 1e-5)
+    assert_close(result, expected, tolerances.ELEMENTWISE)
+    assert_close(result[:, 0] - bias, expected[:, 0] - bias, tolerances.ELEMENTWISE)
+
+
 @pytest.mark.parametrize("r", [D // 2, 3, 1], ids=["full", "partial", "one-pair"])
 def test_rope_equals_complex_rotation(ops: Backend, rng: np.random.Generator, r: int):
     x = rng.standard_normal((B, T, HEADS, D), np.float32)

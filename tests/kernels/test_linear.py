@@ -48,6 +48,25 @@ def test_linear_equals_float64_and_rows_do_not_depend_on_their_number(
                 assert np.array_equal(y, of_tensor[-1][:m]), (columns, t.shape, m)
 
 
+@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
+def test_linear_of_experts_gives_the_bits_of_each_expert_s_matrix(
+    kernels: Kernels, ggml_type: Type, rng: np.random.Generator
+):
+    count, columns, rows = 3, max(512, block_columns(ggml_type)), (1, 2, 9, 40, 230)
+    for out in (16, 41):
+        tensors = [random_tensor(ggml_type, out, columns, rng) for _ in range(count)]
+        x = rng.standard_normal((max(rows), columns), np.float32)
+        ids = rng.integers(0, count, max(rows), np.int32)
+        ids[:2] = 1
+        each = products(kernels, [x], [kernels.pack([t]) for t in tensors])[0]
+        expected = np.stack(each)[ids, np.arange(max(rows))]
+        weight = kernels.pack(tensors, count)
+        run = jax.jit(lambda x, w, ids: kernels.linear(x, w, ids))
+        for m in rows:
+            found = np.asarray(run(x[:m], weight, ids[:m]))
+            assert np.array_equal(found, expected[:m]), (out, m)
+
+
 @pytest.mark.parametrize("ggml_type", [Type.Q4_K, Type.Q6_K, Type.BF16], ids=lambda t: t.name)
 def test_linear_does_not_depend_on_the_number_of_threads(ggml_type: Type, rng: np.random.Generator):
     tensor = random_tensor(ggml_type, 1000, 2048, rng)

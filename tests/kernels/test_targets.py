@@ -142,6 +142,7 @@ def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]
         "rows-Q6_K": ("halves", lambda m: linear.emit_rows(m, Type.Q6_K)),
         "rows-F16": ("halves", lambda m: dense.emit_rows(m, Type.F16)),
         "dense-F16": ("floats", lambda m: dense.emit_linear(m, Type.F16, target.tile)),
+        "dense-experts": ("floats", lambda m: dense.emit_linear(m, Type.F32, 2, True)),
         "store-i24": ("", lambda m: attention.emit_store(m, i24)),
         "store-f16": ("", lambda m: attention.emit_store(m, f16)),
         "attention-f16-3": ("floats", lambda m: attention.emit_attention(m, f16, 3)),
@@ -149,13 +150,15 @@ def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]
         "rms-norm": ("", rowwise.emit_rms_norm),
         "swiglu": ("floats", rowwise.emit_swiglu),
     }
-    for t, tile, bits, is_fused in [
-        (Type.Q4_K, target.fused_tile, 16, True),
-        (Type.Q6_K, target.tile, 16, False),
-        *([(Type.Q8_0, target.tile, 8, False)] if target.has_byte_dot else []),
+    for name, t, tile, bits, is_fused in [
+        ("linear", Type.Q4_K, target.fused_tile, 16, True),
+        ("linear", Type.Q6_K, target.tile, 16, False),
+        ("experts", Type.Q4_K, 1, 16, True),
+        ("experts", Type.Q6_K, target.tile, 16, False),
+        *([("linear", Type.Q8_0, target.tile, 8, False)] if target.has_byte_dot else []),
     ]:
-        product = Product(FORMATS[t], tile, bits)
-        found[f"linear-{t.name}"] = (
+        product = Product(FORMATS[t], tile, bits, is_grouped=name == "experts")
+        found[f"{name}-{t.name}"] = (
             "exact" if bits == 16 else "fast",
             lambda m, product=product, is_fused=is_fused: linear.emit_linear(m, product, is_fused),
         )

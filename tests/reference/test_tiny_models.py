@@ -60,8 +60,10 @@ def test_logits_of_tiny_model_equal_transformers(name, ops, tmp_path):
 
 GREEDY_CASES = ("F32", "mix", "llama", "window", "partial_rope", "long_factors", "short_factors")
 
+MORE_GREEDY_CASES = ("llama3", "mistral", "qwen2", "phi4_mini", "phimoe", "phimoe_window")
 
-@pytest.mark.parametrize("name", [*GREEDY_CASES, "llama3", "mistral", "qwen2", "phi4_mini"])
+
+@pytest.mark.parametrize("name", [*GREEDY_CASES, *MORE_GREEDY_CASES])
 def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
     expected = golden()[f"{name}/greedy_ids"].tolist()
     engine = engine_of(CASES[name].write(tmp_path / "tiny.gguf"), ops)

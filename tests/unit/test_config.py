@@ -100,21 +100,24 @@ def test_from_gguf_missing_key_is_named(name: str):
     assert message(values) == expected
 
 
-@pytest.mark.parametrize("arch", [None, "phi2", "phimoe", 3])
+@pytest.mark.parametrize("arch", [None, "phi2", "PHI3", 3])
 def test_from_gguf_other_architecture_is_refused(arch: Any):
     values = metadata() | {"general.architecture": arch}
     if arch is None:
         assert message(values) == "general.architecture: missing; is this a model file?"
     else:
         expected = (
-            f"general.architecture: {arch!r} is not supported (supported: phi3, llama, qwen2)"
+            f"general.architecture: {arch!r} is not supported "
+            "(supported: phi3, phimoe, llama, qwen2)"
         )
         assert message(values) == expected
 
 
 @pytest.mark.parametrize("arch", [np.array([1, 2]), ["phi3"]], ids=["array", "list"])
 def test_from_gguf_architecture_that_is_an_array_is_refused(arch: Any):
-    expected = f"general.architecture: {arch!r} is not supported (supported: phi3, llama, qwen2)"
+    expected = (
+        f"general.architecture: {arch!r} is not supported (supported: phi3, phimoe, llama, qwen2)"
+    )
     assert message(metadata() | {"general.architecture": arch}) == expected
 
 
@@ -169,6 +172,32 @@ def test_from_gguf_heads_not_in_groups_are_refused():
     assert message(metadata(attention__head_count_kv=7)) == (
         "phi3.attention.head_count: 24 is not a multiple of phi3.attention.head_count_kv 7"
     )
+
+
+def test_from_gguf_experts_are_two_of_some():
+    config = Phi3Config.from_gguf(metadata("phimoe", expert_count=16, expert_used_count=2))
+    assert config.num_local_experts == 16
+    assert Phi3Config.from_gguf(metadata()).num_local_experts == 0
+
+
+@pytest.mark.parametrize(
+    ("used", "count", "expected"),
+    [
+        (1, 16, "expected 2 of 2 or more experts (phimoe.expert_count), found 1 of 16"),
+        (2, 1, "expected 2 of 2 or more experts (phimoe.expert_count), found 2 of 1"),
+        ([2], 16, "expected 2 of 2 or more experts (phimoe.expert_count), found [2] of 16"),
+    ],
+    ids=str,
+)
+def test_from_gguf_other_numbers_of_experts_are_refused(used: Any, count: int, expected: str):
+    values = metadata("phimoe", expert_count=count, expert_used_count=used)
+    assert message(values) == f"phimoe.expert_used_count: {expected}"
+    del values["phimoe.expert_used_count"]
+    assert message(values).endswith(f"found None of {count}")
+
+
+def test_from_gguf_model_of_experts_without_their_number_is_refused():
+    assert message(metadata("phimoe")).startswith("phimoe.expert_count: missing")
 
 
 def test_from_gguf_llama_partial_rotation_is_refused():

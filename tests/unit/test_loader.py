@@ -70,6 +70,54 @@ def test_load_params_has_the_reference_s_names_and_shapes(load: Callable[..., di
     }
 
 
+MOE = replace(TINY, arch="phimoe", intermediate_size=256, num_local_experts=3)
+
+
+def test_load_params_experts_have_an_axis_in_front(load: Callable[..., dict[str, Any]]):
+    params = load(MOE, Q4_K_M)
+    assert set(params) == {"embed_tokens", "lm_head", "lm_head_bias", "norm", "norm_bias", "layers"}
+    assert params["lm_head_bias"].shape == (40,)
+    shapes = {name: a.shape for name, a in params["layers"][1].items()}
+    assert shapes == {
+        "input_layernorm": (512,),
+        "input_layernorm_bias": (512,),
+        "qkv_proj": ((8 + 2 * 4) * 64, 512),
+        "qkv_proj_bias": ((8 + 2 * 4) * 64,),
+        "o_proj": (512, 512),
+        "o_proj_bias": (512,),
+        "post_attention_layernorm": (512,),
+        "post_attention_layernorm_bias": (512,),
+        "router": (3, 512),
+        "experts_gate_up_proj": (3, 2 * 256, 512),
+        "experts_down_proj": (3, 512, 256),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.1.ffn_up_exps.weight", "blk.0.ffn_norm.bias", "output.weight", "output.bias"]
+)
+def test_load_params_missing_tensor_of_a_model_of_experts_is_named(
+    load: Callable[..., dict[str, Any]], name: str
+):
+    with pytest.raises(GGUFError) as caught:
+        load(MOE, change=lambda file: file.tensors.pop(name))
+    assert str(caught.value) == f"m.gguf: tensor '{name}' is missing"
+
+
+def test_load_params_other_number_of_experts_is_told(load: Callable[..., dict[str, Any]]):
+    def change(file: GGUFFile) -> None:
+        name = "blk.0.ffn_down_exps.weight"
+        whole = file.tensors[name]
+        file.tensors[name] = replace(whole, shape=(2, *whole.shape[1:]), data=whole.data[:2])
+
+    with pytest.raises(GGUFError) as caught:
+        load(MOE, change=change)
+    assert str(caught.value) == (
+        "m.gguf: tensor 'blk.0.ffn_down_exps.weight': expected shape [3, 512, 256] by the "
+        "hyperparameters, found [2, 512, 256]"
+    )
+
+
 def test_load_params_tied_model_has_no_head(load: Callable[..., dict[str, Any]]):
     params = load(replace(TINY, tie_word_embeddings=True))
     assert "lm_head" not in params

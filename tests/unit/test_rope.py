@@ -88,3 +88,19 @@ def test_attention_factor_is_the_file_s_or_that_of_the_paper():
     assert attention_factor(extended) == pytest.approx(1.190238)  # Phi-3-mini-128k
     assert attention_factor(replace(extended, attention_factor=1.5)) == 1.5
     assert attention_factor(replace(CONFIG, original_max_position_embeddings=4096)) == 1
+
+
+def test_attention_factor_of_phi_3_5_moe_is_that_of_its_training():
+    """Its files have what the formula gives, though the model's configuration has another."""
+    model = replace(
+        CONFIG,
+        architecture="phimoe",
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+    )
+    assert attention_factor(model) == 1.243163121016122
+    by_formula = float(np.float32(np.sqrt(1 + np.log(32) / np.log(4096))))
+    assert attention_factor(replace(model, attention_factor=by_formula)) == 1.243163121016122
+    assert attention_factor(replace(model, attention_factor=1.2)) == 1.2
+    other = replace(model, max_position_embeddings=8192)
+    assert attention_factor(other) == np.sqrt(1 + 1 / 12)

@@ -214,6 +214,18 @@ class JaxBackend(Backend):
                 packed.extend(expanded.pack(replace(matrix, parts=tuple(part))))
         return tuple(jax.tree.map(self._put, p) for p in packed)
 
+    def load_experts(self, matrices: Sequence[Matrix]) -> Weight:
+        packed: list[Any] = []
+        groups = zip(*(joined(matrix.parts) for matrix in matrices), strict=True)
+        for group in groups:  # for each part of a matrix, that of every expert
+            tensors = [tensor for part in group for tensor in part]
+            if self._kernels is not None and self._kernels.has_type(tensors[0].type):
+                packed.append(self._kernels.pack(tensors, len(matrices)))
+            else:
+                pairs = zip(matrices, group, strict=True)
+                packed.extend(expanded.pack_experts([replace(m, parts=tuple(p)) for m, p in pairs]))
+        return tuple(jax.tree.map(self._put, p) for p in packed)
+
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         is_cpu = self.device.platform == "cpu"
 
@@ -237,16 +249,23 @@ class JaxBackend(Backend):
         return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
 
     def linear(self, x: Array, weight: Weight) -> Array:
-        flat = x.reshape(-1, x.shape[-1])  # (M, K)
-        products = [self._product(flat, part) for part in weight]
-        y = products[0] if len(products) == 1 else jnp.concatenate(products, axis=-1)
+        y = self._products(x.reshape(-1, x.shape[-1]), weight)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def _product(self, x: Array, part: Any) -> Array:
-        if isinstance(part, Packed):
-            assert self._kernels is not None
-            return self._kernels.linear(x, part, is_fast=self.fast_prefill)
-        return expanded.product(x, part)
+    def expert_linear(self, x: Array, experts: Array, weight: Weight) -> Array:
+        return self._products(x, weight, experts)
+
+    def _products(self, x: Array, weight: Weight, experts: Array | None = None) -> Array:
+        def product(part: Any) -> Array:
+            if isinstance(part, Packed):
+                assert self._kernels is not None
+                return self._kernels.linear(x, part, experts, is_fast=self.fast_prefill)
+            if experts is None:
+                return expanded.product(x, part)
+            return expanded.expert_product(x, experts, part)
+
+        products = [product(part) for part in weight]
+        return products[0] if len(products) == 1 else jnp.concatenate(products, axis=-1)
 
     def embedding(self, ids: Array, weight: Weight) -> Array:
         flat = ids.reshape(-1)

@@ -6,10 +6,11 @@ without an affine form are dense float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from math import floor, log2
+from math import ceil, floor, log2
 from typing import Any
 
 import jax
@@ -19,8 +20,12 @@ from jax import lax
 
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.quants import affine, is_affine
+from phicore_jax.experts import in_tiles
 
 Array = Any
+
+FEW_ROWS = 8
+"""Up to how many rows each take their expert's matrix by themselves."""
 
 
 @partial(
@@ -70,6 +75,15 @@ def pack(matrix: Matrix) -> tuple[Any, ...]:
     return tuple(_join(list(alike)) for _, alike in groupby(packed, key=_layout))
 
 
+def pack_experts(matrices: Sequence[Matrix]) -> tuple[Any, ...]:
+    """Host arrays of matrices of the same types, with an axis of X in front."""
+    packed = [pack(matrix) for matrix in matrices]
+    return tuple(
+        jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
+        for parts in zip(*packed, strict=True)
+    )
+
+
 def _pack_part(part: Any) -> Any:
     if not is_affine(part.type):
         return part.dequantize()
@@ -108,6 +122,33 @@ def product(x: Array, part: Any) -> Array:
     if not isinstance(part, Quantized):
         return x @ part.T
     return _matvec(x, part) if x.shape[0] == 1 else x @ part.dense().T
+
+
+def expert_product(x: Array, experts: Array, part: Any) -> Array:
+    """(M, K), each row by the matrix of its expert, int32 (M,): (M, N).
+
+    A few rows take their expert's matrix each. Many are put in tiles that have rows of one expert,
+    whose matrix is expanded for each tile.
+    """
+
+    def matrix(number: Array) -> Any:
+        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, number, keepdims=False), part)
+
+    m, count = x.shape[0], jax.tree.leaves(part)[0].shape[0]
+    if m <= FEW_ROWS:
+        return jnp.concatenate([product(x[i : i + 1], matrix(experts[i])) for i in range(m)])
+    tile = ceil(m / count)
+    order, firsts = in_tiles(experts, count, tile)
+
+    def add_tile(t: Array, y: Array) -> Array:
+        rows = lax.dynamic_slice_in_dim(order, t * tile, tile)
+        number = jnp.searchsorted(firsts, t, side="right").astype(jnp.int32) - 1
+        rows = jnp.where(rows < 0, m, rows)  # a negative index would count from the end
+        products = product(x[rows], matrix(number))
+        return y.at[rows].set(products, mode="drop")
+
+    y = jnp.zeros((m, jax.tree.leaves(part)[0].shape[1]), jnp.float32)
+    return lax.fori_loop(0, firsts[count], add_tile, y)
 
 
 def _matvec(x: Array, w: Quantized) -> Array:

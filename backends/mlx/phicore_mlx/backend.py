@@ -29,6 +29,8 @@ from phicore_mlx.affine import LAYOUTS, Layout
 
 FEW_ROWS = 32
 """On a GPU, up to how many rows a product takes as long as reading the weights."""
+SORTED_ROWS = 64
+"""On a GPU, from how many rows on those of an expert are multiplied together."""
 
 
 @contextmanager
@@ -63,7 +65,8 @@ class MlxBackend(Backend):
 
     A weight is a tuple of parts that lie on top of each other. A part is a dictionary, so that
     `mx.compile` can look inside: arrays, and the number of the GGUF type. It holds `dense` (N, K);
-    or `blocks` (N, bytes of a row) uint8; or what `affine.transcode` gives.
+    or `blocks` (N, bytes of a row) uint8; or what `affine.transcode` gives. Those of experts have
+    an axis of X in front, and no `blocks`.
     """
 
     xp = namespace
@@ -112,13 +115,29 @@ class MlxBackend(Backend):
             mx.eval(parts)
         return tuple(parts)
 
-    def _load(self, tensors: list[GGUFTensor]) -> dict[str, Any]:
+    def load_experts(self, matrices: Sequence[Matrix]) -> Weight:
+        count = len(matrices)
+        with self._on_device():
+            self._check_room(sum(_loaded_bytes(p) for matrix in matrices for p in matrix.parts))
+            parts = []
+            for _, alike in groupby(range(len(matrices[0].parts)), _type_of(matrices[0])):
+                numbers = list(alike)
+                tensors = [matrix.parts[i] for matrix in matrices for i in numbers]
+                part = self._load(tensors, has_blocks=False)
+                for name, array in part.items():
+                    if isinstance(array, mx.array):
+                        part[name] = array.reshape(count, -1, array.shape[-1])
+                parts.append(part)
+            mx.eval(parts)
+        return tuple(parts)
+
+    def _load(self, tensors: list[GGUFTensor], has_blocks: bool = True) -> dict[str, Any]:
         """A part of tensors of one type."""
         ggml_type = tensors[0].type
         if ggml_type not in LAYOUTS:
             return {"dense": mx.concatenate([self._dense(tensor) for tensor in tensors])}
         part: dict[str, Any] = {"type": int(ggml_type)}
-        if self._streams is None and blocks.is_usable(ggml_type):
+        if has_blocks and self._streams is None and blocks.is_usable(ggml_type):
             part["blocks"] = mx.concatenate([mx.array(tensor.data) for tensor in tensors])
             return part
         for name, array in affine.transcode(tensors).items():
@@ -196,6 +215,36 @@ class MlxBackend(Backend):
             lambda rows, stream: _affine_product(x, _rows(part, rows), layout, stream),
         )
 
+    def expert_linear(self, x: Array, experts: Array, weight: Weight) -> Array:
+        if self._streams is not None or x.shape[0] < SORTED_ROWS:
+            products = [self._expert_product(x, experts, part) for part in weight]
+            return products[0] if len(products) == 1 else mx.concatenate(products, axis=1)
+        order = mx.argsort(experts)
+        products = [self._expert_product(x[order], experts[order], part) for part in weight]
+        return mx.concatenate(products, axis=1)[mx.argsort(order)]
+
+    def _expert_product(self, x: Array, experts: Array, part: dict[str, Any]) -> Array:
+        if self._is_for_host(x.shape[0] // 2):  # two rows of a token
+            return host.expert_product(x, experts, part)
+        is_sorted = self._streams is None and x.shape[0] >= SORTED_ROWS
+        dtype = mx.float32 if x.shape[0] <= FEW_ROWS else self._product_dtype()
+        x = mx.expand_dims(x, axis=1)  # (M, 1, K)
+        if "dense" in part:
+            weight = part["dense"].swapaxes(1, 2).astype(dtype)
+            y = mx.gather_mm(x.astype(dtype), weight, rhs_indices=experts, sorted_indices=is_sorted)
+            return y[:, 0].astype(mx.float32)
+        layout = LAYOUTS[GGMLQuantizationType(part["type"])]
+        if self._streams is None:
+            y = _affine_product(x.astype(dtype), part, layout, None, experts, is_sorted)
+            return y[:, 0].astype(mx.float32)
+        return self._streams.shared(
+            part["codes"].shape[1],
+            x.shape[2],
+            lambda rows, stream: _affine_product(
+                x, _rows(part, (slice(None), rows)), layout, stream, experts
+            )[:, 0],
+        )
+
     def _product_dtype(self) -> Any:
         return DTYPES[self.dtype or self.dtypes[0]]
 
@@ -231,6 +280,9 @@ class MlxBackend(Backend):
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         return mx.fast.rms_norm(x, weight, eps)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        return mx.fast.layer_norm(x, weight, bias, eps)
 
     # ---- cache -----------------------------------------------------------------------------
 
@@ -284,6 +336,10 @@ class MlxBackend(Backend):
         return mx.put_along_axis(found, index, mx.array(True), axis=1)[:, :size]
 
 
+def _type_of(matrix: Matrix) -> Callable[[int], GGMLQuantizationType]:
+    return lambda number: matrix.parts[number].type
+
+
 def _loaded_bytes(tensor: GGUFTensor) -> int:
     """What a tensor takes on a CPU."""
     layout = LAYOUTS.get(tensor.type)
@@ -319,25 +375,30 @@ def _rows(part: dict[str, Any], index: Any) -> dict[str, Any]:
     return {n: a[index] if isinstance(a, mx.array) else a for n, a in part.items()}
 
 
-def _affine_product(x: Array, part: dict[str, Any], layout: Layout, stream: Any = None) -> Array:
+def _affine_product(
+    x: Array,
+    part: dict[str, Any],
+    layout: Layout,
+    stream: Any = None,
+    experts: Array | None = None,
+    is_sorted: bool = False,
+) -> Array:
+    """(M, K) by a part: (M, N); or, given the expert of each row, (M, 1, K): (M, 1, N)."""
+    choices: dict[str, Any] = {"group_size": layout.group_size, "bits": layout.bits}
+    multiply: Callable[..., Array] = mx.quantized_matmul
+    if experts is not None:
+        multiply = mx.gather_qmm
+        choices |= {"rhs_indices": experts, "sorted_indices": is_sorted}
+
     def product(x: Array, suffix: str) -> Array:
         scales, biases = part[f"scales{suffix}"], part[f"biases{suffix}"]
         if x.dtype != mx.float32:
             scales, biases = scales.astype(x.dtype), biases.astype(x.dtype)
-        return mx.quantized_matmul(
-            x,
-            part["codes"],
-            scales,
-            biases,
-            transpose=True,
-            group_size=layout.group_size,
-            bits=layout.bits,
-            stream=stream,
-        )
+        return multiply(x, part["codes"], scales, biases, transpose=True, stream=stream, **choices)
 
     if not layout.is_split:
         return product(x, "")
-    is_first = _is_first_half(x.shape[1], layout)
+    is_first = _is_first_half(x.shape[-1], layout)
     return mx.add(
         product(mx.where(is_first, x, 0), ""),
         product(mx.where(is_first, 0, x), "2"),

@@ -66,11 +66,31 @@ def product(x: Array, part: dict[str, Any]) -> Array:
 
     Quantized weights are expanded a tile of rows at a time, on all processors.
     """
-    left = np.asarray(x)
+    return mx.array(_product(np.asarray(x), _seen(part)))
+
+
+def expert_product(x: Array, experts: Array, part: dict[str, Any]) -> Array:
+    """`product` of each row (M, K) and the matrix of its expert, int32 (M,): (M, N)."""
+    left, numbers, weights = np.asarray(x), np.asarray(experts), _seen(part)
+    columns = next(a.shape[1] for a in weights.values() if isinstance(a, np.ndarray))
+    result = np.empty((len(left), columns), np.float32)
+    for number in np.unique(numbers):
+        rows = numbers == number
+        matrix = {n: a[number] if isinstance(a, np.ndarray) else a for n, a in weights.items()}
+        result[rows] = _product(left[rows], matrix)
+    return mx.array(result)
+
+
+def _seen(part: dict[str, Any]) -> dict[str, Any]:
+    """A part with NumPy's arrays, which share the memory of MLX's."""
+    return {n: np.asarray(a) if isinstance(a, mx.array) else a for n, a in part.items()}
+
+
+def _product(left: np.ndarray, part: dict[str, Any]) -> np.ndarray:
     if "dense" in part:
-        return mx.array(left @ np.asarray(part["dense"]).T)
+        return left @ part["dense"].T
     layout = LAYOUTS[GGMLQuantizationType(part["type"])]
-    weights = {n: np.asarray(a) for n, a in part.items() if isinstance(a, mx.array)}
+    weights = {n: a for n, a in part.items() if isinstance(a, np.ndarray)}
     rows, columns = len(weights["codes"]), left.shape[1]
     result = np.empty((len(left), rows), np.float32)
     step = max(1, TILE_CODES // columns)
@@ -85,7 +105,7 @@ def product(x: Array, part: dict[str, Any]) -> Array:
             starts = range(first, min(rows, first + count * step), step)
             for start, values in threads.map(tile, starts):
                 np.matmul(left, values.T, out=result[:, start : start + step])
-    return mx.array(result)
+    return result
 
 
 def attention(

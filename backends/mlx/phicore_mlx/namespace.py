@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.core import (
+    abs,
     arange,
     broadcast_to,
     concat,
@@ -32,6 +33,7 @@ from mlx.core import (
 bool = mx.bool_
 
 __all__ = [
+    "abs",
     "arange",
     "argmax",
     "astype",

@@ -1,8 +1,8 @@
 """The tensor protocol on NumPy: dense float32 weights, one line for most operations.
 
-Only the required part, `xp` and the two edges, is needed to run everything. The three overrides
-below it save work that NumPy can avoid because it sees values: writing a cache in place, reading
-only what is live of it, and looking tokens up by index.
+Only the required part, `xp` and the two edges, is needed to run everything. The overrides below it
+save work that NumPy can avoid because it sees values: multiplying by the chosen experts alone,
+writing a cache in place, reading only what is live of it, and looking tokens up by index.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,6 +35,13 @@ class NumpyBackend(Backend):
                 return fn(*args)
 
         return run
+
+    def expert_linear(self, x: Array, experts: Array, weight: Weight) -> Array:
+        y = np.empty((len(x), weight.shape[1]), np.float32)
+        for number in np.unique(experts):
+            rows = experts == number
+            y[rows] = x[rows] @ weight[number].T
+        return y
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
         rows = np.arange(positions.shape[0])[:, None]  # (B, 1), against (B, T)

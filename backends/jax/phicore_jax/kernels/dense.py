@@ -48,28 +48,29 @@ def _values(f: Function, ggml_type: GGMLQuantizationType, at: Value) -> Value:
     return (bits.to(I32, signed=False) << 16).bits_as(FLOATS)
 
 
-W, X, Y, ROWS, COLUMNS, OUT, PER_CHUNK = range(7)
+W, X, Y, COLUMNS, OUT, PER_CHUNK, ROWS = range(7)  # from ROWS on, see `matrix.Tiles`
 
 
-def _emit_tile(module: Module, ggml_type: GGMLQuantizationType, tile: int) -> ir.Function:
+def _emit_tile(module: Module, ggml_type: GGMLQuantizationType, tiles: matrix.Tiles) -> ir.Function:
     """Some strips by all rows, a tile of them at a time."""
-    size = ELEMENT_BYTES[ggml_type] * LANES
+    size, tile = ELEMENT_BYTES[ggml_type] * LANES, tiles.size
 
     def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
         w, x, y = (f.load(PTR, args, 8 * i) for i in (W, X, Y))
-        rows, columns, out = (f.load(I64, args, 8 * i) for i in (ROWS, COLUMNS, OUT))
-        per = f.load(I64, args, 8 * PER_CHUNK)
+        columns, out, per = (f.load(I64, args, 8 * i) for i in (COLUMNS, OUT, PER_CHUNK))
         strips = (out + (LANES - 1)) // LANES
         last = (chunk + 1) * per
         last = (last < strips).select(last, strips)
-        with f.loop(last, start=chunk * per) as strip, f.loop(rows, step=tile) as first:
-            start = f.offset(w, strip * columns * size)
+        with (
+            tiles.matrices(f, args) as (i, first_tile, last_tile),
+            f.loop(last, start=chunk * per) as strip,
+            f.loop(last_tile, start=first_tile) as t,
+        ):
+            start = f.offset(w, (i * strips + strip) * columns * size)
             sums = [[f.variable(f.zeros(FLOATS)) for _ in range(CHAINS)] for _ in range(tile)]
             sources = []
             for m in range(tile):
-                # rows beyond the last are copies of it, whose results are not stored
-                row = first + m
-                row = (row < rows).select(row, rows - 1)
+                row, _ = tiles.row(f, args, t * tile + m)
                 sources.append(f.offset(x, row * columns * 4))
             whole = columns // CHAINS * CHAINS
 
@@ -88,26 +89,34 @@ def _emit_tile(module: Module, ggml_type: GGMLQuantizationType, tile: int) -> ir
                 add(k, 0)
             for m, chains in enumerate(sums):
                 total = (chains[0].value + chains[1].value) + (chains[2].value + chains[3].value)
-                with f.when(first + m < rows):
-                    matrix.store(f, y, first + m, strip, out, total)
+                row, is_there = tiles.row(f, args, t * tile + m)
+                with f.when(is_there):
+                    matrix.store(f, y, row, strip, out, total)
 
     return module.function("tile", [PTR, I64, I64], body, exported=False)
 
 
-def emit_linear(module: Module, ggml_type: GGMLQuantizationType, tile: int) -> None:
-    """`linear`: x (rows, columns) and strips to y (rows, out)."""
+def emit_linear(
+    module: Module, ggml_type: GGMLQuantizationType, tile: int, is_grouped: bool = False
+) -> None:
+    """`linear`: x (rows, columns) and strips to y (rows, out).
+
+    By many matrices, `order` and `firsts` come after the strips.
+    """
     pool.emit(module)
-    job = _emit_tile(module, ggml_type, tile)
+    tiles = matrix.Tiles(tile, ROWS, is_grouped)
+    job = _emit_tile(module, ggml_type, tiles)
 
     def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
-        (x, w), (y,) = args, rets
+        (x, w, *others), (y,) = args, rets
         columns, out = x.dim(1), y.dim(1)
         per = f.i64(matrix.CHUNK_BYTES) // (columns * (LANES * ELEMENT_BYTES[ggml_type])) + 1
         strips = (out + (LANES - 1)) // LANES
-        packed = f.pack(w.data, x.data, y.data, x.dim(0), columns, out, per)
+        rest = tiles.arguments(f, x, others)
+        packed = f.pack(w.data, x.data, y.data, columns, out, per, *rest)
         f.call("pool_run", VOID, state, f.address_of(job), packed, (strips + per - 1) // per)
 
-    ffi.emit_handler(module, "linear", 2, 1, call)
+    ffi.emit_handler(module, "linear", 4 if is_grouped else 2, 1, call)
 
 
 def emit_pack(module: Module, ggml_type: GGMLQuantizationType) -> None:

@@ -60,6 +60,11 @@ class Product:
     format: Format
     tile: int
     bits: int = 16
+    is_grouped: bool = False
+
+    @property
+    def tiles(self) -> matrix.Tiles:
+        return matrix.Tiles(self.tile, ROWS, self.is_grouped)
 
     @property
     def words(self) -> int:
@@ -91,16 +96,16 @@ class Product:
     def record_bytes(self) -> int:
         return 4 * self.tile * (self.words + self.units + self.sums)
 
-    def activation_bytes(self, rows: int, columns: int) -> int:
-        return -(-rows // self.tile) * (columns // GROUP) * self.record_bytes
+    def activation_bytes(self, tiles: int, columns: int) -> int:
+        return tiles * (columns // GROUP) * self.record_bytes
 
-    def sums_bytes(self, rows: int) -> int:
+    def sums_bytes(self, tiles: int) -> int:
         """Memory of a thread for the sums of the strips it works on."""
-        return -(-rows // self.tile) * self.tile * STRIPS_AT_ONCE * 4 * LANES
+        return tiles * self.tile * STRIPS_AT_ONCE * 4 * LANES
 
 
 # args of products, in 64-bit words
-W, X, Y, WORKSPACE, ROWS, COLUMNS, OUT, PER_CHUNK = range(8)
+W, X, Y, WORKSPACE, COLUMNS, OUT, PER_CHUNK, ROWS = range(8)  # from ROWS on, see `matrix.Tiles`
 
 
 # ---- activations ---------------------------------------------------------------------------
@@ -152,13 +157,11 @@ def _emit_quantize(module: Module, p: Product) -> ir.Function:
 
     def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
         x, out = f.load(PTR, args, 8 * X), f.load(PTR, args, 8 * WORKSPACE)
-        rows, columns = f.load(I64, args, 8 * ROWS), f.load(I64, args, 8 * COLUMNS)
+        columns = f.load(I64, args, 8 * COLUMNS)
         groups = columns // GROUP
         out = f.offset(out, chunk * groups * p.record_bytes)
         with f.loop(groups) as g, f.loop(p.tile) as i:
-            # rows beyond the last are copies of it, whose results are not stored
-            row = chunk * p.tile + i
-            row = (row < rows).select(row, rows - 1)
+            row, _ = p.tiles.row(f, args, chunk * p.tile + i)
             source = f.offset(x, (row * columns + g * GROUP) * 4)
             _quantize_group(f, p, source, f.offset(out, g * p.record_bytes), i)
 
@@ -245,14 +248,14 @@ def _emit_fused(module: Module, p: Product) -> ir.Function:
         columns, out = f.load(I64, args, 8 * COLUMNS), f.load(I64, args, 8 * OUT)
         blocks = columns // fmt.columns
         first, last = _strips_of_chunk(f, args, chunk)
-        rows = f.load(I64, args, 8 * ROWS)
         tile_bytes = blocks * (fmt.groups * p.record_bytes)
         with (
-            f.loop((rows + (p.tile - 1)) // p.tile) as t,
+            p.tiles.matrices(f, args) as (i, first_tile, last_tile),
+            f.loop(last_tile, start=first_tile) as t,
             f.loop(last, start=first) as strip,
         ):
             totals = [f.variable(f.zeros(FLOATS)) for _ in range(p.tile)]
-            start = f.offset(w, strip * blocks * fmt.block_bytes)
+            start = f.offset(w, (i * _strips(f, args) + strip) * blocks * fmt.block_bytes)
             records = f.offset(act, t * tile_bytes)
             with f.loop(blocks) as b:
                 block = f.offset(start, b * fmt.block_bytes)
@@ -270,8 +273,8 @@ def _emit_fused(module: Module, p: Product) -> ir.Function:
                     decoded = Strip(codes.__getitem__, scales, totals)
                     _dot_group(f, p, [decoded], at, has_offset=fmt.offset != 0)
             for m, total in enumerate(totals):
-                row = t * p.tile + m
-                with f.when(row < rows):
+                row, is_there = p.tiles.row(f, args, t * p.tile + m)
+                with f.when(is_there):
                     matrix.store(f, y, row, strip, out, total.value)
 
     return module.function("fused", [PTR, I64, I64], body, exported=False)
@@ -346,16 +349,30 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
                 f.store(total.value, sums, vector * (s * p.tile + m), align=64)
 
     def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        with p.tiles.matrices(f, args) as (number, first_tile, last_tile):
+            multiply_all(f, args, chunk, slot, number, first_tile, last_tile)
+
+    def multiply_all(
+        f: Function,
+        args: Value,
+        chunk: Value,
+        slot: Value,
+        number: Value,
+        first_tile: Value,
+        last_tile: Value,
+    ) -> None:
+        """The strips of a chunk of one matrix by all its tiles."""
         w, y, act = (f.load(PTR, args, 8 * i) for i in (W, Y, WORKSPACE))
-        rows, columns, out = (f.load(I64, args, 8 * i) for i in (ROWS, COLUMNS, OUT))
+        columns, out = (f.load(I64, args, 8 * i) for i in (COLUMNS, OUT))
         blocks, groups = columns // fmt.columns, columns // GROUP
-        tiles = (rows + (p.tile - 1)) // p.tile
-        sums_size = tiles * (p.tile * STRIPS_AT_ONCE * vector)
-        all_sums = f.offset(act, tiles * groups * p.record_bytes)
-        all_sums = f.offset(f.align(all_sums, 64), slot * sums_size)
+        w = f.offset(w, number * _strips(f, args) * blocks * fmt.block_bytes)
+        tiles, all_tiles = last_tile - first_tile, p.tiles.count(f, args)
+        sums_size = p.tile * STRIPS_AT_ONCE * vector
+        all_sums = f.offset(act, all_tiles * groups * p.record_bytes)
+        all_sums = f.offset(f.align(all_sums, 64), slot * all_tiles * sums_size)
         first, last = _strips_of_chunk(f, args, chunk)
         decoded = f.buffer(STRIPS_AT_ONCE * strip_bytes)
-        with f.loop(sums_size // vector) as i:
+        with f.loop(tiles * (sums_size // vector)) as i:
             f.store(f.zeros(FLOATS), f.offset(all_sums, i * vector), align=64)
         with f.loop(groups, step=SPAN) as start:
             left = groups - start
@@ -372,40 +389,46 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
                         to = f.offset(decoded, s * strip_bytes)
                         decode(f, block, supers, g, to, b * fmt.groups + g)
             with f.loop(tiles) as t:
-                record = f.offset(act, (t * groups + start) * p.record_bytes)
+                place = (first_tile + t) * groups + start
+                record = f.offset(act, place * p.record_bytes)
                 with f.loop(STRIPS_AT_ONCE, step=STRIPS_TOGETHER) as s:
                     codes = f.offset(decoded, s * strip_bytes)
                     sums = f.offset(all_sums, (t * STRIPS_AT_ONCE + s) * (p.tile * vector))
                     multiply(f, codes, record, count, sums)
-        with f.loop(rows) as row, f.loop(last, start=first) as strip:
-            t, m = row // p.tile, row % p.tile
-            at = (t * STRIPS_AT_ONCE + (strip - first)) * p.tile + m
-            total = f.load(FLOATS, f.offset(all_sums, at * vector), align=64)
-            matrix.store(f, y, row, strip, out, total)
+        with f.loop(tiles) as t, f.loop(p.tile) as m:
+            row, is_there = p.tiles.row(f, args, (first_tile + t) * p.tile + m)
+            with f.when(is_there), f.loop(last, start=first) as strip:
+                at = (t * STRIPS_AT_ONCE + (strip - first)) * p.tile + m
+                total = f.load(FLOATS, f.offset(all_sums, at * vector), align=64)
+                matrix.store(f, y, row, strip, out, total)
 
     return module.function("tiled", [PTR, I64, I64], body, exported=False)
 
 
 def emit_linear(module: Module, p: Product, is_fused: bool) -> None:
-    """`linear`: x (rows, columns) and strips to y (rows, out), with a workspace."""
+    """`linear`: x (rows, columns) and strips to y (rows, out), with a workspace.
+
+    By many matrices, `order` and `firsts` come after the strips.
+    """
     fmt = p.format
     pool.emit(module)
     quantize = _emit_quantize(module, p)
     product = _emit_fused(module, p) if is_fused else _emit_tiled(module, p)
 
     def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
-        (x, w), (y, workspace) = args, rets
-        rows, columns, out = x.dim(0), x.dim(1), y.dim(1)
+        (x, w, *others), (y, workspace) = args, rets
+        columns, out = x.dim(1), y.dim(1)
         per = f.i64(STRIPS_AT_ONCE)
         if is_fused:
             per = f.i64(matrix.CHUNK_BYTES) // (columns // fmt.columns * fmt.block_bytes) + 1
-        packed = f.pack(w.data, x.data, y.data, workspace.data, rows, columns, out, per)
-        tiles = (rows + (p.tile - 1)) // p.tile
-        f.call("pool_run", VOID, state, f.address_of(quantize), packed, tiles)
+        tiles = p.tiles.arguments(f, x, others)
+        packed = f.pack(w.data, x.data, y.data, workspace.data, columns, out, per, *tiles)
+        count = p.tiles.count(f, packed)
+        f.call("pool_run", VOID, state, f.address_of(quantize), packed, count)
         chunks = (_strips(f, packed) + per - 1) // per
         f.call("pool_run", VOID, state, f.address_of(product), packed, chunks)
 
-    ffi.emit_handler(module, "linear", 2, 2, call)
+    ffi.emit_handler(module, "linear", 4 if p.is_grouped else 2, 2, call)
 
 
 # ---- packing, and rows ---------------------------------------------------------------------

@@ -1,11 +1,16 @@
-"""What matrices of any type share: strips of 16 rows are made from a file, and rows read again.
+"""What matrices of any type share.
 
-Both go block by block of columns: how one block is written or read is the type's own affair.
+Strips of 16 rows are made from a file, and rows read again, block by block of columns: how one
+block is written or read is the type's own affair.
+
+Products take rows of activations in tiles, of one matrix or of many (`Tiles`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from phicore_jax.kernels import ffi, pool
 from phicore_jax.kernels.ffi import Buffer
@@ -14,6 +19,58 @@ from phicore_jax.kernels.lang import F32, I32, I64, LANES, PTR, VOID, Function, 
 CHUNK_BYTES = 64 << 10  # of weights, the unit of work of a thread
 
 Pick = Callable[[Value], Value]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of activations in tiles, and the matrices that they are multiplied by.
+
+    By one matrix, rows are in tiles as they come. By many, such as experts, a tile has rows of one
+    matrix: `order` (slots,) int32 is the row in each slot of the tiles, or -1; matrix i has tiles
+    `firsts[i]` to `firsts[i + 1]`, (X + 1,) int32.
+
+    Args:
+        size: Rows of a tile.
+        at: Where a kernel's arguments have the rows' number, their tiles', `order`, `firsts` and X.
+    """
+
+    size: int
+    at: int
+    is_grouped: bool = False
+
+    def arguments(self, f: Function, x: Buffer, others: Sequence[Buffer]) -> list[Value]:
+        """What goes to `at`: `others` are `order` and `firsts`, if there are many matrices."""
+        rows = x.dim(0)
+        if not self.is_grouped:
+            return [rows, (rows + (self.size - 1)) // self.size, f.null(), f.null(), f.i64(1)]
+        order, firsts = others
+        count = firsts.dim(0) - 1
+        return [rows, order.dim(0) // self.size, order.data, firsts.data, count]
+
+    def count(self, f: Function, args: Value) -> Value:
+        return f.load(I64, args, 8 * (self.at + 1))
+
+    def row(self, f: Function, args: Value, slot: Value) -> tuple[Value, Value]:
+        """The row in a slot, and whether there is one; else it is some row."""
+        if not self.is_grouped:
+            rows = f.load(I64, args, 8 * self.at)
+            return (slot < rows).select(slot, rows - 1), slot < rows
+        order = f.load(PTR, args, 8 * (self.at + 2))
+        row = f.load(I32, f.offset(order, slot * 4)).to(I64)
+        return (row < 0).select(0, row), row >= 0
+
+    @contextmanager
+    def matrices(self, f: Function, args: Value) -> Iterator[tuple[Value, Value, Value]]:
+        """For each matrix that has rows: its number, its first tile, the tile after its last."""
+        if not self.is_grouped:
+            yield f.i64(0), f.i64(0), self.count(f, args)
+            return
+        firsts = f.load(PTR, args, 8 * (self.at + 3))
+        with f.loop(f.load(I64, args, 8 * (self.at + 4))) as i:
+            place = f.offset(firsts, i * 4)
+            first, last = f.load(I32, place).to(I64), f.load(I32, place, 4).to(I64)
+            with f.when(first < last):
+                yield i, first, last
 
 
 def store(f: Function, y: Value, row: Value, strip: Value, out: Value, x: Value) -> None:

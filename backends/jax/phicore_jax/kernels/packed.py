@@ -30,7 +30,7 @@ class Packed:
     """A matrix as the kernels read it: strips of 16 rows.
 
     Attributes:
-        strips: (ceil(rows / 16), bytes of a strip) uint8.
+        strips: (ceil(rows / 16), bytes of a strip) uint8; those of X matrices one after the other.
     """
 
     strips: Array

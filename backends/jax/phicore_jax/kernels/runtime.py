@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType
 
 from phicore.errors import BackendError
 from phicore.gguf.reader import GGUFTensor
+from phicore_jax.experts import in_tiles
 from phicore_jax.kernels import attention, dense, ffi, linear, rowwise
 from phicore_jax.kernels.attention import Cache, Rows
 from phicore_jax.kernels.build import Compiler
@@ -91,10 +92,13 @@ class Kernels:
 
     # ---- weights ---------------------------------------------------------------------------
 
-    def pack(self, tensors: Sequence[GGUFTensor]) -> Packed:
+    def pack(self, tensors: Sequence[GGUFTensor], count: int = 1) -> Packed:
         """Strips of tensors of one type that lie on top of each other.
 
-        All but the last have a multiple of 16 rows.
+        All but the last of each matrix have a multiple of 16 rows.
+
+        Args:
+            count: How many matrices they are, with as many tensors each.
         """
         ggml_type, columns = tensors[0].type, tensors[0].shape[1]
         counts = [ceil(t.shape[0] / ROWS_OF_STRIP) for t in tensors]
@@ -105,48 +109,59 @@ class Kernels:
         )
         pack = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(library.address("pack"))
         start = 0
-        for tensor, count in zip(tensors, counts, strict=True):
+        for tensor, strip_count in zip(tensors, counts, strict=True):
             data, to = np.ascontiguousarray(tensor.data), strips[start:]
             args = np.array([data.ctypes.data, to.ctypes.data, len(data), columns], np.int64)
             pack(self.pool.state, args.ctypes.data)
-            start += count
-        return Packed(strips, ggml_type, sum(t.shape[0] for t in tensors), columns)
+            start += strip_count
+        return Packed(strips, ggml_type, sum(t.shape[0] for t in tensors) // count, columns)
 
     # ---- operations ------------------------------------------------------------------------
 
-    def linear(self, x: Array, w: Packed, *, is_fast: bool = False) -> Array:
-        """(M, K) float32 by a packed (N, K) matrix: (M, N).
+    def linear(
+        self, x: Array, w: Packed, experts: Array | None = None, *, is_fast: bool = False
+    ) -> Array:
+        """(M, K) float32 by a packed (N, K) matrix, or each row by that of its expert: (M, N).
 
         Args:
+            experts: (M,) int32, if there is a matrix for each expert.
             is_fast: Take 8 bits of the activations instead of 16, if there are many rows.
         """
-        m = x.shape[0]
-        result = jax.ShapeDtypeStruct((m, w.rows), jnp.float32)
+        count = w.strips.shape[0] // ceil(w.rows / ROWS_OF_STRIP)
+        m = ceil(x.shape[0] / count)  # rows of a matrix
+        is_grouped, prefix = experts is not None, "" if experts is None else "experts-"
+
+        def grouped(tile: int) -> tuple[Array, ...]:
+            return () if experts is None else in_tiles(experts, count, tile)
+
+        result = jax.ShapeDtypeStruct((x.shape[0], w.rows), jnp.float32)
         sizes = self._compiler.target
         if w.type not in FORMATS:
             tile = ceil(m / ceil(m / sizes.tile))
             target = self._target(
-                f"dense-{w.type.name}-{tile}",
+                f"{prefix}dense-{w.type.name}-{tile}",
                 "linear",
-                lambda module: dense.emit_linear(module, w.type, tile),
+                lambda module: dense.emit_linear(module, w.type, tile, is_grouped),
             )
-            return jax.ffi.ffi_call(target, result)(x, w.strips)
+            return jax.ffi.ffi_call(target, result)(x, w.strips, *grouped(tile))
         fmt, is_many = FORMATS[w.type], m > MANY_ROWS
         bits = 8 if is_fast and self.has_fast_products and is_many else 16
         # Codes of one plane are decoded in a moment, each time anew; others once for many rows.
         is_fused = bits == 16 and (not is_many or len(fmt.planes) == 1)
         tile = ceil(m / ceil(m / (sizes.fused_tile if is_fused else sizes.tile)))
-        product = Product(fmt, tile, bits)
+        product = Product(fmt, tile, bits, is_grouped)
         target = self._target(
-            f"linear-{w.type.name}-{bits}-{'fused' if is_fused else 'tiled'}-{tile}",
+            f"{prefix}linear-{w.type.name}-{bits}-{'fused' if is_fused else 'tiled'}-{tile}",
             "linear",
             lambda module: linear.emit_linear(module, product, is_fused),
         )
-        size = product.activation_bytes(m, w.columns)
+        others = grouped(tile)
+        tiles = others[0].shape[0] // tile if others else ceil(m / tile)
+        size = product.activation_bytes(tiles, w.columns)
         if not is_fused:
-            size += 64 + self.threads * product.sums_bytes(m)
+            size += 64 + self.threads * product.sums_bytes(tiles)
         workspace = jax.ShapeDtypeStruct((size,), jnp.uint8)
-        return jax.ffi.ffi_call(target, (result, workspace))(x, w.strips)[0]
+        return jax.ffi.ffi_call(target, (result, workspace))(x, w.strips, *others)[0]
 
     def rows(self, ids: Array, w: Packed) -> Array:
         """Rows of a packed (N, K) matrix: (n,) int32 gives (n, K) float32."""
