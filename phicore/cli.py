@@ -82,7 +82,8 @@ CacheTypeOption = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        help="How keys and values are stored: i24, i16, f16, bf16 or f32. [the backend's default]",
+        help="How keys and values are stored: f32, f16, bf16, i24, i16 or q8_0. "
+        "[the backend's default]",
     ),
 ]
 FastPrefillOption = Annotated[

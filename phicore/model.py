@@ -310,8 +310,8 @@ def load(
         ctx: How many tokens a prompt and what follows it may have; None is as many as the model
             was made for.
         tokenizer: A tokenizer.json to use instead of the model's own.
-        cache_type: How keys and values are stored: `f32`, `f16`, `bf16`, or integers with a scale
-            for each head and position, `i16`, or `i24` with 24 bits for keys. None is the backend's
+        cache_type: How keys and values are stored: `f32`, `f16`, `bf16`, or integers with scales,
+            `i24`, `i16` or `q8_0` (docs/models.md has the error of each). None is the backend's
             default.
         fast_prefill: Read prompts faster, with a relative error of up to 1.3e-2 in the logits.
         dtype: What prompts are multiplied in: `float32`, and on some devices `float16` or

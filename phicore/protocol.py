@@ -18,7 +18,9 @@ X `num_local_experts`.
 `xp` has these functions of the Python Array API standard (2024.12), with its names and meanings:
     abs arange argmax astype broadcast_to concat exp expand_dims log log1p matmul max maximum mean
     permute_dims reshape round sqrt sum take take_along_axis where zeros
-and its dtypes float32, int32 and bool. Arrays have `shape`, operators and basic slices.
+and its dtypes float32, int32 and bool. Arrays have `shape`, operators and basic slices. Types of a
+cache other than float32 need dtypes of theirs: float16 (which the standard does not have), int8 and
+int16.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from phicore import kv_cache
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 
@@ -55,10 +58,9 @@ class Backend:
 
     device_name: str = "cpu"
     """The device it is on, by the name that made it."""
-    cache_types: tuple[str, ...] = ("f32",)
-    """How it can store keys and values, the default first: `f32`, `f16`, `bf16`, or integers with a
-    float32 scale for each head and position, `i16` of 16 bits, `i24` of 24 for keys and 16 for
-    values."""
+    cache_types: tuple[str, ...] = ("f32", "f16", "i16", "q8_0")
+    """How it can store keys and values, the default first: as `kv_cache` says, or types of its
+    own."""
     linear_error: float = 5e-6
     """A bound of the relative error of `linear` on random numbers: that of float32."""
     has_fast_prefill: bool = False
@@ -218,9 +220,8 @@ class Backend:
 
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
         """An empty cache of one layer, with room for `capacity` positions."""
-        shape = (batch, heads, capacity, head_dim)
-        zeros = self.xp.zeros
-        return {"k": zeros(shape, dtype=self.xp.float32), "v": zeros(shape, dtype=self.xp.float32)}
+        cache_type = self.cache_type or self.cache_types[0]
+        return kv_cache.empty(self.xp, cache_type, (batch, heads, capacity, head_dim))
 
     def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
         """The same cache with room for `capacity` positions, which is more than it has."""
@@ -259,15 +260,17 @@ class Backend:
         slots = xp.arange(cache["k"].shape[2], dtype=xp.int32)  # (S,)
         token = xp.expand_dims(slots, axis=0) - positions[:, :1]  # (B, S): which token, if any
         is_new = (token >= 0) & (token < positions.shape[1])
-        token = xp.where(is_new, token, 0)[:, None, :, None]  # (B, 1, S, 1)
-        is_new = is_new[:, None, :, None]
+        token = xp.where(is_new, token, 0)[:, None, :]  # (B, 1, S)
+        is_new = is_new[:, None, :]
 
         def put(old: Array, new: Array) -> Array:
-            index = xp.broadcast_to(token, (*old.shape[:3], 1))
-            index = xp.broadcast_to(index, old.shape)
-            return xp.where(is_new, xp.take_along_axis(new, index, axis=2), old)
+            shape = (*is_new.shape, *(1 for _ in old.shape[3:]))
+            index = xp.broadcast_to(xp.reshape(token, shape), old.shape)
+            picked = xp.take_along_axis(new, index, axis=2)
+            return xp.where(xp.reshape(is_new, shape), picked, old)
 
-        return {"k": put(cache["k"], k), "v": put(cache["v"], v)}
+        new = kv_cache.stored(xp, k, v, self.cache_type or self.cache_types[0])
+        return {name: put(old, new[name]) for name, old in cache.items()}
 
     def attention(
         self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
@@ -288,17 +291,18 @@ class Backend:
         xp = self.xp
         batch, heads, tokens, dim = q.shape
         kv_heads, capacity = cache["k"].shape[1:3]
+        k, v = kv_cache.numbers(xp, cache)
         i = positions[:, None, None, :, None]  # (B, 1, 1, T, 1)
         j = xp.arange(capacity, dtype=xp.int32)[None, None, None, None, :]  # (1, 1, 1, 1, S)
         visible = j <= i if window is None else (j <= i) & (j > i - window)
         q = xp.reshape(q, (batch, kv_heads, -1, dim))  # (B, K, H / K * T, D)
-        scores = xp.matmul(q, xp.permute_dims(cache["k"], (0, 1, 3, 2))) * scale
+        scores = xp.matmul(q, xp.permute_dims(k, (0, 1, 3, 2))) * scale
         scores = xp.reshape(scores, (batch, kv_heads, heads // kv_heads, tokens, capacity))
         scores = xp.where(visible, scores, -float("inf"))
         weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
         weights = weights / xp.sum(weights, axis=-1, keepdims=True)
         weights = xp.reshape(weights, (batch, kv_heads, -1, capacity))
-        return xp.reshape(xp.matmul(weights, cache["v"]), (batch, heads, tokens, dim))
+        return xp.reshape(xp.matmul(weights, v), (batch, heads, tokens, dim))
 
     def contains(self, ids: Array, size: int) -> Array:
         """Which of the numbers below `size` each row holds: int32 (B, R) gives bool (B, size).

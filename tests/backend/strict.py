@@ -48,8 +48,11 @@ class ListedNames:
 class StrictBackend(Backend):
     """The smallest backend there can be, on array-api-strict, which does nothing unspecified."""
 
+    cache_types = ("f32", "i16")
+
     def __init__(self) -> None:
-        self.xp = ListedNames(array_api_strict, (*listed_functions(), *listed_dtypes()))
+        names = (*listed_functions(), *listed_dtypes(), "int16")
+        self.xp = ListedNames(array_api_strict, names)
 
     def asarray(self, x: np.ndarray) -> Array:
         return array_api_strict.asarray(x, copy=True)

@@ -194,7 +194,7 @@ def test_compact_keeps_scales_that_float16_cannot_hold(rng: np.random.Generator)
     ("choice", "message"),
     [
         ({"dtype": "float16"}, "dtype 'float16': this backend has float32, on this device"),
-        ({"cache_type": "i16"}, "cache type 'i16': this backend has f32"),
+        ({"cache_type": "bf16"}, "cache type 'bf16': this backend has f32, f16, i16, q8_0"),
         ({"fast_prefill": True}, "fast prefill: this backend has only the exact one"),
         ({"threads": 2}, "threads: this backend's library decides"),
     ],

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
-from compare import assert_close
-from tolerances import FLOAT32_LOGITS
+from compare import assert_close, relative_error
+from tolerances import FLOAT32_LOGITS, SAME_GRAPH
 
 from phicore.config import Phi3Config
 from phicore.engine import Engine
@@ -88,6 +88,20 @@ def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatc
     assert chosen == [False, True]
     assert starts[0] == golden()["short_factors/greedy_ids"].tolist()
     assert starts[0] != starts[1]
+
+
+@pytest.mark.parametrize("name", ["long_factors", "phimoe_beyond_original"])
+def test_conversation_that_crosses_the_original_context_is_read_again(name, ops, tmp_path):
+    """Turns of one engine, each longer: the last is beyond the original context of 16."""
+    engine = engine_of(CASES[name].write(tmp_path / "tiny.gguf"), ops)
+    conversation = golden()["token_ids"].tolist()
+    short = engine.logits(conversation[:12])
+    for turn in (4, 12):  # 4 + 8 and 12 + 4 tokens are within it
+        list(engine.generate(conversation[:turn], GREEDY, limit=4, seed=0, timings=Timings()))
+
+    assert_close(engine.logits(conversation), golden()[f"{name}/logits"], FLOAT32_LOGITS)
+    assert relative_error(short, golden()[f"{name}/logits"][:12]) > 1e-2  # otherwise rotated
+    assert_close(engine.logits(conversation[:12]), short, SAME_GRAPH)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 7), (1, 64)], ids=str)

@@ -20,6 +20,7 @@ import numpy as np
 import platformdirs
 from jax import lax
 
+from phicore import kv_cache
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFTensor
@@ -105,7 +106,13 @@ def memory_errors() -> Iterator[None]:
         ) from error
 
 
-CACHE_DTYPES = {"f32": np.float32, "f16": np.float16, "i16": np.int16, "i24": np.int8}
+CACHE_DTYPES = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "i16": np.int16,
+    "i24": np.int8,
+    "q8_0": np.int8,
+}
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -117,30 +124,38 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def as_stored(x: Array, row_type: str) -> list[Array]:
-    """Rows (..., D) as a cache holds them: numbers, and of integers the unit (...,) of each row."""
-    if row_type in ("f32", "f16"):
-        return [x.astype(CACHE_DTYPES[row_type])]
-    largest = jnp.max(jnp.abs(x), axis=-1)
-    largest = jnp.where(jnp.isfinite(x).all(axis=-1), largest, jnp.nan)  # XLA's max may lose a NaN
-    unit = largest / (32767 * 256 if row_type == "i24" else 32767)
-    divisor = jnp.where(unit > 0, unit, 1)[..., None]
-    integers = jnp.round(x / divisor).astype(jnp.int32)
-    if row_type == "i16":
-        return [integers.astype(jnp.int16), unit]
-    high = ((integers + 128) >> 8).astype(jnp.int16)
-    halves = lax.bitcast_convert_type(high, jnp.int8).reshape(*x.shape[:-1], -1)
-    return [jnp.concatenate([halves, integers.astype(jnp.int8)], axis=-1), unit]
+    """Rows (..., D) as a cache holds them: numbers, and the scales of those that have some."""
+    if row_type == "i24":
+        multiples, scales = kv_cache.multiples(jnp, x, 32767 * 256)
+        integers = multiples.astype(jnp.int32)
+        high = ((integers + 128) >> 8).astype(jnp.int16)
+        return [jnp.concatenate([as_bytes(high), integers.astype(jnp.int8)], axis=-1), scales]
+    rows, scales = kv_cache.stored_rows(jnp, x, row_type)
+    if row_type == "q8_0":  # the scales of a row are behind it
+        return [jnp.concatenate([rows, as_bytes(scales)], axis=-1)]
+    return [rows] if scales is None else [rows, scales]
 
 
-def as_numbers(rows: Array, unit: Array | None) -> Array:
+def as_numbers(rows: Array, scales: Array | None) -> Array:
     """The reverse: (..., D) float32."""
-    if rows.dtype == jnp.int8:
+    if rows.dtype == jnp.int8 and scales is None:
+        dim = rows.shape[-1] * kv_cache.BLOCK // (kv_cache.BLOCK + 2)
+        rows, scales = rows[..., :dim], from_bytes(rows[..., dim:], jnp.float16)
+    elif rows.dtype == jnp.int8:
         dim = rows.shape[-1] // 3
-        halves = rows[..., : 2 * dim].reshape(*rows.shape[:-1], dim, 2)
-        high = lax.bitcast_convert_type(halves, jnp.int16).astype(jnp.int32)
+        high = from_bytes(rows[..., : 2 * dim], jnp.int16).astype(jnp.int32)
         rows = (high << 8) + rows[..., 2 * dim :].astype(jnp.int32)
-    numbers = rows.astype(jnp.float32)
-    return numbers if unit is None else numbers * unit[..., None]
+    return kv_cache.numbers_of_rows(jnp, rows, scales)
+
+
+def as_bytes(x: Array) -> Array:
+    """Numbers of 16 bits (..., N) as their bytes (..., 2 N)."""
+    return lax.bitcast_convert_type(x, jnp.int8).reshape(*x.shape[:-1], -1)
+
+
+def from_bytes(x: Array, dtype: Any) -> Array:
+    """The reverse."""
+    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), dtype)
 
 
 def joined(parts: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:
@@ -181,9 +196,9 @@ class JaxBackend(Backend):
         self._kernels: Kernels | None = None
         if self.device.platform == "cpu":
             self._kernels = find_kernels()[0] if kernels == "host" else kernels
-        self.cache_types = ("f32", "f16", "i24", "i16")
+        self.cache_types = ("f32", "f16", "i24", "i16", "q8_0")
         if self._kernels is not None:
-            self.cache_types = ("i24", "i16", "f16", "f32")
+            self.cache_types = ("i24", "i16", "f16", "f32", "q8_0")
             self.has_fast_prefill = self._kernels.has_fast_products
             self.linear_error = 3e-5
 
@@ -297,7 +312,8 @@ class JaxBackend(Backend):
         return y.reshape(*gate_up.shape[:-1], -1)
 
     # ---- cache -----------------------------------------------------------------------------
-    # k and v are the numbers; integers are multiples of k_scale and v_scale.
+    # k and v are rows; integers are multiples of k_scale and v_scale. Two types are not as in
+    # `kv_cache`: i24 keys have 24 bits, and a row of q8_0 has its scales behind it.
 
     def _cache_type(self) -> str:
         return self.cache_type or self.cache_types[0]
@@ -305,7 +321,12 @@ class JaxBackend(Backend):
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
         cache: LayerCache = {}
         for name, row_type in zip(("k", "v"), CACHE_ROWS[self._cache_type()], strict=True):
-            width = 3 * head_dim if row_type == "i24" else head_dim
+            width = head_dim
+            if row_type == "i24":
+                width = 3 * head_dim
+            elif row_type == "q8_0":
+                kv_cache.check_blocks(head_dim)
+                width = head_dim + 2 * (head_dim // kv_cache.BLOCK)
             shape = (batch, heads, capacity, width)
             cache[name] = self._put(zeros(shape, CACHE_DTYPES[row_type]))
             if row_type in ("i24", "i16"):

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from phicore import kv_cache
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFTensor
@@ -54,7 +55,6 @@ def memory_errors() -> Iterator[None]:
 
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-CACHE_DTYPES = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}
 
 
 class MlxBackend(Backend):
@@ -82,7 +82,7 @@ class MlxBackend(Backend):
             self.dtypes = ("float32",)
         else:
             self.dtypes = ("float16", "bfloat16", "float32")
-            self.cache_types = ("f16", "bf16", "f32")
+            self.cache_types = ("f16", "bf16", "f32", "i16", "q8_0")
             devices.wire_memory()
         self.has_compact = True
         self._thread = threading.local()  # `is_tracing`, while a function of this thread is traced
@@ -287,11 +287,9 @@ class MlxBackend(Backend):
     # ---- cache -----------------------------------------------------------------------------
 
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
-        shape = (batch, heads, capacity, head_dim)
         with self._on_device():
-            dtype = CACHE_DTYPES[self.cache_type or self.cache_types[0]]
-            self._check_room(2 * prod(shape) * dtype.size)
-            cache = {"k": mx.zeros(shape, dtype), "v": mx.zeros(shape, dtype)}
+            cache = super().new_cache(batch, heads, capacity, head_dim)  # not computed yet
+            self._check_room(sum(a.nbytes for a in cache.values()))
             mx.eval(cache)
         return cache
 
@@ -314,7 +312,8 @@ class MlxBackend(Backend):
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
         # Taken out of what was handed over: an array is overwritten in place only if nobody else
         # refers to it.
-        return {name: _put(cache.pop(name), new, positions) for name, new in (("k", k), ("v", v))}
+        new = kv_cache.stored(namespace, k, v, self.cache_type or self.cache_types[0])
+        return {name: _put(cache.pop(name), a, positions) for name, a in new.items()}
 
     def attention(
         self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
@@ -324,9 +323,10 @@ class MlxBackend(Backend):
         i = positions[:, None, :, None]  # (B, 1, T, 1)
         j = mx.arange(cache["k"].shape[2], dtype=mx.int32)
         visible = j <= i if window is None else (j <= i) & (j > i - window)
-        y = mx.fast.scaled_dot_product_attention(
-            q.astype(cache["k"].dtype), cache["k"], cache["v"], scale=scale, mask=visible
-        )
+        k, v = cache["k"], cache["v"]
+        if self._streams is not None or "k_scale" in cache:  # a CPU is slow with 16 bits
+            k, v = kv_cache.numbers(namespace, cache)
+        y = mx.fast.scaled_dot_product_attention(q.astype(k.dtype), k, v, scale=scale, mask=visible)
         return y.astype(mx.float32)
 
     def contains(self, ids: Array, size: int) -> Array:
@@ -430,8 +430,7 @@ def _is_first_half(columns: int, layout: Layout) -> Array:
 
 
 def _put(old: Array, new: Array, positions: Array) -> Array:
-    """Write new positions (B, K, T, D) into a cache (B, K, S, D), from positions[:, 0] on."""
-    new = new.astype(old.dtype)
+    """Write new positions (B, K, T, ...) into a cache (B, K, S, ...), from positions[:, 0] on."""
     if new.shape[0] == 1:
         return mx.slice_update(old, new, positions[0, :1], axes=[2])
     for b in range(new.shape[0]):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from phicore import kv_cache
 from phicore.gguf.matrix import Matrix
 from phicore.protocol import Array, Backend, LayerCache, Weight
 
@@ -45,8 +46,9 @@ class NumpyBackend(Backend):
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
         rows = np.arange(positions.shape[0])[:, None]  # (B, 1), against (B, T)
-        cache["k"][rows, :, positions] = k.transpose(0, 2, 1, 3)
-        cache["v"][rows, :, positions] = v.transpose(0, 2, 1, 3)
+        new = kv_cache.stored(np, k, v, self.cache_type or self.cache_types[0])
+        for name, old in cache.items():
+            old[rows, :, positions] = new[name].swapaxes(1, 2)
         return cache
 
     def attention(

@@ -1,6 +1,7 @@
 """Kernels of the cache of keys and values, and of attention over it.
 
-The cache holds float32, float16, or integers with a float32 scale for each head and position.
+The cache holds float32, float16, integers with a float32 scale for each head and position, or
+bytes with a float16 scale for each 32.
 Attention reads the positions that a token sees and no others. It goes over them in blocks and
 keeps a running maximum and sum (Milakov and Gimelshein, "Online normalizer calculation for
 softmax", 2018; Dao et al., "FlashAttention", 2022), so its memory does not grow with the prompt.
@@ -35,14 +36,15 @@ FLOATS = vec(F32)
 LOWEST = -1e30  # below every score
 PREFETCH = 4096  # bytes ahead
 BLOCK = 32  # positions that are looked at together
+BLOCK_OF_Q8_0 = 32  # channels that share a scale
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How the numbers of a head at a position are stored: `f32`, `f16`, `i16` or `i24`.
+    """How the numbers of a head at a position are stored: `f32`, `f16`, `i16`, `i24` or `q8_0`.
 
     Integers are multiples of the row's scale. Those of 24 bits are their upper 16 bits, one after
-    the other, and then the rest, signed bytes.
+    the other, and then the rest, signed bytes. A row of `q8_0` is bytes, and then the scales.
     """
 
     type: str
@@ -58,6 +60,8 @@ class Rows:
 
     @property
     def bytes(self) -> int:
+        if self.type == "q8_0":
+            return self.dim + 2 * (self.dim // BLOCK_OF_Q8_0)
         return self.dim * {"f32": 4, "f16": 2, "i16": 2, "i24": 3}[self.type]
 
     def pieces(self) -> list[tuple[int, int]]:
@@ -68,6 +72,9 @@ class Rows:
         """Channels of a row as float32, without their scale."""
         if self.type == "f32":
             return f.load(vec(F32, lanes), row, 4 * d)
+        if self.type == "q8_0":
+            scale = f.load(I16, row, self._scale_at(d)).splat(lanes)
+            return f.load(vec(I8, lanes), row, d).to(F32) * f.target.half_to_float(scale)
         bits = f.load(vec(I16, lanes), row, 2 * d)
         if self.type == "f16":
             return f.target.half_to_float(bits)
@@ -78,6 +85,9 @@ class Rows:
 
     def store(self, f: Function, x: Sequence[Value], row: Value, scale_at: Value) -> None:
         """Store a row, given in pieces, and its scale."""
+        if self.type == "q8_0":
+            self._store_blocks(f, x, row)
+            return
         if self.has_scales:
             largest = f.f32(0.0)
             for v in x:
@@ -96,6 +106,23 @@ class Rows:
             else:
                 f.store(((v + 128).sar(8)).to(I16), row, 2 * d)
                 f.store(v.to(I8), row, 2 * self.dim + d)
+
+    def _scale_at(self, d: int) -> int:
+        return self.dim + 2 * (d // BLOCK_OF_Q8_0)
+
+    def _store_blocks(self, f: Function, x: Sequence[Value], row: Value) -> None:
+        together = BLOCK_OF_Q8_0 // LANES
+        for i in range(0, len(x), together):
+            block = x[i : i + together]
+            largest = f.f32(0.0)
+            for v in block:
+                largest = f.maximum(largest, f.maximum_of_lanes(f.absolute(v)))
+            half = f.target.float_to_half((largest * (1 / 127)).splat())
+            f.store(half.lane(0), row, self._scale_at(LANES * i))
+            scale = f.target.half_to_float(half)
+            inverse = (scale > 0.0).select(f.like(scale, 1.0) / scale, 0.0)
+            for j, v in enumerate(block):
+                f.store(f.round_even(v * inverse).to(I32).to(I8), row, LANES * (i + j))
 
 
 @dataclass(frozen=True)

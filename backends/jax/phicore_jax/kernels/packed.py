@@ -16,6 +16,7 @@ CACHE_ROWS = {
     "i16": ("i16", "i16"),
     "f16": ("f16", "f16"),
     "f32": ("f32", "f32"),
+    "q8_0": ("q8_0", "q8_0"),
 }
 """How each type of cache stores keys, and how values, whose rounding matters less."""
 
