@@ -3,7 +3,7 @@
 Run `uv run --group reference tools/make_reference.py` to write everything under tests/golden/, or
 with `--model FILE --tokens 1,2,3 --out FILE.npz` for a model of your own.
 
-Nothing here comes from phicore: files are read by the gguf package, weights are dequantized by
+Nothing that computes comes from phicore: files are read by the gguf package, weights dequantized by
 gguf.quants, and the models are transformers' own, with eager attention.
 """
 
@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +23,10 @@ import tokenizers
 import torch
 import transformers
 
+from phicore.testing import tiny_models  # writes the models under test, and nothing else here
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
-sys.path.insert(0, str(ROOT / "tests"))
-import synthetic  # noqa: E402  (the models under test are written by the tests' own helper)
 
 TEXT = """\
 Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing \
@@ -248,15 +247,15 @@ def reference(path: Path, token_ids: np.ndarray, count: int) -> dict[str, np.nda
 
 
 def make_phi3(out: Path) -> None:
-    """Every case of synthetic.cases(), each with the same prompt."""
-    cases = synthetic.cases()
+    """Every case of tiny_models.cases(), each with the same prompt."""
+    cases = tiny_models.cases()
     token_ids = np.random.default_rng(0).permutation(cases[0].tiny.vocab_size)[:24]
     arrays = {"token_ids": token_ids}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
             result = reference(case.write(Path(folder) / f"{case.name}.gguf"), token_ids, count=8)
             arrays |= {f"{case.name}/{name}": array for name, array in result.items()}
-        case, long_ids = synthetic.windowed(), np.random.default_rng(1).integers(0, 80, 3000)
+        case, long_ids = tiny_models.windowed(), np.random.default_rng(1).integers(0, 80, 3000)
         result = reference(case.write(Path(folder) / "windowed.gguf"), long_ids, count=400)
         result |= {"token_ids": long_ids, "logits": result["logits"][-LAST_LOGITS:]}
         arrays |= {f"{case.name}/{name}": array for name, array in result.items()}

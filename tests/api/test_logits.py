@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from compare import assert_close
-from tolerances import SAME_GRAPH
 
 from phicore import ArgumentError, ContextError, Model
+from phicore.testing.compare import assert_close
+from phicore.testing.tolerances import SAME_GRAPH
 
 LENGTHS = [1, 15, 16, 17, 64, 65, 256, 257, 300]
 

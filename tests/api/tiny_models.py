@@ -10,7 +10,8 @@ from unittest import mock
 
 import gguf
 from gguf import GGMLQuantizationType as Type
-from synthetic import Tiny, write_model
+
+from phicore.testing.tiny_models import Tiny, write_model
 
 TINY = Tiny(
     hidden_size=64,

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from backend import oracle
 from gguf import GGMLQuantizationType as Type
 
 from phicore.errors import BackendError
+from phicore.testing import oracle
 
 jax = pytest.importorskip("jax", reason="the JAX backend is not installed")
 

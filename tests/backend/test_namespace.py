@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from backend.strict import ListedNames, StrictBackend, listed_dtypes, listed_functions
 from gguf import GGMLQuantizationType as Type
-from synthetic import Tiny, write_model
 
 from phicore.config import Phi3Config
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
 from phicore.loader import load_params
 from phicore.sampler import Sampling
+from phicore.testing.tiny_models import Tiny, write_model
 from phicore.timings import Timings
 
 SMALL = Tiny(

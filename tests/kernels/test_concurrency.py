@@ -11,10 +11,10 @@ from threading import Barrier
 import pytest
 from api.tiny_models import TINY
 from gguf import GGMLQuantizationType as Type
-from synthetic import write_model
 
 import phicore
 from phicore import Model
+from phicore.testing.tiny_models import write_model
 
 OTHER = replace(
     TINY, hidden_size=96, intermediate_size=160, num_attention_heads=3, num_key_value_heads=3

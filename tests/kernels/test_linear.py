@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import pytest
-from compare import assert_close, relative_error
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +14,8 @@ from kernels.made import TYPES, block_columns, kernels_of, random_tensor, values
 from phicore_jax.kernels.build import supported_targets
 from phicore_jax.kernels.formats import FORMATS
 from phicore_jax.kernels.runtime import Kernels
+
+from phicore.testing.compare import assert_close, relative_error
 
 EXACT, DENSE = 3e-5, 2e-6
 ROWS = (1, 2, 5, 8, 9, 16, 31, 33, 64, 70)

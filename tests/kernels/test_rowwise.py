@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-import tolerances
-from backend import oracle
-from compare import assert_close
 from phicore_jax.kernels.runtime import Kernels
+
+from phicore.testing import oracle, tolerances
+from phicore.testing.compare import assert_close
 
 SIZES = (1, 15, 16, 17, 100)
 ROWS = (1, 3, 33)

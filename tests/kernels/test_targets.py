@@ -8,7 +8,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
-from compare import assert_close
 from gguf import GGMLQuantizationType as Type
 from kernels.made import TYPES, block_columns, kernels_of, random_tensor
 from phicore_jax.backend import JaxBackend
@@ -18,6 +17,8 @@ from phicore_jax.kernels.formats import FORMATS
 from phicore_jax.kernels.lang import Module, Target
 from phicore_jax.kernels.linear import Product
 from phicore_jax.kernels.runtime import Kernels
+
+from phicore.testing.compare import assert_close
 
 # ---- results -------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-import synthetic
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
@@ -20,6 +19,7 @@ from phicore_mlx.backend import MlxBackend, _dequantized
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.quants import AFFINE_TYPES
 from phicore.gguf.reader import GGUFTensor
+from phicore.testing import tiny_models
 
 HALVES = {  # where a block has its float16 numbers
     **dict.fromkeys((Type.Q4_0, Type.Q5_0, Type.Q8_0), (0,)),
@@ -52,7 +52,7 @@ def edges(ggml_type: Type, rng: np.random.Generator) -> GGUFTensor:
 
 
 def random_tensor(ggml_type: Type, rows: int, columns: int, rng: np.random.Generator) -> GGUFTensor:
-    data = synthetic.random_matrix(ggml_type, rows, columns, rng, 1.0)
+    data = tiny_models.random_matrix(ggml_type, rows, columns, rng, 1.0)
     return tensor_of(ggml_type, data.view(np.uint8).reshape(rows, -1))
 
 

@@ -11,20 +11,20 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-import synthetic
 from api.tiny_models import write_tiny
-from compare import assert_close
 from gguf import GGMLQuantizationType as Type
 from mlx_backend.test_affine import edges, random_tensor, values
 from phicore_mlx import devices, host
 from phicore_mlx.affine import LAYOUTS
 from phicore_mlx.backend import MlxBackend
-from tolerances import FLOAT32_LOGITS, PRODUCT
 
 import phicore
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 from phicore.protocol import Backend
+from phicore.testing import tiny_models
+from phicore.testing.compare import assert_close
+from phicore.testing.tolerances import FLOAT32_LOGITS, PRODUCT
 
 MEBI = 1 << 20
 CACHE = (1, 8, 2048, 64)  # 4 MiB of keys, and of values
@@ -118,9 +118,9 @@ def test_cache_is_overwritten_in_place(ops: MlxBackend):
 
 
 def test_weights_are_loaded_one_at_a_time(tmp_path: Path):
-    path = synthetic.write_model(
+    path = tiny_models.write_model(
         tmp_path / "model.gguf",
-        synthetic.Tiny(num_hidden_layers=8, hidden_size=512, intermediate_size=1024),
+        tiny_models.Tiny(num_hidden_layers=8, hidden_size=512, intermediate_size=1024),
         Type.Q4_K,
     )
     mx.clear_cache()
@@ -170,8 +170,8 @@ def test_threads_may_share_a_model_and_a_generation_and_the_process_ends_well(tm
 
 
 def test_compact_weights_take_less_memory_and_answer_nearly_alike(tmp_path: Path):
-    path = synthetic.write_model(
-        tmp_path / "model.gguf", synthetic.Tiny(num_hidden_layers=4), Type.Q4_K
+    path = tiny_models.write_model(
+        tmp_path / "model.gguf", tiny_models.Tiny(num_hidden_layers=4), Type.Q4_K
     )
     ids = list(range(40))
     with phicore.load(path, "mlx") as exact, phicore.load(path, "mlx", compact=True) as compact:

@@ -8,14 +8,14 @@ import subprocess
 
 import numpy as np
 import pytest
-from compare import assert_close
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from mlx_backend.test_affine import edges, random_tensor, values
 from phicore_mlx import blocks, devices
-from tolerances import PRODUCT
 
 from phicore.gguf.reader import GGUFTensor
+from phicore.testing.compare import assert_close
+from phicore.testing.tolerances import PRODUCT
 
 PREAMBLE = """
 #include <cstddef>

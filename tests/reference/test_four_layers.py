@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
-from compare import assert_close, relative_error
 from conftest import BACKENDS
 from gguf import GGMLQuantizationType as Type
-from tolerances import FLOAT32_LOGITS
 
 import phicore
 from phicore.errors import BackendError
 from phicore.gguf.quants import AFFINE_TYPES
+from phicore.testing import tiny_models
+from phicore.testing.compare import assert_close, relative_error
+from phicore.testing.tolerances import FLOAT32_LOGITS
 
-TINY = synthetic.Tiny(num_hidden_layers=4)
+TINY = tiny_models.Tiny(num_hidden_layers=4)
 LENGTHS = (1, 3, 300)
 OTHERS = [name for name in BACKENDS if name != "numpy"]
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif("numpy" not in BACKENDS, reason="needs the NumPy
 
 
 def model_file(folder: Path, data_type: Type) -> Path:
-    return synthetic.write_model(folder / "model.gguf", TINY, data_type)
+    return tiny_models.write_model(folder / "model.gguf", TINY, data_type)
 
 
 def prompts() -> list[list[int]]:

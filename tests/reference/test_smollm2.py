@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import assert_close
-from tolerances import FLOAT32_LOGITS
 
 import phicore
 from phicore.errors import SourceError
 from phicore.plugins import Plugins
 from phicore.sources import resolve
+from phicore.testing.compare import assert_close
+from phicore.testing.tolerances import FLOAT32_LOGITS
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "smollm2.npz"
 BACKENDS = list(Plugins().backends())

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
-from compare import assert_close, relative_error
-from tolerances import FLOAT32_LOGITS, SAME_GRAPH
 
 from phicore.config import Phi3Config
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
 from phicore.loader import load_params, load_rope_factors
 from phicore.sampler import Sampling
+from phicore.testing import tiny_models
+from phicore.testing.compare import assert_close, relative_error
+from phicore.testing.tolerances import FLOAT32_LOGITS, SAME_GRAPH
 from phicore.timings import Timings
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "phi3.npz"
-CASES = {case.name: case for case in synthetic.cases()}
+CASES = {case.name: case for case in tiny_models.cases()}
 GREEDY = Sampling(temperature=0.0, repeat_penalty=1.0)
 
 
@@ -119,7 +119,7 @@ def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, m
 
         monkeypatch.setattr(ops, name, counted)
     expected, ids = golden()["windowed/logits"], golden()["windowed/token_ids"].tolist()
-    engine = engine_of(synthetic.windowed().write(tmp_path / "tiny.gguf"), ops)
+    engine = engine_of(tiny_models.windowed().write(tmp_path / "tiny.gguf"), ops)
     assert engine.context > len(ids) > 2000
 
     assert_close(engine.logits(ids)[-len(expected) :], expected, FLOAT32_LOGITS)
@@ -128,7 +128,7 @@ def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, m
 
 
 def test_greedy_tokens_far_beyond_the_window_equal_transformers(ops, tmp_path):
-    engine = engine_of(synthetic.windowed().write(tmp_path / "tiny.gguf"), ops)
+    engine = engine_of(tiny_models.windowed().write(tmp_path / "tiny.gguf"), ops)
     ids, expected = (golden()[f"windowed/{name}"].tolist() for name in ("token_ids", "greedy_ids"))
     for count in (len(ids), len(ids) - 1500):  # no layer of two sees more than 126 tokens back
         tokens = engine.generate(

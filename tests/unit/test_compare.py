@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from compare import assert_close, relative_error
+
+from phicore.testing.compare import assert_close, relative_error
 
 EXPECTED = np.array([[3.0, 0.0], [0.0, 4.0]], np.float32)
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from synthetic import Q4_K_M, Tiny, Types, write_model
 
 from phicore.config import Phi3Config
 from phicore.errors import GGUFError
 from phicore.gguf.reader import GGUFFile, GGUFTensor, open_gguf
 from phicore.loader import load_params, load_rope_factors, rows_for_half_rotation, vocab_size
 from phicore.protocol import Backend
+from phicore.testing.tiny_models import Q4_K_M, Tiny, Types, write_model
 
 TINY = Tiny(vocab_size=40, max_position_embeddings=30)
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")

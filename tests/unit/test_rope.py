@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tolerances
 
 from phicore.config import Phi3Config
 from phicore.rope import attention_factor, is_long, rope_tables
+from phicore.testing import tolerances
 
 CONFIG = Phi3Config(
     architecture="phi3",

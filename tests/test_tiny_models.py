@@ -7,8 +7,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import synthetic
-from synthetic import Tiny, Type
+
+from phicore.testing import tiny_models
+from phicore.testing.tiny_models import Tiny, Type
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -33,14 +34,14 @@ def test_types_are_all_that_gguf_dequantizes() -> None:
             return False
         return True
 
-    assert set(synthetic.TYPES) == {data_type for data_type in Type if is_readable(data_type)}
+    assert set(tiny_models.TYPES) == {data_type for data_type in Type if is_readable(data_type)}
 
 
-@pytest.mark.parametrize("data_type", synthetic.TYPES, ids=lambda data_type: data_type.name)
+@pytest.mark.parametrize("data_type", tiny_models.TYPES, ids=lambda data_type: data_type.name)
 @pytest.mark.parametrize("std", [0.03, 0.3])
 def test_random_matrix_every_type_has_the_scale_asked_for(data_type: Type, std: float) -> None:
     rng = np.random.Generator(np.random.PCG64(1))
-    rows = synthetic.random_matrix(data_type, 64, 512, rng, std)
+    rows = tiny_models.random_matrix(data_type, 64, 512, rng, std)
     values = gguf.quants.dequantize(rows, data_type)
     assert values.shape == (64, 512)
     assert np.isfinite(values).all()
@@ -52,14 +53,14 @@ def test_random_matrix_every_type_has_the_scale_asked_for(data_type: Type, std: 
 
 def test_random_blocks_scales_differ_between_blocks() -> None:
     rng = np.random.Generator(np.random.PCG64(1))
-    blocks = synthetic.random_blocks(Type.Q6_K, 16, 256, rng, 0.03)
+    blocks = tiny_models.random_blocks(Type.Q6_K, 16, 256, rng, 0.03)
     assert len(np.unique(blocks[:, 208:].view("<f2"))) > 12
 
 
 @pytest.mark.parametrize("arch", ["phi3", "llama"])
 def test_write_model_metadata_says_what_tiny_says(tmp_path: Path, arch: str) -> None:
     tiny = Tiny(arch=arch)
-    reader = gguf.GGUFReader(synthetic.write_model(tmp_path / "m.gguf", tiny, synthetic.Q4_K_M))
+    reader = gguf.GGUFReader(tiny_models.write_model(tmp_path / "m.gguf", tiny, tiny_models.Q4_K_M))
 
     def get(key: str) -> object:
         return reader.get_field(key).contents()
@@ -77,7 +78,7 @@ def test_write_model_metadata_says_what_tiny_says(tmp_path: Path, arch: str) -> 
 
 
 def test_write_model_phi3_has_fused_matrices_of_mixed_types(tmp_path: Path) -> None:
-    tensors = read_tensors(synthetic.write_model(tmp_path / "m.gguf", Tiny(), synthetic.Q4_K_M))
+    tensors = read_tensors(tiny_models.write_model(tmp_path / "m.gguf", Tiny(), tiny_models.Q4_K_M))
     qkv, up = tensors["blk.0.attn_qkv.weight"], tensors["blk.0.ffn_up.weight"]
     assert (qkv.tensor_type, qkv.shape.tolist()) == (Type.Q5_K, [512, 1024])
     assert (up.tensor_type, up.shape.tolist()) == (Type.Q4_K, [512, 1536])
@@ -86,9 +87,9 @@ def test_write_model_phi3_has_fused_matrices_of_mixed_types(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("data_type", [Type.F32, Type.Q8_0, Type.Q4_K], ids=lambda t: t.name)
 def test_write_model_llama_is_the_phi3_network_unfused(tmp_path: Path, data_type: Type) -> None:
-    phi3 = read_values(synthetic.write_model(tmp_path / "phi3.gguf", Tiny(), data_type))
+    phi3 = read_values(tiny_models.write_model(tmp_path / "phi3.gguf", Tiny(), data_type))
     tiny = Tiny(arch="llama")
-    llama = read_values(synthetic.write_model(tmp_path / "llama.gguf", tiny, data_type))
+    llama = read_values(tiny_models.write_model(tmp_path / "llama.gguf", tiny, data_type))
 
     q, k, v = np.split(phi3["blk.1.attn_qkv.weight"], [512, 768])
     gate, up = np.split(phi3["blk.1.ffn_up.weight"], 2)
@@ -107,7 +108,7 @@ def test_write_model_llama_is_the_phi3_network_unfused(tmp_path: Path, data_type
 
 def test_write_model_options_change_the_file(tmp_path: Path) -> None:
     tiny = Tiny(sliding_window=5, tie_word_embeddings=True, original_max_position_embeddings=16)
-    path = synthetic.write_model(tmp_path / "m.gguf", tiny, Type.Q4_0)
+    path = tiny_models.write_model(tmp_path / "m.gguf", tiny, Type.Q4_0)
     assert gguf.GGUFReader(path).get_field("phi3.attention.sliding_window").contents() == 5
     tensors = read_tensors(path)
     assert "output.weight" not in tensors
@@ -116,21 +117,21 @@ def test_write_model_options_change_the_file(tmp_path: Path) -> None:
 
 def test_write_model_vocabulary_too_small_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vocab_size: expected at least"):
-        synthetic.write_model(tmp_path / "m.gguf", Tiny(vocab_size=300), Type.F16)
+        tiny_models.write_model(tmp_path / "m.gguf", Tiny(vocab_size=300), Type.F16)
 
 
 def test_write_model_bytes_depend_on_the_seed_alone(tmp_path: Path) -> None:
     def write(seed: int) -> bytes:
-        path = synthetic.write_model(tmp_path / "m.gguf", Tiny(), synthetic.Q4_K_M, seed=seed)
+        path = tiny_models.write_model(tmp_path / "m.gguf", Tiny(), tiny_models.Q4_K_M, seed=seed)
         return path.read_bytes()
 
     assert write(1) == write(1)
     assert write(1) != write(2)
 
 
-@pytest.mark.parametrize("case", synthetic.cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", tiny_models.cases(), ids=lambda case: case.name)
 def test_case_file_is_the_one_the_reference_was_computed_on(
-    tmp_path: Path, case: synthetic.Case
+    tmp_path: Path, case: tiny_models.Case
 ) -> None:
     """When this fails, the writer has changed: run tools/make_reference.py again."""
     digest = hashlib.sha256(case.write(tmp_path / "m.gguf").read_bytes()).hexdigest()
@@ -139,6 +140,6 @@ def test_case_file_is_the_one_the_reference_was_computed_on(
 
 
 def test_cases_have_distinct_names_and_seeds() -> None:
-    cases = synthetic.cases()
+    cases = tiny_models.cases()
     assert len({case.name for case in cases}) == len({case.seed for case in cases}) == len(cases)
     assert replace(cases[0].tiny, vocab_size=352) == Tiny()

@@ -35,6 +35,6 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, bound: float) -> None
     )
     place = tuple(int(i) for i in where)
     raise AssertionError(
-        f"relative error {error:.3g}, bound {bound:.3g}; largest difference "
+        f"shape {actual.shape}: relative error {error:.3g}, bound {bound:.3g}; largest difference "
         f"{difference[where]:.3g} at {place}: {actual[where]!r}, expected {expected[where]!r}"
     )

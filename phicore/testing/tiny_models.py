@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypeAlias
 
 import gguf
 import numpy as np
 from gguf import GGML_QUANT_SIZES, LlamaFileType, TokenType
 from gguf import GGMLQuantizationType as Type
 
-Types = Mapping[str, Type] | Type
+Types: TypeAlias = Mapping[str, Type] | Type
 
 # Types that the gguf package packs itself; the rest of TYPES are packed by `random_blocks`.
 _QUANTIZABLE = (
@@ -279,6 +280,7 @@ def _llama3_factors(tiny: Tiny) -> np.ndarray:
     Source: `LlamaModel.generate_extra_tensors` of llama.cpp's convert_hf_to_gguf.py.
     """
     exponent = np.arange(0, tiny.rotary_dim, 2) / tiny.rotary_dim
+    assert tiny.original_max_position_embeddings is not None
     turns = tiny.original_max_position_embeddings / (2 * np.pi * tiny.rope_theta**exponent)
     smooth = np.clip((turns - 1) / (4 - 1), 0, 1)  # 1 for a wave that fits in 4 times
     return (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)

@@ -1,0 +1,156 @@
+"""The cache and attention, against plain loops in float64."""
+
+import numpy as np
+import pytest
+
+from phicore.protocol import Backend, LayerCache
+from phicore.testing import oracle, tolerances
+from phicore.testing.compare import assert_close
+from phicore.testing.conformance.base import Conformance
+
+H, K, D, S = 6, 3, 4, 11
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32)
+
+
+def made_of(ops: Backend, k: np.ndarray, v: np.ndarray) -> LayerCache:
+    """A cache holding given entries, stored the way the graph stores them."""
+    batch, heads, capacity, dim = k.shape
+    cache = ops.new_cache(batch, heads, capacity, dim)
+    positions = np.broadcast_to(np.arange(capacity, dtype=np.int32), (batch, capacity))
+    update = ops.compile(ops.update_cache, donate=(0,))
+    return update(cache, ops.asarray(k), ops.asarray(v), ops.asarray(positions))
+
+
+def host(ops: Backend, cache: LayerCache) -> tuple[np.ndarray, np.ndarray]:
+    """Copies, since an update may write into the cache that it is handed."""
+    return np.array(ops.to_numpy(cache["k"])), np.array(ops.to_numpy(cache["v"]))
+
+
+def check_attention(
+    ops: Backend,
+    rng: np.random.Generator,
+    positions: list[list[int]],
+    window: int | None,
+    heads: int = H,
+    beyond: float | None = None,
+    beyond_value: float = 1e30,
+) -> None:
+    """Compare with the oracle, which never looks beyond a token's own position."""
+    batch, tokens = np.shape(positions)
+    k, v = normal(rng, batch, K, S, D), normal(rng, batch, K, S, D)
+    q = 3 * normal(rng, batch, heads, tokens, D)
+    expected = oracle.attention(q, k, v, np.array(positions), 0.7, window)
+    if beyond is not None:
+        for b, row in enumerate(positions):
+            k[b, :, row[-1] + 1 :], v[b, :, row[-1] + 1 :] = beyond, beyond_value
+    run = ops.compile(lambda q, held, at: ops.attention(q, held, at, 0.7, window))
+    args = (ops.asarray(q), made_of(ops, k, v), ops.asarray(np.array(positions, np.int32)))
+    with np.errstate(invalid="ignore"):  # infinite keys; only what comes out matters here
+        result = ops.to_numpy(run(*args))
+    assert_close(result, expected, tolerances.ATTENTION)
+
+
+class AttentionConformance(Conformance):
+    def test_new_cache_is_zero(self, ops: Backend) -> None:
+        cache = ops.new_cache(2, K, S, D)
+        for array in cache.values():
+            assert tuple(array.shape[:3]) == (2, K, S)
+            assert not ops.to_numpy(array).any()
+
+    def test_new_cache_layers_share_nothing(self, ops: Backend, rng: np.random.Generator) -> None:
+        first, second = ops.new_cache(1, K, S, D), ops.new_cache(1, K, S, D)
+        new = ops.asarray(normal(rng, 1, K, 1, D))
+        ops.update_cache(first, new, new, ops.asarray(np.array([[2]], np.int32)))
+        assert not any(a.any() for a in host(ops, second))
+
+    @pytest.mark.parametrize(
+        "positions",
+        [
+            pytest.param([[0]], id="B1-T1-first"),
+            pytest.param([[S - 1]], id="B1-T1-last"),
+            pytest.param([[3, 4, 5, 6]], id="B1-T4"),
+            pytest.param([[S - 4, S - 3, S - 2, S - 1]], id="B1-T4-end"),
+            pytest.param([[4], [0], [S - 1]], id="B3-T1"),
+            pytest.param([[0, 1, 2], [7, 8, 9], [S - 3, S - 2, S - 1]], id="B3-T3"),
+        ],
+    )
+    def test_update_cache_writes_the_new_and_nothing_else(
+        self, ops: Backend, rng: np.random.Generator, positions: list[list[int]]
+    ) -> None:
+        batch, tokens = np.shape(positions)
+        k, v = normal(rng, batch, K, S, D), normal(rng, batch, K, S, D)
+        new_k, new_v = normal(rng, batch, K, tokens, D), normal(rng, batch, K, tokens, D)
+        cache = made_of(ops, k, v)
+        run = ops.compile(ops.update_cache, donate=(0,))
+        args = (ops.asarray(new_k), ops.asarray(new_v), ops.asarray(np.array(positions, np.int32)))
+        result = host(ops, run(cache, *args))
+        for b, row in enumerate(positions):
+            for t, position in enumerate(row):
+                k[b, :, position], v[b, :, position] = new_k[b, :, t], new_v[b, :, t]
+        assert np.array_equal(result[0], k)
+        assert np.array_equal(result[1], v)
+
+    def test_grow_cache_keeps_entries_and_adds_zeros(
+        self, ops: Backend, rng: np.random.Generator
+    ) -> None:
+        k, v = normal(rng, 2, K, S, D), normal(rng, 2, K, S, D)
+        for old, new in zip(
+            (k, v), host(ops, ops.grow_cache(made_of(ops, k, v), S + 6)), strict=True
+        ):
+            assert new.shape == (2, K, S + 6, D)
+            assert np.array_equal(new[:, :, :S], old)
+            assert not new[:, :, S:].any()
+
+    @pytest.mark.parametrize("count", [[0], [1], [S - 1], [4, 9], [0, 10]], ids=str)
+    def test_shift_cache_forgets_the_first_positions(
+        self, ops: Backend, rng: np.random.Generator, count: list[int]
+    ) -> None:
+        k, v = normal(rng, len(count), K, S, D), normal(rng, len(count), K, S, D)
+        shift = ops.compile(ops.shift_cache, donate=(0,))
+        found = host(ops, shift(made_of(ops, k, v), ops.asarray(np.array(count, np.int32))))
+        for before, after in zip((k, v), found, strict=True):
+            assert after.shape == before.shape
+            assert np.isfinite(after).all()
+            for row, n in enumerate(count):
+                assert np.array_equal(after[row, :, : S - n], before[row, :, n:])
+
+    @pytest.mark.parametrize("window", [None, 1, 3, S])
+    @pytest.mark.parametrize(
+        "positions",
+        [
+            pytest.param([[0]], id="B1-T1-first"),
+            pytest.param([[S - 1]], id="B1-T1-last"),
+            pytest.param([[2, 3, 4, 5]], id="B1-T4"),
+            pytest.param([[0, 1, 2], [6, 7, 8]], id="B2-T3"),
+        ],
+    )
+    def test_attention_equals_float64(
+        self, ops: Backend, rng: np.random.Generator, positions: list[list[int]], window: int | None
+    ) -> None:
+        check_attention(ops, rng, positions, window)
+
+    @pytest.mark.parametrize("heads", [K, 4 * K], ids=["multi-head", "four-a-key"])
+    def test_attention_other_group_sizes_equal_float64(
+        self, ops: Backend, rng: np.random.Generator, heads: int
+    ) -> None:
+        check_attention(ops, rng, [[3, 4]], None, heads)
+
+    # Only of keys: a weight of 0 times a value that is not finite would be NaN.
+    @pytest.mark.parametrize("beyond", [1e30, -1e30, np.inf, -np.inf, np.nan])
+    def test_attention_keys_beyond_the_live_prefix_do_not_matter(
+        self, ops: Backend, rng: np.random.Generator, beyond: float
+    ) -> None:
+        check_attention(ops, rng, [[1, 2], [6, 7]], None, beyond=beyond)
+
+    def test_attention_large_scores_stay_finite(
+        self, ops: Backend, rng: np.random.Generator
+    ) -> None:
+        """The softmax must subtract the maximum: exp(1e4) is no float32 number."""
+        k, v, q = (normal(rng, 1, n, t, D) for n, t in ((K, S), (K, S), (H, 1)))
+        positions = np.array([[S - 1]], np.int32)
+        run = ops.compile(lambda q, held, at: ops.attention(q, held, at, 1e4, None))
+        result = ops.to_numpy(run(ops.asarray(q), made_of(ops, k, v), ops.asarray(positions)))
+        assert_close(result, oracle.attention(q, k, v, positions, 1e4, None), 1e-3)

@@ -1,0 +1,144 @@
+"""Whole models: logits and seeded text like those of the protocol's defaults on NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from phicore.config import Phi3Config
+from phicore.engine import Engine
+from phicore.gguf.reader import open_gguf
+from phicore.loader import load_params, load_rope_factors
+from phicore.protocol import Array, Backend
+from phicore.sampler import Sampling
+from phicore.testing import tolerances
+from phicore.testing.compare import assert_close
+from phicore.testing.conformance.base import Conformance
+from phicore.testing.tiny_models import Q4_K_M, Tiny, Types, write_model
+from phicore.timings import Timings
+
+PHI3 = Tiny(vocab_size=80, max_position_embeddings=400)
+MODELS: dict[str, tuple[Tiny, Types]] = {
+    "phi3": (PHI3, Q4_K_M),
+    "window_partial_rotation_tied": (
+        replace(PHI3, sliding_window=6, rope_dimension_count=48, tie_word_embeddings=True),
+        Type.Q6_K,
+    ),
+    "long_rope": (replace(PHI3, original_max_position_embeddings=16), Type.F16),
+    "llama": (replace(PHI3, arch="llama"), Q4_K_M),
+    "qwen2": (replace(PHI3, arch="qwen2"), Type.Q8_0),
+    "phimoe": (replace(PHI3, arch="phimoe", num_local_experts=5), Type.Q4_K),
+}
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
+GREEDY = Sampling(temperature=0.0)
+DRAWN = Sampling(temperature=0.9, top_k=30, top_p=0.9, min_p=0.02, repeat_penalty=1.1)
+
+
+class Reference(Backend):
+    """The protocol's defaults on NumPy: what every operation means."""
+
+    xp = np
+
+    def asarray(self, x: np.ndarray) -> Array:
+        return np.array(x)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return np.array(x)
+
+
+def engine_of(ops: Backend, path: Path) -> Engine:
+    with open_gguf(path) as file:
+        config = Phi3Config.from_gguf(file.metadata)
+        factors = load_rope_factors(config, file)
+        params = load_params(ops, config, file, lambda *_: None)
+    return Engine(
+        ops,
+        config,
+        params,
+        vocab_size=PHI3.vocab_size,
+        context=config.max_position_embeddings,
+        progress=lambda *_: None,
+        rope_factors=factors,
+    )
+
+
+def text(engine: Engine, sampling: Sampling, seed: int = 1, limit: int = 24) -> list[int]:
+    return list(engine.generate(PROMPT, sampling, limit=limit, seed=seed, timings=Timings()))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the reference makes of a model."""
+
+    path: Path
+    logits: np.ndarray
+    text: list[int]
+
+
+@cache
+def expected(name: str, folder: Path) -> Expected:
+    tiny, types = MODELS[name]
+    path = write_model(folder / f"{name}.gguf", tiny, types, tokenizer=False)
+    engine = engine_of(Reference(), path)
+    with np.errstate(all="ignore"):
+        return Expected(path, engine.logits(PROMPT), text(engine, DRAWN))
+
+
+class ModelsConformance(Conformance):
+    @pytest.fixture(scope="session")
+    @classmethod
+    def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tmp_path_factory.mktemp("models")
+
+    @pytest.fixture(scope="class", params=MODELS)
+    @classmethod
+    def model(cls, request: pytest.FixtureRequest, folder: Path) -> Expected:
+        return expected(request.param, folder)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, ops: Backend, model: Expected) -> Engine:
+        return engine_of(ops, model.path)
+
+    def test_logits_equal_the_reference(self, engine: Engine, model: Expected) -> None:
+        assert_close(engine.logits(PROMPT), model.logits, tolerances.FLOAT32_LOGITS)
+
+    def test_seeded_text_equals_the_reference(self, engine: Engine, model: Expected) -> None:
+        """A seed gives the same text on every backend."""
+        assert text(engine, DRAWN) == model.text
+
+    def test_text_goes_on_when_the_cache_grows(self, ops: Backend, tmp_path: Path) -> None:
+        """Beyond the 256 positions that a cache has at first."""
+        path = write_model(tmp_path / "m.gguf", PHI3, Type.F32, tokenizer=False)
+        prompt = PROMPT * 12
+        engines = [engine_of(Reference(), path), engine_of(ops, path)]
+        both = [
+            list(e.generate(prompt, GREEDY, limit=40, seed=0, timings=Timings())) for e in engines
+        ]
+        assert both[1] == both[0]
+
+    def test_two_models_at_a_time_do_not_disturb_each_other(
+        self, make: Callable[[], Backend], tmp_path: Path
+    ) -> None:
+        """Each on a backend of its own, in threads of one process."""
+        paths = [
+            write_model(tmp_path / f"{seed}.gguf", PHI3, Type.Q4_K, seed=seed, tokenizer=False)
+            for seed in range(2)
+        ]
+        engines = []
+        for path in paths:
+            ops = make()
+            ops.configure(cache_type="f32")
+            engines.append(engine_of(ops, path))
+        alone = [text(engine_of(Reference(), path), DRAWN, seed=5) for path in paths]
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda e: text(e, DRAWN, seed=5), engines * 3))
+        assert found == alone * 3
+        assert alone[0] != alone[1]

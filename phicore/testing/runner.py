@@ -1,0 +1,114 @@
+"""Running the conformance kit on a backend, without a test module of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phicore.errors import PhicoreError
+from phicore.loader import Progress
+from phicore.protocol import Backend
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one test.
+
+    Attributes:
+        part: The part of the kit, such as `attention`.
+        outcome: "passed", "failed" or "skipped".
+        message: Why, if it did not pass: what was expected, and the largest error.
+    """
+
+    part: str
+    name: str
+    outcome: str
+    message: str = ""
+
+
+def run(
+    make: Callable[[], Backend], *, keyword: str = "", progress: Progress = lambda *_: None
+) -> list[Result]:
+    """Run the kit.
+
+    Args:
+        make: Gives a new backend at each call.
+        keyword: Only tests whose names fit this expression, as for `pytest -k`.
+    Raises:
+        PhicoreError: If pytest or hypothesis is missing, or the expression is none.
+    """
+    try:
+        import hypothesis  # noqa: F401
+        import pytest
+    except ImportError as error:
+        raise PhicoreError(
+            f"conformance: {error.name} is missing; install phicore[testing]"
+        ) from error
+    from phicore.testing import installed
+
+    collector = _Collector(progress)
+    # no configuration but this: what lies in the user's folder must not matter
+    arguments = [installed.__file__, "-c", os.devnull, "--rootdir", str(Path(__file__).parent)]
+    for unwanted in ("terminal", "cacheprovider", "xdist"):
+        arguments += ["-p", f"no:{unwanted}"]
+    installed.factory = make
+    try:
+        code = pytest.main([*arguments, "-k", keyword], plugins=[collector])
+    finally:
+        installed.factory = None
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise PhicoreError(f"conformance: no test fits {keyword!r}")
+    if code == pytest.ExitCode.INTERRUPTED and not collector.results:
+        raise KeyboardInterrupt
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise PhicoreError(f"conformance: pytest could not run ({code!r}); is {keyword!r} right?")
+    return collector.results
+
+
+class _Collector:
+    """A plugin of pytest that keeps what became of each test."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.results: list[Result] = []
+        self._progress = progress
+        self._parts: dict[str, str] = {}
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        for item in session.items:
+            defined_in = item.function.__module__.rpartition(".")[2]
+            self._parts[item.nodeid] = defined_in
+        self._progress("testing", 0, len(self._parts))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        name = report.nodeid.rpartition("::")[2]
+        message = "" if report.outcome == "passed" else _message(report)
+        part = self._parts.get(report.nodeid, "")
+        self.results.append(Result(part, name, report.outcome, message))
+        self._progress("testing", len(self.results), len(self._parts))
+
+
+def _message(report: Any) -> str:
+    """One line: the exception, without the frames that led to it."""
+    found = report.longrepr
+    if isinstance(found, tuple):  # of a test that was skipped: file, line, reason
+        return str(found[2]).removeprefix("Skipped: ")
+    crash = getattr(found, "reprcrash", None)
+    lines = str(crash.message if crash is not None else found).strip().splitlines()
+    kept = [line.strip() for line in lines if line.strip()]
+    return "; ".join(kept[:3]) if kept else "failed"
+
+
+def parts_of(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """How many tests of each part passed, failed and were skipped."""
+    counts: dict[str, dict[str, Any]] = {}
+    for result in results:
+        row = counts.setdefault(
+            result.part, {"part": result.part, "passed": 0, "failed": 0, "skipped": 0}
+        )
+        row[result.outcome] += 1
+    return list(counts.values())

@@ -1,0 +1,9 @@
+"""The conformance kit's attention, on every backend."""
+
+from backend.every import EveryBackend
+
+from phicore.testing.conformance import AttentionConformance
+
+
+class TestAttention(EveryBackend, AttentionConformance):
+    pass

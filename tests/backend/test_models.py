@@ -1,0 +1,17 @@
+"""The conformance kit's models, on every installed backend."""
+
+from collections.abc import Callable
+
+import pytest
+from backend.every import make_any
+from conftest import BACKENDS
+
+from phicore.protocol import Backend
+from phicore.testing.conformance import ModelsConformance
+
+
+class TestModels(ModelsConformance):
+    @pytest.fixture(scope="class", params=[*BACKENDS, "strict"])
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest) -> Callable[[], Backend]:
+        return lambda: make_any(request.param)
