@@ -52,8 +52,8 @@ class Engine:
     ) -> None:
         self.ops = ops
         self.vocab_size = vocab_size
-        self._config = config
-        self._params = params
+        self.config = config
+        self.params = params
         self.context = context
         self.progress = progress
         self._called: set[Any] = set()
@@ -82,7 +82,7 @@ class Engine:
             The cache; the tokens and positions of the next step, (B, 1); its `recent`.
         """
         ops, xp = self.ops, self.ops.xp
-        hidden, cache = graph.forward(ops, self._config, params, rope, tokens, positions, cache)
+        hidden, cache = graph.forward(ops, self.config, params, rope, tokens, positions, cache)
         index = last[:, None]  # (B, 1)
         shape = (hidden.shape[0], 1, hidden.shape[2])
         hidden = xp.take_along_axis(hidden, xp.broadcast_to(index[:, :, None], shape), axis=1)
@@ -97,7 +97,7 @@ class Engine:
     ) -> tuple[list[LayerCache], Array]:
         """The cache, and the logits (B, T, V) of all tokens."""
         ops = self.ops
-        hidden, cache = graph.forward(ops, self._config, params, rope, tokens, positions, cache)
+        hidden, cache = graph.forward(ops, self.config, params, rope, tokens, positions, cache)
         return cache, graph.logits(ops, params, hidden)
 
     def shift_fn(
@@ -195,12 +195,12 @@ class Engine:
 
     def capacity_for(self, positions: int) -> int:
         """Slots of a cache for so many positions: no more than the window needs."""
-        window = self._config.sliding_window
+        window = self.config.sliding_window
         capacity = capacity_for(positions)
         return capacity if window is None else min(capacity, capacity_of_window(window))
 
     def new_cache(self, capacity: int) -> list[LayerCache]:
-        c = self._config
+        c = self.config
         return [
             self.ops.new_cache(1, c.num_key_value_heads, capacity, c.head_dim)
             for _ in range(c.num_hidden_layers)
@@ -219,11 +219,11 @@ class Engine:
 
     @property
     def window(self) -> int | None:
-        return self._config.sliding_window
+        return self.config.sliding_window
 
     def call(self, fn: Any, cache: _Cache, args: tuple[Any, ...], timings: Timings) -> Any:
         """Call a compiled function; the first call with new shapes counts as compiling."""
-        args = (self._params, cache.layers, cache.rope, *args)
+        args = (self.params, cache.layers, cache.rope, *args)
         key = (fn is self.step, cache.capacity, *map(_shapes, args[3:]))
         most, tokens = self.ops.compiled_tokens, args[3]
         is_compiled = self.ops.compiles and (most is None or tokens.shape[1] <= most)
@@ -239,7 +239,7 @@ class Engine:
 
     def is_long(self, length: int) -> bool:
         """Whether a sequence of this length, prompt and answer, rotates by the long factors."""
-        return self._rope_factors is not None and is_long(self._config, length)
+        return self._rope_factors is not None and is_long(self.config, length)
 
     def rope(self, first: int, count: int, is_long: bool) -> Rope:
         """The rotary tables of `count` positions from `first` on."""
@@ -256,7 +256,7 @@ class Engine:
             factors = self._rope_factors.long if is_long else self._rope_factors.short
             scale = self._rope_factors.scale
         positions = np.arange(first, first + count)
-        cos, sin = rope_tables(self._config, positions, factors, scale)
+        cos, sin = rope_tables(self.config, positions, factors, scale)
         return self.ops.asarray(cos), self.ops.asarray(sin)
 
 

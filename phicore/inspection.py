@@ -106,7 +106,7 @@ def print_inspection(found: dict[str, Any]) -> None:
     for title in ("hyperparameters", "tokenizer"):
         print(f"\n{title}")
         for key, value in found[title].items():
-            print(f"  {key:<24} {_shown(value)}")
+            print(f"  {key:<32} {_shown(value)}")
     types = Counter(t["type"] for t in found["tensors"])
     print(f"\ntensors: {len(found['tensors'])} ({', '.join(f'{n} {t}' for t, n in types.items())})")
     table(

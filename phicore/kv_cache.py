@@ -7,7 +7,8 @@ A row is the D numbers of a head at a position.
 | `f32` | float32 | nothing |
 | `f16`, `bf16` | floats of 16 bits | 2**-11, 2**-8 of each number |
 | `i16` | int16, and a float32 scale | 2**-16 of the row's largest |
-| `q8_0` | int8, and a float16 scale for each 32, as ggml's | 1/250 of the 32's largest |
+| `q8_0` | int8, and a float16 scale for each 32, in ggml's blocks | 1/250 of the 32's largest, |
+|        | | or 2e-6 if that is more |
 
 A layer's cache is `k` and `v`, rows (B, K, S, D), and with scales `k_scale` and `v_scale`.
 """
@@ -109,4 +110,7 @@ def multiples(xp: Any, x: Array, most: int, dtype: Any = None) -> tuple[Array, A
         scale = xp.astype(xp.astype(scale, dtype), xp.float32)
     divisor = xp.expand_dims(scale, axis=-1)
     integers = xp.round(x / xp.where(divisor > 0, divisor, 1.0))
+    # a scale that was rounded down a lot, a tiny one, leaves more than fits
+    integers = xp.where(integers > most, float(most), integers)
+    integers = xp.where(integers < -most, -float(most), integers)
     return xp.where(divisor > 0, integers, 0.0), scale

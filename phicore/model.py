@@ -140,6 +140,7 @@ class Model:
                 )
             self.sampling = _recommended_sampling(self.metadata, file.path)
             rope_factors = load_rope_factors(self.config, file)
+            ops.new_cache(1, 1, 1, self.config.head_dim)  # a type may not have room for such heads
             params = load_params(ops, self.config, file, progress)
         self._ops = ops
         self._engine: Engine | None = Engine(
@@ -260,6 +261,14 @@ class Model:
         if self._engine is None:
             raise PhicoreError("the model is closed; load it again")
         return self._engine.logits(_checked_ids(token_ids, self.vocab_size))
+
+    def trace(self, token_ids: Sequence[int]) -> dict[str, np.ndarray]:
+        """What each operation of the network gives for some tokens, by name; see `tracing`."""
+        from phicore.tracing import trace
+
+        if self._engine is None:
+            raise PhicoreError("the model is closed; load it again")
+        return trace(self._engine, _checked_ids(token_ids, self.vocab_size))
 
     @property
     def device(self) -> str:

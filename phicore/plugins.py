@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -175,6 +176,16 @@ class Plugins:
             broken = BrokenPlugin(owner[0], owner[1], _reason(error))
             if broken not in self.broken:  # the hook may be called again
                 self.broken.append(broken)
+
+
+def usable_backends() -> list[str]:
+    """The names of the installed backends that work here."""
+    names = []
+    for info in Plugins().backends().values():
+        with suppress(BackendError):
+            info.devices()
+            names.append(info.name)
+    return names
 
 
 def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:

@@ -19,8 +19,8 @@ X `num_local_experts`.
     abs arange argmax astype broadcast_to concat exp expand_dims log log1p matmul max maximum mean
     permute_dims reshape round sqrt sum take take_along_axis where zeros
 and its dtypes float32, int32 and bool. Arrays have `shape`, operators and basic slices. Types of a
-cache other than float32 need dtypes of theirs: float16 (which the standard does not have), int8 and
-int16.
+cache other than `f32` need dtypes of theirs: `f16` float16 (which the standard does not have),
+`i16` int16, `q8_0` float16 and int8.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Backend:
 
     device_name: str = "cpu"
     """The device it is on, by the name that made it."""
-    cache_types: tuple[str, ...] = ("f32", "f16", "i16", "q8_0")
-    """How it can store keys and values, the default first: as `kv_cache` says, or types of its
-    own."""
+    cache_types: tuple[str, ...] = ("f32",)
+    """How it can store keys and values, the default first: as `kv_cache` says, where the defaults
+    do it if `xp` has the dtype, or types of its own."""
     linear_error: float = 5e-6
     """A bound of the relative error of `linear` on random numbers: that of float32."""
     has_fast_prefill: bool = False
@@ -135,7 +135,10 @@ class Backend:
 
         The default is a dense float32 array of shape (X, N, K).
         """
-        return self.asarray(np.stack([matrix.dequantize() for matrix in matrices]))
+        values = np.empty((len(matrices), *matrices[0].shape), np.float32)
+        for number, matrix in enumerate(matrices):
+            values[number] = matrix.dequantize()
+        return self.asarray(values)
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         """Compile a pure function of nested containers (dict, list, tuple, None) of arrays.
@@ -172,8 +175,11 @@ class Backend:
         """
         xp, count = self.xp, weight.shape[0]
         if x.shape[0] < count:
-            picked = xp.take(weight, experts, axis=0)  # (M, N, K)
-            return xp.matmul(picked, xp.expand_dims(x, axis=2))[:, :, 0]
+            rows = []
+            for m in range(x.shape[0]):
+                picked = xp.take(weight, experts[m : m + 1], axis=0)[0, :, :]  # (N, K)
+                rows.append(xp.matmul(x[m : m + 1, :], xp.permute_dims(picked, (1, 0))))
+            return xp.concat(rows, axis=0)
         y = xp.zeros((x.shape[0], weight.shape[1]), dtype=xp.float32)
         for number in range(count):
             product = xp.matmul(x, xp.permute_dims(weight[number, :, :], (1, 0)))

@@ -51,7 +51,7 @@ class StrictBackend(Backend):
     cache_types = ("f32", "i16")
 
     def __init__(self) -> None:
-        names = (*listed_functions(), *listed_dtypes(), "int16")
+        names = (*listed_functions(), *listed_dtypes(), "int16")  # for caches of `i16`
         self.xp = ListedNames(array_api_strict, names)
 
     def asarray(self, x: np.ndarray) -> Array:

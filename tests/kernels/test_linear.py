@@ -59,13 +59,19 @@ def test_linear_of_experts_gives_the_bits_of_each_expert_s_matrix(
         x = rng.standard_normal((max(rows), columns), np.float32)
         ids = rng.integers(0, count, max(rows), np.int32)
         ids[:2] = 1
-        each = products(kernels, [x], [kernels.pack([t]) for t in tensors])[0]
-        expected = np.stack(each)[ids, np.arange(max(rows))]
+        skewed = np.where(ids == 0, 0, 2).astype(np.int32)
         weight = kernels.pack(tensors, count)
-        run = jax.jit(lambda x, w, ids: kernels.linear(x, w, ids))
-        for m in rows:
-            found = np.asarray(run(x[:m], weight, ids[:m]))
-            assert np.array_equal(found, expected[:m]), (out, m)
+        for is_fast in {False, ggml_type in FORMATS and kernels.has_fast_products}:
+            options = {"is_fast": is_fast}
+            each = products(kernels, [x], [kernels.pack([t]) for t in tensors], **options)[0]
+            run = jax.jit(
+                lambda x, w, ids, is_fast=is_fast: kernels.linear(x, w, ids, is_fast=is_fast)
+            )
+            for chosen in (ids, skewed):
+                expected = np.stack(each)[chosen, np.arange(max(rows))]
+                for m in (max(rows),) if is_fast else rows:  # a few rows are exact
+                    found = np.asarray(run(x[:m], weight, chosen[:m]))
+                    assert np.array_equal(found, expected[:m]), (out, m)
 
 
 @pytest.mark.parametrize("ggml_type", [Type.Q4_K, Type.Q6_K, Type.BF16], ids=lambda t: t.name)

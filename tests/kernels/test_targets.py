@@ -54,8 +54,9 @@ def test_caches_and_attention_of_all_targets_agree(
     target: str, kernels: Kernels, cache_type: str, rng: np.random.Generator
 ):
     """What is stored is the same, bit for bit."""
-    k, v = (rng.standard_normal((1, 2, 50, 20), np.float32) for _ in range(2))
-    qs = [rng.standard_normal((1, 6, tokens, 20), np.float32) for tokens in (1, 20)]
+    dim = 64 if cache_type == "q8_0" else 20
+    k, v = (rng.standard_normal((1, 2, 50, dim), np.float32) for _ in range(2))
+    qs = [rng.standard_normal((1, 6, tokens, dim), np.float32) for tokens in (1, 20)]
     places = np.arange(50, dtype=np.int32)[None]
     found = []
     for each in (kernels, kernels_of(BEST)):
@@ -137,6 +138,7 @@ LIBRARY = {"read", "write", "memcpy", "memset", "bzero"}
 def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]]]:
     """Names, the kind of their instructions, and what writes them."""
     i24, f16 = (Cache(*(Rows(t, 20) for t in CACHE_ROWS[name])) for name in ("i24", "f16"))
+    q8_0 = Cache(Rows("q8_0", 64), Rows("q8_0", 64))
     found: dict[str, tuple[str, Callable[[Module], None]]] = {
         "worker": ("", pool.emit_worker),
         "pack-Q5_K": ("", lambda m: linear.emit_pack(m, Type.Q5_K)),
@@ -146,6 +148,9 @@ def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]
         "dense-experts": ("floats", lambda m: dense.emit_linear(m, Type.F32, 2, True)),
         "store-i24": ("", lambda m: attention.emit_store(m, i24)),
         "store-f16": ("", lambda m: attention.emit_store(m, f16)),
+        "store-q8_0": ("halves", lambda m: attention.emit_store(m, q8_0)),
+        "attention-q8_0-3": ("halves", lambda m: attention.emit_attention(m, q8_0, 3)),
+        "attention-q8_0-many": ("halves", lambda m: attention.emit_attention(m, q8_0, None)),
         "attention-f16-3": ("floats", lambda m: attention.emit_attention(m, f16, 3)),
         "attention-i24-many": ("floats", lambda m: attention.emit_attention(m, i24, None)),
         "rms-norm": ("", rowwise.emit_rms_norm),

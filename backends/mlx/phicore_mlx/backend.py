@@ -21,6 +21,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from phicore import kv_cache
+from phicore.config import NUM_EXPERTS_PER_TOK
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFTensor
@@ -80,6 +81,7 @@ class MlxBackend(Backend):
             self._streams = host.streams()
             self.compiled_tokens = host.ROWS - 1
             self.dtypes = ("float32",)
+            self.cache_types = ("f32", "f16", "i16", "q8_0")
         else:
             self.dtypes = ("float16", "bfloat16", "float32")
             self.cache_types = ("f16", "bf16", "f32", "i16", "q8_0")
@@ -91,6 +93,7 @@ class MlxBackend(Backend):
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
+        devices.end_streams_with_thread()
         with memory_errors(), mx.stream(self._device):
             yield
 
@@ -224,12 +227,14 @@ class MlxBackend(Backend):
         return mx.concatenate(products, axis=1)[mx.argsort(order)]
 
     def _expert_product(self, x: Array, experts: Array, part: dict[str, Any]) -> Array:
-        if self._is_for_host(x.shape[0] // 2):  # two rows of a token
+        if self._is_for_host(x.shape[0] // NUM_EXPERTS_PER_TOK):
             return host.expert_product(x, experts, part)
         is_sorted = self._streams is None and x.shape[0] >= SORTED_ROWS
         dtype = mx.float32 if x.shape[0] <= FEW_ROWS else self._product_dtype()
         x = mx.expand_dims(x, axis=1)  # (M, 1, K)
         if "dense" in part:
+            # as in `_product`; and it would be all experts that are made float32
+            dtype = mx.float32 if self.dtype == "float32" else part["dense"].dtype
             weight = part["dense"].swapaxes(1, 2).astype(dtype)
             y = mx.gather_mm(x.astype(dtype), weight, rhs_indices=experts, sorted_indices=is_sorted)
             return y[:, 0].astype(mx.float32)

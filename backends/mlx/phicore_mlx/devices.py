@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 from typing import Any
 
 from phicore.errors import BackendError
@@ -39,6 +40,24 @@ def _end_streams() -> None:
     mx.synchronize()
     if hasattr(mx, "clear_streams"):
         mx.clear_streams()
+
+
+class _OfThread:
+    """Ends the streams of the thread that it belongs to, when that ends."""
+
+    def __del__(self) -> None:
+        if hasattr(mx, "clear_streams"):
+            mx.synchronize()
+            mx.clear_streams()
+
+
+_threads = threading.local()
+
+
+def end_streams_with_thread() -> None:
+    """Call in each thread that computes: MLX leaves the streams of one that has ended running."""
+    if threading.current_thread() is not threading.main_thread():
+        _threads.streams = getattr(_threads, "streams", None) or _OfThread()
 
 
 def gpu_kind() -> str | None:

@@ -115,4 +115,5 @@ def attention(
     numbers = np.asarray(positions)
     live = int(numbers.max()) + 1
     prefix = {name: np.asarray(array)[:, :, :live] for name, array in cache.items()}
-    return mx.array(_NUMPY.attention(np.asarray(q), prefix, numbers, scale, window))
+    with np.errstate(over="ignore", invalid="ignore"):  # the sampler tells of NaNs
+        return mx.array(_NUMPY.attention(np.asarray(q), prefix, numbers, scale, window))

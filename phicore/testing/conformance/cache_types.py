@@ -117,6 +117,26 @@ class CacheTypesConformance(Conformance):
         is_spoilt = ~np.isfinite(y).all(axis=-1)[:, :, 0]
         assert is_spoilt.tolist() == [[False, False, True, True, False, False], [False] * 6]
 
+    @pytest.mark.parametrize("size", [1e-6, 1e-5, 3e-4, 1e-2, 1.0, 1e4])
+    def test_numbers_of_any_size_come_back(
+        self, case: tuple[Backend, str], size: float, rng: np.random.Generator
+    ) -> None:
+        """A token that sees one position alone gets its value."""
+        ops, cache_type = case
+        k, v = normal(rng, B, K, S, D), size * normal(rng, B, K, S, D)
+        q, first = normal(rng, B, H, 1, D), np.zeros((B, 1), np.int32)
+        run = ops.compile(lambda q, held, at: ops.attention(q, held, at, D**-0.5, None))
+        y = ops.to_numpy(run(ops.asarray(q), filled(ops, k, v), ops.asarray(first)))
+        expected = np.repeat(v[:, :, :1], H // K, axis=1)
+        largest = np.abs(expected).max()
+        share, least = {
+            "f32": (1e-6, 0.0),
+            "f16": (2.0**-11, 2.0**-25),
+            "i16": (2.0**-15, 0.0),
+            "q8_0": (1 / 250, 127 * 2.0**-25),
+        }[cache_type]
+        assert (np.abs(y - expected) <= max(1.01 * share * largest, 1.01 * least)).all()
+
     def test_rows_of_zeros_and_tiny_numbers_are_finite(
         self, case: tuple[Backend, str], rng: np.random.Generator
     ) -> None:

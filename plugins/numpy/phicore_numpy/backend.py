@@ -19,6 +19,7 @@ class NumpyBackend(Backend):
     """Runs on the CPU, through the BLAS that NumPy was built with."""
 
     xp = np
+    cache_types = ("f32", "f16", "i16", "q8_0")
 
     def asarray(self, x: np.ndarray) -> Array:
         return np.array(x)

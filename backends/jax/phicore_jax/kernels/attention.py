@@ -122,7 +122,11 @@ class Rows:
             scale = f.target.half_to_float(half)
             inverse = (scale > 0.0).select(f.like(scale, 1.0) / scale, 0.0)
             for j, v in enumerate(block):
-                f.store(f.round_even(v * inverse).to(I32).to(I8), row, LANES * (i + j))
+                code = f.round_even(v * inverse).to(I32)
+                # a scale that was rounded down a lot, a tiny one, leaves more than fits
+                code = (code > 127).select(127, code)
+                code = (code < -127).select(-127, code)
+                f.store(code.to(I8), row, LANES * (i + j))
 
 
 @dataclass(frozen=True)

@@ -31,15 +31,16 @@ class Tiles:
 
     Args:
         size: Rows of a tile.
-        at: Where a kernel's arguments have the rows' number, their tiles', `order`, `firsts` and X.
+        first_argument: Where a kernel's arguments have the number of rows and that of tiles,
+            `order`, `firsts` and X.
     """
 
     size: int
-    at: int
+    first_argument: int
     is_grouped: bool = False
 
     def arguments(self, f: Function, x: Buffer, others: Sequence[Buffer]) -> list[Value]:
-        """What goes to `at`: `others` are `order` and `firsts`, if there are many matrices."""
+        """What goes there: `others` are `order` and `firsts`, if there are many matrices."""
         rows = x.dim(0)
         if not self.is_grouped:
             return [rows, (rows + (self.size - 1)) // self.size, f.null(), f.null(), f.i64(1)]
@@ -48,14 +49,14 @@ class Tiles:
         return [rows, order.dim(0) // self.size, order.data, firsts.data, count]
 
     def count(self, f: Function, args: Value) -> Value:
-        return f.load(I64, args, 8 * (self.at + 1))
+        return f.load(I64, args, 8 * (self.first_argument + 1))
 
     def row(self, f: Function, args: Value, slot: Value) -> tuple[Value, Value]:
         """The row in a slot, and whether there is one; else it is some row."""
         if not self.is_grouped:
-            rows = f.load(I64, args, 8 * self.at)
+            rows = f.load(I64, args, 8 * self.first_argument)
             return (slot < rows).select(slot, rows - 1), slot < rows
-        order = f.load(PTR, args, 8 * (self.at + 2))
+        order = f.load(PTR, args, 8 * (self.first_argument + 2))
         row = f.load(I32, f.offset(order, slot * 4)).to(I64)
         return (row < 0).select(0, row), row >= 0
 
@@ -65,8 +66,8 @@ class Tiles:
         if not self.is_grouped:
             yield f.i64(0), f.i64(0), self.count(f, args)
             return
-        firsts = f.load(PTR, args, 8 * (self.at + 3))
-        with f.loop(f.load(I64, args, 8 * (self.at + 4))) as i:
+        firsts = f.load(PTR, args, 8 * (self.first_argument + 3))
+        with f.loop(f.load(I64, args, 8 * (self.first_argument + 4))) as i:
             place = f.offset(firsts, i * 4)
             first, last = f.load(I32, place).to(I64), f.load(I32, place, 4).to(I64)
             with f.when(first < last):
