@@ -7,6 +7,7 @@ Standard output carries what was asked for and nothing else; the rest goes to st
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -120,7 +121,14 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True)
     ] = False,
+    no_plugins: Annotated[
+        bool, typer.Option("--no-plugins", help="Use no plugins but phicore's own backends.")
+    ] = False,
 ) -> None:
+    if no_plugins:
+        from phicore.plugins import DISABLE
+
+        os.environ[DISABLE] = "*"
     if version:
         from phicore import __version__
 
@@ -599,6 +607,27 @@ def conformance(
             print(f"\nFAILED {result.part}: {result.name}\n  {result.message}")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def plugins(as_json: JsonOption = False) -> None:
+    """List the installed plugins, what they provide, and which cannot be used."""
+    from phicore.console import table
+    from phicore.plugins import Plugins
+
+    found = Plugins()
+    cells: list[tuple[str, str, str | None, str]] = [
+        (p.name, p.distribution, p.version, "; ".join(p.provides) or "provides nothing")
+        for p in found.installed()
+    ]
+    cells += [(p.name, p.distribution, None, f"not usable: {p.reason}") for p in found.broken]
+    cells += [(name, owner, None, "switched off") for name, owner in found.disabled]
+    columns = ["name", "distribution", "version", "status"]
+    if as_json:
+        rows = [dict(zip(columns, row, strict=True)) for row in cells]
+        print(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    table(columns, [[cell or "-" for cell in row] for row in cells])
 
 
 @app.command()

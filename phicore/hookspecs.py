@@ -24,6 +24,7 @@ class RegisterBackend(Protocol):
         *,
         create: Callable[[str | None], Backend],
         devices: Callable[[], list[str]],
+        protocol: int,
         notes: Callable[[], str] | None = None,
     ) -> None:
         """
@@ -33,6 +34,8 @@ class RegisterBackend(Protocol):
                 is imported in here, not before; what it raises is shown as the reason why the
                 backend cannot be used.
             devices: The names that `create` takes on this machine.
+            protocol: The version of the tensor protocol that the backend was written for, as a
+                number: `phicore.protocol.VERSION` then. It is not used with another.
             notes: What `phicore backends` says beside "usable", such as which kernels are in use.
         """
 
@@ -50,9 +53,12 @@ class RegisterSource(Protocol):
 
 @hookspec
 def phicore_register_backends(register: RegisterBackend) -> None:
-    """Called once when backends are looked for; call `register` for each that the plugin has."""
+    """Called when backends are looked for; call `register` for each that the plugin has.
+
+    Import no tensor library here: listing backends must be quick.
+    """
 
 
 @hookspec
 def phicore_register_sources(register: RegisterSource) -> None:
-    """Called once when a model reference is resolved; call `register` for each scheme."""
+    """Called when a model reference is resolved; call `register` for each scheme."""

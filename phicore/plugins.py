@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,12 +14,17 @@ import pluggy
 
 from phicore import hookspecs
 from phicore.errors import BackendError, PhicoreError, SourceError
+from phicore.protocol import VERSION
 
 if TYPE_CHECKING:
     from phicore.protocol import Backend
     from phicore.sources import ModelFiles
 
 GROUP = "phicore"
+OWN = {"phicore-jax", "phicore-mlx", "phicore-numpy"}
+"""The distributions that are kept when plugins are switched off."""
+DISABLE = "PHICORE_DISABLE_PLUGINS"
+"""Names of plugins or distributions, with commas between them; `*` is all but our own."""
 # Tried in this order when no backend is asked for; others come after, by name.
 PREFERRED_BACKENDS = (
     ("mlx", "jax", "numpy") if sys.platform == "darwin" else ("jax", "mlx", "numpy")
@@ -71,11 +77,21 @@ class BackendInfo:
 
 @dataclass(frozen=True)
 class BrokenPlugin:
-    """A plugin that could not be imported or registered."""
+    """A plugin, or a backend of one, that cannot be used."""
 
     name: str
     distribution: str
     reason: str
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """An installed plugin, and the names of what it registers."""
+
+    name: str
+    distribution: str
+    version: str
+    provides: tuple[str, ...]
 
 
 class Plugins:
@@ -85,10 +101,17 @@ class Plugins:
         self.manager = pluggy.PluginManager("phicore")
         self.manager.add_hookspecs(hookspecs)
         self.broken: list[BrokenPlugin] = []
+        self.disabled: list[tuple[str, str]] = []
         self._owners: dict[int, tuple[str, str, str]] = {}
         points = list(entry_points(group=GROUP)) if points is None else points
+        off = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
         for point in sorted(points, key=lambda p: p.name):
-            self._load(point)
+            distribution = point.dist.name if point.dist else "?"
+            is_off = {point.name, distribution} & off or ("*" in off and distribution not in OWN)
+            if is_off:
+                self.disabled.append((point.name, distribution))
+            else:
+                self._load(point)
 
     def _load(self, point: EntryPoint) -> None:
         dist = point.dist
@@ -111,10 +134,11 @@ class Plugins:
     def backends(self) -> dict[str, BackendInfo]:
         """Backends by name, the preferred ones first.
 
-        Raises:
-            BackendError: If two distributions claim one name.
+        What is not usable is in `broken`: backends for another protocol, and all that claim a name
+        that another one claims.
         """
         found: dict[str, BackendInfo] = {}
+        claims: dict[str, list[str]] = {}
         for plugin, owner in self._plugins():
 
             def register(
@@ -122,17 +146,24 @@ class Plugins:
                 *,
                 create: Callable[[str | None], Backend],
                 devices: Callable[[], list[str]],
+                protocol: int,
                 notes: Callable[[], str] | None = None,
                 owner: tuple[str, str, str] = owner,
             ) -> None:
-                if name in found:
-                    raise BackendError(
-                        f"backend {name!r} is claimed by two distributions, "
-                        f"{found[name].distribution} and {owner[1]}; uninstall one"
-                    )
+                if protocol != VERSION:
+                    reason = f"made for version {protocol} of the protocol, phicore has {VERSION}"
+                    self._report(name, owner[1], f"{reason}; install a {owner[1]} that fits")
+                    return
+                claims.setdefault(name, []).append(owner[1])
                 found[name] = BackendInfo(name, owner[1], owner[2], create, devices, notes)
 
             self._call(plugin, owner, "phicore_register_backends", register)
+        for name, owners in claims.items():
+            if len(owners) > 1:
+                del found[name]
+                for owner_name in owners:
+                    others = f"claimed by two distributions, {' and '.join(owners)}"
+                    self._report(name, owner_name, f"{others}; uninstall one")
         rank = {name: i for i, name in enumerate(PREFERRED_BACKENDS)}
         return {n: found[n] for n in sorted(found, key=lambda n: (rank.get(n, len(rank)), n))}
 
@@ -156,6 +187,39 @@ class Plugins:
             self._call(plugin, owner, "phicore_register_sources", register)
         return found
 
+    def installed(self) -> list[PluginInfo]:
+        """The plugins that were loaded, by name, with what they register."""
+        provides: dict[str, list[str]] = {}
+        for info in self.backends().values():
+            provides.setdefault(info.distribution, []).append(f"backend {info.name}")
+        for scheme, distribution in self._schemes():
+            provides.setdefault(distribution, []).append(f"source {scheme}")
+        return [
+            PluginInfo(name, distribution, version, tuple(provides.get(distribution, [])))
+            for name, distribution, version in sorted(self._owners.values())
+        ]
+
+    def _schemes(self) -> list[tuple[str, str]]:
+        """Schemes of model references that plugins register, each with its distribution."""
+        found: list[tuple[str, str]] = []
+        for plugin, owner in self._plugins():
+
+            def register(
+                scheme: str,
+                *,
+                resolve: Callable[[str], ModelFiles],
+                owner: tuple[str, str, str] = owner,
+            ) -> None:
+                found.append((scheme, owner[1]))
+
+            self._call(plugin, owner, "phicore_register_sources", register)
+        return found
+
+    def _report(self, name: str, distribution: str, reason: str) -> None:
+        broken = BrokenPlugin(name, distribution, reason)
+        if broken not in self.broken:  # a hook may be called again
+            self.broken.append(broken)
+
     def _plugins(self) -> list[tuple[object, tuple[str, str, str]]]:
         return [
             (plugin, self._owners[id(plugin)])
@@ -173,9 +237,7 @@ class Plugins:
         except PhicoreError:
             raise
         except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the rest
-            broken = BrokenPlugin(owner[0], owner[1], _reason(error))
-            if broken not in self.broken:  # the hook may be called again
-                self.broken.append(broken)
+            self._report(owner[0], owner[1], _reason(error))
 
 
 def usable_backends() -> list[str]:
@@ -201,7 +263,8 @@ def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:
             return backends[name]
         if name in broken:
             raise BackendError(
-                f"backend {name!r}: {broken[name].distribution} is broken: {broken[name].reason}"
+                f"backend {name!r}: {broken[name].distribution} is not usable: "
+                f"{broken[name].reason}"
             )
         raise BackendError(
             f"no backend {name!r}; installed: {', '.join(backends) or 'none'}; "

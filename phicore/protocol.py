@@ -35,6 +35,9 @@ from phicore import kv_cache
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 
+VERSION = 1
+"""Of this protocol: raised when a backend that was right would no longer be."""
+
 Array = Any
 """An array of the backend's library."""
 Weight = Any

@@ -21,4 +21,4 @@ def phicore_register_backends(register):  # type: ignore[no-untyped-def]
         kernels, about = find_kernels()
         return f"CPU kernels: {about}" if kernels else f"no CPU kernels, XLA alone ({about})"
 
-    register("jax", create=create, devices=devices, notes=notes)
+    register("jax", create=create, devices=devices, notes=notes, protocol=1)

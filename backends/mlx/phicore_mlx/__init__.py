@@ -21,4 +21,4 @@ def phicore_register_backends(register):  # type: ignore[no-untyped-def]
 
         return about()
 
-    register("mlx", create=create, devices=devices, notes=notes)
+    register("mlx", create=create, devices=devices, notes=notes, protocol=1)

@@ -12,4 +12,4 @@ def phicore_register_backends(register):  # type: ignore[no-untyped-def]
 
         return NumpyBackend()
 
-    register("numpy", create=create, devices=lambda: ["cpu"])
+    register("numpy", create=create, devices=lambda: ["cpu"], protocol=1)
