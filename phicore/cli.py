@@ -609,6 +609,20 @@ def conformance(
         raise typer.Exit(1)
 
 
+@app.command("new-backend")
+def new_backend(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What `--backend` is to take.")],
+    into: Annotated[
+        Path, typer.Option("--into", metavar="FOLDER", help="Where to put it. [here]")
+    ] = Path(),
+) -> None:
+    """Write the skeleton of a backend: a plugin that computes on NumPy, with its tests."""
+    from phicore.new_backend import write_backend
+
+    for path in write_backend(name, into):
+        print(path)
+
+
 @app.command()
 def plugins(as_json: JsonOption = False) -> None:
     """List the installed plugins, what they provide, and which cannot be used."""
