@@ -1,0 +1,18 @@
+"""PyTorch backend of phicore, written as a third party would. torch is imported when it is used."""
+
+from phicore import hookimpl
+
+
+@hookimpl
+def phicore_register_backends(register):  # type: ignore[no-untyped-def]
+    def create(device: str | None = None):  # type: ignore[no-untyped-def]
+        from phicore_torch.backend import TorchBackend
+
+        return TorchBackend(device)
+
+    def devices() -> list[str]:
+        from phicore_torch.backend import device_names
+
+        return device_names()
+
+    register("torch", create=create, devices=devices, protocol=1)

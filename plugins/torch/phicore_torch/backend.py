@@ -1,0 +1,138 @@
+"""The tensor protocol on PyTorch, eagerly.
+
+Weights stay quantized: codes of 8 bits with the scales and biases of their groups, expanded to
+float32 in each product. Types without such a form are dense. Products, norms and attention are
+float32; on CUDA torch multiplies float32 as it is, unless told otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from phicore import kv_cache
+from phicore.errors import BackendError
+from phicore.gguf.matrix import Matrix
+from phicore.gguf.quants import affine, is_affine
+from phicore.gguf.reader import GGUFTensor
+from phicore.protocol import Array, Backend, LayerCache, Weight
+from phicore_torch import namespace
+
+
+def device_names() -> list[str]:
+    """The devices of this machine that torch can use: `cpu`, `cuda`, `cuda:1`, `mps`."""
+    cards = [f"cuda:{i}" if i else "cuda" for i in range(torch.cuda.device_count())]
+    return ["cpu", *cards, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+class TorchBackend(Backend):
+    """torch on one device.
+
+    A weight is a tuple of parts that lie on top of each other: dense (N, K), or codes (N, G, n)
+    uint8 with scales and biases (N, G); those of experts have an axis of X in front.
+    """
+
+    xp = namespace
+    cache_types = ("f32", "f16", "i16", "q8_0")
+
+    def __init__(self, device: str | None = None) -> None:
+        names = device_names()
+        self.device_name = device or (names[1] if len(names) > 1 else "cpu")
+        if self.device_name not in names:
+            raise BackendError(
+                f"backend torch: no device {device!r} (available: {', '.join(names)})"
+            )
+        self._device = torch.device(self.device_name)
+
+    def asarray(self, x: np.ndarray) -> Array:
+        return torch.tensor(np.array(x, order="C"), device=self._device)  # a copy
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return x.detach().cpu().numpy()
+
+    def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with torch.inference_mode(), self._device:  # where new arrays are made
+                return fn(*args)
+
+        return run
+
+    # ---- weights ---------------------------------------------------------------------------
+
+    def load_weight(self, matrix: Matrix) -> Weight:
+        return tuple(self._load(part) for part in matrix.parts)
+
+    def load_experts(self, matrices: Sequence[Matrix]) -> Weight:
+        loaded = [self.load_weight(matrix) for matrix in matrices]
+        return tuple(
+            tuple(torch.stack(arrays) for arrays in zip(*parts, strict=True))
+            for parts in zip(*loaded, strict=True)
+        )
+
+    def _load(self, part: GGUFTensor) -> tuple[Array, ...]:
+        if not is_affine(part.type):
+            return (self.asarray(part.dequantize()),)
+        found = affine(part.type, part.data)
+        codes = found.codes.reshape(*found.scales.shape, -1)
+        biases = -found.offset * found.scales if found.biases is None else found.biases
+        return tuple(self.asarray(array) for array in (codes, found.scales, biases))
+
+    def linear(self, x: Array, weight: Weight) -> Array:
+        return torch.cat([F.linear(x, _values(part)) for part in weight], dim=-1)
+
+    def expert_linear(self, x: Array, experts: Array, weight: Weight) -> Array:
+        columns = sum(part[0].shape[1] for part in weight)
+        y = x.new_empty((x.shape[0], columns))
+        for number in torch.unique(experts).tolist():
+            rows = experts == number
+            y[rows] = self.linear(x[rows], [tuple(a[number] for a in part) for part in weight])
+        return y
+
+    def embedding(self, ids: Array, weight: Weight) -> Array:
+        flat, start = ids.reshape(-1).long(), 0
+        values = None
+        for part in weight:
+            rows = part[0].shape[0]
+            index = (flat - start).clamp(0, rows - 1)
+            found = _values(tuple(array[index] for array in part))
+            is_here = (flat >= start)[:, None]
+            values = found if values is None else torch.where(is_here, found, values)
+            start += rows
+        assert values is not None
+        return values.reshape(*ids.shape, -1)
+
+    # ---- what torch has of its own ---------------------------------------------------------
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+        rows = torch.arange(positions.shape[0])[:, None]
+        new = kv_cache.stored(namespace, k, v, self.cache_type or self.cache_types[0])
+        for name, old in cache.items():
+            old[rows, :, positions.long()] = new[name].swapaxes(1, 2)
+        return cache
+
+    def attention(
+        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+    ) -> Array:
+        live = int(positions.max()) + 1
+        k, v = kv_cache.numbers(namespace, {name: a[:, :, :live] for name, a in cache.items()})
+        i, j = positions[:, None, :, None], torch.arange(live)
+        visible = j <= i if window is None else (j <= i) & (j > i - window)
+        return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=True)
+
+
+def _values(part: tuple[Array, ...]) -> Array:
+    """A part's values, (N, K) float32."""
+    if len(part) == 1:
+        return part[0]
+    codes, scales, biases = part
+    return torch.addcmul(biases[..., None], codes.float(), scales[..., None]).flatten(1)
