@@ -20,8 +20,31 @@ from phicore.streams import read_text, swallowed_interrupts
 if TYPE_CHECKING:
     from phicore.model import Generation, Model, Piece
 
+
+class WithPlugins(typer.core.TyperGroup):
+    """phicore's commands, and those of plugins after them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        from phicore.plugins import Plugins
+
+        return [*super().list_commands(ctx), *sorted(Plugins().commands())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if (own := super().get_command(ctx, cmd_name)) is not None:
+            return own
+        from phicore.plugins import Plugins
+
+        function = Plugins().commands().get(cmd_name)
+        if function is None:
+            return None
+        single = typer.Typer(rich_markup_mode=None)
+        single.command(cmd_name)(function)
+        return typer.main.get_command(single)
+
+
 app = typer.Typer(
     name="phicore",
+    cls=WithPlugins,
     rich_markup_mode=None,  # plain help: it fits 80 columns, and needs no import of rich
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run Phi-3 and models with the same graph from GGUF files, on any tensor library.",
@@ -115,6 +138,13 @@ TokenizerOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _switch_plugins_off(is_off: bool) -> None:
+    if is_off:
+        from phicore.plugins import DISABLE
+
+        os.environ[DISABLE] = "*"
+
+
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
@@ -122,13 +152,15 @@ def root(
         bool, typer.Option("--version", help="Print the version.", is_eager=True)
     ] = False,
     no_plugins: Annotated[
-        bool, typer.Option("--no-plugins", help="Use no plugins but phicore's own backends.")
+        bool,
+        typer.Option(
+            "--no-plugins",
+            help="Use no plugins but phicore's own backends.",
+            is_eager=True,
+            callback=_switch_plugins_off,  # before a command is looked for
+        ),
     ] = False,
 ) -> None:
-    if no_plugins:
-        from phicore.plugins import DISABLE
-
-        os.environ[DISABLE] = "*"
     if version:
         from phicore import __version__
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import pluggy
 
 if TYPE_CHECKING:
+    from phicore.model import Generation, Piece
     from phicore.protocol import Backend
     from phicore.sources import ModelFiles
 
@@ -51,6 +52,19 @@ class RegisterSource(Protocol):
         """
 
 
+class RegisterCommand(Protocol):
+    """Tells phicore of a command."""
+
+    def __call__(self, name: str, function: Callable[..., None]) -> None:
+        """
+        Args:
+            name: What is typed after `phicore`; not one of phicore's own.
+            function: Runs it. Its parameters are the command's, annotated as typer wants them, and
+                its docstring is the help. A `phicore.PhicoreError` that it raises is told in a
+                line; `typer.Exit(code)` ends the program.
+        """
+
+
 @hookspec
 def phicore_register_backends(register: RegisterBackend) -> None:
     """Called when backends are looked for; call `register` for each that the plugin has.
@@ -62,3 +76,33 @@ def phicore_register_backends(register: RegisterBackend) -> None:
 @hookspec
 def phicore_register_sources(register: RegisterSource) -> None:
     """Called when a model reference is resolved; call `register` for each scheme."""
+
+
+@hookspec
+def phicore_register_commands(register: RegisterCommand) -> None:
+    """Called when the command line is read; call `register` for each command.
+
+    Import what a command needs when it runs: `phicore --help` must be quick.
+    """
+
+
+@hookspec
+def phicore_generation_started(generation: Generation) -> None:
+    """Called when the first token of a generation is asked for, before anything is computed.
+
+    As the two hooks below it is called in the thread that generates, which waits for it. What it
+    raises goes to the log, and this plugin is not called again in this model.
+    """
+
+
+@hookspec
+def phicore_piece_generated(generation: Generation, piece: Piece) -> None:
+    """Called for each token, before it is handed out."""
+
+
+@hookspec
+def phicore_generation_ended(generation: Generation, error: BaseException | None) -> None:
+    """Called once after the last token, or when a generation is closed early or fails.
+
+    `generation.timings` then has what was done and how long it took.
+    """

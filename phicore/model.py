@@ -20,6 +20,7 @@ from phicore.engine import Engine
 from phicore.errors import ArgumentError, GGUFError, PhicoreError
 from phicore.gguf.reader import open_gguf
 from phicore.loader import Progress, load_params, load_rope_factors, vocab_size
+from phicore.observers import Observers
 from phicore.plugins import Plugins, choose_backend
 from phicore.protocol import Backend
 from phicore.sampler import Sampling
@@ -68,9 +69,14 @@ class Generation:
     """
 
     def __init__(
-        self, pieces: Iterator[Piece], seed: int, prompt_ids: list[int], timings: Timings
+        self,
+        pieces: Iterator[Piece],
+        seed: int,
+        prompt_ids: list[int],
+        timings: Timings,
+        observers: Observers | None = None,
     ) -> None:
-        self._pieces = pieces
+        self._pieces = pieces if observers is None else observers.watch(self, pieces)
         self.seed = seed
         self.prompt_ids = prompt_ids
         self.timings = timings
@@ -120,6 +126,7 @@ class Model:
         backend: str,
         context: int | None,
         progress: Progress,
+        observers: Observers | None = None,
     ) -> None:
         started = time.perf_counter()
         self.reference = files.reference
@@ -143,6 +150,7 @@ class Model:
             ops.new_cache(1, 1, 1, self.config.head_dim)  # a type may not have room for such heads
             params = load_params(ops, self.config, file, progress)
         self._ops = ops
+        self._observers = observers
         self._engine: Engine | None = Engine(
             ops,
             self.config,
@@ -249,7 +257,7 @@ class Model:
             strip_space=None if self.tokenizer.is_control(ids[-1]) else False
         )
         pieces = _pieces(tokens, limit, at_limit, ends, stream, StopStrings(stop))
-        return Generation(pieces, seed, ids, timings)
+        return Generation(pieces, seed, ids, timings, self._observers)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Scores of the next token after each of these tokens: (T, V) float32.
@@ -346,7 +354,14 @@ def load(
         dtype=dtype,
         compact=compact,
     )
-    return Model(files, ops, backend=info.name, context=ctx, progress=progress or (lambda *_: None))
+    return Model(
+        files,
+        ops,
+        backend=info.name,
+        context=ctx,
+        progress=progress or (lambda *_: None),
+        observers=plugins.observers(),
+    )
 
 
 def _pieces(

@@ -14,7 +14,7 @@ import pluggy
 
 from phicore import hookspecs
 from phicore.errors import BackendError, PhicoreError, SourceError
-from phicore.protocol import VERSION
+from phicore.observers import Observers
 
 if TYPE_CHECKING:
     from phicore.protocol import Backend
@@ -137,6 +137,8 @@ class Plugins:
         What is not usable is in `broken`: backends for another protocol, and all that claim a name
         that another one claims.
         """
+        from phicore.protocol import VERSION  # imports NumPy, which help need not wait for
+
         found: dict[str, BackendInfo] = {}
         claims: dict[str, list[str]] = {}
         for plugin, owner in self._plugins():
@@ -187,6 +189,44 @@ class Plugins:
             self._call(plugin, owner, "phicore_register_sources", register)
         return found
 
+    def commands(self) -> dict[str, Callable[..., None]]:
+        """Commands of plugins by name. One that is claimed twice is the first one's."""
+        return {name: function for name, (_, function) in self._commands().items()}
+
+    def _commands(self) -> dict[str, tuple[str, Callable[..., None]]]:
+        """The same, each with its distribution."""
+        found: dict[str, tuple[str, Callable[..., None]]] = {}
+        for plugin, owner in self._plugins():
+
+            def register(
+                name: str, function: Callable[..., None], owner: tuple[str, str, str] = owner
+            ) -> None:
+                if name in found or name in self._own_commands():
+                    self._report(owner[0], owner[1], f"the command {name!r} exists already")
+                    return
+                found[name] = owner[1], function
+
+            self._call(plugin, owner, "phicore_register_commands", register)
+        return found
+
+    @staticmethod
+    def _own_commands() -> set[str]:
+        from phicore.cli import app  # which reads the plugins' commands from here
+
+        return {str(c.name or getattr(c.callback, "__name__", "")) for c in app.registered_commands}
+
+    def observers(self) -> Observers | None:
+        """Those that watch generations; None if there are none."""
+        hooks = {
+            name: getattr(self.manager.hook, name).get_hookimpls()
+            for name in (
+                "phicore_generation_started",
+                "phicore_piece_generated",
+                "phicore_generation_ended",
+            )
+        }
+        return Observers(hooks) if any(hooks.values()) else None
+
     def installed(self) -> list[PluginInfo]:
         """The plugins that were loaded, by name, with what they register."""
         provides: dict[str, list[str]] = {}
@@ -194,6 +234,11 @@ class Plugins:
             provides.setdefault(info.distribution, []).append(f"backend {info.name}")
         for scheme, distribution in self._schemes():
             provides.setdefault(distribution, []).append(f"source {scheme}")
+        for name, (distribution, _) in self._commands().items():
+            provides.setdefault(distribution, []).append(f"command {name}")
+        if (observers := self.observers()) is not None:
+            for plugin_name in observers.names:
+                provides.setdefault(plugin_name.partition(":")[0], []).append("observer")
         return [
             PluginInfo(name, distribution, version, tuple(provides.get(distribution, [])))
             for name, distribution, version in sorted(self._owners.values())

@@ -6,6 +6,27 @@ import json
 from collections.abc import Callable
 
 import pytest
+from unit.throwaway import Install, install
+
+__all__ = ["install"]
+
+HELLO = """
+    import typer
+    from phicore import ArgumentError, hookimpl
+
+    @hookimpl
+    def phicore_register_commands(register):
+        def hello(name: str, loud: bool = False):
+            "Say hello."
+            if name == "nobody":
+                raise ArgumentError("name: there is nobody")
+            print(f"hello {name}" + "!" * loud)
+            if name == "bye":
+                raise typer.Exit(3)
+
+        register("hello", hello)
+        register("OTHER", hello)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +55,23 @@ def test_plugins_that_are_switched_off_are_listed(
 def test_no_plugins_keeps_phicore_s_own_backends(phicore: Callable) -> None:
     rows = json.loads(phicore("--no-plugins", "plugins", "--json").out)
     assert "backend numpy" in [row["status"] for row in rows]
+
+
+def test_commands_of_plugins_are_phicore_s(phicore: Callable, install: Install) -> None:
+    install("greeter", "greeter", HELLO.replace("OTHER", "hi"))
+    assert "Say hello." in phicore("--help").out
+    assert phicore("hello", "world", "--loud").out == "hello world!\n"
+    assert phicore("hi", "bye").code == 3
+    failed = phicore("hello", "nobody")
+    assert (failed.code, failed.err) == (2, "phicore: name: there is nobody\n")
+    assert phicore("hello").err.startswith("phicore: Missing argument")
+    row = {row["name"]: row for row in json.loads(phicore("plugins", "--json").out)}["greeter"]
+    assert row["status"] == "command hello; command hi"
+    assert "No such command" in phicore("--no-plugins", "hello", "world").err
+
+
+def test_command_of_a_plugin_does_not_replace_one(phicore: Callable, install: Install) -> None:
+    install("greeter", "greeter", HELLO.replace("OTHER", "generate"))
+    assert phicore("generate", "--help").out.startswith("Usage: phicore generate [OPTIONS]")
+    assert "the command 'generate' exists already" in phicore("plugins").out
+    assert phicore("hello", "x").out == "hello x\n"

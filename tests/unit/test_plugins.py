@@ -5,18 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import pytest
+from unit.throwaway import Install, install
 
 from phicore import plugins
 from phicore.errors import BackendError, PhicoreError, SourceError
 from phicore.plugins import BackendInfo, Plugins, choose_backend
 from phicore.sources import SCHEMES
 
-Install = Callable[..., None]
+__all__ = ["install"]
 
 GOOD = """
     from phicore import hookimpl
@@ -26,29 +25,6 @@ GOOD = """
         register({name!r}, create=lambda device=None: (device, "made"),
                  devices=lambda: ["cpu"], protocol={protocol})
 """
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Make a distribution with one module and one entry point, and put it on the path."""
-    modules = []
-
-    def call(distribution: str, name: str, code: str, version: str = "1.2") -> None:
-        site = tmp_path / distribution
-        info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
-        info.mkdir(parents=True)
-        module = f"throwaway_{distribution.replace('-', '_')}"
-        modules.append(module)
-        (site / f"{module}.py").write_text(textwrap.dedent(code))
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
-        )
-        (info / "entry_points.txt").write_text(f"[phicore]\n{name} = {module}\n")
-        monkeypatch.syspath_prepend(str(site))
-
-    yield call
-    for module in modules:
-        sys.modules.pop(module, None)
 
 
 @pytest.fixture
