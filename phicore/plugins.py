@@ -170,10 +170,19 @@ class Plugins:
         return {n: found[n] for n in sorted(found, key=lambda n: (rank.get(n, len(rank)), n))}
 
     def sources(self) -> dict[str, Callable[[str], ModelFiles]]:
-        """What resolves a model reference, by scheme: the built-in ones and those of plugins."""
+        """What resolves a model reference, by scheme: the built-in ones and those of plugins.
+
+        A scheme that is claimed twice is the first one's.
+        """
         from phicore.sources import SCHEMES
 
-        found = dict(SCHEMES)
+        return SCHEMES | {scheme: resolve for scheme, (_, resolve) in self._sources().items()}
+
+    def _sources(self) -> dict[str, tuple[str, Callable[[str], ModelFiles]]]:
+        """Those of plugins, each with its distribution."""
+        from phicore.sources import SCHEMES
+
+        found: dict[str, tuple[str, Callable[[str], ModelFiles]]] = {}
         for plugin, owner in self._plugins():
 
             def register(
@@ -182,9 +191,11 @@ class Plugins:
                 resolve: Callable[[str], ModelFiles],
                 owner: tuple[str, str, str] = owner,
             ) -> None:
-                if scheme in found:
-                    raise PhicoreError(f"{owner[1]}: the model source {scheme!r} exists already")
-                found[scheme] = _guarded_source(resolve, owner[1])
+                if scheme in found or scheme in SCHEMES:
+                    reason = f"the model source {scheme!r} exists already"
+                    self._report(owner[0], owner[1], reason)
+                    return
+                found[scheme] = owner[1], _guarded_source(resolve, owner[1])
 
             self._call(plugin, owner, "phicore_register_sources", register)
         return found
@@ -232,7 +243,7 @@ class Plugins:
         provides: dict[str, list[str]] = {}
         for info in self.backends().values():
             provides.setdefault(info.distribution, []).append(f"backend {info.name}")
-        for scheme, distribution in self._schemes():
+        for scheme, (distribution, _) in self._sources().items():
             provides.setdefault(distribution, []).append(f"source {scheme}")
         for name, (distribution, _) in self._commands().items():
             provides.setdefault(distribution, []).append(f"command {name}")
@@ -243,22 +254,6 @@ class Plugins:
             PluginInfo(name, distribution, version, tuple(provides.get(distribution, [])))
             for name, distribution, version in sorted(self._owners.values())
         ]
-
-    def _schemes(self) -> list[tuple[str, str]]:
-        """Schemes of model references that plugins register, each with its distribution."""
-        found: list[tuple[str, str]] = []
-        for plugin, owner in self._plugins():
-
-            def register(
-                scheme: str,
-                *,
-                resolve: Callable[[str], ModelFiles],
-                owner: tuple[str, str, str] = owner,
-            ) -> None:
-                found.append((scheme, owner[1]))
-
-            self._call(plugin, owner, "phicore_register_sources", register)
-        return found
 
     def _report(self, name: str, distribution: str, reason: str) -> None:
         broken = BrokenPlugin(name, distribution, reason)

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from reference.test_tiny_models import engine_of
 
 from phicore.protocol import Backend
 from phicore.testing.compare import relative_error
-from phicore.testing.conformance.models import Reference
+from phicore.testing.conformance.models import Reference, engine_of
 from phicore.testing.tiny_models import Tiny, write_model
 
 DEEP = Tiny(
@@ -30,7 +29,7 @@ TOKENS = np.random.default_rng(3).integers(0, 80, 300).tolist()
 def expected(folder: Path) -> tuple[Path, np.ndarray]:
     path = write_model(folder / "deep.gguf", DEEP, Type.Q4_K, tokenizer=False)
     with np.errstate(all="ignore"):
-        return path, engine_of(path, Reference()).logits(TOKENS)
+        return path, engine_of(Reference(), path).logits(TOKENS)
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_logits_of_a_deep_model_of_experts(ops: Backend, folder: Path):
     path, theirs = expected(folder)
-    ours = engine_of(path, ops).logits(TOKENS)
+    ours = engine_of(ops, path).logits(TOKENS)
     errors = np.array([relative_error(a, b) for a, b in zip(ours, theirs, strict=True)])
     assert np.median(errors) < 1e-4
     assert (errors > 1e-2).mean() <= 0.02  # tokens that took another way, and some that see them

@@ -10,13 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phicore.config import Phi3Config
-from phicore.engine import Engine
-from phicore.gguf.reader import open_gguf
-from phicore.loader import load_params, load_rope_factors
 from phicore.sampler import Sampling
 from phicore.testing import tiny_models
 from phicore.testing.compare import assert_close, relative_error
+from phicore.testing.conformance.models import engine_of
 from phicore.testing.tolerances import FLOAT32_LOGITS, SAME_GRAPH
 from phicore.timings import Timings
 
@@ -30,29 +27,13 @@ def golden() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN))
 
 
-def engine_of(path: Path, ops) -> Engine:
-    with open_gguf(path) as file:
-        config = Phi3Config.from_gguf(file.metadata)
-        factors = load_rope_factors(config, file)
-        params = load_params(ops, config, file, lambda *_: None)
-    return Engine(
-        ops,
-        config,
-        params,
-        vocab_size=80,
-        context=config.max_position_embeddings,
-        progress=lambda *_: None,
-        rope_factors=factors,
-    )
-
-
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_logits_of_tiny_model_equal_transformers(name, ops, tmp_path):
     path = CASES[name].write(tmp_path / "tiny.gguf")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert digest == str(golden()[f"{name}/sha256"]), "the writer changed: make the goldens again"
 
-    logits = engine_of(path, ops).logits(golden()["token_ids"].tolist())
+    logits = engine_of(ops, path).logits(golden()["token_ids"].tolist())
 
     assert logits.dtype == np.float32
     assert_close(logits, golden()[f"{name}/logits"], FLOAT32_LOGITS)
@@ -66,7 +47,7 @@ MORE_GREEDY_CASES = ("llama3", "mistral", "qwen2", "phi4_mini", "phimoe", "phimo
 @pytest.mark.parametrize("name", [*GREEDY_CASES, *MORE_GREEDY_CASES])
 def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
     expected = golden()[f"{name}/greedy_ids"].tolist()
-    engine = engine_of(CASES[name].write(tmp_path / "tiny.gguf"), ops)
+    engine = engine_of(ops, CASES[name].write(tmp_path / "tiny.gguf"))
 
     tokens = engine.generate(
         golden()["token_ids"].tolist(), GREEDY, limit=len(expected), seed=0, timings=Timings()
@@ -77,7 +58,7 @@ def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
 
 def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatch):
     """With an original context of 32: 24 tokens and 8 more are short, 24 and 9 more are long."""
-    engine = engine_of(CASES["short_factors"].write(tmp_path / "tiny.gguf"), ops)
+    engine = engine_of(ops, CASES["short_factors"].write(tmp_path / "tiny.gguf"))
     chosen = []
     monkeypatch.setattr(engine, "is_long", lambda n: chosen.append(n > 32) or n > 32)
     prompt = golden()["token_ids"].tolist()
@@ -93,7 +74,7 @@ def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["long_factors", "phimoe_beyond_original"])
 def test_conversation_that_crosses_the_original_context_is_read_again(name, ops, tmp_path):
     """Turns of one engine, each longer: the last is beyond the original context of 16."""
-    engine = engine_of(CASES[name].write(tmp_path / "tiny.gguf"), ops)
+    engine = engine_of(ops, CASES[name].write(tmp_path / "tiny.gguf"))
     conversation = golden()["token_ids"].tolist()
     short = engine.logits(conversation[:12])
     for turn in (4, 12):  # 4 + 8 and 12 + 4 tokens are within it
@@ -119,7 +100,7 @@ def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, m
 
         monkeypatch.setattr(ops, name, counted)
     expected, ids = golden()["windowed/logits"], golden()["windowed/token_ids"].tolist()
-    engine = engine_of(tiny_models.windowed().write(tmp_path / "tiny.gguf"), ops)
+    engine = engine_of(ops, tiny_models.windowed().write(tmp_path / "tiny.gguf"))
     assert engine.context > len(ids) > 2000
 
     assert_close(engine.logits(ids)[-len(expected) :], expected, FLOAT32_LOGITS)
@@ -128,7 +109,7 @@ def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, m
 
 
 def test_greedy_tokens_far_beyond_the_window_equal_transformers(ops, tmp_path):
-    engine = engine_of(tiny_models.windowed().write(tmp_path / "tiny.gguf"), ops)
+    engine = engine_of(ops, tiny_models.windowed().write(tmp_path / "tiny.gguf"))
     ids, expected = (golden()[f"windowed/{name}"].tolist() for name in ("token_ids", "greedy_ids"))
     for count in (len(ids), len(ids) - 1500):  # no layer of two sees more than 126 tokens back
         tokens = engine.generate(

@@ -342,6 +342,28 @@ def test_sources_own_error_is_passed_on_as_it_is(install: Install):
         Plugins().sources()["box"]("box:m")
 
 
+def test_sources_that_exist_already_are_told_and_stop_nothing(install: Install):
+    code = """
+        from phicore import hookimpl
+
+        @hookimpl
+        def phicore_register_sources(register):
+            for scheme in ("hf", "shelf"):
+                register(scheme, resolve=print)
+    """
+    install("shelf-a", "a", code)
+    install("shelf-b", "b", code)
+    plugins = Plugins()
+    found = plugins.sources()
+    assert found["hf"] is SCHEMES["hf"]
+    assert "shelf" in found
+    assert {b.reason for b in plugins.broken if b.name == "a"} == {
+        "the model source 'hf' exists already"
+    }
+    assert len([b for b in plugins.broken if b.name == "b"]) == 2
+    assert [p.provides for p in plugins.installed() if p.name == "a"] == [("source shelf",)]
+
+
 def test_sources_without_plugins_are_the_built_in_ones():
     assert Plugins([]).sources() == SCHEMES
 
