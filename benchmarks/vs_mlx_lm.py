@@ -40,11 +40,12 @@ from phicore_mlx import affine, devices
 from phicore_mlx.affine import LAYOUTS
 
 import phicore
+from phicore.architectures import architecture_of
+from phicore.architectures.llama import rows_for_half_rotation
 from phicore.config import Phi3Config
 from phicore.console import size, table
 from phicore.errors import PhicoreError
 from phicore.gguf.reader import GGUFFile, GGUFTensor, open_gguf
-from phicore.loader import rows_for_half_rotation
 from phicore.machine import cpu_name
 from phicore.sources import resolve
 from phicore.synthetic import MODELS, synthetic_model
@@ -76,7 +77,7 @@ class MlxLm:
 
     def __init__(self, path: Path, dtype: Any) -> None:
         with open_gguf(path) as file:
-            config = Phi3Config.from_gguf(file.metadata)
+            config = architecture_of(file.metadata).config(file.metadata)
             is_special = any(name.startswith("rope_") for name in file.tensors)
             if (
                 config.architecture not in NAMES

@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from phicore.config import PHI
 from phicore.errors import TokenizerError
+from phicore.vocabulary import PHI
 
 Message = Mapping[str, str]
 """One turn: {"role": "system", "user" or "assistant", "content": its text}."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import pluggy
 
 if TYPE_CHECKING:
+    from phicore.architectures import Architecture
     from phicore.model import Generation, Piece
     from phicore.protocol import Backend
     from phicore.sources import ModelFiles
@@ -52,6 +53,17 @@ class RegisterSource(Protocol):
         """
 
 
+class RegisterArchitecture(Protocol):
+    """Tells phicore of a family of GGUF files."""
+
+    def __call__(self, architecture: Architecture) -> None:
+        """
+        Args:
+            architecture: How the hyperparameters and tensors of files with its name in
+                `general.architecture` become those of the graph.
+        """
+
+
 class RegisterCommand(Protocol):
     """Tells phicore of a command."""
 
@@ -76,6 +88,11 @@ def phicore_register_backends(register: RegisterBackend) -> None:
 @hookspec
 def phicore_register_sources(register: RegisterSource) -> None:
     """Called when a model reference is resolved; call `register` for each scheme."""
+
+
+@hookspec
+def phicore_register_architectures(register: RegisterArchitecture) -> None:
+    """Called when a model file is opened; call `register` for each architecture."""
 
 
 @hookspec

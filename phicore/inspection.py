@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from phicore.architectures import architecture_of
 from phicore.chat import ChatTemplate
-from phicore.config import Phi3Config
 from phicore.console import size, table
 from phicore.errors import PhicoreError
 from phicore.gguf.reader import GGUFFile, open_gguf
@@ -42,7 +42,7 @@ def inspect_model(reference: str) -> dict[str, Any]:
             "architecture": _plain(file.metadata.get("general.architecture")),
             "weights": weights,
             "bits_per_weight": 8 * tensor_bytes / weights if weights else None,
-            "hyperparameters": _or_error(lambda: asdict(Phi3Config.from_gguf(file.metadata))),
+            "hyperparameters": _or_error(lambda: _hyperparameters(file)),
             "tokenizer": _or_error(lambda: _tokenizer_summary(files, file)),
             "metadata": {key: _plain(value) for key, value in file.metadata.items()},
             "tensors": [
@@ -55,6 +55,11 @@ def inspect_model(reference: str) -> dict[str, Any]:
                 for t in file.tensors.values()
             ],
         }
+
+
+def _hyperparameters(file: GGUFFile) -> dict[str, Any]:
+    architecture = architecture_of(file.metadata, Plugins().architectures())
+    return asdict(architecture.config(file.metadata))
 
 
 def _or_error(read: Any) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from typing import Any, Self
 
 import numpy as np
 
+from phicore.architectures import BUILT_IN, Architecture, architecture_of
 from phicore.chat import ChatTemplate, Message
 from phicore.config import Phi3Config
 from phicore.engine import Engine
 from phicore.errors import ArgumentError, GGUFError, PhicoreError
 from phicore.gguf.reader import open_gguf
-from phicore.loader import Progress, load_params, load_rope_factors, vocab_size
+from phicore.loader import Progress, load_params, vocab_size
 from phicore.observers import Observers
 from phicore.plugins import Plugins, choose_backend
 from phicore.protocol import Backend
@@ -127,6 +128,7 @@ class Model:
         context: int | None,
         progress: Progress,
         observers: Observers | None = None,
+        architectures: Mapping[str, Architecture] = BUILT_IN,
     ) -> None:
         started = time.perf_counter()
         self.reference = files.reference
@@ -134,7 +136,11 @@ class Model:
         self.backend = backend
         with open_gguf(files.path) as file:
             self.metadata = file.metadata
-            self.config = self._read_config(file.path)
+            try:
+                architecture = architecture_of(self.metadata, architectures)
+                self.config = architecture.config(self.metadata)
+            except GGUFError as error:
+                raise GGUFError(f"{file.path.name}: {error}") from None
             self.vocab_size = vocab_size(file)
             self.context = _checked_context(context, self.config)
             self.tokenizer = Tokenizer.of(
@@ -146,9 +152,9 @@ class Model:
                     f"the tokenizer {self.tokenizer.vocab_size} tokens"
                 )
             self.sampling = _recommended_sampling(self.metadata, file.path)
-            rope_factors = load_rope_factors(self.config, file)
+            rope_factors = architecture.rope_factors(self.config, file)
             ops.new_cache(1, 1, 1, self.config.head_dim)  # a type may not have room for such heads
-            params = load_params(ops, self.config, file, progress)
+            params = load_params(ops, architecture, self.config, file, progress)
         self._ops = ops
         self._observers = observers
         self._engine: Engine | None = Engine(
@@ -161,12 +167,6 @@ class Model:
             rope_factors=rope_factors,
         )
         self.load_s = time.perf_counter() - started
-
-    def _read_config(self, path: Path) -> Phi3Config:
-        try:
-            return Phi3Config.from_gguf(self.metadata)
-        except GGUFError as error:
-            raise GGUFError(f"{path.name}: {error}") from None
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -361,6 +361,7 @@ def load(
         context=ctx,
         progress=progress or (lambda *_: None),
         observers=plugins.observers(),
+        architectures=plugins.architectures(),
     )
 
 

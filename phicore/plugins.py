@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pluggy
 
-from phicore import hookspecs
+from phicore import builtin, hookspecs
 from phicore.errors import BackendError, PhicoreError, SourceError
 from phicore.observers import Observers
 
 if TYPE_CHECKING:
+    from phicore.architectures import Architecture
     from phicore.protocol import Backend
     from phicore.sources import ModelFiles
 
@@ -29,6 +30,21 @@ DISABLE = "PHICORE_DISABLE_PLUGINS"
 PREFERRED_BACKENDS = (
     ("mlx", "jax", "numpy") if sys.platform == "darwin" else ("jax", "mlx", "numpy")
 )
+
+
+T = TypeVar("T")
+
+
+class Owner(NamedTuple):
+    """A plugin, and the distribution that it comes from."""
+
+    name: str
+    distribution: str
+    version: str
+
+
+Registered = dict[str, tuple[Owner, T]]
+"""Things by name, each with the plugin that has registered it."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,9 @@ class Plugins:
         self.manager.add_hookspecs(hookspecs)
         self.broken: list[BrokenPlugin] = []
         self.disabled: list[tuple[str, str]] = []
-        self._owners: dict[int, tuple[str, str, str]] = {}
+        self._owners: dict[int, Owner] = {}
+        self.manager.register(builtin, name="phicore:built-in")
+        self._owners[id(builtin)] = Owner("built-in", "phicore", version("phicore"))
         points = list(entry_points(group=GROUP)) if points is None else points
         off = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
         for point in sorted(points, key=lambda p: p.name):
@@ -115,18 +133,21 @@ class Plugins:
 
     def _load(self, point: EntryPoint) -> None:
         dist = point.dist
-        owner = (point.name, dist.name if dist else "?", dist.version if dist else "?")
+        owner = Owner(point.name, dist.name if dist else "?", dist.version if dist else "?")
+        name = f"{owner.distribution}:{owner.name}"
         try:
             plugin = point.load()
             if (other := self._owners.get(id(plugin))) is not None:
-                reason = f"{point.value} is loaded already, as {other[0]} of {other[1]}"
-                self.broken.append(BrokenPlugin(owner[0], owner[1], f"{reason}; one must go"))
+                reason = f"{point.value} is loaded already, as {other.name} of {other.distribution}"
+                self._report(owner.name, owner.distribution, f"{reason}; one must go")
                 return
-            self.manager.register(plugin, name=f"{owner[1]}:{point.name}")
+            self.manager.register(plugin, name=name)
             self.manager.check_pending()  # a misspelt hook would otherwise be silently dead
         except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the rest
-            self.broken.append(BrokenPlugin(owner[0], owner[1], _reason(error)))
-            if (loaded := self.manager.get_plugin(f"{owner[1]}:{point.name}")) is not None:
+            self._report(owner.name, owner.distribution, _reason(error))
+            if (
+                loaded := self.manager.get_plugin(f"{owner.distribution}:{point.name}")
+            ) is not None:
                 self.manager.unregister(loaded)
             return
         self._owners[id(plugin)] = owner
@@ -150,14 +171,17 @@ class Plugins:
                 devices: Callable[[], list[str]],
                 protocol: int,
                 notes: Callable[[], str] | None = None,
-                owner: tuple[str, str, str] = owner,
+                owner: Owner = owner,
             ) -> None:
                 if protocol != VERSION:
                     reason = f"made for version {protocol} of the protocol, phicore has {VERSION}"
-                    self._report(name, owner[1], f"{reason}; install a {owner[1]} that fits")
+                    fix = f"install a {owner.distribution} that fits"
+                    self._report(name, owner.distribution, f"{reason}; {fix}")
                     return
-                claims.setdefault(name, []).append(owner[1])
-                found[name] = BackendInfo(name, owner[1], owner[2], create, devices, notes)
+                claims.setdefault(name, []).append(owner.distribution)
+                found[name] = BackendInfo(
+                    name, owner.distribution, owner.version, create, devices, notes
+                )
 
             self._call(plugin, owner, "phicore_register_backends", register)
         for name, owners in claims.items():
@@ -170,54 +194,73 @@ class Plugins:
         return {n: found[n] for n in sorted(found, key=lambda n: (rank.get(n, len(rank)), n))}
 
     def sources(self) -> dict[str, Callable[[str], ModelFiles]]:
-        """What resolves a model reference, by scheme: the built-in ones and those of plugins.
+        """What resolves a model reference, by scheme."""
+        return _values(self._sources())
 
-        A scheme that is claimed twice is the first one's.
-        """
-        from phicore.sources import SCHEMES
-
-        return SCHEMES | {scheme: resolve for scheme, (_, resolve) in self._sources().items()}
-
-    def _sources(self) -> dict[str, tuple[str, Callable[[str], ModelFiles]]]:
-        """Those of plugins, each with its distribution."""
-        from phicore.sources import SCHEMES
-
-        found: dict[str, tuple[str, Callable[[str], ModelFiles]]] = {}
-        for plugin, owner in self._plugins():
-
-            def register(
-                scheme: str,
-                *,
-                resolve: Callable[[str], ModelFiles],
-                owner: tuple[str, str, str] = owner,
-            ) -> None:
-                if scheme in found or scheme in SCHEMES:
-                    reason = f"the model source {scheme!r} exists already"
-                    self._report(owner[0], owner[1], reason)
-                    return
-                found[scheme] = owner[1], _guarded_source(resolve, owner[1])
-
-            self._call(plugin, owner, "phicore_register_sources", register)
-        return found
+    def architectures(self) -> dict[str, Architecture]:
+        """Architectures by the name that files give."""
+        return _values(self._architectures())
 
     def commands(self) -> dict[str, Callable[..., None]]:
-        """Commands of plugins by name. One that is claimed twice is the first one's."""
-        return {name: function for name, (_, function) in self._commands().items()}
+        """Commands by name, but for phicore's own."""
+        return _values(self._commands())
 
-    def _commands(self) -> dict[str, tuple[str, Callable[..., None]]]:
-        """The same, each with its distribution."""
-        found: dict[str, tuple[str, Callable[..., None]]] = {}
+    def _sources(self) -> Registered[Callable[[str], ModelFiles]]:
+        def entry(
+            owner: Owner, scheme: str, *, resolve: Callable[[str], ModelFiles]
+        ) -> tuple[str, Callable[[str], ModelFiles]]:
+            is_own = owner.distribution == "phicore"
+            return scheme, resolve if is_own else _guarded_source(resolve, owner.distribution)
+
+        return self._registered("phicore_register_sources", "model source", entry)
+
+    def _architectures(self) -> Registered[Architecture]:
+        from phicore.architectures import Architecture  # imports NumPy
+
+        def entry(owner: Owner, architecture: Architecture) -> tuple[str, Architecture]:
+            if not isinstance(architecture, Architecture):
+                raise TypeError(f"expected an Architecture, got {architecture!r:.60}")
+            return architecture.name, architecture
+
+        return self._registered("phicore_register_architectures", "architecture", entry)
+
+    def _commands(self) -> Registered[Callable[..., None]]:
+        def entry(
+            owner: Owner, name: str, function: Callable[..., None]
+        ) -> tuple[str, Callable[..., None]]:
+            return name, function
+
+        return self._registered(
+            "phicore_register_commands", "command", entry, taken=self._own_commands()
+        )
+
+    def _registered(
+        self,
+        hook: str,
+        what: str,
+        entry: Callable[..., tuple[str, T]],
+        taken: Collection[str] = (),
+    ) -> Registered[T]:
+        """What plugins register in a hook, with its owner. A name is the first one's to claim it.
+
+        Args:
+            hook: Its name.
+            what: What is registered, for messages.
+            entry: Called with the owner and what `register` was called with; gives name and value.
+            taken: Names that nobody can claim.
+        """
+        found: Registered[T] = {}
         for plugin, owner in self._plugins():
 
-            def register(
-                name: str, function: Callable[..., None], owner: tuple[str, str, str] = owner
-            ) -> None:
-                if name in found or name in self._own_commands():
-                    self._report(owner[0], owner[1], f"the command {name!r} exists already")
+            def register(*args: Any, owner: Owner = owner, **kwargs: Any) -> None:
+                name, value = entry(owner, *args, **kwargs)
+                if name in found or name in taken:
+                    reason = f"the {what} {name!r} exists already"
+                    self._report(owner.name, owner.distribution, reason)
                     return
-                found[name] = owner[1], function
+                found[name] = owner, value
 
-            self._call(plugin, owner, "phicore_register_commands", register)
+            self._call(plugin, owner, hook, register)
         return found
 
     @staticmethod
@@ -241,18 +284,25 @@ class Plugins:
     def installed(self) -> list[PluginInfo]:
         """The plugins that were loaded, by name, with what they register."""
         provides: dict[str, list[str]] = {}
+
+        def note(distribution: str, what: str) -> None:
+            provides.setdefault(distribution, []).append(what)
+
         for info in self.backends().values():
-            provides.setdefault(info.distribution, []).append(f"backend {info.name}")
-        for scheme, (distribution, _) in self._sources().items():
-            provides.setdefault(distribution, []).append(f"source {scheme}")
-        for name, (distribution, _) in self._commands().items():
-            provides.setdefault(distribution, []).append(f"command {name}")
+            note(info.distribution, f"backend {info.name}")
+        for what, found in (
+            ("source", self._sources()),
+            ("architecture", self._architectures()),
+            ("command", self._commands()),
+        ):
+            for name, (owner, _) in found.items():
+                note(owner.distribution, f"{what} {name}")
         if (observers := self.observers()) is not None:
             for plugin_name in observers.names:
-                provides.setdefault(plugin_name.partition(":")[0], []).append("observer")
+                note(plugin_name.partition(":")[0], "observer")
         return [
-            PluginInfo(name, distribution, version, tuple(provides.get(distribution, [])))
-            for name, distribution, version in sorted(self._owners.values())
+            PluginInfo(*owner, tuple(provides.get(owner.distribution, [])))
+            for owner in sorted(self._owners.values())
         ]
 
     def _report(self, name: str, distribution: str, reason: str) -> None:
@@ -260,16 +310,14 @@ class Plugins:
         if broken not in self.broken:  # a hook may be called again
             self.broken.append(broken)
 
-    def _plugins(self) -> list[tuple[object, tuple[str, str, str]]]:
+    def _plugins(self) -> list[tuple[object, Owner]]:
         return [
             (plugin, self._owners[id(plugin)])
             for _, plugin in self.manager.list_name_plugin()
             if plugin is not None
         ]
 
-    def _call(
-        self, plugin: Any, owner: tuple[str, str, str], hook: str, register: Callable[..., None]
-    ) -> None:
+    def _call(self, plugin: Any, owner: Owner, hook: str, register: Callable[..., None]) -> None:
         """Call one plugin's hook, so that a failure is that plugin's alone."""
         others = [p for p, _ in self._plugins() if p is not plugin]
         try:
@@ -277,7 +325,11 @@ class Plugins:
         except PhicoreError:
             raise
         except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the rest
-            self._report(owner[0], owner[1], _reason(error))
+            self._report(owner.name, owner.distribution, _reason(error))
+
+
+def _values(registered: Registered[T]) -> dict[str, T]:
+    return {name: value for name, (_, value) in registered.items()}
 
 
 def usable_backends() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isclose, log, sqrt
+from math import log, sqrt
 
 import numpy as np
 
@@ -24,29 +24,19 @@ class RopeFactors:
     """What sines and cosines are multiplied by, at any length."""
 
 
-PHI_3_5_MOE_SCALE = 1.243163121016122  # `short_mscale` and `long_mscale` of its configuration
-
-
 def is_long(config: Phi3Config, length: int) -> bool:
     """Whether a sequence that is planned to be so long rotates by the long factors."""
     original = config.original_max_position_embeddings
     return original is not None and length > original
 
 
-def attention_factor(config: Phi3Config) -> float:
-    """The scale of LongRoPE.
+def longrope_scale(context: int, original: int) -> float:
+    """What LongRoPE multiplies sines and cosines by, in a context that was extended.
 
-    Source: `_compute_longrope_parameters` of transformers. Phi-3.5-MoE was trained with a scale of
-    its own, for which llama.cpp's converter writes what the formula gives.
+    Source: `_compute_longrope_parameters` of transformers.
     """
-    original = config.original_max_position_embeddings or config.max_position_embeddings
-    ratio = config.max_position_embeddings / original
-    by_formula = sqrt(1 + log(ratio) / log(original)) if ratio > 1 else 1.0
-    scale = by_formula if config.attention_factor is None else config.attention_factor
-    is_phi_3_5_moe = config.architecture == "phimoe" and (original, ratio) == (4096, 32)
-    if is_phi_3_5_moe and isclose(scale, by_formula, rel_tol=1e-6):
-        return PHI_3_5_MOE_SCALE
-    return scale
+    ratio = context / original
+    return sqrt(1 + log(ratio) / log(original)) if ratio > 1 else 1.0
 
 
 def rope_tables(

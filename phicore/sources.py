@@ -80,7 +80,7 @@ def resolve(
         reference: An alias, a reference with a scheme (`hf:...`), or the path of a GGUF file. An
             alias or scheme wins over a file of that name, which `./` in front makes a path.
         tokenizer: A tokenizer.json to use instead of any that belongs to the model.
-        schemes: The scheme names and their functions; `hf` and `package` when None.
+        schemes: The scheme names and their functions; None: those of `SCHEMES`.
     Raises:
         SourceError: If the reference has no meaning, or what it means cannot be had.
     """
@@ -97,7 +97,7 @@ def resolve(
     if colon and scheme in schemes:
         return schemes[scheme](reference)
     if _is_path(reference):
-        return resolve_path(reference)
+        return resolve_file(reference)
     known = [*ALIASES, *(f"{name}:" for name in schemes)]
     raise SourceError(
         f"'{reference}' is not a file and not a known model{_did_you_mean(scheme + colon, known)}; "
@@ -105,14 +105,16 @@ def resolve(
     )
 
 
-def resolve_path(reference: str) -> ModelFiles:
+def resolve_file(reference: str) -> ModelFiles:
     """A local GGUF file, with the tokenizer.json beside it when there is one.
+
+    `file:path/model.gguf`, or the path alone.
 
     Raises:
         SourceError: If there is no such file, it is out of reach, or other parts are missing.
     """
     try:
-        return _local_files(Path(reference).expanduser(), reference)
+        return _local_files(Path(reference.removeprefix("file:")).expanduser(), reference)
     except (OSError, RuntimeError) as error:  # RuntimeError: "~name" of an unknown user
         raise SourceError(f"{reference}: not an accessible path: {error}") from error
 
@@ -156,7 +158,11 @@ def resolve_package(reference: str) -> ModelFiles:
     raise SourceError(f"{reference}: no such GGUF file in the package; its GGUF files: {choices}")
 
 
-SCHEMES: dict[str, Scheme] = {"hf": resolve_hf, "package": resolve_package}
+SCHEMES: Mapping[str, Scheme] = {
+    "hf": resolve_hf,
+    "package": resolve_package,
+    "file": resolve_file,
+}
 
 
 def default_reference() -> tuple[str, str]:

@@ -22,7 +22,6 @@ import tokenizers
 from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from phicore.config import PHI
 from phicore.errors import TokenizerError
 
 # Spellings that end a generation in every vocabulary that has them (llama.cpp, `special_eog_ids`);
@@ -34,6 +33,8 @@ END_PIECES = {
     *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>"),
     *("<reponame>", "<|file_sep|>"),
 }
+
+PHI = ("phi3", "phimoe")  # the architectures with Phi-3's vocabulary
 
 # Regular expressions of the tokenizer.json files that the names stand for, each applied to what
 # the one before it left whole. llama.cpp spells them differently where its engine needs it.

@@ -9,7 +9,7 @@ import pytest
 from backend.strict import ListedNames, StrictBackend, listed_dtypes, listed_functions
 from gguf import GGMLQuantizationType as Type
 
-from phicore.config import Phi3Config
+from phicore.architectures import architecture_of
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
 from phicore.loader import load_params
@@ -57,8 +57,9 @@ def test_namespace_whole_generation_uses_exactly_the_listed_functions(tmp_path: 
 
 def generate(ops: StrictBackend, path: Path) -> None:
     with open_gguf(path) as file:
-        config = Phi3Config.from_gguf(file.metadata)
-        params = load_params(ops, config, file, quiet)
+        architecture = architecture_of(file.metadata)
+        config = architecture.config(file.metadata)
+        params = load_params(ops, architecture, config, file, quiet)
         size = file.tensors["token_embd.weight"].shape[0]
         engine = Engine(ops, config, params, vocab_size=size, context=300, progress=quiet)
         sampling = Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01)

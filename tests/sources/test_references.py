@@ -18,8 +18,8 @@ from phicore.sources import (
     config_path,
     default_reference,
     resolve,
+    resolve_file,
     resolve_package,
-    resolve_path,
 )
 
 try:
@@ -108,7 +108,7 @@ def test_windows_drive_is_a_path_and_not_a_scheme(reference: str) -> None:
 def test_unknown_reference_suggests_and_lists_what_there_is(reference: str, near: str) -> None:
     message = error(reference)
     assert f"'{reference}' is not a file and not a known model (did you mean {near}" in message
-    assert message.endswith("one of: phi-3-mini, phi-3-mini-fp16, smollm2, hf:, package:")
+    assert message.endswith("one of: phi-3-mini, phi-3-mini-fp16, smollm2, hf:, package:, file:")
 
 
 def test_empty_reference_is_not_the_current_folder() -> None:
@@ -263,9 +263,9 @@ def test_config_path_follows_the_platform(config: Path, monkeypatch: pytest.Monk
     assert "phicore" in config_path().parent.name.lower()
 
 
-def test_resolve_path_alone_does_not_know_aliases() -> None:
+def test_resolve_file_alone_does_not_know_aliases() -> None:
     with pytest.raises(SourceError, match="smollm2: no such file"):
-        resolve_path("smollm2")
+        resolve_file("smollm2")
 
 
 def test_import_loads_nothing_heavy() -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from phicore.config import Phi3Config
+from phicore.architectures import architecture_of
+from phicore.architectures.llama import rows_for_half_rotation
 from phicore.errors import GGUFError
 from phicore.gguf.reader import GGUFFile, GGUFTensor, open_gguf
-from phicore.loader import load_params, load_rope_factors, rows_for_half_rotation, vocab_size
+from phicore.loader import load_params, vocab_size
 from phicore.protocol import Backend
 from phicore.testing.tiny_models import Q4_K_M, Tiny, Types, write_model
 
@@ -47,9 +48,10 @@ def load(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     ) -> dict[str, Any]:
         path = write_model(tmp_path / "m.gguf", tiny, types, tokenizer=False)
         with open_gguf(path) as file:
-            config = Phi3Config.from_gguf(file.metadata)
+            architecture = architecture_of(file.metadata)
+            config = architecture.config(file.metadata)
             change(file)
-            return dict(load_params(Host(), config, file, progress))
+            return dict(load_params(Host(), architecture, config, file, progress))
 
     return call
 
@@ -263,7 +265,9 @@ def factors(tmp_path: Path) -> Callable[..., Any]:
         path = write_model(tmp_path / "m.gguf", tiny, Type.F32, tokenizer=False)
         with open_gguf(path) as file:
             change(file)
-            return load_rope_factors(replace(Phi3Config.from_gguf(file.metadata), **config), file)
+            architecture = architecture_of(file.metadata)
+            found = replace(architecture.config(file.metadata), **config)
+            return architecture.rope_factors(found, file)
 
     return call
 
@@ -277,7 +281,7 @@ def vector(name: str, values: list[float]) -> Callable[[GGUFFile], None]:
     return change
 
 
-def test_load_rope_factors_of_long_rope(factors: Callable[..., Any]):
+def test_rope_factors_of_long_rope(factors: Callable[..., Any]):
     found = factors()
     steps = np.arange(1, 33, dtype=np.float32)
     assert np.array_equal(found.short, 1 + steps / 64)
@@ -287,13 +291,13 @@ def test_load_rope_factors_of_long_rope(factors: Callable[..., Any]):
     )
 
 
-def test_load_rope_factors_of_llama_are_one_set(factors: Callable[..., Any]):
+def test_rope_factors_of_llama_are_one_set(factors: Callable[..., Any]):
     found = factors(tiny=replace(LONG, arch="llama", original_max_position_embeddings=64))
     assert found.short is found.long or np.array_equal(found.short, found.long)
     assert (found.scale, found.short[0], found.short[-1]) == (1, 1, 8)
 
 
-def test_load_rope_factors_are_none_without_tensors(factors: Callable[..., Any]):
+def test_rope_factors_are_none_without_tensors(factors: Callable[..., Any]):
     assert factors(tiny=TINY) is None
 
 
@@ -330,7 +334,7 @@ def test_load_rope_factors_are_none_without_tensors(factors: Callable[..., Any])
     ],
     ids=["missing", "shape", "zero", "nan", "original"],
 )
-def test_load_rope_factors_that_are_wrong_are_named(
+def test_rope_factors_that_are_wrong_are_named(
     factors: Callable[..., Any], change: Any, config: dict[str, Any], message: str
 ):
     with pytest.raises(GGUFError) as caught:
@@ -338,19 +342,19 @@ def test_load_rope_factors_that_are_wrong_are_named(
     assert str(caught.value) == f"m.gguf: {message}"
 
 
-def test_load_rope_factors_that_the_hyperparameters_ask_for_but_are_not_there(
+def test_rope_factors_that_the_hyperparameters_ask_for_but_are_not_there(
     factors: Callable[..., Any],
 ):
     with pytest.raises(GGUFError, match=r"rope_factors_long.weight are missing"):
         factors(tiny=TINY, attention_factor=1.2)
 
 
-def test_load_rope_factors_of_an_extended_context_must_be_there(factors: Callable[..., Any]):
+def test_rope_factors_of_an_extended_context_must_be_there(factors: Callable[..., Any]):
     with pytest.raises(GGUFError, match=r"rope_factors_long.weight are missing"):
         factors(tiny=TINY, original_max_position_embeddings=16)
 
 
-def test_load_rope_factors_scale_of_another_architecture_is_refused(factors: Callable[..., Any]):
+def test_rope_factors_scale_of_another_architecture_is_refused(factors: Callable[..., Any]):
     with pytest.raises(GGUFError) as caught:
         factors(tiny=replace(TINY, arch="llama"), attention_factor=1.5)
     assert str(caught.value) == (

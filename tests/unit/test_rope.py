@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from phicore.architectures.phi3 import Phi3
+from phicore.architectures.phimoe import PhiMoE
 from phicore.config import Phi3Config
-from phicore.rope import attention_factor, is_long, rope_tables
+from phicore.rope import is_long, longrope_scale, rope_tables
 from phicore.testing import tolerances
 
 CONFIG = Phi3Config(
@@ -81,26 +83,25 @@ def test_is_long_beyond_the_original_context(original: int | None, length: int, 
     assert is_long(replace(CONFIG, original_max_position_embeddings=original), length) == expected
 
 
-def test_attention_factor_is_the_file_s_or_that_of_the_paper():
-    extended = replace(
-        CONFIG, max_position_embeddings=131072, original_max_position_embeddings=4096
-    )
-    assert attention_factor(extended) == pytest.approx(1.190238)  # Phi-3-mini-128k
-    assert attention_factor(replace(extended, attention_factor=1.5)) == 1.5
-    assert attention_factor(replace(CONFIG, original_max_position_embeddings=4096)) == 1
+def test_longrope_scale_is_that_of_the_paper():
+    assert longrope_scale(131072, 4096) == pytest.approx(1.190238)  # Phi-3-mini-128k
+    assert longrope_scale(8192, 4096) == np.sqrt(1 + 1 / 12)
+    assert longrope_scale(4096, 4096) == 1
 
 
-def test_attention_factor_of_phi_3_5_moe_is_that_of_its_training():
+def test_rope_scale_of_a_file_wins():
+    scale = Phi3().rope_scale
+    config = replace(CONFIG, max_position_embeddings=131072)
+    assert scale(config, 4096) == pytest.approx(1.190238)
+    assert scale(replace(config, attention_factor=1.5), 4096) == 1.5
+
+
+def test_rope_scale_of_phi_3_5_moe_is_that_of_its_training():
     """Its files have what the formula gives, though the model's configuration has another."""
-    model = replace(
-        CONFIG,
-        architecture="phimoe",
-        max_position_embeddings=131072,
-        original_max_position_embeddings=4096,
-    )
-    assert attention_factor(model) == 1.243163121016122
+    scale = PhiMoE().rope_scale
+    model = replace(CONFIG, max_position_embeddings=131072)
+    assert scale(model, 4096) == 1.243163121016122
     by_formula = float(np.float32(np.sqrt(1 + np.log(32) / np.log(4096))))
-    assert attention_factor(replace(model, attention_factor=by_formula)) == 1.243163121016122
-    assert attention_factor(replace(model, attention_factor=1.2)) == 1.2
-    other = replace(model, max_position_embeddings=8192)
-    assert attention_factor(other) == np.sqrt(1 + 1 / 12)
+    assert scale(replace(model, attention_factor=by_formula), 4096) == 1.243163121016122
+    assert scale(replace(model, attention_factor=1.2), 4096) == 1.2
+    assert scale(replace(model, max_position_embeddings=8192), 4096) == np.sqrt(1 + 1 / 12)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phicore import graph
+from phicore.architectures import architecture_of
 from phicore.config import Phi3Config
 from phicore.gguf.reader import open_gguf
 from phicore.loader import load_params
@@ -91,8 +92,9 @@ class Runner:
 
 def runner_of(ops: Backend, path: Path, window: int | None) -> Runner:
     with open_gguf(path) as file:
-        config = Phi3Config.from_gguf(file.metadata)
-        params = load_params(ops, config, file, lambda *_: None)
+        architecture = architecture_of(file.metadata)
+        config = architecture.config(file.metadata)
+        params = load_params(ops, architecture, config, file, lambda *_: None)
     return Runner(ops, replace(config, sliding_window=window), params)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from phicore.config import Phi3Config
+from phicore.architectures import architecture_of
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
-from phicore.loader import load_params, load_rope_factors
+from phicore.loader import load_params
 from phicore.protocol import Array, Backend
 from phicore.sampler import Sampling
 from phicore.testing import tolerances
@@ -55,9 +55,10 @@ class Reference(Backend):
 
 def engine_of(ops: Backend, path: Path) -> Engine:
     with open_gguf(path) as file:
-        config = Phi3Config.from_gguf(file.metadata)
-        factors = load_rope_factors(config, file)
-        params = load_params(ops, config, file, lambda *_: None)
+        architecture = architecture_of(file.metadata)
+        config = architecture.config(file.metadata)
+        factors = architecture.rope_factors(config, file)
+        params = load_params(ops, architecture, config, file, lambda *_: None)
     return Engine(
         ops,
         config,

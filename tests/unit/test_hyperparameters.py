@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phicore.architectures import architecture_of
 from phicore.config import Phi3Config
 from phicore.errors import GGUFError
 
@@ -42,14 +43,18 @@ def metadata(arch: str = "phi3", **changes: Any) -> dict[str, Any]:
     return result
 
 
+def config_of(values: dict[str, Any]) -> Phi3Config:
+    return architecture_of(values).config(values)
+
+
 def message(values: dict[str, Any]) -> str:
     with pytest.raises(GGUFError) as caught:
-        Phi3Config.from_gguf(values)
+        config_of(values)
     return str(caught.value)
 
 
-def test_from_gguf_reads_every_key():
-    config = Phi3Config.from_gguf(metadata(rope__dimension_count=96))
+def test_config_reads_every_key():
+    config = config_of(metadata(rope__dimension_count=96))
     assert (config.architecture, config.hidden_size, config.intermediate_size) == (
         *("phi3", 3072),
         8192,
@@ -60,8 +65,8 @@ def test_from_gguf_reads_every_key():
     assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 20000.0)
 
 
-def test_from_gguf_defaults_follow_from_other_keys():
-    config = Phi3Config.from_gguf(
+def test_config_defaults_follow_from_other_keys():
+    config = config_of(
         metadata(
             attention__head_count_kv=ABSENT,
             rope__dimension_count=ABSENT,
@@ -73,18 +78,18 @@ def test_from_gguf_defaults_follow_from_other_keys():
     assert config.rope_theta == 10000.0
 
 
-def test_from_gguf_key_length_gives_the_head_size():
-    config = Phi3Config.from_gguf(
+def test_config_key_length_gives_the_head_size():
+    config = config_of(
         metadata(embedding_length=1000, attention__key_length=112, attention__value_length=112)
     )
     assert (config.hidden_size, config.head_dim) == (1000, 112)
 
 
-def test_from_gguf_keys_with_neutral_values_are_fine():
+def test_config_keys_with_neutral_values_are_fine():
     neutral = metadata(
         rope__scaling__type="none", expert_count=0, attention__causal=True, vocab_size=9
     )
-    assert Phi3Config.from_gguf(neutral) == Phi3Config.from_gguf(metadata())
+    assert config_of(neutral) == config_of(metadata())
 
 
 REQUIRED = (
@@ -94,14 +99,14 @@ REQUIRED = (
 
 
 @pytest.mark.parametrize("name", REQUIRED)
-def test_from_gguf_missing_key_is_named(name: str):
+def test_config_missing_key_is_named(name: str):
     values = {k: v for k, v in metadata().items() if k != f"phi3.{name}"}
     expected = f"phi3.{name}: missing; the file is incomplete or was made for another use"
     assert message(values) == expected
 
 
 @pytest.mark.parametrize("arch", [None, "phi2", "PHI3", 3])
-def test_from_gguf_other_architecture_is_refused(arch: Any):
+def test_config_other_architecture_is_refused(arch: Any):
     values = metadata() | {"general.architecture": arch}
     if arch is None:
         assert message(values) == "general.architecture: missing; is this a model file?"
@@ -114,14 +119,14 @@ def test_from_gguf_other_architecture_is_refused(arch: Any):
 
 
 @pytest.mark.parametrize("arch", [np.array([1, 2]), ["phi3"]], ids=["array", "list"])
-def test_from_gguf_architecture_that_is_an_array_is_refused(arch: Any):
+def test_config_architecture_that_is_an_array_is_refused(arch: Any):
     expected = (
         f"general.architecture: {arch!r} is not supported (supported: phi3, phimoe, llama, qwen2)"
     )
     assert message(metadata() | {"general.architecture": arch}) == expected
 
 
-def test_from_gguf_no_metadata_says_so():
+def test_config_no_metadata_says_so():
     assert message({}) == "general.architecture: missing; is this a model file?"
 
 
@@ -162,22 +167,22 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), BAD_VALUES, ids=lambda v: str(v)[:30])
-def test_from_gguf_bad_value_names_key_and_value(name: str, value: Any, expected: str):
+def test_config_bad_value_names_key_and_value(name: str, value: Any, expected: str):
     text = message(metadata(**{name: value}))
     assert text.startswith(f"phi3.{name.replace('__', '.')}: {expected}")
     assert len(text) < 150
 
 
-def test_from_gguf_heads_not_in_groups_are_refused():
+def test_config_heads_not_in_groups_are_refused():
     assert message(metadata(attention__head_count_kv=7)) == (
         "phi3.attention.head_count: 24 is not a multiple of phi3.attention.head_count_kv 7"
     )
 
 
-def test_from_gguf_experts_are_two_of_some():
-    config = Phi3Config.from_gguf(metadata("phimoe", expert_count=16, expert_used_count=2))
+def test_config_experts_are_two_of_some():
+    config = config_of(metadata("phimoe", expert_count=16, expert_used_count=2))
     assert config.num_local_experts == 16
-    assert Phi3Config.from_gguf(metadata()).num_local_experts == 0
+    assert config_of(metadata()).num_local_experts == 0
 
 
 @pytest.mark.parametrize(
@@ -189,23 +194,23 @@ def test_from_gguf_experts_are_two_of_some():
     ],
     ids=str,
 )
-def test_from_gguf_other_numbers_of_experts_are_refused(used: Any, count: int, expected: str):
+def test_config_other_numbers_of_experts_are_refused(used: Any, count: int, expected: str):
     values = metadata("phimoe", expert_count=count, expert_used_count=used)
     assert message(values) == f"phimoe.expert_used_count: {expected}"
     del values["phimoe.expert_used_count"]
     assert message(values).endswith(f"found None of {count}")
 
 
-def test_from_gguf_model_of_experts_without_their_number_is_refused():
+def test_config_model_of_experts_without_their_number_is_refused():
     assert message(metadata("phimoe")).startswith("phimoe.expert_count: missing")
 
 
-def test_from_gguf_llama_partial_rotation_is_refused():
+def test_config_llama_partial_rotation_is_refused():
     assert message(metadata("llama")) == (
         "llama.rope.dimension_count: 96 of 128 channels: partial rotation is not supported for "
         "this architecture"
     )
-    Phi3Config.from_gguf(metadata("llama", rope__dimension_count=128))
+    config_of(metadata("llama", rope__dimension_count=128))
 
 
 @pytest.mark.parametrize(
@@ -218,21 +223,21 @@ def test_from_gguf_llama_partial_rotation_is_refused():
         pytest.param(24, 8, 4096, None, id="other"),
     ],
 )
-def test_from_gguf_file_without_window_gets_the_family_s(
+def test_config_file_without_window_gets_the_family_s(
     layers: int, kv_heads: int, context: int, window: int | None
 ):
     changes: dict[str, Any] = {"block_count": layers, "context_length": context}
     changes |= {"attention__head_count": 160, "attention__head_count_kv": kv_heads}
     changes |= {"embedding_length": 160 * 128, "attention__sliding_window": ABSENT}
-    assert Phi3Config.from_gguf(metadata(**changes)).sliding_window == window
+    assert config_of(metadata(**changes)).sliding_window == window
 
 
 @pytest.mark.parametrize(("value", "window"), [(0, None), (1, 1), (4095, 4095), (4096, None)])
-def test_from_gguf_window_of_zero_or_the_context_is_none(value: int, window: int | None):
-    config = Phi3Config.from_gguf(metadata(attention__sliding_window=value))
+def test_config_window_of_zero_or_the_context_is_none(value: int, window: int | None):
+    config = config_of(metadata(attention__sliding_window=value))
     assert config.sliding_window == window
 
 
-def test_from_gguf_llama_without_window_has_none():
+def test_config_llama_without_window_has_none():
     changes = {"rope__dimension_count": 128, "attention__sliding_window": ABSENT}
-    assert Phi3Config.from_gguf(metadata("llama", **changes)).sliding_window is None
+    assert config_of(metadata("llama", **changes)).sliding_window is None

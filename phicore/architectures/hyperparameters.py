@@ -1,0 +1,71 @@
+"""Typed access to an architecture's keys in GGUF metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phicore.errors import GGUFError
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Numbers of a file's metadata, by the names of the reference's configuration.
+
+    Attributes:
+        arch: The architecture, with which the keys begin.
+        keys: For each name, the key after the architecture's.
+        metadata: The file's.
+    """
+
+    arch: str
+    keys: Mapping[str, str]
+    metadata: Mapping[str, Any]
+
+    def key(self, name: str) -> str:
+        """The whole key."""
+        return f"{self.arch}.{self.keys[name]}"
+
+    def __contains__(self, name: str) -> bool:
+        return self.key(name) in self.metadata
+
+    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+        """A number from `minimum` to 2**31 - 1.
+
+        Raises:
+            GGUFError: If it is none, or is missing and there is no default.
+        """
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise GGUFError(f"{self.key(name)}: expected an integer, found {short(value)}")
+        if not minimum <= value < 2**31:
+            raise GGUFError(f"{self.key(name)}: expected {minimum} to {2**31 - 1}, found {value}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive, finite number.
+
+        Raises:
+            GGUFError: If it is none, or is missing and there is no default.
+        """
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise GGUFError(f"{self.key(name)}: expected a number, found {short(value)}")
+        if not 0 < value < float("inf"):  # false for NaN too
+            raise GGUFError(f"{self.key(name)}: expected a positive number, found {value}")
+        return float(value)
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.metadata.get(self.key(name), default)
+        if value is None:
+            raise GGUFError(
+                f"{self.key(name)}: missing; the file is incomplete or was made for another use"
+            )
+        return value
+
+
+def short(value: Any) -> str:
+    """A value for a message."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
