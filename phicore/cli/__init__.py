@@ -1,0 +1,108 @@
+"""The commands of `phicore`: their arguments, and what goes to standard output.
+
+Standard output carries what was asked for and nothing else; the rest goes to standard error (see
+`console.py`). Modules that are slow to import are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from phicore.cli.bench import EXAMPLES as BENCH
+from phicore.cli.bench import bench
+from phicore.cli.conformance import EXAMPLES as CONFORMANCE
+from phicore.cli.conformance import conformance
+from phicore.cli.generate import EXAMPLES as GENERATE
+from phicore.cli.generate import generate
+from phicore.cli.inspect import inspect, tokenize
+from phicore.cli.listings import backends, models, plugins
+from phicore.cli.new_backend import new_backend
+from phicore.cli.parity import EXAMPLES as PARITY
+from phicore.cli.parity import parity
+
+
+class WithPlugins(typer.core.TyperGroup):
+    """phicore's commands, and those of plugins after them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        from phicore.plugins import Plugins
+
+        return [*super().list_commands(ctx), *sorted(Plugins().commands())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if (own := super().get_command(ctx, cmd_name)) is not None:
+            return own
+        from phicore.plugins import Plugins
+
+        function = Plugins().commands().get(cmd_name)
+        if function is None:
+            return None
+        single = typer.Typer(rich_markup_mode=None)
+        single.command(cmd_name)(function)
+        return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    name="phicore",
+    cls=WithPlugins,
+    rich_markup_mode=None,  # plain help: it fits 80 columns, and needs no import of rich
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run Phi-3 and models with the same graph from GGUF files, on any tensor library.",
+    epilog="""
+\b
+Examples:
+  phicore generate "Write a haiku about ice hockey"
+  phicore generate -m path/to/model.gguf -b jax -t 0 "Why is the sky blue?"
+  phicore bench --synthetic phi-3-mini
+  phicore inspect phi-3-mini
+  echo "Hello world" | phicore tokenize
+""",
+)
+
+
+def _switch_plugins_off(is_off: bool) -> None:
+    if is_off:
+        from phicore.plugins import DISABLE
+
+        os.environ[DISABLE] = "*"
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+    ] = False,
+    no_plugins: Annotated[
+        bool,
+        typer.Option(
+            "--no-plugins",
+            help="Use no plugins but phicore's own backends.",
+            is_eager=True,
+            callback=_switch_plugins_off,  # before a command is looked for
+        ),
+    ] = False,
+) -> None:
+    if version:
+        from phicore import __version__
+
+        print(f"phicore {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
+app.command(epilog=GENERATE)(generate)
+app.command(epilog=BENCH)(bench)
+app.command()(inspect)
+app.command()(tokenize)
+app.command(epilog=PARITY)(parity)
+app.command(epilog=CONFORMANCE)(conformance)
+app.command("new-backend")(new_backend)
+app.command()(plugins)
+app.command()(backends)
+app.command()(models)

@@ -1,0 +1,51 @@
+"""`phicore conformance`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from phicore.cli.options import BackendOption, DeviceOption, JsonOption
+
+EXAMPLES = """
+\b
+Examples:
+  phicore conformance -b numpy
+  phicore conformance -b jax -k "attention and not large"
+"""
+
+
+def conformance(
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    keyword: Annotated[
+        str,
+        typer.Option("-k", metavar="EXPRESSION", help="Only tests that fit, as for pytest -k."),
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Test a backend: every operation, every quantization, whole models.
+
+    Needs phicore[testing]. The exit code is 1 if a test fails.
+    """
+    from phicore.console import Console, table
+    from phicore.plugins import Plugins, choose_backend
+    from phicore.testing.runner import parts_of, run
+
+    info = choose_backend(backend, Plugins())
+    info.create(device)  # an error is told before the tests begin
+    with Console().progress() as progress:
+        results = run(lambda: info.create(device), keyword=keyword, progress=progress)
+    failed = [result for result in results if result.outcome == "failed"]
+    if as_json:
+        found = {"backend": info.name, "results": [vars(result) for result in results]}
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        columns = ["part", "passed", "failed", "skipped"]
+        table(columns, [[str(row[name]) for name in columns] for row in parts_of(results)])
+        for result in failed:
+            print(f"\nFAILED {result.part}: {result.name}\n  {result.message}")
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,21 @@
+"""`phicore new-backend`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def new_backend(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What `--backend` is to take.")],
+    into: Annotated[
+        Path, typer.Option("--into", metavar="FOLDER", help="Where to put it. [here]")
+    ] = Path(),
+) -> None:
+    """Write the skeleton of a backend: a plugin that computes on NumPy, with its tests."""
+    from phicore.new_backend import write_backend
+
+    for path in write_backend(name, into):
+        print(path)

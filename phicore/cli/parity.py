@@ -1,0 +1,105 @@
+"""`phicore parity`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phicore.cli.options import JsonOption, ModelOption
+
+EXAMPLES = """
+\b
+Examples:
+  phicore parity -b jax,mlx,numpy
+  phicore parity -m model.gguf -b jax --against reference.npz
+  phicore parity -b numpy,jax --trace
+"""
+
+
+def parity(
+    model: ModelOption = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(
+            "--backends",
+            "-b",
+            metavar="NAME,...",
+            help="The first is what the others are compared with. [all that work here]",
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz", help="Compare with logits that tools/make_reference.py has made."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Read this; may be repeated.")
+    ] = None,
+    n_gen: Annotated[
+        int,
+        typer.Option("--n-gen", "-n", metavar="N", min=0, help="Tokens of greedy text to compare."),
+    ] = 32,
+    max_error: Annotated[
+        float, typer.Option(metavar="X", help="The largest relative error of the logits.")
+    ] = 1e-4,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Find the first operation at which backends part.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare backends with each other, or with a reference, on the same prompts.
+
+    The exit code is 1 if one is further off than --max-error.
+    """
+    from phicore.console import Console, table
+    from phicore.parity import PROMPTS
+    from phicore.parity import parity as run
+    from phicore.plugins import usable_backends
+
+    names = backends.split(",") if backends else usable_backends()
+    console = Console()
+    reference = model or console.default_model()
+    with console.progress() as progress:
+        found = run(
+            reference,
+            [name.strip() for name in names],
+            against=against,
+            prompts=prompt or PROMPTS,
+            n_gen=n_gen,
+            max_error=max_error,
+            is_traced=trace,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        table(*_parity_table(found))
+        for part in found.get("parts", []):
+            where = part["operation"]
+            if where is None:
+                print(f"{part['name']}: parts nowhere")
+            else:
+                print(f"{part['name']}: parts at {where}, by {part['errors'][where]:.1e}")
+    if not all(row["is_within"] for row in found["comparisons"]):
+        raise typer.Exit(1)
+
+
+def _parity_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for row in found["comparisons"]:
+        divergent = row["first_divergent"]
+        rows.append(
+            [
+                f"{row['name']} against {row['reference']}",
+                f"{row['relative_error']:.1e}" + ("" if row["is_within"] else " (too far)"),
+                f"{row['kl_divergence']:.1e}",
+                f"{row['top1_agreement']:.1%} of {row['positions']}",
+                "none" if divergent is None else f"token {divergent[0]} of text {divergent[1] + 1}",
+            ]
+        )
+    columns = ["backend", "relative error", "KL, nats", "same best token", "first divergence"]
+    return columns, rows
