@@ -25,6 +25,7 @@ from phicore.errors import (
 
 if TYPE_CHECKING:
     from phicore.hookspecs import hookimpl
+    from phicore.logits import LogitsProcessor
     from phicore.model import Generation, Model, Piece, load
     from phicore.plugins import BackendInfo
     from phicore.sampler import Sampling
@@ -36,6 +37,7 @@ __all__ = [
     "ContextError",
     "GGUFError",
     "Generation",
+    "LogitsProcessor",
     "Model",
     "PhicoreError",
     "Piece",
@@ -50,6 +52,7 @@ __all__ = [
 _LAZY = {
     "BackendInfo": "phicore.plugins",
     "Generation": "phicore.model",
+    "LogitsProcessor": "phicore.logits",
     "Model": "phicore.model",
     "Piece": "phicore.model",
     "Sampling": "phicore.sampler",

@@ -49,6 +49,12 @@ def main() -> NoReturn:
         code = _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 1)
     except MemoryError:
         code = _fail("not enough memory; a smaller quantization or --ctx needs less", 1)
+    except Exception as error:
+        from phicore.plugins import Plugins
+
+        if (fault := Plugins().blame(error)) is None:
+            raise  # a fault of phicore's own: the traceback is for a report
+        code = _fail(fault, 1)
     if code == EXIT_INTERRUPTED:
         # A library that was interrupted anywhere may crash when Python takes it down: JAX does.
         sys.stdout.flush()

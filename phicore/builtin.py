@@ -1,8 +1,13 @@
-"""phicore's own model sources and architectures, registered as a plugin registers its own."""
+"""phicore's own sources, architectures and logits processors, registered as a plugin's are."""
 
 from __future__ import annotations
 
-from phicore.hookspecs import RegisterArchitecture, RegisterSource, hookimpl
+from phicore.hookspecs import (
+    RegisterArchitecture,
+    RegisterLogitsProcessor,
+    RegisterSource,
+    hookimpl,
+)
 
 
 @hookimpl
@@ -19,3 +24,11 @@ def phicore_register_architectures(register: RegisterArchitecture) -> None:
 
     for architecture in BUILT_IN.values():
         register(architecture)
+
+
+@hookimpl
+def phicore_register_logits_processors(register: RegisterLogitsProcessor) -> None:
+    from phicore.logits import BUILT_IN
+
+    for name, create in BUILT_IN.items():
+        register(name, create=create)

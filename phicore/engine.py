@@ -8,7 +8,8 @@ in few capacities, so that it is compiled a few times and not once per prompt le
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from phicore import graph, sampler
 from phicore.config import Phi3Config
 from phicore.errors import ArgumentError, ContextError, PhicoreError
 from phicore.loader import Progress
+from phicore.logits import LogitsProcessor, needs_tokens
 from phicore.protocol import Array, Backend, LayerCache, Params
 from phicore.rope import RopeFactors, is_long, rope_tables
 from phicore.sampler import Sampling
@@ -34,6 +36,7 @@ MIN_RECENT = 64
 EXPECTED_ANSWER = 512  # tokens that a new cache has room for at once, if so many are asked for
 
 Rope = tuple[Array, Array]
+Kinds = tuple[type[LogitsProcessor], ...]
 
 
 class Engine:
@@ -59,7 +62,7 @@ class Engine:
         self._called: set[Any] = set()
         self._rope_factors = rope_factors
         self._rope_tables: dict[tuple[int, bool], Rope] = {}
-        self.step = ops.compile(self.step_fn, donate=(1,))
+        self._steps: dict[Kinds, Callable[..., Any]] = {}
         self._score = ops.compile(self.score_fn, donate=(1,))
         self._shift = ops.compile(self.shift_fn, donate=(0,))
 
@@ -67,6 +70,7 @@ class Engine:
 
     def step_fn(
         self,
+        kinds: Kinds,
         params: Params,
         cache: list[LayerCache],
         rope: Rope,
@@ -75,11 +79,15 @@ class Engine:
         last: Array,
         penalty: dict[str, Array],
         draw: dict[str, Array] | None,
-    ) -> tuple[list[LayerCache], Array, Array, Array]:
+        states: list[Mapping[str, Array]],
+    ) -> tuple[list[LayerCache], Array, Array, Array, list[Mapping[str, Array]]]:
         """Run tokens (B, T), and sample what follows the one at index `last` (B,) of each row.
 
+        Args:
+            kinds: The logits processors, which are compiled into it.
+            states: Theirs.
         Returns:
-            The cache; the tokens and positions of the next step, (B, 1); its `recent`.
+            The cache; the tokens and positions of the next step, (B, 1); its `recent` and states.
         """
         ops, xp = self.ops, self.ops.xp
         hidden, cache = graph.forward(ops, self.config, params, rope, tokens, positions, cache)
@@ -87,10 +95,13 @@ class Engine:
         shape = (hidden.shape[0], 1, hidden.shape[2])
         hidden = xp.take_along_axis(hidden, xp.broadcast_to(index[:, :, None], shape), axis=1)
         logits = graph.logits(ops, params, hidden[:, 0, :])
+        for kind, state in zip(kinds, states, strict=True):
+            logits = kind.apply(ops, logits, state)
         token = xp.expand_dims(sampler.sample(ops, logits, penalty, draw), axis=1)
         position = xp.take_along_axis(positions, index, axis=1) + 1
         recent = xp.concat([penalty["recent"][:, 1:], token], axis=1)
-        return cache, token, position, recent
+        states = [k.advance(ops, s, token) for k, s in zip(kinds, states, strict=True)]
+        return cache, token, position, recent, states
 
     def score_fn(
         self, params: Params, cache: list[LayerCache], rope: Rope, tokens: Array, positions: Array
@@ -116,10 +127,13 @@ class Engine:
         limit: int,
         seed: int,
         timings: Timings,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> Iterator[int]:
         """Yield `limit` tokens that follow the prompt, at most `room_after` it."""
         started = time.perf_counter()
-        sequence = _Sequence(self, prompt, sampling, limit=limit, seed=seed, timings=timings)
+        sequence = _Sequence(
+            self, prompt, sampling, processors, limit=limit, seed=seed, timings=timings
+        )
         timings.prompt_tokens = len(prompt)
         sequence.prefill(prompt)
         for index in range(limit):
@@ -127,10 +141,13 @@ class Engine:
             # One step ahead where the library works in the background; but the first token does
             # not wait for the decode step to be compiled.
             is_last = index == limit - 1
-            is_ahead = self.ops.asynchronous and index > 0
+            is_ahead = self.ops.asynchronous and index > 0 and not sequence.needs_tokens
             if is_ahead and not is_last:
                 sequence.decode()
             value = self.read(token)
+            if value < 0:
+                raise PhicoreError(_NO_TOKEN if processors else _NOT_FINITE)
+            sequence.tell(value)
             timings.count_token(time.perf_counter() - started)
             if index == 0:
                 self.progress("prompt", len(prompt), len(prompt))
@@ -180,18 +197,14 @@ class Engine:
             )
 
     def read(self, token: Array) -> int:
-        """The token of a step; waits for it.
+        """The token of a step, -1 if it found no finite scores to choose by; waits for it."""
+        return int(self.ops.to_numpy(token)[0, 0])
 
-        Raises:
-            PhicoreError: If the step found no finite scores to choose by.
-        """
-        value = int(self.ops.to_numpy(token)[0, 0])
-        if value < 0:
-            raise PhicoreError(
-                "the model's scores are not finite numbers: the file is damaged, or its numbers "
-                "are too large for this backend"
-            )
-        return value
+    def step(self, kinds: Kinds) -> Callable[..., Any]:
+        """The compiled `step_fn` with these logits processors."""
+        if kinds not in self._steps:
+            self._steps[kinds] = self.ops.compile(partial(self.step_fn, kinds), donate=(1,))
+        return self._steps[kinds]
 
     def capacity_for(self, positions: int) -> int:
         """Slots of a cache for so many positions: no more than the window needs."""
@@ -224,7 +237,7 @@ class Engine:
     def call(self, fn: Any, cache: _Cache, args: tuple[Any, ...], timings: Timings) -> Any:
         """Call a compiled function; the first call with new shapes counts as compiling."""
         args = (self.params, cache.layers, cache.rope, *args)
-        key = (fn is self.step, cache.capacity, *map(_shapes, args[3:]))
+        key = (fn, cache.capacity, *map(_shapes, args[3:]))
         most, tokens = self.ops.compiled_tokens, args[3]
         is_compiled = self.ops.compiles and (most is None or tokens.shape[1] <= most)
         if not is_compiled or key in self._called:
@@ -258,6 +271,13 @@ class Engine:
         positions = np.arange(first, first + count)
         cos, sin = rope_tables(self.config, positions, factors, scale)
         return self.ops.asarray(cos), self.ops.asarray(sin)
+
+
+_NOT_FINITE = (
+    "the model's scores are not finite numbers: the file is damaged, or its numbers are too large "
+    "for this backend"
+)
+_NO_TOKEN = "the logits processors leave no token to choose"
 
 
 class _Cache:
@@ -324,12 +344,17 @@ class _Sequence:
         engine: Engine,
         prompt: Sequence[int],
         sampling: Sampling,
+        processors: Sequence[LogitsProcessor],
         *,
         limit: int,
         seed: int,
         timings: Timings,
     ) -> None:
         self._engine = engine
+        self._processors = processors
+        self._step = engine.step(tuple(type(p) for p in processors))
+        self._states = [self._arrays(p.start(prompt, engine.vocab_size)) for p in processors]
+        self.needs_tokens = any(map(needs_tokens, processors))
         self._seed = seed
         self._timings = timings
         self._index = 0  # of the token that is sampled next
@@ -343,10 +368,11 @@ class _Sequence:
     def prefill(self, prompt: Sequence[int]) -> None:
         """Fill the cache with the prompt, and sample the first token."""
         asarray, engine = self._engine.ops.asarray, self._engine
-        penalty, done, token = self._penalty, 0, None
+        penalty, states, done, token = self._penalty, self._states, 0, None
         engine.progress("prompt", done, len(prompt))
         for tokens, positions, last in chunks(prompt, PROMPT_CHUNKS, is_padded=engine.is_padded):
-            self._penalty = penalty  # every chunk samples a token; only the last one's counts
+            # Every chunk samples a token; only the last one's counts.
+            self._penalty, self._states = penalty, states
             self._cache.make_room(positions[0, 0], tokens.shape[1])
             self._run(asarray(tokens), asarray(positions - self._cache.first), asarray(last))
             if token is not None:  # that of the chunk before: it is in the cache when this is read
@@ -366,13 +392,23 @@ class _Sequence:
         if draw is not None:
             numbers = sampler.uniforms(self._seed, self._index, self._engine.vocab_size)
             draw = {**draw, "uniforms": self._engine.ops.asarray(numbers[None])}
-        self._cache.layers, self.token, self._position, recent = self._engine.call(
-            self._engine.step,
+        self._cache.layers, self.token, self._position, recent, self._states = self._engine.call(
+            self._step,
             self._cache,
-            (tokens, positions, last, self._penalty, draw),
+            (tokens, positions, last, self._penalty, draw, self._states),
             self._timings,
         )
         self._penalty = {**self._penalty, "recent": recent}
+
+    def tell(self, token: int) -> None:
+        """Let processors that ask for it know the token that the next step begins with."""
+        if self.needs_tokens:
+            for number, processor in enumerate(self._processors):
+                new = self._arrays(processor.update(token))
+                self._states[number] = {**self._states[number], **new}
+
+    def _arrays(self, state: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        return {name: self._engine.ops.asarray(values) for name, values in state.items()}
 
     def _penalty_inputs(
         self, prompt: Sequence[int], sampling: Sampling, limit: int
@@ -406,6 +442,8 @@ class _Sequence:
 
 def _shapes(arg: Any) -> Any:
     """What a compiler specializes on: shapes, and which parts of the sampler there are."""
+    if isinstance(arg, list):
+        return tuple(map(_shapes, arg))
     if isinstance(arg, dict):
         return tuple((name, tuple(value.shape)) for name, value in sorted(arg.items()))
     return None if arg is None else tuple(arg.shape)

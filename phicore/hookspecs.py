@@ -9,7 +9,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from phicore.architectures import Architecture
-    from phicore.model import Generation, Piece
+    from phicore.logits import LogitsProcessor
+    from phicore.model import Generation, Model, Piece
     from phicore.protocol import Backend
     from phicore.sources import ModelFiles
 
@@ -64,6 +65,18 @@ class RegisterArchitecture(Protocol):
         """
 
 
+class RegisterLogitsProcessor(Protocol):
+    """Tells phicore of a kind of logits processor."""
+
+    def __call__(self, name: str, *, create: Callable[[str, Model], LogitsProcessor]) -> None:
+        """
+        Args:
+            name: What stands before the `=` of `--processor NAME=ARGUMENT`.
+            create: Makes one for a generation, of the argument, perhaps "", and the model; for an
+                argument that it cannot use it raises `phicore.ArgumentError`.
+        """
+
+
 class RegisterCommand(Protocol):
     """Tells phicore of a command."""
 
@@ -93,6 +106,11 @@ def phicore_register_sources(register: RegisterSource) -> None:
 @hookspec
 def phicore_register_architectures(register: RegisterArchitecture) -> None:
     """Called when a model file is opened; call `register` for each architecture."""
+
+
+@hookspec
+def phicore_register_logits_processors(register: RegisterLogitsProcessor) -> None:
+    """Called when a model is loaded; call `register` for each kind of processor."""
 
 
 @hookspec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from phicore.engine import Engine
 from phicore.errors import ArgumentError, GGUFError, PhicoreError
 from phicore.gguf.reader import open_gguf
 from phicore.loader import Progress, load_params, vocab_size
+from phicore.logits import LogitsProcessor
 from phicore.observers import Observers
 from phicore.plugins import Plugins, choose_backend
 from phicore.protocol import Backend
@@ -129,6 +130,7 @@ class Model:
         progress: Progress,
         observers: Observers | None = None,
         architectures: Mapping[str, Architecture] = BUILT_IN,
+        processors: Mapping[str, Callable[[str, Model], LogitsProcessor]] | None = None,
     ) -> None:
         started = time.perf_counter()
         self.reference = files.reference
@@ -157,6 +159,7 @@ class Model:
             params = load_params(ops, architecture, self.config, file, progress)
         self._ops = ops
         self._observers = observers
+        self._processors = processors or {}
         self._engine: Engine | None = Engine(
             ops,
             self.config,
@@ -212,6 +215,7 @@ class Model:
         ignore_eos: bool = False,
         system: str | None = None,
         raw: bool = False,
+        processors: Sequence[LogitsProcessor | str] = (),
     ) -> Generation:
         """Generate what follows a prompt.
 
@@ -224,6 +228,8 @@ class Model:
                 a random one.
             stop: Strings that end the text, which does not hold them.
             ignore_eos: Go on after end tokens.
+            processors: Change the scores, one after the other, before a token is chosen: objects,
+                each for one generation, or `NAME=ARGUMENT` as on the command line.
         Raises:
             ArgumentError: For a value outside of its range.
             ContextError: If the prompt leaves no room in the context.
@@ -249,7 +255,14 @@ class Model:
         room = self._engine.room_after(ids)
         limit, at_limit = (max_tokens, "length") if max_tokens <= room else (room, "context")
         timings = Timings()
-        tokens = self._engine.generate(ids, sampling, limit=limit, seed=seed, timings=timings)
+        tokens = self._engine.generate(
+            ids,
+            sampling,
+            limit=limit,
+            seed=seed,
+            timings=timings,
+            processors=[self._processor(p) for p in processors],
+        )
         ends = frozenset() if ignore_eos else self.tokenizer.end_token_ids
         # A tokenizer that puts a space before every text must not lose the one before a word that
         # goes on from the prompt's last.
@@ -258,6 +271,19 @@ class Model:
         )
         pieces = _pieces(tokens, limit, at_limit, ends, stream, StopStrings(stop))
         return Generation(pieces, seed, ids, timings, self._observers)
+
+    def _processor(self, processor: LogitsProcessor | str) -> LogitsProcessor:
+        if isinstance(processor, LogitsProcessor):
+            return processor
+        if not isinstance(processor, str):
+            raise ArgumentError(
+                f"processor: expected a LogitsProcessor or NAME=ARGUMENT, got {processor!r:.60}"
+            )
+        name, _, argument = processor.partition("=")
+        if name not in self._processors:
+            known = ", ".join(self._processors)
+            raise ArgumentError(f"processor: expected one of {known}; got {name!r}")
+        return self._processors[name](argument, self)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Scores of the next token after each of these tokens: (T, V) float32.
@@ -362,6 +388,7 @@ def load(
         progress=progress or (lambda *_: None),
         observers=plugins.observers(),
         architectures=plugins.architectures(),
+        processors=plugins.logits_processors(),
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection
+import traceback
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pluggy
@@ -18,6 +20,8 @@ from phicore.observers import Observers
 
 if TYPE_CHECKING:
     from phicore.architectures import Architecture
+    from phicore.logits import LogitsProcessor
+    from phicore.model import Model
     from phicore.protocol import Backend
     from phicore.sources import ModelFiles
 
@@ -102,7 +106,7 @@ class BrokenPlugin:
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """An installed plugin, and the names of what it registers."""
+    """An installed plugin, and what it registers: `backend jax`, `sources hf, file`."""
 
     name: str
     distribution: str
@@ -201,6 +205,10 @@ class Plugins:
         """Architectures by the name that files give."""
         return _values(self._architectures())
 
+    def logits_processors(self) -> dict[str, Callable[[str, Model], LogitsProcessor]]:
+        """What makes a logits processor of an argument, by name."""
+        return _values(self._logits_processors())
+
     def commands(self) -> dict[str, Callable[..., None]]:
         """Commands by name, but for phicore's own."""
         return _values(self._commands())
@@ -223,6 +231,14 @@ class Plugins:
             return architecture.name, architecture
 
         return self._registered("phicore_register_architectures", "architecture", entry)
+
+    def _logits_processors(self) -> Registered[Callable[[str, Model], LogitsProcessor]]:
+        def entry(
+            owner: Owner, name: str, *, create: Callable[[str, Model], LogitsProcessor]
+        ) -> tuple[str, Callable[[str, Model], LogitsProcessor]]:
+            return name, create
+
+        return self._registered("phicore_register_logits_processors", "logits processor", entry)
 
     def _commands(self) -> Registered[Callable[..., None]]:
         def entry(
@@ -283,27 +299,42 @@ class Plugins:
 
     def installed(self) -> list[PluginInfo]:
         """The plugins that were loaded, by name, with what they register."""
+        kinds: list[tuple[str, Iterable[tuple[str, str]]]] = [
+            ("backend", [(i.name, i.distribution) for i in self.backends().values()]),
+            ("source", _owned(self._sources())),
+            ("architecture", _owned(self._architectures())),
+            ("logits processor", _owned(self._logits_processors())),
+            ("command", _owned(self._commands())),
+        ]
         provides: dict[str, list[str]] = {}
-
-        def note(distribution: str, what: str) -> None:
-            provides.setdefault(distribution, []).append(what)
-
-        for info in self.backends().values():
-            note(info.distribution, f"backend {info.name}")
-        for what, found in (
-            ("source", self._sources()),
-            ("architecture", self._architectures()),
-            ("command", self._commands()),
-        ):
-            for name, (owner, _) in found.items():
-                note(owner.distribution, f"{what} {name}")
+        for kind, found in kinds:
+            names: dict[str, list[str]] = {}
+            for name, distribution in found:
+                names.setdefault(distribution, []).append(name)
+            for distribution, own in names.items():
+                text = f"{kind}{'s' * (len(own) > 1)} {', '.join(own)}"
+                provides.setdefault(distribution, []).append(text)
         if (observers := self.observers()) is not None:
             for plugin_name in observers.names:
-                note(plugin_name.partition(":")[0], "observer")
+                provides.setdefault(plugin_name.partition(":")[0], []).append("observer")
         return [
             PluginInfo(*owner, tuple(provides.get(owner.distribution, [])))
             for owner in sorted(self._owners.values())
         ]
+
+    def blame(self, error: BaseException) -> str | None:
+        """The plugin whose code has raised an error, with the line; None if it is phicore's own."""
+        owners = {
+            getattr(plugin, "__name__", type(plugin).__module__).partition(".")[0]: owner
+            for plugin, owner in self._plugins()
+            if owner.distribution not in {"phicore", *OWN}
+        }
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            for package, owner in owners.items():
+                if package in Path(frame.filename).with_suffix("").parts:
+                    where = f"{Path(frame.filename).name}, line {frame.lineno}"
+                    return f"{owner.distribution} failed: {_reason(error)} ({where})"
+        return None
 
     def _report(self, name: str, distribution: str, reason: str) -> None:
         broken = BrokenPlugin(name, distribution, reason)
@@ -326,6 +357,11 @@ class Plugins:
             raise
         except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the rest
             self._report(owner.name, owner.distribution, _reason(error))
+
+
+def _owned(registered: Registered[Any]) -> list[tuple[str, str]]:
+    """Each name with the distribution that has registered it."""
+    return [(name, owner.distribution) for name, (owner, _) in registered.items()]
 
 
 def _values(registered: Registered[T]) -> dict[str, T]:

@@ -98,6 +98,14 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TEXT", help="End before this string; may be given again."),
     ] = None,
+    processor: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=ARG",
+            help="Change the scores before a token is chosen: logit-bias=ID:BIAS,..., "
+            "frequency-penalty=X, presence-penalty=X, or a plugin's; may be given again.",
+        ),
+    ] = None,
     ctx: Annotated[
         int | None,
         typer.Option(
@@ -162,6 +170,7 @@ def generate(
             stop=stop or [],
             system=system,
             raw=raw,
+            processors=processor or [],
             **options,
         )
         pieces: list[Piece] = []

@@ -66,7 +66,7 @@ def test_commands_of_plugins_are_phicore_s(phicore: Callable, install: Install) 
     assert (failed.code, failed.err) == (2, "phicore: name: there is nobody\n")
     assert phicore("hello").err.startswith("phicore: Missing argument")
     row = {row["name"]: row for row in json.loads(phicore("plugins", "--json").out)}["greeter"]
-    assert row["status"] == "command hello; command hi"
+    assert row["status"] == "commands hello, hi"
     assert "No such command" in phicore("--no-plugins", "hello", "world").err
 
 
@@ -75,3 +75,13 @@ def test_command_of_a_plugin_does_not_replace_one(phicore: Callable, install: In
     assert phicore("generate", "--help").out.startswith("Usage: phicore generate [OPTIONS]")
     assert "the command 'generate' exists already" in phicore("plugins").out
     assert phicore("hello", "x").out == "hello x\n"
+
+
+def test_fault_of_a_plugin_is_a_line_that_names_it(phicore: Callable, install: Install) -> None:
+    install("greeter", "greeter", HELLO.replace("OTHER", "hi").replace("raise Arg", "1 / 0; Arg"))
+    failed = phicore("hello", "nobody")
+    assert failed.code == 1
+    assert failed.err == (
+        "phicore: greeter failed: ZeroDivisionError: division by zero "
+        "(throwaway_greeter.py, line 10)\n"
+    )

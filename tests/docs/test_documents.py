@@ -1,6 +1,7 @@
 """What the documents say is so: their commands run, their Python runs, their hooks exist."""
 
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -8,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from unit.throwaway import install
 
 from phicore import hookspecs
 from phicore.errors import SourceError
 from phicore.sources import resolve
+
+__all__ = ["install"]
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md")), *sorted(ROOT.glob("*/*/README.md"))]
@@ -23,6 +27,7 @@ NOT_HERE = (
     "--group reference",
     "uv sync",
     "benchmarks/",
+    "--processor shout",
 )
 
 
@@ -61,6 +66,29 @@ def test_documented_command_works(command, demo_model, monkeypatch):
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_plugins_of_the_documents_work(demo_model, install, tmp_path, monkeypatch):
+    examples = [b for b in blocks(ROOT / "plugins" / "README.md", "python") if "@hookimpl" in b]
+    names = [re.search(r"def (phicore_register_\w+)", code)[1] for code in examples]
+    for name, code in zip(names, examples, strict=True):
+        if name != "phicore_register_backends":  # which is installed
+            install(name, name, code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(tmp_path / name) for name in names))
+
+    def phicore(*arguments):
+        command = [sys.executable, "-m", "phicore", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    found = phicore("plugins")
+    assert "not usable" not in found
+    for what in ("source shelf", "architecture exaone", "command count"):
+        assert what in found
+    assert phicore("count", "Say hello.") == "3\n"
+    shouted = phicore("generate", "-b", "numpy", "-n", "5", "-t", "0", "--processor", "shout", "Hi")
+    assert shouted == shouted.upper() != ""
 
 
 def test_python_of_the_readme_works(demo_model, capsys):
