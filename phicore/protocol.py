@@ -1,8 +1,10 @@
 """The tensor protocol: all that phicore asks of a tensor library.
 
-A backend is a subclass of `Backend`. It must give `xp`, a namespace of standard array functions,
-and two edges, `asarray` and `to_numpy`; everything else has a default that is written in `xp` and
-defines what the operation means. A fast backend overrides the operations below "fused operations".
+A backend is a subclass of `Backend`.
+
+Required: `xp`, a namespace of standard array functions, and the two edges `asarray` and `to_numpy`.
+Optional: everything else. Each operation has a default that is written in `xp` and defines what it
+means; a fast backend overrides those under "fused operations", one at a time.
 
 Rules
 - Every operation returns its result, and changes no argument but the cache of `update_cache`.
@@ -11,21 +13,29 @@ Rules
 - Activations, tables and logits are float32 unless a backend says otherwise in its documentation;
   token ids and positions are int32.
 
+Errors
+- phicore calls operations with the shapes and dtypes that they name and with ids, positions and
+  experts in range; what they do with others is open, and need not be checked.
+- An infinity or a NaN in an argument is no error. It stays in the rows that depend on it, and the
+  sampler tells of it.
+- What the user asked for and cannot have (a device, an option of `configure`, so much memory)
+  is a `BackendError` with one line that says what can be done.
+- Anything else that is raised is a fault, and reaches the user as one.
+
 Axes: B sequences, T new tokens, S positions the cache has room for, V vocabulary, E `hidden_size`,
 F `intermediate_size`, H `num_attention_heads`, K `num_key_value_heads`, D `head_dim`,
 X `num_local_experts`.
 
-`xp` has these functions of the Python Array API standard (2024.12), with its names and meanings:
-    abs arange argmax astype broadcast_to concat exp expand_dims log log1p matmul max maximum mean
-    permute_dims reshape round sqrt sum take take_along_axis where zeros
-and its dtypes float32, int32 and bool. Arrays have `shape`, operators and basic slices. Types of a
-cache other than `f32` need dtypes of theirs: `f16` float16 (which the standard does not have),
-`i16` int16, `q8_0` float16 and int8.
+`xp` has the `FUNCTIONS` and `DTYPES` below, with the names and meanings of the Python Array API
+standard (2024.12). Arrays have `dtype`, `shape`, operators and basic slices. Types of a cache other
+than `f32` need dtypes of theirs: `f16` float16 (which the standard does not have), `i16` int16,
+`q8_0` float16 and int8.
 """
 
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +48,15 @@ from phicore.gguf.matrix import Matrix
 VERSION = 1
 """Of this protocol: raised when a backend that was right would no longer be."""
 
+FUNCTIONS = (
+    *("abs", "arange", "argmax", "astype", "broadcast_to", "concat", "exp", "expand_dims", "log"),
+    *("log1p", "matmul", "max", "maximum", "mean", "permute_dims", "reshape", "round", "sqrt"),
+    *("sum", "take", "take_along_axis", "where", "zeros"),
+)
+"""What `xp` must have."""
+DTYPES = ("float32", "int32", "bool")
+"""And its dtypes."""
+
 Array = Any
 """An array of the backend's library."""
 Weight = Any
@@ -46,11 +65,11 @@ LayerCache = dict[str, Array]
 """Keys and values of one layer: arrays whose first three axes are (B, K, S)."""
 
 
-class Backend:
+class Backend(ABC):
     """A tensor library on one device. See the module's text for the rules."""
 
     xp: Any
-    """The namespace of array functions."""
+    """The namespace of array functions. Required."""
     compiles: bool = False
     """Whether the first call of a compiled function with new shapes takes long: it is announced."""
     compiled_tokens: int | None = None
@@ -116,20 +135,23 @@ class Backend:
         self.dtype = dtype
         self.compact = compact
 
-    # ---- edges: host and device ------------------------------------------------------------
+    # ---- edges: host and device. The first two are required --------------------------------
 
+    @abstractmethod
     def asarray(self, x: np.ndarray) -> Array:
         """Copy a host array to the device, dtype kept."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_numpy(self, x: Array) -> np.ndarray:
         """Copy a device array to the host; waits until it has been computed."""
-        raise NotImplementedError
 
     def load_weight(self, matrix: Matrix) -> Weight:
         """Bring a quantized matrix of N rows by K columns to the device.
 
         The default is a dense float32 array of shape (N, K).
+
+        Raises:
+            GGUFError: If the values of its type are not known.
         """
         return self.asarray(matrix.dequantize())
 
@@ -137,6 +159,9 @@ class Backend:
         """Bring X matrices of N rows by K columns to the device, all of the same types.
 
         The default is a dense float32 array of shape (X, N, K).
+
+        Raises:
+            GGUFError: If the values of their type are not known.
         """
         values = np.empty((len(matrices), *matrices[0].shape), np.float32)
         for number, matrix in enumerate(matrices):
@@ -228,7 +253,11 @@ class Backend:
         return gate / (1 + self.xp.exp(-gate)) * up
 
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
-        """An empty cache of one layer, with room for `capacity` positions."""
+        """An empty cache of one layer, with room for `capacity` positions.
+
+        Raises:
+            BackendError: If the type of cache cannot hold heads of this size.
+        """
         cache_type = self.cache_type or self.cache_types[0]
         return kv_cache.empty(self.xp, cache_type, (batch, heads, capacity, head_dim))
 

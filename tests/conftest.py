@@ -32,8 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
 settings.register_profile("phicore", deadline=None, derandomize=True, database=None)
 settings.load_profile("phicore")
 
-BACKENDS = tuple(Plugins().backends())
+ALL_BACKENDS = tuple(Plugins().backends())
 """The names that `--backend` takes here, from the registry that the command line uses."""
+BACKENDS = tuple(name for name in ALL_BACKENDS if name != "array-api-strict")
+"""Those without the slow one, which is for the tests of the protocol alone."""
 
 
 def make_backend(name: str) -> Backend:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from backend.strict import StrictBackend
-from conftest import BACKENDS, make_backend
+from conftest import ALL_BACKENDS, make_backend
 
 from phicore.protocol import Backend
 
-VARIANTS = ("jax-xla", "jax-avx2", "jax-generic") if "jax" in BACKENDS else ()
+VARIANTS = ("jax-xla", "jax-avx2", "jax-generic") if "jax" in ALL_BACKENDS else ()
 """JAX as it is on other processors, and where its kernels cannot be used."""
 
 
 def make_any(name: str) -> Backend:
-    if name == "strict":
-        return StrictBackend()
     if name not in VARIANTS:
         return make_backend(name)
     from phicore_jax.backend import JaxBackend
@@ -35,9 +32,9 @@ def make_any(name: str) -> Backend:
 
 
 class EveryBackend:
-    """Each installed backend, variants of JAX, and array-api-strict behind the protocol's list."""
+    """Each installed backend, and variants of JAX."""
 
-    @pytest.fixture(scope="class", params=[*BACKENDS, *VARIANTS, "strict"])
+    @pytest.fixture(scope="class", params=[*ALL_BACKENDS, *VARIANTS])
     @classmethod
     def make(cls, request: pytest.FixtureRequest) -> Callable[[], Backend]:
         return lambda: make_any(request.param)

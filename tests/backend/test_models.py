@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import pytest
 from backend.every import make_any
-from conftest import BACKENDS
+from conftest import ALL_BACKENDS
 
 from phicore.protocol import Backend
 from phicore.testing.conformance import ModelsConformance
 
 
 class TestModels(ModelsConformance):
-    @pytest.fixture(scope="class", params=[*BACKENDS, "strict"])
+    @pytest.fixture(scope="class", params=ALL_BACKENDS)
     @classmethod
     def make(cls, request: pytest.FixtureRequest) -> Callable[[], Backend]:
         return lambda: make_any(request.param)

@@ -21,9 +21,9 @@ from phicore_mlx.backend import MlxBackend
 import phicore
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
-from phicore.protocol import Backend
 from phicore.testing import tiny_models
 from phicore.testing.compare import assert_close
+from phicore.testing.conformance.models import Reference
 from phicore.testing.tolerances import FLOAT32_LOGITS, PRODUCT
 
 MEBI = 1 << 20
@@ -207,7 +207,7 @@ def test_what_a_cpu_cannot_do_is_an_error(choice: dict, message: str, ops: MlxBa
 
 def test_compact_is_an_error_for_other_backends():
     with pytest.raises(BackendError, match=r"^compact weights: this backend has only the exact"):
-        Backend().configure(compact=True)
+        Reference().configure(compact=True)
 
 
 # ---- errors --------------------------------------------------------------------------------

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import BACKENDS
 
 import phicore
 from phicore.errors import SourceError
-from phicore.plugins import Plugins
 from phicore.sources import resolve
 from phicore.testing.compare import assert_close
 from phicore.testing.tolerances import FLOAT32_LOGITS
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "smollm2.npz"
-BACKENDS = list(Plugins().backends())
 PAIRS = list(combinations(BACKENDS, 2))
 CHATS = range(5)
 

@@ -31,6 +31,9 @@ class Host(Backend):
     def asarray(self, x: np.ndarray) -> np.ndarray:
         return np.array(x)
 
+    def to_numpy(self, x: np.ndarray) -> np.ndarray:
+        return x
+
 
 def quiet(what: str, done: int, total: int) -> None:
     pass

@@ -51,7 +51,8 @@ def test_backends_installed_distribution_is_found(install: Install):
     install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1), version="3.1")
     plugins = Plugins()
     backends = plugins.backends()
-    assert list(backends) == [*before, "abacus"]  # those with a preference come first
+    assert set(backends) == {*before, "abacus"}
+    assert next(iter(backends)) == before[0]  # those with a preference come first
     info = choose_backend("abacus", plugins)
     assert (info.name, info.distribution, info.version) == ("abacus", "phicore-abacus", "3.1")
     assert info.devices() == ["cpu"]
@@ -144,8 +145,9 @@ def test_plugins_can_be_switched_off(
     install("slide", "rule", GOOD.format(name="rule", protocol=1))
     monkeypatch.setenv("PHICORE_DISABLE_PLUGINS", value)
     plugins = Plugins()
-    assert set(plugins.backends()) - {"jax", "mlx"} == left
-    assert len(plugins.disabled) == len({"abacus", "numpy", "rule"} - left)
+    assert set(plugins.backends()) & {"abacus", "numpy", "rule"} == left
+    off = {name for name, _ in plugins.disabled} - {"array-api-strict"}
+    assert len(off) == len({"abacus", "numpy", "rule"} - left)
     assert plugins.broken == []
 
 

@@ -1,0 +1,51 @@
+"""The smallest backend there can be: the required part of the protocol, on the listed functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import array_api_strict
+import numpy as np
+
+from phicore.protocol import DTYPES, FUNCTIONS, Array, Backend
+
+array_api_strict.set_array_api_strict_flags(api_version="2024.12")
+
+
+class ListedNames:
+    """A namespace that has the listed names only, and remembers which were used."""
+
+    def __init__(self, namespace: Any, names: Collection[str]) -> None:
+        self._namespace = namespace
+        self._names = names
+        self.used: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._names:
+            raise AttributeError(f"xp.{name} is not in the list of protocol.py")
+        self.used.add(name)
+        return getattr(self._namespace, name)
+
+
+class StrictBackend(Backend):
+    """On array-api-strict, which does nothing unspecified."""
+
+    cache_types = ("f32", "i16")
+
+    def __init__(self) -> None:
+        # int16 is for caches of `i16`
+        self.xp = ListedNames(array_api_strict, {*FUNCTIONS, *DTYPES, "int16"})
+
+    def asarray(self, x: np.ndarray) -> Array:
+        return array_api_strict.asarray(x, copy=True)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return np.array(x)
+
+    def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with np.errstate(over="ignore", invalid="ignore"):  # NumPy underneath would warn
+                return fn(*args)
+
+        return run
