@@ -1,11 +1,14 @@
 """What the documents say is so: their commands run, their Python runs, their hooks exist."""
 
+import ast
 import inspect
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -122,3 +125,27 @@ def test_documents_link_to_files_that_exist():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
+
+
+def lines_of_code(path: Path) -> int:
+    """Without blank lines, comments and docstrings."""
+    text = path.read_text()
+    code: set[int] = set()
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in (*layout, tokenize.ENDMARKER):
+            code |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            code -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(code)
+
+
+def test_lines_of_each_backend_are_as_the_documents_say():
+    document = ROOT / "docs" / "writing-a-backend.md"
+    found = re.findall(r"^\| \[[\w-]+\]\((.*?)\) \| (\d+) \|", document.read_text(), re.MULTILINE)
+    assert len(found) == 5
+    for folder, count in found:
+        files = (document.parent / folder).rglob("*.py")
+        assert int(count) == pytest.approx(sum(map(lines_of_code, files)), rel=0.05), folder
+        assert int(count) < 150 or "backends" in folder

@@ -1,8 +1,9 @@
-"""The tensor protocol on PyTorch, eagerly.
+"""The tensor protocol on PyTorch.
 
 Weights stay quantized: codes of 8 bits with the scales and biases of their groups, expanded to
-float32 in each product. Types without such a form are dense. Products, norms and attention are
-float32; on CUDA torch multiplies float32 as it is, unless told otherwise.
+float32 in each product, for one row inside a compiled kernel. Types without such a form are dense.
+Products, norms and attention are float32; on CUDA torch multiplies float32 as it is, unless told
+otherwise. All but that kernel runs eagerly.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class TorchBackend(Backend):
                 f"backend torch: no device {device!r} (available: {', '.join(names)})"
             )
         self._device = torch.device(self.device_name)
+        self._product: Callable[..., Array] | None = None  # compiled when it is used
 
     def asarray(self, x: np.ndarray) -> Array:
         return torch.tensor(np.array(x, order="C"), device=self._device)  # a copy
@@ -82,7 +84,21 @@ class TorchBackend(Backend):
         return tuple(self.asarray(array) for array in (codes, found.scales, biases))
 
     def linear(self, x: Array, weight: Weight) -> Array:
-        return torch.cat([F.linear(x, _values(part)) for part in weight], dim=-1)
+        if x.numel() > x.shape[-1]:
+            return torch.cat([F.linear(x, _values(part)) for part in weight], dim=-1)
+        parts = [self._row_product(x.reshape(-1), *part) for part in weight]
+        return torch.cat(parts).reshape(*x.shape[:-1], -1)
+
+    def _row_product(self, x: Array, *part: Array) -> Array:
+        if len(part) == 1:
+            return part[0] @ x
+        if self._product is None:  # with dynamic shapes, or each matrix would take its time
+            self._product = torch.compile(_product, dynamic=True)
+        try:
+            return self._product(x, *part)
+        except RuntimeError:  # such as no compiler on this machine
+            self._product = _product
+            return _product(x, *part)
 
     def expert_linear(self, x: Array, experts: Array, weight: Weight) -> Array:
         columns = sum(part[0].shape[1] for part in weight)
@@ -136,3 +152,10 @@ def _values(part: tuple[Array, ...]) -> Array:
         return part[0]
     codes, scales, biases = part
     return torch.addcmul(biases[..., None], codes.float(), scales[..., None]).flatten(1)
+
+
+def _product(x: Array, codes: Array, scales: Array, biases: Array) -> Array:
+    """The same weights times one row: (K,) gives (N,)."""
+    groups = x.reshape(codes.shape[1:])  # (G, n)
+    dots = (codes.float() * groups).sum(-1)
+    return (dots * scales + biases * groups.sum(-1)).sum(-1)
