@@ -1,9 +1,9 @@
 """The tensor protocol on JAX.
 
 Weights stay quantized. On a CPU, products, rows, the cache and attention are kernels of our own
-(see `kernels`); where these cannot be used, and on other devices, weights are expanded inside the
-product (see `expanded.py`). The rest is the protocol's defaults, fused by XLA; the cache is updated
-in place through buffer donation.
+(see `kernels`), on NVIDIA's cards products of a few rows (see `cuda`); where these cannot be used,
+weights are expanded inside the product (see `expanded.py`). The rest is the protocol's defaults,
+fused by XLA; the cache is updated in place through buffer donation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFTensor
 from phicore.protocol import Array, Backend, LayerCache, Weight
-from phicore_jax import expanded
+from phicore_jax import cuda, expanded
 from phicore_jax.kernels import CACHE_ROWS, ROWS_OF_STRIP, Packed, find_kernels
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def joined(parts: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:
 
 def rows_of(part: Any) -> int:
     """Rows of a part of a weight."""
-    return part.rows if isinstance(part, Packed) else int(jax.tree.leaves(part)[0].shape[0])
+    return part.rows if hasattr(part, "rows") else int(jax.tree.leaves(part)[0].shape[0])
 
 
 class JaxBackend(Backend):
@@ -180,7 +180,7 @@ class JaxBackend(Backend):
 
     Args:
         device: Its name; None is the best one.
-        kernels: For a CPU: "host" are those that fit this processor; None is XLA alone.
+        kernels: Our own: "host" are those that fit this machine; None is XLA alone.
     """
 
     xp = jnp
@@ -197,6 +197,11 @@ class JaxBackend(Backend):
         if self.device.platform == "cpu":
             self._kernels = find_kernels()[0] if kernels == "host" else kernels
         self.cache_types = ("f32", "f16", "i24", "i16", "q8_0")
+        self._cuda = None
+        if self.device.platform != "cpu" and kernels == "host":
+            self._cuda, _ = cuda.find_products()
+        if self._cuda is not None:
+            self.linear_error = 3e-5
         if self._kernels is not None:
             self.cache_types = ("i24", "i16", "f16", "f32", "q8_0")
             self.has_fast_prefill = self._kernels.has_fast_products
@@ -225,6 +230,8 @@ class JaxBackend(Backend):
         for part in joined(matrix.parts):
             if self._kernels is not None and self._kernels.has_type(part[0].type):
                 packed.append(self._kernels.pack(part))
+            elif self._cuda is not None and self._cuda.has_type(part[0].type):
+                packed.append(self._cuda.pack(part))
             else:
                 packed.extend(expanded.pack(replace(matrix, parts=tuple(part))))
         return tuple(jax.tree.map(self._put, p) for p in packed)
@@ -275,6 +282,8 @@ class JaxBackend(Backend):
             if isinstance(part, Packed):
                 assert self._kernels is not None
                 return self._kernels.linear(x, part, experts, is_fast=self.fast_prefill)
+            if self._cuda is not None and isinstance(part, self._cuda.Planes):
+                return self._cuda.product(x, part)
             if experts is None:
                 return expanded.product(x, part)
             return expanded.expert_product(x, experts, part)
@@ -298,6 +307,8 @@ class JaxBackend(Backend):
         if isinstance(part, Packed):
             assert self._kernels is not None
             return self._kernels.rows(index, part)
+        if self._cuda is not None and isinstance(part, self._cuda.Planes):
+            return self._cuda.rows(index, part)
         return expanded.rows(index, part)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:

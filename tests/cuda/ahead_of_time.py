@@ -1,0 +1,125 @@
+# ruff: noqa: E402 - JAX reads its settings when it is imported
+"""Compiles the decode step for an H200 without one, and prints what came of it as JSON.
+
+XLA's compiler for NVIDIA's cards needs no card, only the packages `jax-cuda13-plugin`,
+`jax-cuda13-pjrt`, `nvidia-cuda-nvcc` and `nvidia-nvvm`. It is a program of its own, since JAX reads
+its settings when it is imported.
+
+    python ahead_of_time.py MODEL.gguf
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+dumps = tempfile.TemporaryDirectory()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+os.environ["XLA_FLAGS"] = f"--xla_dump_to={dumps.name}"
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from phicore_jax import cuda
+from phicore_jax.backend import JaxBackend
+
+from phicore.architectures import architecture_of
+from phicore.engine import Engine
+from phicore.gguf.reader import open_gguf
+from phicore.loader import load_params, vocab_size
+
+# What XLA asks of a card, as NVIDIA's data sheet of the H200 and CUDA's tables for sm_90 have it.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 device_memory_size: 151397597184
+  cuda_compute_capability { major: 9 }
+  device_vendor: "NVIDIA Corporation" device_address_bits: 64
+  driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+class AheadOfTime(JaxBackend):
+    """JAX on a card that is not there: arrays are shapes, and a compiled function is called not."""
+
+    def __init__(self) -> None:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=H200, topology="1x1x1"
+        )
+        self.device = topology.devices[0]
+        mesh = Mesh(np.array(topology.devices), ("x",))
+        self._sharding = NamedSharding(mesh, PartitionSpec())
+        self._kernels = None
+        self._cuda, about = cuda.find_products()
+        assert self._cuda is not None, about
+        self.cache_types = ("f32", "f16")
+
+    def _put(self, x: np.ndarray) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
+
+    def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
+        def compiled(*args: Any) -> Any:
+            with jax.default_matmul_precision("highest"):
+                return jax.jit(fn, donate_argnums=tuple(donate)).lower(*args).compile()
+
+        return compiled
+
+
+def main(path: str) -> None:
+    ops = AheadOfTime()
+    with open_gguf(path) as file:
+        architecture = architecture_of(file.metadata)
+        config = architecture.config(file.metadata)
+        params = load_params(ops, architecture, config, file, lambda *_: None)
+        size = vocab_size(file)
+    engine = Engine(ops, config, params, vocab_size=size, context=512, progress=lambda *_: None)
+    cache = engine.new_cache(512)
+    rope = tuple(ops.asarray(np.zeros((512, config.rotary_dim // 2), np.float32)) for _ in "ab")
+    one, row = ops.asarray(np.zeros((1, 1), np.int32)), ops.asarray(np.zeros(1, np.int32))
+    number = ops.asarray(np.zeros(1, np.float32))
+    recent = ops.asarray(np.zeros((1, 64), np.int32))
+    penalty = {"recent": recent, "last_n": row, "repeat_penalty": number}
+    uniforms = ops.asarray(np.zeros((1, size), np.float32))
+    draw = {"temperature": number, "uniforms": uniforms}
+    step = engine.step(())(params, cache, rope, one, one, row, penalty, draw, [])
+    memory = step.memory_analysis()
+    text = step.as_text()
+    thunks = sorted(Path(dumps.name).glob("*thunk_sequence*.txt"))
+    found = {
+        "cache_bytes": _bytes(cache),
+        "weight_bytes": _bytes(params),
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "kernels": text.count('"__gpu$xla.gpu.ptx"'),
+        "copies": [
+            line.strip()[:160] for line in text.splitlines() if re.search(r"= \S+ copy\(", line)
+        ],
+        "thunks": {path.name.split(".")[-2]: path.read_text() for path in thunks},
+    }
+    print(json.dumps(found))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,110 @@
+"""Products on cards, by the same source on this processor, with `gguf` and float64 beside them."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from phicore.gguf.reader import GGUFTensor
+from phicore.testing.compare import assert_close, relative_error
+from phicore.testing.tiny_models import random_matrix
+
+pytest.importorskip("jax", reason="the JAX backend is not installed")
+pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
+
+import jax.numpy as jnp
+from cuda.host import product
+from phicore_jax.cuda import find_products, matrix
+from phicore_jax.cuda.formats import FORMATS
+from phicore_jax.cuda.linear import quantize
+
+BOUND = 1e-4  # of so few numbers; of many it is 3e-5, as the backend says
+
+
+@pytest.fixture(params=FORMATS, ids=lambda t: t.name)
+def ggml_type(request: pytest.FixtureRequest) -> Type:
+    return request.param
+
+
+def blocks(ggml_type: Type, rows: int, columns: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.PCG64(1))
+    return random_matrix(ggml_type, rows, columns, generator, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "m"),
+    [(1, 256, 1), (7, 256, 1), (4, 1024, 1), (5, 1280, 1), (3, 768, 2), (2, 512, 8)],
+    ids=str,
+)
+def test_product_is_that_of_float64(ggml_type: Type, rows: int, columns: int, m: int):
+    data = blocks(ggml_type, rows, columns)
+    x = np.random.default_rng(2).standard_normal((m, columns)).astype(np.float32)
+    weight = gguf.quants.dequantize(data, ggml_type).astype(np.float64)
+    y = product(ggml_type, data, x)
+    assert_close(y, x.astype(np.float64) @ weight.T, BOUND)
+
+
+def test_dense_is_what_gguf_says(ggml_type: Type):
+    data = blocks(ggml_type, 6, 1280)
+    w = matrix.pack([GGUFTensor("w", ggml_type, (6, 1280), data)])
+    expected = gguf.quants.dequantize(data, ggml_type)
+    assert np.array_equal(w.dense(), expected)
+    index = jnp.asarray(np.array([5, 0, 0], np.int32))
+    assert np.array_equal(matrix.rows(index, w), expected[[5, 0, 0]])
+    x = np.random.default_rng(2).standard_normal((9, 1280)).astype(np.float32)  # too many rows
+    assert_close(np.asarray(matrix.product(jnp.asarray(x), w)), x @ expected.T, 5e-6)
+
+
+def test_planes_take_hardly_more_than_the_file(ggml_type: Type):
+    data = blocks(ggml_type, 4, 2048)
+    planes = FORMATS[ggml_type].planes(data)
+    assert sum(plane.nbytes for plane in planes) <= 1.03 * data.nbytes
+    assert all(len(plane) == 4 for plane in planes)
+
+
+def test_parts_of_a_matrix_lie_on_top_of_each_other(ggml_type: Type):
+    parts = [blocks(ggml_type, rows, 512) for rows in (3, 2)]
+    tensors = [GGUFTensor("w", ggml_type, (len(part), 512), part) for part in parts]
+    w = matrix.pack(tensors)
+    assert (w.rows, w.columns) == (5, 512)
+    assert np.array_equal(w.dense(), gguf.quants.dequantize(np.concatenate(parts), ggml_type))
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-3, 1.0, 1e20])
+def test_activations_of_any_size_are_rounded_alike(size: float):
+    x = (size * np.random.default_rng(3).standard_normal((2, 96))).astype(np.float32)
+    both, unit, sums = (np.asarray(a) for a in quantize(jnp.asarray(x)))
+    integers = both[:, :, 0].astype(int) * 256 + both[:, :, 1]
+    assert np.array_equal(integers.reshape(2, 3, 2, 16).sum(3), sums)
+    largest = np.abs(x.reshape(2, 3, 32)).max(2)
+    error = integers * unit[..., None].astype(float) - x.reshape(2, 3, 32)
+    assert (np.abs(error).max(2) <= largest / 32512 * 0.51).all()
+
+
+def test_activations_of_zeros_are_zeros_and_others_not_finite_are_not():
+    x = np.zeros((3, 64), np.float32)
+    x[1, 40], x[2, 3] = np.nan, np.inf
+    y = product(Type.Q8_0, blocks(Type.Q8_0, 2, 64), x)
+    assert y[0].tolist() == [0, 0]
+    assert np.isnan(y[1:]).all()
+
+
+def test_rows_of_activations_do_not_disturb_each_other(ggml_type: Type):
+    data = blocks(ggml_type, 3, 256)
+    x = np.random.default_rng(4).standard_normal((5, 256)).astype(np.float32)
+    together = product(ggml_type, data, x)
+    assert relative_error(product(ggml_type, data, x[3:4])[0], together[3]) < 1e-6
+
+
+def test_ptx_is_written_for_every_type(ggml_type: Type):
+    products, about = find_products()
+    assert products is matrix, about
+    text = matrix._product_ptx(ggml_type, (32, 1280), 1)
+    assert ".target sm_75" in text
+    assert ".entry product" in text
+    assert "dp4a" in text
+    assert "ld.global.nc.v4" in text  # 16 bytes at once
+    assert "shfl.sync.bfly" in text
+    assert "ld.local" not in text  # all in registers
