@@ -31,7 +31,7 @@ def main() -> NoReturn:
         code = cli.app(standalone_mode=False, prog_name="phicore")
         sys.stdout.flush()
     except ArgumentError as error:
-        code = _fail(_with_option(str(error)), 2)
+        code = _fail(str(error) if _fault(error) else _with_option(str(error)), 2)
     except PhicoreError as error:
         code = _fail(str(error), error.exit_code)
     except typer.TyperException as error:
@@ -44,15 +44,16 @@ def main() -> NoReturn:
     except BrokenPipeError:
         _discard_stdout()
         code = EXIT_BROKEN_PIPE
-    except OSError as error:  # errors of files are handled elsewhere; this is a full disk
-        _discard_stdout()
-        code = _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 1)
+    except OSError as error:
+        fault = _fault(error)
+        if fault is None:  # errors of files are handled elsewhere; this is a full disk
+            _discard_stdout()
+            fault = f"{error.filename or 'standard output'}: {error.strerror or error}"
+        code = _fail(fault, 1)
     except MemoryError:
         code = _fail("not enough memory; a smaller quantization or --ctx needs less", 1)
     except Exception as error:
-        from phicore.plugins import Plugins
-
-        if (fault := Plugins().blame(error)) is None:
+        if (fault := _fault(error)) is None:
             raise  # a fault of phicore's own: the traceback is for a report
         code = _fail(fault, 1)
     if code == EXIT_INTERRUPTED:
@@ -61,6 +62,13 @@ def main() -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code or 0)
+
+
+def _fault(error: Exception) -> str | None:
+    """What to say of an error that a plugin's code has raised."""
+    from phicore.plugins import Plugins
+
+    return Plugins().blame(error)
 
 
 def _fail(message: str, code: int) -> int:

@@ -96,12 +96,16 @@ class Engine:
         hidden = xp.take_along_axis(hidden, xp.broadcast_to(index[:, :, None], shape), axis=1)
         logits = graph.logits(ops, params, hidden[:, 0, :])
         for kind, state in zip(kinds, states, strict=True):
-            logits = kind.apply(ops, logits, state)
+            changed = kind.apply(ops, logits, state)
+            _check_same(f"{kind.__name__}.apply", {"scores": logits}, {"scores": changed})
+            logits = changed
         token = xp.expand_dims(sampler.sample(ops, logits, penalty, draw), axis=1)
         position = xp.take_along_axis(positions, index, axis=1) + 1
         recent = xp.concat([penalty["recent"][:, 1:], token], axis=1)
-        states = [k.advance(ops, s, token) for k, s in zip(kinds, states, strict=True)]
-        return cache, token, position, recent, states
+        following = [k.advance(ops, s, token) for k, s in zip(kinds, states, strict=True)]
+        for kind, old, new in zip(kinds, states, following, strict=True):
+            _check_same(f"{kind.__name__}.advance", old, new)
+        return cache, token, position, recent, following
 
     def score_fn(
         self, params: Params, cache: list[LayerCache], rope: Rope, tokens: Array, positions: Array
@@ -277,7 +281,9 @@ _NOT_FINITE = (
     "the model's scores are not finite numbers: the file is damaged, or its numbers are too large "
     "for this backend"
 )
-_NO_TOKEN = "the logits processors leave no token to choose"
+_NO_TOKEN = (
+    "no token can be chosen: the logits processors forbid all, or scores are not finite numbers"
+)
 
 
 class _Cache:
@@ -353,7 +359,7 @@ class _Sequence:
         self._engine = engine
         self._processors = processors
         self._step = engine.step(tuple(type(p) for p in processors))
-        self._states = [self._arrays(p.start(prompt, engine.vocab_size)) for p in processors]
+        self._states = [self._arrays(p, p.start(prompt, engine.vocab_size)) for p in processors]
         self.needs_tokens = any(map(needs_tokens, processors))
         self._seed = seed
         self._timings = timings
@@ -404,10 +410,21 @@ class _Sequence:
         """Let processors that ask for it know the token that the next step begins with."""
         if self.needs_tokens:
             for number, processor in enumerate(self._processors):
-                new = self._arrays(processor.update(token))
-                self._states[number] = {**self._states[number], **new}
+                old = self._states[number]
+                new = {**old, **self._arrays(processor, processor.update(token))}
+                _check_same(f"{type(processor).__name__}.update", old, new)
+                self._states[number] = new
 
-    def _arrays(self, state: Mapping[str, np.ndarray]) -> dict[str, Array]:
+    def _arrays(
+        self, processor: LogitsProcessor, state: Mapping[str, np.ndarray]
+    ) -> dict[str, Array]:
+        """A state on the device. Not every library has numbers of 64 bits, and some cut them."""
+        for name, values in state.items():
+            if values.dtype.itemsize > 4:
+                raise PhicoreError(
+                    f"{type(processor).__name__}: {name!r} of its state is {values.dtype}, "
+                    "expected numbers of 32 bits or fewer"
+                )
         return {name: self._engine.ops.asarray(values) for name, values in state.items()}
 
     def _penalty_inputs(
@@ -438,6 +455,16 @@ class _Sequence:
 
     def _floats(self, value: float) -> Array:
         return self._engine.ops.asarray(np.array([value], np.float32))
+
+
+def _check_same(what: str, old: Mapping[str, Array], new: Mapping[str, Array]) -> None:
+    """Refuse arrays of other names, shapes or dtypes than those they replace."""
+    kinds = [{name: (tuple(a.shape), a.dtype) for name, a in d.items()} for d in (old, new)]
+    for name in old.keys() | new.keys():
+        expected, found = (kind.get(name) for kind in kinds)
+        if expected != found:
+            said = [k and f"{k[1]} {list(k[0])}" for k in (expected, found)]
+            raise PhicoreError(f"{what}: {name}: expected {said[0]}, got {said[1]}")
 
 
 def _shapes(arg: Any) -> Any:

@@ -14,6 +14,13 @@ from typing import Any
 from phicore.config import NUM_EXPERTS_PER_TOK, Phi3Config
 from phicore.protocol import Array, Backend, LayerCache, Params
 
+NAMES = ("embed_tokens", "layers", "norm", "lm_head")
+LAYER_NAMES = (
+    *("input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm"),
+    *("gate_up_proj", "down_proj", "router", "experts_gate_up_proj", "experts_down_proj"),
+)
+WITHOUT_BIAS = {"embed_tokens", "layers", "router", "experts_gate_up_proj", "experts_down_proj"}
+
 ROUTER_JITTER_NOISE = 0.01  # of every `phimoe` model; the files do not have it
 
 
@@ -123,7 +130,8 @@ def attention(
 
 def mlp(ops: Backend, layer: Params, x: Array) -> Array:
     """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
-    return ops.linear(ops.swiglu(ops.linear(x, layer["gate_up_proj"])), layer["down_proj"])
+    gate_up = linear(ops, layer, "gate_up_proj", x)
+    return linear(ops, layer, "down_proj", ops.swiglu(gate_up))
 
 
 def experts(ops: Backend, layer: Params, x: Array) -> Array:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from phicore import graph
 from phicore.config import Phi3Config
 from phicore.errors import GGUFError
 from phicore.gguf.matrix import Matrix
@@ -35,7 +36,17 @@ def load_params(
     tensors = Tensors(ops, file, progress, used=architecture.rope_tensors)
     params = architecture.params(config, tensors)
     tensors.check_all_read()
+    _check_names(architecture.name, params, graph.NAMES)
+    for layer in params["layers"]:
+        _check_names(architecture.name, layer, graph.LAYER_NAMES)
     return params
+
+
+def _check_names(name: str, params: Params, known: Sequence[str]) -> None:
+    """Refuse parameters that the graph would not read: the network would be another."""
+    biases = {f"{known_name}_bias" for known_name in known if known_name not in graph.WITHOUT_BIAS}
+    if unknown := sorted(params.keys() - {*known, *biases}):
+        raise GGUFError(f"architecture {name}: the graph has no {', '.join(unknown)}")
 
 
 def vocab_size(file: GGUFFile) -> int:

@@ -24,7 +24,9 @@ class LogitsProcessor:
     """Changes scores in one generation. A new one is a subclass that has `apply`.
 
     A generation calls `start` once; then for every token `apply` and `advance`, on the device, and
-    `update`, on the host. All states of a generation have the same names, shapes and dtypes.
+    `update`, on the host. All states of a generation have the same names, shapes and dtypes, none
+    of 64 bits, and no method changes an array that it is handed. One that has `update` serves one
+    generation.
     """
 
     def start(self, prompt: Sequence[int], vocab_size: int) -> Mapping[str, np.ndarray]:
@@ -66,6 +68,10 @@ def needs_tokens(processor: LogitsProcessor) -> bool:
     return type(processor).update is not LogitsProcessor.update
 
 
+LARGEST = 1e30
+"""A bias that is larger than any score, and far from infinity."""
+
+
 class LogitBias(LogitsProcessor):
     """Adds a number to the scores of some tokens.
 
@@ -100,7 +106,7 @@ class LogitBias(LogitsProcessor):
             token, _, value = part.partition(":")
             try:
                 biases[int(token)] = float(value)
-                is_good = biases[int(token)] < float("inf")  # false for NaN too
+                is_good = biases[int(token)] <= LARGEST  # false for NaN too
             except ValueError:
                 is_good = False
             if not is_good:

@@ -254,6 +254,8 @@ class Model:
         ids = self.encode(prompt, system=system, raw=raw)
         room = self._engine.room_after(ids)
         limit, at_limit = (max_tokens, "length") if max_tokens <= room else (room, "context")
+        if isinstance(processors, str) or not isinstance(processors, Sequence):
+            raise ArgumentError(f"processors: expected a list of them, got {processors!r:.60}")
         timings = Timings()
         tokens = self._engine.generate(
             ids,
@@ -283,7 +285,10 @@ class Model:
         if name not in self._processors:
             known = ", ".join(self._processors)
             raise ArgumentError(f"processor: expected one of {known}; got {name!r}")
-        return self._processors[name](argument, self)
+        made = self._processors[name](argument, self)
+        if not isinstance(made, LogitsProcessor):
+            raise PhicoreError(f"processor {name!r}: made {made!r:.60}, expected a LogitsProcessor")
+        return made
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Scores of the next token after each of these tokens: (T, V) float32.

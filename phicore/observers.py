@@ -53,6 +53,6 @@ class Observers:
                 continue
             try:
                 hook.function(*(arguments[argument] for argument in hook.argnames))
-            except Exception:
+            except (Exception, SystemExit):
                 self._failed.add(hook.plugin_name)
                 log.exception("%s: %s failed; it is not called again", hook.plugin_name, name)

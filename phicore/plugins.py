@@ -8,8 +8,10 @@ import traceback
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pluggy
@@ -68,7 +70,7 @@ class BackendInfo:
         Raises:
             BackendError: If it cannot be used, with the reason.
         """
-        return self._guarded(self._devices)
+        return self._guarded(lambda: list(self._devices()))
 
     def notes(self) -> str:
         """What it says of itself on this machine, perhaps nothing; imports its library.
@@ -91,7 +93,7 @@ class BackendInfo:
             return call(*args)
         except PhicoreError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise BackendError(f"backend {self.name}: not usable: {_reason(error)}") from error
 
 
@@ -139,6 +141,7 @@ class Plugins:
         dist = point.dist
         owner = Owner(point.name, dist.name if dist else "?", dist.version if dist else "?")
         name = f"{owner.distribution}:{owner.name}"
+        is_registered = False
         try:
             plugin = point.load()
             if (other := self._owners.get(id(plugin))) is not None:
@@ -146,13 +149,12 @@ class Plugins:
                 self._report(owner.name, owner.distribution, f"{reason}; one must go")
                 return
             self.manager.register(plugin, name=name)
+            is_registered = True
             self.manager.check_pending()  # a misspelt hook would otherwise be silently dead
-        except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the rest
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not stop the rest
             self._report(owner.name, owner.distribution, _reason(error))
-            if (
-                loaded := self.manager.get_plugin(f"{owner.distribution}:{point.name}")
-            ) is not None:
-                self.manager.unregister(loaded)
+            if is_registered:
+                self.manager.unregister(name=name)
             return
         self._owners[id(plugin)] = owner
 
@@ -209,8 +211,8 @@ class Plugins:
         """What makes a logits processor of an argument, by name."""
         return _values(self._logits_processors())
 
-    def commands(self) -> dict[str, Callable[..., None]]:
-        """Commands by name, but for phicore's own."""
+    def commands(self) -> dict[str, Any]:
+        """Commands by name, as typer has them, but for phicore's own."""
         return _values(self._commands())
 
     def _sources(self) -> Registered[Callable[[str], ModelFiles]]:
@@ -240,11 +242,20 @@ class Plugins:
 
         return self._registered("phicore_register_logits_processors", "logits processor", entry)
 
-    def _commands(self) -> Registered[Callable[..., None]]:
-        def entry(
-            owner: Owner, name: str, function: Callable[..., None]
-        ) -> tuple[str, Callable[..., None]]:
-            return name, function
+    def _commands(self) -> Registered[Any]:
+        def entry(owner: Owner, name: str, function: Callable[..., None]) -> tuple[str, Any]:
+            import typer
+
+            if not callable(function):
+                raise TypeError(f"command {name!r}: expected a function, got {function!r:.60}")
+
+            @wraps(function)
+            def run(*args: Any, **kwargs: Any) -> None:
+                function(*args, **kwargs)  # what it returns is no exit code
+
+            single = typer.Typer(rich_markup_mode=None, add_completion=False)
+            single.command(name)(run)
+            return name, typer.main.get_command(single)
 
         return self._registered(
             "phicore_register_commands", "command", entry, taken=self._own_commands()
@@ -270,6 +281,8 @@ class Plugins:
 
             def register(*args: Any, owner: Owner = owner, **kwargs: Any) -> None:
                 name, value = entry(owner, *args, **kwargs)
+                if not isinstance(name, str) or not name:
+                    raise TypeError(f"the name of a {what} is {name!r}, expected a string")
                 if name in found or name in taken:
                     reason = f"the {what} {name!r} exists already"
                     self._report(owner.name, owner.distribution, reason)
@@ -324,14 +337,14 @@ class Plugins:
 
     def blame(self, error: BaseException) -> str | None:
         """The plugin whose code has raised an error, with the line; None if it is phicore's own."""
-        owners = {
-            getattr(plugin, "__name__", type(plugin).__module__).partition(".")[0]: owner
+        owners = [
+            (_home(plugin), owner)
             for plugin, owner in self._plugins()
             if owner.distribution not in {"phicore", *OWN}
-        }
+        ]
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            for package, owner in owners.items():
-                if package in Path(frame.filename).with_suffix("").parts:
+            for home, owner in owners:
+                if home is not None and Path(frame.filename).is_relative_to(home):
                     where = f"{Path(frame.filename).name}, line {frame.lineno}"
                     return f"{owner.distribution} failed: {_reason(error)} ({where})"
         return None
@@ -353,10 +366,18 @@ class Plugins:
         others = [p for p, _ in self._plugins() if p is not plugin]
         try:
             self.manager.subset_hook_caller(hook, others)(register=register)
-        except PhicoreError:
-            raise
-        except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the rest
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not stop the rest
             self._report(owner.name, owner.distribution, _reason(error))
+
+
+def _home(plugin: object) -> Path | None:
+    """The file of a plugin's module, or the folder of its package."""
+    name = getattr(plugin, "__name__" if isinstance(plugin, ModuleType) else "__module__", "")
+    file = getattr(sys.modules.get(str(name).partition(".")[0]), "__file__", None)
+    if file is None:
+        return None
+    path = Path(file)
+    return path.parent if path.stem == "__init__" else path
 
 
 def _owned(registered: Registered[Any]) -> list[tuple[str, str]]:
@@ -422,7 +443,7 @@ def _guarded_source(
             files = resolve(reference)
         except PhicoreError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SourceError(f"{reference}: {distribution} failed: {_reason(error)}") from error
         if not isinstance(files, ModelFiles):
             found = type(files).__name__

@@ -7,6 +7,7 @@ Standard output carries what was asked for and nothing else; the rest goes to st
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from typing import Annotated, Any
 
 import typer
@@ -27,22 +28,18 @@ from phicore.cli.parity import parity
 class WithPlugins(typer.core.TyperGroup):
     """phicore's commands, and those of plugins after them."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    @cached_property
+    def _of_plugins(self) -> dict[str, Any]:
         from phicore.plugins import Plugins
 
-        return [*super().list_commands(ctx), *sorted(Plugins().commands())]
+        return Plugins().commands()
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(self._of_plugins)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if (own := super().get_command(ctx, cmd_name)) is not None:
-            return own
-        from phicore.plugins import Plugins
-
-        function = Plugins().commands().get(cmd_name)
-        if function is None:
-            return None
-        single = typer.Typer(rich_markup_mode=None)
-        single.command(cmd_name)(function)
-        return typer.main.get_command(single)
+        own = super().get_command(ctx, cmd_name)
+        return own if own is not None else self._of_plugins.get(cmd_name)
 
 
 app = typer.Typer(
@@ -67,7 +64,7 @@ def _switch_plugins_off(is_off: bool) -> None:
     if is_off:
         from phicore.plugins import DISABLE
 
-        os.environ[DISABLE] = "*"
+        os.environ[DISABLE] = f"{os.environ.get(DISABLE, '')},*"
 
 
 @app.callback(invoke_without_command=True)

@@ -78,3 +78,17 @@ def test_architecture_that_is_none_is_told(install: Install, tmp_path: Path):
     plugins = Plugins()
     assert set(plugins.architectures()) == {"phi3", "phimoe", "llama", "qwen2"}
     assert plugins.broken[0].reason.startswith("TypeError: expected an Architecture, got <class")
+
+
+def test_architecture_whose_parameters_the_graph_does_not_read_is_refused(
+    install: Install, tmp_path: Path
+):
+    more = """
+        def layer(self, config, tensors, blk):
+            return {**super().layer(config, tensors, blk), "q_norm": 1, "router_bias": 2}
+    """
+    install("phicore-exaone", "exaone", exaone(more=more.strip()))
+    path = write_tiny(tmp_path / "m.gguf", arch="exaone")
+    message = "architecture exaone: the graph has no q_norm, router_bias"
+    with pytest.raises(GGUFError, match=message):
+        phicore.load(path, "numpy")

@@ -93,8 +93,70 @@ def test_several_come_one_after_the_other(on_backend: Model):
 
 def test_none_that_is_left_is_an_error(on_backend: Model):
     forbid = LogitBias(dict.fromkeys(range(352), -float("inf")))
-    with pytest.raises(PhicoreError, match=r"^the logits processors leave no token to choose$"):
+    with pytest.raises(PhicoreError, match=r"^no token can be chosen: the logits"):
         greedy(on_backend, processors=[forbid])
+
+
+class Narrow(LogitsProcessor):
+    """Does everything wrong that it is told to."""
+
+    def __init__(self, fault: str) -> None:
+        self._fault = fault
+
+    def start(self, prompt: Sequence[int], vocab_size: int) -> Mapping[str, np.ndarray]:
+        dtype = np.int64 if self._fault == "wide" else np.float32
+        return {"n": np.zeros((1, 1), dtype)}
+
+    @classmethod
+    def apply(cls, ops: Any, logits: Any, state: Any) -> Any:
+        return logits
+
+    def update(self, token: int) -> Mapping[str, np.ndarray]:
+        return {"m" if self._fault == "name" else "n": np.zeros((1, 2), np.float32)}
+
+
+class FewScores(LogitsProcessor):
+    @classmethod
+    def apply(cls, ops: Any, logits: Any, state: Any) -> Any:
+        return logits[:, :300]
+
+
+class Booleans(LogitsProcessor):
+    @classmethod
+    def apply(cls, ops: Any, logits: Any, state: Any) -> Any:
+        return logits > 0
+
+
+class LongerState(AnswerPenalty):
+    @classmethod
+    def advance(cls, ops: Any, state: Any, token: Any) -> Any:
+        return {**state, "counts": ops.xp.concat([state["counts"]] * 2, axis=1)}
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (FewScores(), r"FewScores\.apply: scores: expected .*float32 \[1, 352\], got .*\[1, 300\]"),
+        (Booleans(), r"Booleans\.apply: scores: expected .*float32 \[1, 352\], got .*bool"),
+        (LongerState(), r"LongerState\.advance: counts: expected .*352\], got .*\[1, 704\]"),
+        (Narrow("shape"), r"Narrow\.update: n: expected .*\[1, 1\], got .*\[1, 2\]"),
+        (Narrow("name"), r"Narrow\.update: m: expected None, got"),
+        (
+            Narrow("wide"),
+            r"Narrow: 'n' of its state is int64, expected numbers of 32 bits or fewer",
+        ),
+    ],
+    ids=lambda p: type(p).__name__ if isinstance(p, LogitsProcessor) else "",
+)
+def test_arrays_of_another_kind_are_refused(on_backend: Model, processor: Any, message: str):
+    with pytest.raises(PhicoreError, match=message):
+        greedy(on_backend, processors=[processor])
+
+
+def test_list_of_processors_is_needed(model: Model):
+    for wrong in ("logit-bias=1:2", LogitBias({})):
+        with pytest.raises(ArgumentError, match="processors: expected a list of them, got "):
+            model.generate(PROMPT, processors=wrong)
 
 
 def test_step_is_compiled_once_a_class(tiny: Path, backend_name: str, ops: object):
@@ -123,6 +185,7 @@ def test_by_name(model: Model, processor: str, same: LogitsProcessor):
     [
         ("logit-bias", "logit-bias: expected ID:BIAS,... such as 42:-inf; got ''"),
         ("logit-bias=1:2,x", "logit-bias: expected ID:BIAS,... such as 42:-inf; got 'x'"),
+        ("logit-bias=1:1e39", "logit-bias: expected ID:BIAS,... such as 42:-inf; got '1:1e39'"),
         ("logit-bias=1:nan", "logit-bias: expected ID:BIAS,... such as 42:-inf; got '1:nan'"),
         ("logit-bias=352:1", "logit-bias: token id 352: expected 0 to 351"),
         ("presence-penalty=much", "presence-penalty: expected a number, got 'much'"),
@@ -167,11 +230,14 @@ def test_processor_of_a_plugin(install: Install, tmp_path: Path):
         def phicore_register_logits_processors(register):
             register("only", create=Only)
             register("logit-bias", create=Only)
+            register("nothing", create=lambda argument, model: None)
         """,
     )
     [info] = [i for i in Plugins().installed() if i.name == "only"]
-    assert info.provides == ("logits processor only",)
+    assert info.provides == ("logits processors only, nothing",)
     with phicore.load(write_tiny(tmp_path / "m.gguf"), "numpy") as model:
         [piece] = model.generate("Hi", max_tokens=1, processors=["only=q"])
         assert model.tokenizer.piece(piece.token_id) == "q"
         assert greedy(model, n=1, processors=["logit-bias=7:1e6"]) == [7]  # it stays phicore's
+        with pytest.raises(PhicoreError, match="'nothing': made None, expected a LogitsProcessor"):
+            greedy(model, processors=["nothing"])

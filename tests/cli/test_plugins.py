@@ -85,3 +85,34 @@ def test_fault_of_a_plugin_is_a_line_that_names_it(phicore: Callable, install: I
         "phicore: greeter failed: ZeroDivisionError: division by zero "
         "(throwaway_greeter.py, line 10)\n"
     )
+
+
+def test_command_that_typer_cannot_read_stops_no_other(phicore: Callable, install: Install) -> None:
+    code = HELLO.replace("name: str", "name: Nowhere").replace("OTHER", "hi")
+    install("greeter", "greeter", "    from __future__ import annotations\n" + code)
+    assert phicore("--help").code == 0
+    assert "not usable: NameError" in phicore("plugins").out
+    assert phicore("hello", "x").err.startswith("phicore: No such command")
+
+
+def test_errors_of_a_command_are_its_own(phicore: Callable, install: Install) -> None:
+    code = HELLO.replace("OTHER", "hi").replace('"name: there', '"model: it')
+    install("greeter", "greeter", code.replace('print(f"hello', 'raise OSError("slow"); print(f"'))
+    assert phicore("hello", "nobody").err == "phicore: model: it is nobody\n"  # it has no --model
+    failed = phicore("hello", "x")
+    assert failed.code == 1
+    assert failed.err.startswith("phicore: greeter failed: OSError: slow (throwaway_greeter.py")
+
+
+def test_what_a_command_returns_is_no_exit_code(phicore: Callable, install: Install) -> None:
+    code = HELLO.replace("OTHER", "hi").replace("raise typer.Exit(3)", "return True")
+    install("greeter", "greeter", code)
+    assert phicore("hello", "bye").code == 0
+
+
+def test_no_plugins_leaves_out_what_the_user_has_left_out(
+    phicore: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHICORE_DISABLE_PLUGINS", "numpy")
+    rows = json.loads(phicore("--no-plugins", "plugins", "--json").out)
+    assert {row["name"]: row["status"] for row in rows}["numpy"] == "switched off"

@@ -380,3 +380,71 @@ def test_plugins_two_entry_points_of_one_module_say_so(install: Install):
     assert broken.reason == (
         "throwaway_phicore_abacus is loaded already, as abacus of phicore-abacus; one must go"
     )
+
+
+HOOK = """
+    import sys
+    from phicore import ArgumentError, hookimpl
+
+    @hookimpl
+    def phicore_register_{hook}(register):
+        {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        (HOOK.format(hook="backends", body="sys.exit(3)"), "SystemExit: 3"),
+        (
+            HOOK.format(hook="sources", body="raise ArgumentError('seed: oops')"),
+            "ArgumentErr",
+        ),
+        (HOOK.format(hook="commands", body="register('x', 5)"), "TypeError: command 'x'"),
+        (
+            HOOK.format(hook="commands", body="register(None, lambda: None)"),
+            "TypeError: the name",
+        ),
+        (
+            HOOK.format(hook="sources", body="register(5, resolve=print)"),
+            "TypeError: the name",
+        ),
+        (
+            HOOK.format(hook="architectures", body="")
+            + "        from phicore.architectures import Architecture; register(Architecture())",
+            "AttributeError: ",
+        ),
+    ],
+)
+def test_plugins_fault_of_any_kind_is_that_plugin_s(install: Install, code: str, reason: str):
+    install("slide", "rule", code)
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1))
+    plugins = Plugins()
+    assert "abacus" in [info.name for info in plugins.installed()]
+    assert [b.distribution for b in plugins.broken] == ["slide"]
+    assert plugins.broken[0].reason.startswith(reason)
+    assert "abacus" in plugins.backends()
+
+
+def test_plugins_two_entry_points_of_one_name_leave_the_first(install: Install):
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1))
+    install("slide", "rule", GOOD.format(name="rule", protocol=1))
+    points = {p.name: p for p in plugins.entry_points(group="phicore")}
+    twin = EntryPoint("abacus", points["rule"].value, "phicore")
+    vars(twin).update(dist=points["abacus"].dist)
+    loaded = Plugins([points["abacus"], twin])
+    assert list(loaded.backends()) == ["abacus"]
+    assert len(loaded.broken) == 1
+
+
+def test_blame_is_for_the_plugin_whose_code_it_was(install: Install):
+    install("model", "model", GOOD.format(name="model", protocol=1))  # as a module of phicore's
+    install("slide", "rule", HOOK.format(hook="sources", body="pass") + "    def fail(): 1 / 0")
+    loaded = Plugins()
+    with pytest.raises(PhicoreError) as own:
+        choose_backend("nothing", loaded)
+    assert loaded.blame(own.value) is None
+    with pytest.raises(ZeroDivisionError) as theirs:
+        sys.modules["throwaway_slide"].fail()
+    assert loaded.blame(theirs.value).startswith("slide failed: ZeroDivisionError: division by ze")
