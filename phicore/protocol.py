@@ -10,6 +10,7 @@ Rules
 - Every operation returns its result, and changes no argument but the cache of `update_cache`.
 - Nothing depends on a value: the graph, the sampler and the defaults never look at the contents of
   an array to decide what to do, so that every library's compiler can trace them.
+- Several models, each with a backend of its own, may compute at a time in threads of a process.
 - Activations, tables and logits are float32 unless a backend says otherwise in its documentation;
   token ids and positions are int32.
 
@@ -29,7 +30,9 @@ X `num_local_experts`.
 `xp` has the `FUNCTIONS` and `DTYPES` below, with the names and meanings of the Python Array API
 standard (2024.12). Arrays have `dtype`, `shape`, operators and basic slices. Types of a cache other
 than `f32` need dtypes of theirs: `f16` float16 (which the standard does not have), `i16` int16,
-`q8_0` float16 and int8.
+`q8_0` float16 and int8; a number that is cast to one of these is rounded, even if it is cast back.
+`max` gives NaN where a NaN is. Indices are int32, of one dimension in `take`; `where` and operators
+take Python numbers; `zeros` and `arange` make arrays on the backend's device.
 """
 
 from __future__ import annotations
@@ -172,7 +175,10 @@ class Backend(ABC):
         """Compile a pure function of nested containers (dict, list, tuple, None) of arrays.
 
         The arguments numbered in `donate` are not used by the caller after a call, so their
-        buffers may be reused for the result, and their containers emptied.
+        buffers may be reused for the result, and their containers emptied. An array may be in
+        several places of the others (tied weights), and may come from a call that was not compiled.
+        Results stay what they are through later calls. A library that computes only what is asked
+        for should compute them here, or they would refer to all that they were made of.
         """
         return fn
 

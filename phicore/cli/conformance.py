@@ -22,8 +22,13 @@ def conformance(
     device: DeviceOption = None,
     keyword: Annotated[
         str,
-        typer.Option("-k", metavar="EXPRESSION", help="Only tests that fit, as for pytest -k."),
+        typer.Option(
+            "-k", metavar="EXPRESSION", help="Only tests and parts that fit, as for pytest -k."
+        ),
     ] = "",
+    stop_at_first: Annotated[
+        bool, typer.Option("--exitfirst", "-x", help="Stop at the first test that fails.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Test a backend: every operation, every quantization, whole models.
@@ -36,8 +41,15 @@ def conformance(
 
     info = choose_backend(backend, Plugins())
     info.create(device)  # an error is told before the tests begin
-    with Console().progress() as progress:
-        results = run(lambda: info.create(device), keyword=keyword, progress=progress)
+    console = Console()
+    with console.progress() as progress:
+        results = run(
+            lambda: info.create(device),
+            keyword=keyword,
+            stop_at_first=stop_at_first,
+            progress=progress,
+            failed=lambda result: console.say(f"failed: {result.part}: {result.name}"),
+        )
     failed = [result for result in results if result.outcome == "failed"]
     if as_json:
         found = {"backend": info.name, "results": [vars(result) for result in results]}

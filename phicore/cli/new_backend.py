@@ -15,7 +15,10 @@ def new_backend(
     ] = Path(),
 ) -> None:
     """Write the skeleton of a backend: a plugin that computes on NumPy, with its tests."""
+    from phicore.console import Console
     from phicore.new_backend import write_backend
 
     for path in write_backend(name, into):
         print(path)
+    folder = into / f"phicore-{name}"
+    Console().say(f"next: pip install -e {folder}[test]; phicore conformance -b {name}")

@@ -30,13 +30,20 @@ class Result:
 
 
 def run(
-    make: Callable[[], Backend], *, keyword: str = "", progress: Progress = lambda *_: None
+    make: Callable[[], Backend],
+    *,
+    keyword: str = "",
+    stop_at_first: bool = False,
+    progress: Progress = lambda *_: None,
+    failed: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
     """Run the kit.
 
     Args:
         make: Gives a new backend at each call.
-        keyword: Only tests whose names fit this expression, as for `pytest -k`.
+        keyword: Only tests whose names or parts fit this expression, as for `pytest -k`.
+        stop_at_first: Run no more tests after one that fails.
+        failed: Called with each result that is a failure, when it is known.
     Raises:
         PhicoreError: If pytest or hypothesis is missing, or the expression is none.
     """
@@ -49,14 +56,15 @@ def run(
         ) from error
     from phicore.testing import installed
 
-    collector = _Collector(progress)
+    collector = _Collector(progress, failed)
     # no configuration but this: what lies in the user's folder must not matter
     arguments = [installed.__file__, "-c", os.devnull, "--rootdir", str(Path(__file__).parent)]
     for unwanted in ("terminal", "cacheprovider", "xdist"):
         arguments += ["-p", f"no:{unwanted}"]
     installed.factory = make
     try:
-        code = pytest.main([*arguments, "-k", keyword], plugins=[collector])
+        stop = ["--exitfirst"] if stop_at_first else []
+        code = pytest.main([*arguments, *stop, "-k", keyword], plugins=[collector])
     finally:
         installed.factory = None
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
@@ -71,16 +79,21 @@ def run(
 class _Collector:
     """A plugin of pytest that keeps what became of each test."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, failed: Callable[[Result], None]) -> None:
         self.results: list[Result] = []
         self._progress = progress
+        self._failed = failed
         self._parts: dict[str, str] = {}
+        self._count = 0
+
+    def pytest_itemcollected(self, item: Any) -> None:
+        part = item.function.__module__.rpartition(".")[2]
+        item.extra_keyword_matches.add(part)
+        self._parts[item.nodeid] = part
 
     def pytest_collection_finish(self, session: Any) -> None:
-        for item in session.items:
-            defined_in = item.function.__module__.rpartition(".")[2]
-            self._parts[item.nodeid] = defined_in
-        self._progress("testing", 0, len(self._parts))
+        self._count = len(session.items)
+        self._progress("testing", 0, self._count)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when != "call" and report.outcome == "passed":
@@ -89,7 +102,9 @@ class _Collector:
         message = "" if report.outcome == "passed" else _message(report)
         part = self._parts.get(report.nodeid, "")
         self.results.append(Result(part, name, report.outcome, message))
-        self._progress("testing", len(self.results), len(self._parts))
+        if report.outcome == "failed":
+            self._failed(self.results[-1])
+        self._progress("testing", len(self.results), self._count)
 
 
 def _message(report: Any) -> str:

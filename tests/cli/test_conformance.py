@@ -49,3 +49,19 @@ def test_conformance_errors_are_one_line(
     assert result.code == 1
     assert result.out == ""
     assert result.err.splitlines()[-1].startswith(message)
+
+
+def test_conformance_tells_each_failure_at_once(
+    phicore: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phicore_numpy.backend.NumpyBackend", Faulty)
+    result = phicore("conformance", "-b", "numpy", "-k", "rope_equals")
+    told = [line for line in result.err.splitlines() if line.startswith("failed: operations: ")]
+    assert len(told) == 3
+    first = phicore("conformance", "-b", "numpy", "-k", "rope_equals", "-x")
+    assert (first.code, first.out.count("FAILED")) == (1, 1)
+
+
+def test_conformance_of_a_part(phicore: Callable) -> None:
+    result = phicore("conformance", "-b", "numpy", "-k", "operations and norm")
+    assert result.out.splitlines()[1].split() == ["operations", "2", "0", "0"]

@@ -363,8 +363,10 @@ class SamplingConformance(Conformance):
         self, sample: Callable[..., np.ndarray], bad: float, temperature: float | None
     ) -> None:
         draw = None if temperature is None else filtered(noise(3, 3), temperature=temperature)
-        first, second, third = sample([[0, bad, 1], [0, 2, 1], [-np.inf] * 3], None, draw).tolist()
-        assert first == third == -1
+        logits = [[0, bad, 1], [0, 2, 1], [-np.inf] * 3]
+        first, second, third = sample(logits, None, draw).tolist()
+        assert first == -1, f"sample of {logits[0]}: expected -1, got {first}: is max blind to it?"
+        assert third == -1, f"sample of {logits[2]}: expected -1, got {third}"
         assert second >= 0
 
     @pytest.mark.parametrize("temperature", [None, 0.0, 1.0])
