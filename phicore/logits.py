@@ -8,6 +8,7 @@ that the step is handed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from phicore.model import Model
 
 
-class LogitsProcessor:
+class LogitsProcessor(ABC):
     """Changes scores in one generation. A new one is a subclass that has `apply`.
 
     A generation calls `start` once; then for every token `apply` and `advance`, on the device, and
@@ -39,6 +40,7 @@ class LogitsProcessor:
         return {}
 
     @classmethod
+    @abstractmethod
     def apply(cls, ops: Backend, logits: Array, state: Mapping[str, Array]) -> Array:
         """New scores. A compiler traces it, so it must not look at values.
 
@@ -47,7 +49,6 @@ class LogitsProcessor:
         Returns:
             The same shape; -infinity for a token that must not come.
         """
-        raise NotImplementedError
 
     @classmethod
     def advance(cls, ops: Backend, state: Mapping[str, Array], token: Array) -> Mapping[str, Array]:

@@ -62,7 +62,9 @@ def test_architecture_of_a_plugin_refuses_unknown_keys_but_its_own(
 def test_architecture_of_a_plugin_knows_keys_that_change_nothing(install: Install, tmp_path: Path):
     path = write_tiny(tmp_path / "m.gguf", with_number("exaone.scale", 2), arch="exaone")
     install("phicore-exaone", "exaone", exaone(more='neutral = {"scale": (1, 2)}'))
-    phicore.load(path, "numpy").close()
+    with phicore.load(path, "numpy") as model:
+        assert model.metadata["exaone.scale"] == 2
+        assert np.isfinite(model.logits(TOKENS)).all()
 
 
 def test_architecture_that_exists_already_is_told(install: Install, tmp_path: Path):

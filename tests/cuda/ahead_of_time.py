@@ -58,7 +58,7 @@ device_description_str: "NVIDIA H200"
 
 
 class AheadOfTime(JaxBackend):
-    """JAX on a card that is not there: arrays are shapes, and a compiled function is called not."""
+    """JAX on a card that is not there: arrays are shapes, and a call compiles and runs nothing."""
 
     def __init__(self) -> None:
         topology = topologies.get_topology_desc(
