@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,9 @@ class AheadOfTime(JaxBackend):
         self.device = topology.devices[0]
         mesh = Mesh(np.array(topology.devices), ("x",))
         self._sharding = NamedSharding(mesh, PartitionSpec())
-        self._kernels = None
-        self._cuda, about = cuda.find_products()
-        assert self._cuda is not None, about
-        self.cache_types = ("f32", "f16")
+        kernels, about = cuda.find_kernels()
+        assert kernels is not None, about
+        self._set_kernels(kernels)
 
     def _put(self, x: np.ndarray) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
@@ -108,7 +108,7 @@ def main(path: str) -> None:
         "weight_bytes": _bytes(params),
         "alias_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "kernels": text.count('"__gpu$xla.gpu.ptx"'),
+        "kernels": dict(Counter(re.findall(r'backend_config=.*?\bname = "(\w+)"', text))),
         "copies": [
             line.strip()[:160] for line in text.splitlines() if re.search(r"= \S+ copy\(", line)
         ],

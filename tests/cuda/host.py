@@ -6,17 +6,16 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import llvmlite.binding as llvm
 import numpy as np
 from phicore_jax.cuda.formats import FORMATS
-from phicore_jax.cuda.linear import emit_product, quantize, rows_of_warp
+from phicore_jax.cuda.linear import emit_product, emit_quantize, rows_of_warp
 from phicore_jax.cuda.warp import Host
 from phicore_jax.kernels.build import optimized, supported_targets, target_machine
 from phicore_jax.kernels.lang import I32, I64, PTR, Function, Module, Target, Value
 
-GUARD = 7
-"""Numbers behind the result, which must stay as they are."""
+GUARD = 28
+"""Bytes behind a result, which must stay as they are."""
 
 
 def product(ggml_type: Any, data: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -26,23 +25,49 @@ def product(ggml_type: Any, data: np.ndarray, x: np.ndarray) -> np.ndarray:
     assert len(planes) == fmt.plane_count
     (m, columns), rows = x.shape, len(data)
 
+    constants = (fmt, (rows, columns), m)
+    warps = -(-rows // rows_of_warp(m))
+    (y,) = run(emit_product, constants, [*quantize(x), *planes], [((m, rows), np.float32)], warps)
+    return y
+
+
+def quantize(x: np.ndarray) -> list[np.ndarray]:
+    """Activations (M, K) as integers."""
+    groups = x.size // 32
+    results = [((groups, 2, 32), np.int8), ((groups,), np.float32), ((groups, 2), np.int32)]
+    return run(emit_quantize, (groups,), [x], results, groups)
+
+
+def run(
+    emit: Any,
+    constants: Sequence[Any],
+    operands: Sequence[np.ndarray],
+    results: Sequence[tuple[Any, Any]],
+    warps: int,
+) -> list[np.ndarray]:
+    """Compile a kernel for this processor, and run it; operands may be written to.
+
+    Args:
+        results: Shapes and dtypes.
+    """
+
     def warp(f: Function, programs: Value, *args: Value) -> None:
         with f.loop(programs) as i:
-            emit_product(Host(f, i.to(I32)), fmt, (rows, columns), m, args)
+            emit(Host(f, i.to(I32)), *constants, args)
 
-    y = np.full(m * rows + GUARD, 42, np.float32)
-    arrays = [*(np.array(a) for a in quantize(jnp.asarray(x))), *planes, y]
-    programs = -(-rows // rows_of_warp(m)) + 1  # a block may have more warps than there are rows
-    run(warp, programs, arrays)
-    assert (y[m * rows :] == 42).all()
-    return y[: m * rows].reshape(m, rows)
+    found = [np.empty(shape, dtype) for shape, dtype in results]
+    guarded = [np.full(a.nbytes + GUARD, 42, np.uint8) for a in found]
+    _run(warp, warps + 3, [*operands, *guarded])  # the last block may have more than there is to do
+    for a, memory in zip(found, guarded, strict=True):
+        assert (memory[a.nbytes :] == 42).all()
+        a[...] = memory[: a.nbytes].view(a.dtype).reshape(a.shape)
+    return found
 
 
-def run(warp: Any, programs: int, arrays: Sequence[np.ndarray]) -> None:
-    """Compile `warp(f, programs, *pointers)` for this processor, and run it."""
+def _run(warp: Any, programs: int, arrays: Sequence[np.ndarray]) -> None:
     target = Target(supported_targets()[0])
     module = Module(target)
-    Host.emit_gathers(module)
+    Host.emit_functions(module)
     module.function("kernel", [I64] + [PTR] * len(arrays), warp)
     code = optimized(module, target_machine(target), lambda m, ir: m.emit_object(ir))
     jit = llvm.create_lljit_compiler(target_machine(target))

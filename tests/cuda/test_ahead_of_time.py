@@ -43,8 +43,16 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_every_product_is_a_kernel(step: dict[str, Any]):
-    assert step["kernels"] == 4 * LAYERS + 1
+def test_products_and_attention_are_kernels(step: dict[str, Any]):
+    once = dict.fromkeys(("store", "attention", "combine"), LAYERS)
+    products = 4 * LAYERS + 1
+    assert step["kernels"] == {"product": products, "quantize": products, **once}
+
+
+def test_a_layer_takes_few_launches(step: dict[str, Any]):
+    """17 each; the rest is what comes before the first, and the sampler."""
+    launches = re.findall(r"kCustomKernel|kKernel", step["thunks"]["thunk_sequence"])
+    assert len(launches) <= 17 * LAYERS + 20
 
 
 def test_weights_are_in_memory_as_in_the_file(step: dict[str, Any]):

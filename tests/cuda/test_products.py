@@ -15,10 +15,14 @@ pytest.importorskip("jax", reason="the JAX backend is not installed")
 pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
 
 import jax.numpy as jnp
-from cuda.host import product
-from phicore_jax.cuda import find_products, matrix
+from cuda.host import product, quantize
+from phicore_jax.cuda import find_kernels
 from phicore_jax.cuda.formats import FORMATS
-from phicore_jax.cuda.linear import quantize
+from phicore_jax.cuda.linear import emit_product
+from phicore_jax.cuda.ptx import ptx
+
+kernels, about = find_kernels()
+assert kernels is not None, about
 
 BOUND = 1e-4  # of so few numbers; of many it is 3e-5, as the backend says
 
@@ -48,13 +52,13 @@ def test_product_is_that_of_float64(ggml_type: Type, rows: int, columns: int, m:
 
 def test_dense_is_what_gguf_says(ggml_type: Type):
     data = blocks(ggml_type, 6, 1280)
-    w = matrix.pack([GGUFTensor("w", ggml_type, (6, 1280), data)])
+    w = kernels.pack([GGUFTensor("w", ggml_type, (6, 1280), data)])
     expected = gguf.quants.dequantize(data, ggml_type)
     assert np.array_equal(w.dense(), expected)
     index = jnp.asarray(np.array([5, 0, 0], np.int32))
-    assert np.array_equal(matrix.rows(index, w), expected[[5, 0, 0]])
+    assert np.array_equal(kernels.rows(index, w), expected[[5, 0, 0]])
     x = np.random.default_rng(2).standard_normal((9, 1280)).astype(np.float32)  # too many rows
-    assert_close(np.asarray(matrix.product(jnp.asarray(x), w)), x @ expected.T, 5e-6)
+    assert_close(np.asarray(kernels.linear(jnp.asarray(x), w)), x @ expected.T, 5e-6)
 
 
 def test_planes_take_hardly_more_than_the_file(ggml_type: Type):
@@ -67,7 +71,7 @@ def test_planes_take_hardly_more_than_the_file(ggml_type: Type):
 def test_parts_of_a_matrix_lie_on_top_of_each_other(ggml_type: Type):
     parts = [blocks(ggml_type, rows, 512) for rows in (3, 2)]
     tensors = [GGUFTensor("w", ggml_type, (len(part), 512), part) for part in parts]
-    w = matrix.pack(tensors)
+    w = kernels.pack(tensors)
     assert (w.rows, w.columns) == (5, 512)
     assert np.array_equal(w.dense(), gguf.quants.dequantize(np.concatenate(parts), ggml_type))
 
@@ -75,12 +79,12 @@ def test_parts_of_a_matrix_lie_on_top_of_each_other(ggml_type: Type):
 @pytest.mark.parametrize("size", [1e-20, 1e-3, 1.0, 1e20])
 def test_activations_of_any_size_are_rounded_alike(size: float):
     x = (size * np.random.default_rng(3).standard_normal((2, 96))).astype(np.float32)
-    both, unit, sums = (np.asarray(a) for a in quantize(jnp.asarray(x)))
-    integers = both[:, :, 0].astype(int) * 256 + both[:, :, 1]
-    assert np.array_equal(integers.reshape(2, 3, 2, 16).sum(3), sums)
-    largest = np.abs(x.reshape(2, 3, 32)).max(2)
-    error = integers * unit[..., None].astype(float) - x.reshape(2, 3, 32)
-    assert (np.abs(error).max(2) <= largest / 32512 * 0.51).all()
+    both, unit, sums = quantize(x)
+    integers = both[:, 0].astype(int) * 256 + both[:, 1]
+    assert np.array_equal(integers.reshape(6, 2, 16).sum(2), sums)
+    groups = x.reshape(6, 32)
+    error = integers * unit[:, None].astype(float) - groups
+    assert (np.abs(error).max(1) <= np.abs(groups).max(1) / 32512 * 0.51).all()
 
 
 def test_activations_of_zeros_are_zeros_and_others_not_finite_are_not():
@@ -99,9 +103,8 @@ def test_rows_of_activations_do_not_disturb_each_other(ggml_type: Type):
 
 
 def test_ptx_is_written_for_every_type(ggml_type: Type):
-    products, about = find_products()
-    assert products is matrix, about
-    text = matrix._product_ptx(ggml_type, (32, 1280), 1)
+    fmt = FORMATS[ggml_type]
+    text = ptx(emit_product, (fmt, (32, 1280), 1), 3 + fmt.plane_count + 1)
     assert ".target sm_75" in text
     assert ".entry product" in text
     assert "dp4a" in text

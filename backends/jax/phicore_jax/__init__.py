@@ -16,15 +16,14 @@ def phicore_register_backends(register):  # type: ignore[no-untyped-def]
         return device_names()
 
     def notes() -> str:
+        from phicore_jax import cuda, kernels
         from phicore_jax.backend import device_names
-        from phicore_jax.cuda import find_products
-        from phicore_jax.kernels import find_kernels
 
-        kernels, about = find_kernels()
-        said = f"CPU kernels: {about}" if kernels else f"no CPU kernels, XLA alone ({about})"
+        found, about = kernels.find_kernels()
+        said = f"CPU kernels: {about}" if found else f"no CPU kernels, XLA alone ({about})"
         if len(device_names()) > 1:
-            products, about = find_products()
-            said += f"; CUDA kernels: {about}" if products else f"; no CUDA kernels ({about})"
+            on_card, about = cuda.find_kernels()
+            said += f"; CUDA kernels: {about}" if on_card else f"; no CUDA kernels ({about})"
         return said
 
     register("jax", create=create, devices=devices, notes=notes, protocol=1)

@@ -1,8 +1,9 @@
 """The tensor protocol on JAX.
 
 Weights stay quantized. On a CPU, products, rows, the cache and attention are kernels of our own
-(see `kernels`), on NVIDIA's cards products of a few rows (see `cuda`); where these cannot be used,
-weights are expanded inside the product (see `expanded.py`). The rest is the protocol's defaults,
+(see `kernels`), on NVIDIA's cards products of a few rows, and the cache and attention of a token
+(see `cuda`); where these cannot be used, weights are expanded inside the product (see
+`expanded.py`). The rest is the protocol's defaults,
 fused by XLA; the cache is updated in place through buffer donation.
 """
 
@@ -12,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,9 @@ from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFTensor
 from phicore.protocol import Array, Backend, LayerCache, Weight
 from phicore_jax import cuda, expanded
-from phicore_jax.kernels import CACHE_ROWS, ROWS_OF_STRIP, Packed, find_kernels
-
-if TYPE_CHECKING:
-    from phicore_jax.kernels.runtime import Kernels
+from phicore_jax.cache import CACHE_DTYPES, as_numbers, as_stored, put, zeros
+from phicore_jax.kernels import CACHE_ROWS, ROWS_OF_STRIP, find_kernels
+from phicore_jax.own import OwnKernels
 
 # XLA's other orders compute whatever does not depend on the input first: here every expanded weight
 # of the model, all alive at once. In this order memory stays small and warm, and prefill takes half
@@ -106,58 +106,6 @@ def memory_errors() -> Iterator[None]:
         ) from error
 
 
-CACHE_DTYPES = {
-    "f32": np.float32,
-    "f16": np.float16,
-    "i16": np.int16,
-    "i24": np.int8,
-    "q8_0": np.int8,
-}
-
-
-def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros that no other array shares and JAX need not copy: memory that is aligned."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.zeros(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def as_stored(x: Array, row_type: str) -> list[Array]:
-    """Rows (..., D) as a cache holds them: numbers, and the scales of those that have some."""
-    if row_type == "i24":
-        multiples, scales = kv_cache.multiples(jnp, x, 32767 * 256)
-        integers = multiples.astype(jnp.int32)
-        high = ((integers + 128) >> 8).astype(jnp.int16)
-        return [jnp.concatenate([as_bytes(high), integers.astype(jnp.int8)], axis=-1), scales]
-    rows, scales = kv_cache.stored_rows(jnp, x, row_type)
-    if row_type == "q8_0":  # the scales of a row are behind it
-        return [jnp.concatenate([rows, as_bytes(scales)], axis=-1)]
-    return [rows] if scales is None else [rows, scales]
-
-
-def as_numbers(rows: Array, scales: Array | None) -> Array:
-    """The reverse: (..., D) float32."""
-    if rows.dtype == jnp.int8 and scales is None:
-        dim = rows.shape[-1] * kv_cache.BLOCK // (kv_cache.BLOCK + 2)
-        rows, scales = rows[..., :dim], from_bytes(rows[..., dim:], jnp.float16)
-    elif rows.dtype == jnp.int8:
-        dim = rows.shape[-1] // 3
-        high = from_bytes(rows[..., : 2 * dim], jnp.int16).astype(jnp.int32)
-        rows = (high << 8) + rows[..., 2 * dim :].astype(jnp.int32)
-    return kv_cache.numbers_of_rows(jnp, rows, scales)
-
-
-def as_bytes(x: Array) -> Array:
-    """Numbers of 16 bits (..., N) as their bytes (..., 2 N)."""
-    return lax.bitcast_convert_type(x, jnp.int8).reshape(*x.shape[:-1], -1)
-
-
-def from_bytes(x: Array, dtype: Any) -> Array:
-    """The reverse."""
-    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), dtype)
-
-
 def joined(parts: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:
     """Parts of the same type next to each other, in groups that one product can take."""
     groups: list[list[GGUFTensor]] = []
@@ -180,7 +128,7 @@ class JaxBackend(Backend):
 
     Args:
         device: Its name; None is the best one.
-        kernels: Our own: "host" are those that fit this machine; None is XLA alone.
+        kernels: Our own: "host" are those that fit this device; None is XLA alone.
     """
 
     xp = jnp
@@ -188,27 +136,29 @@ class JaxBackend(Backend):
     asynchronous = True
 
     def __init__(
-        self, device: str | None = None, kernels: Kernels | Literal["host"] | None = "host"
+        self,
+        device: str | None = None,
+        kernels: OwnKernels | Literal["host"] | None = "host",
     ) -> None:
         self.device = find_device(device)
         self.device_name = "cpu" if self.device.platform == "cpu" else _name(self.device)
         keep_compiled_programs()
-        self._kernels: Kernels | None = None
-        if self.device.platform == "cpu":
-            self._kernels = find_kernels()[0] if kernels == "host" else kernels
-        self.cache_types = ("f32", "f16", "i24", "i16", "q8_0")
-        self._cuda = None
-        if self.device.platform != "cpu" and kernels == "host":
-            self._cuda, _ = cuda.find_products()
-        if self._cuda is not None:
-            self.linear_error = 3e-5
-        if self._kernels is not None:
-            self.cache_types = ("i24", "i16", "f16", "f32", "q8_0")
-            self.has_fast_prefill = self._kernels.has_fast_products
+        if kernels == "host":
+            find = find_kernels if self.device.platform == "cpu" else cuda.find_kernels
+            kernels, _ = find()
+        self._set_kernels(kernels)
+
+    def _set_kernels(self, kernels: OwnKernels | None) -> None:
+        self._kernels = kernels
+        if kernels is None:
+            self.cache_types = ("f32", "f16", "i24", "i16", "q8_0")
+        else:
+            self.cache_types = kernels.cache_types
+            self.has_fast_prefill = kernels.has_fast_products
             self.linear_error = 3e-5
 
     def configure(self, *, threads: int | None = None, **choices: Any) -> None:
-        if self._kernels is not None and threads is not None:
+        if self._kernels is not None and threads is not None and self._kernels.has_threads:
             self._kernels.set_threads(threads)
             threads = None
         super().configure(threads=threads, **choices)
@@ -230,8 +180,6 @@ class JaxBackend(Backend):
         for part in joined(matrix.parts):
             if self._kernels is not None and self._kernels.has_type(part[0].type):
                 packed.append(self._kernels.pack(part))
-            elif self._cuda is not None and self._cuda.has_type(part[0].type):
-                packed.append(self._cuda.pack(part))
             else:
                 packed.extend(expanded.pack(replace(matrix, parts=tuple(part))))
         return tuple(jax.tree.map(self._put, p) for p in packed)
@@ -241,7 +189,7 @@ class JaxBackend(Backend):
         groups = zip(*(joined(matrix.parts) for matrix in matrices), strict=True)
         for group in groups:  # for each part of a matrix, that of every expert
             tensors = [tensor for part in group for tensor in part]
-            if self._kernels is not None and self._kernels.has_type(tensors[0].type):
+            if self._kernels is not None and self._kernels.has_experts(tensors[0].type):
                 packed.append(self._kernels.pack(tensors, len(matrices)))
             else:
                 pairs = zip(matrices, group, strict=True)
@@ -279,11 +227,8 @@ class JaxBackend(Backend):
 
     def _products(self, x: Array, weight: Weight, experts: Array | None = None) -> Array:
         def product(part: Any) -> Array:
-            if isinstance(part, Packed):
-                assert self._kernels is not None
+            if self._kernels is not None and isinstance(part, self._kernels.packed):
                 return self._kernels.linear(x, part, experts, is_fast=self.fast_prefill)
-            if self._cuda is not None and isinstance(part, self._cuda.Planes):
-                return self._cuda.product(x, part)
             if experts is None:
                 return expanded.product(x, part)
             return expanded.expert_product(x, experts, part)
@@ -304,27 +249,23 @@ class JaxBackend(Backend):
         return values.reshape(*ids.shape, -1)
 
     def _rows(self, index: Array, part: Any) -> Array:
-        if isinstance(part, Packed):
-            assert self._kernels is not None
+        if self._kernels is not None and isinstance(part, self._kernels.packed):
             return self._kernels.rows(index, part)
-        if self._cuda is not None and isinstance(part, self._cuda.Planes):
-            return self._cuda.rows(index, part)
         return expanded.rows(index, part)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        if self._kernels is None:
+        if self._kernels is None or not self._kernels.has_rowwise:
             return super().rms_norm(x, weight, eps)
         return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
 
     def swiglu(self, gate_up: Array) -> Array:
-        if self._kernels is None:
+        if self._kernels is None or not self._kernels.has_rowwise:
             return super().swiglu(gate_up)
         y = self._kernels.swiglu(gate_up.reshape(-1, gate_up.shape[-1]))
         return y.reshape(*gate_up.shape[:-1], -1)
 
     # ---- cache -----------------------------------------------------------------------------
-    # k and v are rows; integers are multiples of k_scale and v_scale. Two types are not as in
-    # `kv_cache`: i24 keys have 24 bits, and a row of q8_0 has its scales behind it.
+    # k and v are rows; integers are multiples of k_scale and v_scale.
 
     def _cache_type(self) -> str:
         return self.cache_type or self.cache_types[0]
@@ -357,21 +298,21 @@ class JaxBackend(Backend):
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
         names = [n for n in ("k", "k_scale", "v", "v_scale") if n in cache]
         old = [cache[name] for name in names]
-        if self._kernels is not None:
+        if self._kernels is not None and self._kernels.has_cache(self._cache_type(), *k.shape[2:]):
             stored = self._kernels.store(k, v, positions, self._cache_type(), old)
         else:
             types = CACHE_ROWS[self._cache_type()]
             pairs = zip((k, v), types, strict=True)
             new = [part for x, row_type in pairs for part in as_stored(x, row_type)]
             start = positions[:, 0]
-            stored = [expanded.put(o, n, start) for o, n in zip(old, new, strict=True)]
+            stored = [put(o, n, start) for o, n in zip(old, new, strict=True)]
         return dict(zip(names, stored, strict=True))
 
     def attention(
         self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
     ) -> Array:
         scales = [cache[n] for n in ("k_scale", "v_scale") if n in cache]
-        if self._kernels is not None:
+        if self._kernels is not None and self._kernels.has_cache(self._cache_type(), *q.shape[2:]):
             arrays = (cache["k"], cache["v"], *scales)
             return self._kernels.attention(
                 q * scale, positions, window, self._cache_type(), *arrays

@@ -183,14 +183,3 @@ def rows(index: Array, part: Any) -> Array:
     """Rows of a part, expanded: (n,) below N gives (n, K)."""
     picked = jax.tree.map(lambda a: a[index], part)
     return picked.dense() if isinstance(picked, Quantized) else picked
-
-
-def put(old: Array, new: Array, start: Array) -> Array:
-    """Write new positions (B, K, T, ...) into a cache (B, K, S, ...), from `start` (B,) on."""
-
-    def put_one(old: Array, new: Array, position: Array) -> Array:
-        return lax.dynamic_update_slice(old, new, (0, position, *(0,) * (old.ndim - 2)))
-
-    if start.shape[0] == 1:  # under vmap it would become a scatter, which XLA:CPU does by loops
-        return put_one(old[0], new[0], start[0])[None]
-    return jax.vmap(put_one)(old, new, start)

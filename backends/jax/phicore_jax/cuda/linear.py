@@ -10,33 +10,39 @@ weights in float32. Sums of a group are exact; the result is within 3e-5 of floa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import jax.numpy as jnp
 
 from phicore_jax.cuda.formats import GROUP, Format
 from phicore_jax.cuda.warp import LANES, Warp
-from phicore_jax.kernels.lang import I32, Value
+from phicore_jax.kernels.lang import F32, I8, I32, Value
 
 LARGEST = 127 * 256  # both bytes of a multiple are signed
 
 
-def quantize(x: Any) -> tuple[Any, Any, Any]:
-    """Activations (M, K) float32 as integers, by XLA.
+def emit_quantize(w: Warp, groups: int, args: Sequence[Value]) -> None:
+    """What a warp does to make integers of activations: a group, a lane for each number.
 
-    Returns:
-        Bytes, (M, G, 2, 32) int8: the upper ones of a group, then the lower ones; the units of the
-        groups, (M, G) float32; the sums of each half of them, (M, G, 2) int32.
+    Args:
+        groups: G, of all rows.
+        args: Pointers to the activations, (G, 32) float32, and to what comes of them: bytes
+            (G, 2, 32) int8, the upper ones of a group and then the lower ones; the units of the
+            groups, (G,) float32; the sums of each half of them, (G, 2) int32.
     """
-    groups = x.reshape(x.shape[0], -1, GROUP)
-    largest = jnp.max(jnp.abs(groups), axis=2)
-    unit = jnp.where(largest > 1e-30, largest, 1) / LARGEST
-    integers = jnp.round(groups / unit[:, :, None]).astype(jnp.int32)
-    upper = (integers + 128) >> 8
-    both = jnp.stack([upper, integers - (upper << 8)], axis=2).astype(jnp.int8)
-    # a sum that is not finite must not vanish in an integer
-    unit = unit + 0 * groups.sum(axis=2)
-    return both, unit, integers.reshape(*largest.shape, 2, GROUP // 2).sum(axis=3)
+    f = w.f
+    activations, both, units, sums = args
+    with f.when(w.number < groups):
+        group = w.spread(w.number)
+        (x,) = w.load(F32, activations, group * GROUP + w.lane)
+        largest = w.max(f.absolute(x))
+        unit = (largest > 1e-30).select(largest, 1.0) * (1 / LARGEST)
+        integer = f.round_even(x / unit).to(I32)
+        upper = (integer + 128) >> 8
+        byte = group * (2 * GROUP) + w.lane
+        w.store(upper.to(I8), both, byte)
+        w.store((integer - (upper << 8)).to(I8), both, byte + GROUP)
+        # a sum that is not finite must not vanish in an integer
+        w.store(unit + w.sum(x * 0.0), units, group, w.lane.equals(0))
+        half = w.sum(integer, (8, 4, 2, 1))
+        w.store(half, sums, group * 2 + (w.lane >> 4), (w.lane & 15).equals(0))
 
 
 def rows_of_warp(m: int) -> int:
@@ -82,6 +88,5 @@ def emit_product(
                 total[r][i] = total[r][i] + added
     for r in range(count):
         for i in range(m):
-            found = w.sum(total[r][i])
-            with f.when(numbers[r] < rows):
-                w.store(found, y, numbers[r] + i * rows)
+            is_first = w.lane.equals(0) & w.spread(numbers[r] < rows)
+            w.store(w.sum(total[r][i]), y, w.spread(numbers[r] + i * rows), is_first)

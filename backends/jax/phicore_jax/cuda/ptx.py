@@ -1,13 +1,20 @@
-"""Kernels as PTX, NVIDIA's assembly, which LLVM writes and the driver compiles for its card."""
+"""Kernels as PTX, NVIDIA's assembly, which LLVM writes and the driver compiles for its card.
+
+XLA takes the text, and launches it like a kernel of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
+import jax
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 
-from phicore_jax.cuda.warp import Card, Warp
+from phicore_jax.cuda.warp import LANES, Card
 from phicore_jax.kernels.build import optimized
 from phicore_jax.kernels.lang import Function, Module, Target, Value
 
@@ -29,23 +36,100 @@ def has_target() -> bool:
     return True
 
 
-def ptx(name: str, arguments: int, emit: Callable[[Warp, Sequence[Value]], None]) -> str:
+@cache
+def _machine() -> Any:
+    assert has_target()
+    target = llvm.Target.from_triple(TRIPLE)
+    return target.create_target_machine(cpu=CAPABILITY, features=VERSION, opt=3)
+
+
+Emit = Callable[..., None]
+"""`emit(warp, *constants, arguments)` writes what a warp does; arguments are pointers."""
+
+
+def launch(
+    emit: Emit,
+    constants: tuple[Any, ...],
+    operands: Sequence[Any],
+    results: Sequence[Any],
+    warps: int,
+) -> tuple[Any, ...]:
+    """Run a kernel on arrays of JAX.
+
+    Args:
+        emit: Its arguments are the operands and then the results.
+        constants: What the kernel is compiled for; hashable.
+        results: Their shapes and dtypes.
+        warps: At least so many are run.
+    """
+    return _call(emit, constants, operands, results, warps, len(operands) + len(results), {})
+
+
+def launch_in_place(
+    emit: Emit,
+    constants: tuple[Any, ...],
+    operands: Sequence[Any],
+    changed: Sequence[Any],
+    warps: int,
+) -> tuple[Any, ...]:
+    """Run a kernel that writes into arrays, which are arguments behind the operands.
+
+    Returns:
+        What becomes of these arrays.
+    """
+    count = len(operands)
+    aliases = {count + i: i for i in range(len(changed))}
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in changed]
+    # XLA may hand their pointers to the kernel once more, as those of results; these come last,
+    # and a kernel may take fewer pointers than it is handed.
+    pointers = count + len(changed)
+    return _call(emit, constants, (*operands, *changed), results, warps, pointers, aliases)
+
+
+def _call(
+    emit: Emit,
+    constants: tuple[Any, ...],
+    operands: Sequence[Any],
+    results: Sequence[Any],
+    warps: int,
+    pointers: int,
+    aliases: dict[int, int],
+) -> tuple[Any, ...]:
+    call = jax.ffi.ffi_call("__gpu$xla.gpu.ptx", tuple(results), input_output_aliases=aliases)
+    found = call(
+        *operands,
+        name=_name(emit),
+        kernel_type="ptx",
+        kernel_data=ptx(emit, constants, pointers),
+        **_sizes("grid", -(-warps // WARPS_OF_BLOCK)),
+        **_sizes("block", WARPS_OF_BLOCK * LANES),
+        shared_mem_bytes=np.int32(0),
+    )
+    return tuple(found)
+
+
+def _name(emit: Emit) -> str:
+    return emit.__name__.removeprefix("emit_")
+
+
+def _sizes(what: str, x: int) -> dict[str, np.int32]:
+    return {f"{what}_{axis}": np.int32(x if axis == "x" else 1) for axis in "xyz"}
+
+
+@cache
+def ptx(emit: Emit, constants: tuple[Any, ...], pointers: int) -> str:
     """A kernel's PTX.
 
     Args:
-        arguments: How many pointers it takes, all to different memory.
-        emit: Writes what a warp does.
+        pointers: How many it takes, all to different memory.
     """
     module = Module(Target("cuda"))
 
     def body(f: Function, *args: Value) -> None:
-        emit(Card(f, WARPS_OF_BLOCK), args)
+        emit(Card(f, WARPS_OF_BLOCK), *constants, args)
 
-    function = module.function(name, [GLOBAL] * arguments, body)
+    function = module.function(_name(emit), [GLOBAL] * pointers, body)
     function.calling_convention = "ptx_kernel"
     for argument in function.args:
         argument.add_attribute("noalias")
-    machine = llvm.Target.from_triple(TRIPLE).create_target_machine(
-        cpu=CAPABILITY, features=VERSION, opt=3
-    )
-    return optimized(module, machine, lambda m, parsed: m.emit_assembly(parsed))
+    return optimized(module, _machine(), lambda m, parsed: m.emit_assembly(parsed))

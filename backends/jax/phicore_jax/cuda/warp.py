@@ -2,17 +2,31 @@
 
 On a card a lane is a thread, and its values are numbers. On a processor the warp is one thread, and
 its values are vectors of 32 numbers. A kernel is written once, for a `Warp`, so the tests run the
-very source that a card runs. Values that are the same in all lanes are called uniform.
+very source that a card runs. What is the same in all lanes may be uniform: a number on both.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
 
-from phicore_jax.kernels.lang import F32, I16, I32, I64, PTR, Function, Module, Value, vec
+from phicore_jax.kernels.lang import (
+    F16,
+    F32,
+    I1,
+    I8,
+    I16,
+    I32,
+    I64,
+    PTR,
+    Function,
+    Module,
+    Value,
+    vec,
+)
 
 LANES = 32
 
@@ -35,6 +49,10 @@ class Warp(ABC):
         """A uniform value as that of each lane."""
 
     @abstractmethod
+    def uniform(self, element: Any, pointer: Value, index: Value) -> Value:
+        """An element, which nobody writes, at a uniform int32."""
+
+    @abstractmethod
     def load(self, element: Any, pointer: Value, index: Value, count: int = 1) -> list[Value]:
         """`count` (1, 2 or 4) elements from element `count * index` on, which nobody writes.
 
@@ -43,16 +61,35 @@ class Warp(ABC):
         """
 
     @abstractmethod
+    def store(self, x: Value, pointer: Value, index: Value, where: Value | None = None) -> None:
+        """Store each lane's number at element `index`, each lane's int32, of those that may."""
+
+    @abstractmethod
     def dot4(self, acc: Value, a: Value, b: Value, *, signed: bool) -> Value:
         """acc + the sum of 4 products of bytes of int32; those of b are signed, a's if told."""
 
     @abstractmethod
-    def sum(self, x: Value) -> Value:
-        """The sum over the lanes of float32, uniform, added in pairs of lanes 16, 8, ... apart."""
+    def across(self, x: Value, distance: int) -> Value:
+        """The float32 or int32 of the lane whose number differs in one bit, 1, 2, 4, 8 or 16."""
 
     @abstractmethod
-    def store(self, x: Value, pointer: Value, index: Value) -> None:
-        """Store a uniform float32 at element `index`, a uniform int32."""
+    def of_lane(self, x: Value, lane: int) -> Value:
+        """The float32 of a lane, for each."""
+
+    def combine(
+        self, x: Value, distances: Sequence[int], how: Callable[[Value, Value], Value]
+    ) -> Value:
+        """What the lanes have that differ in these bits, combined in pairs; the same for each."""
+        for distance in distances:
+            x = how(x, self.across(x, distance))
+        return x
+
+    def sum(self, x: Value, distances: Sequence[int] = (16, 8, 4, 2, 1)) -> Value:
+        return self.combine(x, distances, lambda a, b: a + b)
+
+    def max(self, x: Value, distances: Sequence[int] = (16, 8, 4, 2, 1)) -> Value:
+        """The largest float32; NaN if any is."""
+        return self.combine(x, distances, self.f.maximum)
 
 
 class Card(Warp):
@@ -69,28 +106,40 @@ class Card(Warp):
     def spread(self, uniform: Value) -> Value:
         return uniform
 
+    def uniform(self, element: Any, pointer: Value, index: Value) -> Value:
+        return self.load(element, pointer, index)[0]
+
     def load(self, element: Any, pointer: Value, index: Value, count: int = 1) -> list[Value]:
-        size = element.width // 8 * count
+        size = _size(element) * count
         shape = vec(element, count) if count > 1 else element
         address = self.f.offset(pointer, index.to(I64, signed=False) * size)
         loaded = self.f.load(shape, address, align=size)
         loaded.ir.set_metadata("invariant.load", self._constant)
         return [loaded.lane(i) for i in range(count)] if count > 1 else [loaded]
 
+    def store(self, x: Value, pointer: Value, index: Value, where: Value | None = None) -> None:
+        size = _size(x.type)
+        address = self.f.offset(pointer, index.to(I64, signed=False) * size)
+        if where is None:
+            self.f.store(x, address, align=size)
+        else:
+            with self.f.when(where):
+                self.f.store(x, address, align=size)
+
     def dot4(self, acc: Value, a: Value, b: Value, *, signed: bool) -> Value:
         name = f"llvm.nvvm.idp4a.{'s' if signed else 'u'}.s"
         return self.f.call(name, I32, a, b, acc)
 
-    def sum(self, x: Value) -> Value:
-        for distance in (16, 8, 4, 2, 1):
-            mask, last = self.f.i32(-1), self.f.i32(31)
-            name = "llvm.nvvm.shfl.sync.bfly.f32"
-            x = x + self.f.call(name, F32, mask, x, self.f.i32(distance), last)
-        return x
+    def across(self, x: Value, distance: int) -> Value:
+        return self._shuffle("bfly", x, distance)
 
-    def store(self, x: Value, pointer: Value, index: Value) -> None:
-        with self.f.when(self.lane.equals(0)):
-            self.f.store(x, self.f.offset(pointer, index.to(I64) * 4), align=4)
+    def of_lane(self, x: Value, lane: int) -> Value:
+        return self._shuffle("idx", x, lane)
+
+    def _shuffle(self, how: str, x: Value, lane: int) -> Value:
+        mask, last = self.f.i32(-1), self.f.i32(LANES - 1)
+        name = f"llvm.nvvm.shfl.sync.{how}.{'f32' if x.is_float else 'i32'}"
+        return self.f.call(name, x.type, mask, x, self.f.i32(lane), last)
 
 
 class Host(Warp):
@@ -104,11 +153,20 @@ class Host(Warp):
     def spread(self, uniform: Value) -> Value:
         return uniform.splat(LANES)
 
+    def uniform(self, element: Any, pointer: Value, index: Value) -> Value:
+        return self.f.load(element, self.f.offset(pointer, index.to(I64) * _size(element)))
+
     def load(self, element: Any, pointer: Value, index: Value, count: int = 1) -> list[Value]:
         return [
             self.f.call(f"gather_{element}", vec(element, LANES), pointer, index * count + i)
             for i in range(count)
         ]
+
+    def store(self, x: Value, pointer: Value, index: Value, where: Value | None = None) -> None:
+        if where is None:
+            where = Value(self.f, ir.Constant(vec(I1, LANES), [1] * LANES))
+        where = where.to(I8)
+        self.f.call(f"scatter_{x.type.element}", ir.VoidType(), x, pointer, index, where)
 
     def dot4(self, acc: Value, a: Value, b: Value, *, signed: bool) -> Value:
         for i in range(4):
@@ -116,19 +174,22 @@ class Host(Warp):
             acc = acc + (x.sar(24) if signed else x >> 24) * y.sar(24)
         return acc
 
-    def sum(self, x: Value) -> Value:
-        return self.f.sum_of_lanes(x)
+    def across(self, x: Value, distance: int) -> Value:
+        return x.lanes([i ^ distance for i in range(LANES)])
 
-    def store(self, x: Value, pointer: Value, index: Value) -> None:
-        self.f.store(x, self.f.offset(pointer, index.to(I64) * 4), align=4)
+    def of_lane(self, x: Value, lane: int) -> Value:
+        return x.lanes([lane] * LANES)
 
     @staticmethod
-    def emit_gathers(module: Module) -> None:
-        """The functions that `load` calls."""
-        for element in (I16, I32):
+    def emit_functions(module: Module) -> None:
+        """Those that `load` and `store` call."""
+        indices = vec(I32, LANES)
+        for element in (I8, I16, I32, F16, F32):
+            size, shape = _size(element), vec(element, LANES)
 
-            def gather(f: Function, pointer: Value, index: Value, element: Any = element) -> Value:
-                size = element.width // 8
+            def gather(
+                f: Function, pointer: Value, index: Value, element: Any = element, size: int = size
+            ) -> Value:
                 numbers, found = f.buffer(4 * LANES), f.buffer(size * LANES)
                 f.store(index, numbers)
                 with f.loop(LANES) as i:
@@ -137,5 +198,29 @@ class Host(Warp):
                     f.store(one, f.offset(found, i * size))
                 return f.load(vec(element, LANES), found)
 
-            name, shape = f"gather_{element}", vec(element, LANES)
-            module.function(name, [PTR, vec(I32, LANES)], gather, shape, exported=False)
+            def scatter(
+                f: Function,
+                x: Value,
+                pointer: Value,
+                index: Value,
+                where: Value,
+                element: Any = element,
+                size: int = size,
+            ) -> None:
+                numbers, values, allowed = (f.buffer(n * LANES) for n in (4, size, 1))
+                for value, memory in ((index, numbers), (x, values), (where, allowed)):
+                    f.store(value, memory)
+                with f.loop(LANES) as i, f.when(f.load(I8, f.offset(allowed, i)).to(I1)):
+                    at = f.load(I32, f.offset(numbers, i * 4)).to(I64)
+                    one = f.load(element, f.offset(values, i * size))
+                    f.store(one, f.offset(pointer, at * size))
+
+            name = f"gather_{element}"
+            module.function(name, [PTR, indices], gather, shape, exported=False)
+            name, arguments = f"scatter_{element}", [shape, PTR, indices, vec(I8, LANES)]
+            module.function(name, arguments, scatter, exported=False)
+
+
+def _size(element: Any) -> int:
+    """Bytes."""
+    return {F16: 2, F32: 4}.get(element) or int(element.width) // 8

@@ -29,6 +29,7 @@ from phicore_jax.kernels.lang import Module, Target
 from phicore_jax.kernels.linear import Product
 from phicore_jax.kernels.packed import CACHE_ROWS, ROWS_OF_STRIP, Packed
 from phicore_jax.kernels.pool import Pool, emit_worker, thread_count
+from phicore_jax.own import OwnKernels
 
 Array = Any
 
@@ -45,15 +46,21 @@ def _strip_bytes(ggml_type: GGMLQuantizationType, columns: int) -> int:
 _ALL: list[Kernels] = []
 
 
-class Kernels:
+class Kernels(OwnKernels):
     """Kernels for an instruction set, and threads that run them.
 
     Args:
         target: One of `build.supported_targets`.
     """
 
+    packed = Packed
+    cache_types = ("i24", "i16", "f16", "f32", "q8_0")
+    has_threads = True
+    has_rowwise = True
+
     def __init__(self, target: str) -> None:
         self._compiler = Compiler(Target(target))
+        self.has_fast_products = self._compiler.target.has_byte_dot
         self._worker = self._compiler.library("worker", emit_worker, ["pool_worker"])
         self._threads = thread_count()
         self._registered: set[str] = set()
@@ -78,13 +85,14 @@ class Kernels:
             )
         self._threads = threads
 
-    @staticmethod
-    def has_type(ggml_type: GGMLQuantizationType) -> bool:
+    def has_type(self, ggml_type: GGMLQuantizationType) -> bool:
         return ggml_type in FORMATS or ggml_type in dense.ELEMENT_BYTES
 
-    @property
-    def has_fast_products(self) -> bool:
-        return self._compiler.target.has_byte_dot
+    def has_experts(self, ggml_type: GGMLQuantizationType) -> bool:
+        return self.has_type(ggml_type)
+
+    def has_cache(self, cache_type: str, tokens: int, dim: int) -> bool:
+        return True
 
     @property
     def threads(self) -> int:

@@ -1,0 +1,253 @@
+"""Attention of one new token for each sequence on a card, over the part of the cache it sees.
+
+The positions that a head sees are dealt out to several warps, and those of a warp to eight groups
+of four lanes: four lanes have the D channels of a key and its value, in chunks of 8. Each group
+keeps the largest score that it has met, the sum of the powers, and the sum of the values weighed by
+them, relative to the largest (Milakov and Gimelshein, "Online normalizer calculation for softmax",
+2018); the groups of a warp are put together at its end, the warps of a head by a second kernel (Dao
+et al., "Flash-Decoding for long-context inference", 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phicore.shapes import power_of_two
+from phicore_jax.cuda.formats import as_float
+from phicore_jax.cuda.warp import LANES, Warp
+from phicore_jax.kernels.attention import exp
+from phicore_jax.kernels.lang import F16, F32, I16, I32, I64, Value
+
+CACHE_TYPES = ("i16", "f16", "f32")
+CHUNK = 8  # channels that a lane has next to each other
+QUAD = 4  # lanes of a key
+KEYS = LANES // QUAD  # of a warp at a time
+TOGETHER = 2  # of a group of lanes, loaded at once
+WARPS = 2048  # that a card is to have
+NOTHING = -1e30  # the largest score where there is none
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a layer's attention: B, H, K, S and D of the protocol, and the type of its cache."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    capacity: int
+    dim: int
+    cache_type: str
+
+    @property
+    def splits(self) -> int:
+        """Warps of a head: a power of two, up to 64."""
+        wanted = max(1, WARPS // (self.batch * self.heads))
+        most = min(64, max(1, self.capacity // (KEYS * TOGETHER)), wanted)
+        return power_of_two(most + 1) // 2
+
+    @property
+    def chunks(self) -> int:
+        """Of a lane."""
+        return self.dim // (CHUNK * QUAD)
+
+
+def has_dim(dim: int) -> bool:
+    """Whether heads of this size fit."""
+    return dim % LANES == 0 and dim <= 256
+
+
+def emit_store(w: Warp, shape: Shape, args: Sequence[Value]) -> None:
+    """What a warp does to round a row of keys or values, and to put it into the cache.
+
+    Args:
+        args: Pointers to keys and values (B, K, D), positions (B,), and then the cache, with
+            capacity for S positions: rows of keys and of values, or rows and scales of each.
+    """
+    f, s = w.f, shape
+    per_row = s.dim // LANES
+    count = s.batch * s.kv_heads
+    cache = args[3:]
+    planes = len(cache) // 2
+    with f.when(w.number < 2 * count):
+        for which in range(2):
+            with f.when((w.number >= count) if which else (w.number < count)):
+                row = w.number - which * count
+                position = w.uniform(I32, args[2], row // s.kv_heads)
+                slot = row * s.capacity + position
+                x = [
+                    w.load(F32, args[which], w.lane + w.spread(row * s.dim + LANES * i))[0]
+                    for i in range(per_row)
+                ]
+                rows, *scales = cache[which * planes : (which + 1) * planes]
+                _store_row(w, s, x, slot, rows, scales)
+
+
+def _store_row(
+    w: Warp, s: Shape, x: list[Value], slot: Value, rows: Value, scales: Sequence[Value]
+) -> None:
+    f = w.f
+    at = w.spread(slot * s.dim) + w.lane
+    if s.cache_type == "i16":
+        largest, rest = f.absolute(x[0]), x[0] * 0.0
+        for more in x[1:]:
+            largest, rest = f.maximum(largest, f.absolute(more)), rest + more * 0.0
+        # as `kv_cache.multiples`: what is not finite makes the scale NaN
+        scale = w.max(largest) / 32767.0 + w.sum(rest)
+        w.store(scale, scales[0], w.spread(slot), w.lane.equals(0))
+        divisor = (scale > 0.0).select(scale, 1.0)
+        found = [f.round_even(number / divisor) for number in x]
+        found = [(n > 32767.0).select(32767.0, n) for n in found]
+        found = [(n < -32767.0).select(-32767.0, n) for n in found]
+        stored = [(scale > 0.0).select(n, 0.0).to(I32).to(I16) for n in found]
+    elif s.cache_type == "f16":
+        stored = [number.to(F16) for number in x]
+    else:
+        stored = x
+    for i, number in enumerate(stored):
+        w.store(number, rows, at + LANES * i)
+
+
+def emit_attention(w: Warp, shape: Shape, window: int | None, args: Sequence[Value]) -> None:
+    """What a warp does: the attention of a head to its part of the positions.
+
+    Args:
+        args: Pointers to scaled queries (B, H, D), positions (B,), and the cache as `emit_store`
+            has it; then, for P splits, to sums of values (B, H, P, D), and to the largest score and
+            the sum of powers (B, H, P, 2).
+    """
+    f, s = w.f, shape
+    splits, total = s.splits, s.batch * s.heads * s.splits
+    query, positions, *cache, sums, stats = args
+    planes = len(cache) // 2
+    with f.when(w.number < total):
+        split, head = w.number % splits, w.number // splits
+        batch = head // s.heads
+        kv_head = batch * s.kv_heads + (head % s.heads) // (s.heads // s.kv_heads)
+        last = w.uniform(I32, positions, batch)
+        first = f.i32(0)
+        if window is not None:
+            first = (last >= window).select(last - (window - 1), 0)
+        quad, group = w.lane & (QUAD - 1), w.lane >> 2
+        q = _chunks(w, s, query, w.spread(head), quad, "f32")
+        zero = w.spread(f.f32(0.0))
+        largest = f.variable(w.spread(f.f32(NOTHING)))
+        power = f.variable(zero)
+        values = [f.variable(zero) for _ in q]
+        step = splits * KEYS
+        start = (first + split * KEYS).to(I64)
+        with f.loop(last.to(I64) + 1, start, step * TOGETHER) as at:
+            keys = []
+            for i in range(TOGETHER):
+                position = w.spread(at.to(I32) + i * step) + group
+                is_seen = position <= w.spread(last)
+                row = w.spread(kv_head * s.capacity) + is_seen.select(position, w.spread(last))
+                numbers, *scales = cache[:planes]
+                k = _chunks(w, s, numbers, row, quad, s.cache_type)
+                k_scale = [w.load(F32, plane, row)[0] for plane in scales]
+                numbers, *scales = cache[planes:]
+                v = _chunks(w, s, numbers, row, quad, s.cache_type)
+                v_scale = [w.load(F32, plane, row)[0] for plane in scales]
+                keys.append((is_seen, k, k_scale, v, v_scale))
+            for is_seen, k, k_scale, v, v_scale in keys:
+                score = q[0] * k[0]
+                for a, b in zip(q[1:], k[1:], strict=True):
+                    score = f.fma(a, b, score)
+                score = w.sum(score, (2, 1))
+                for factor in k_scale:
+                    score = score * factor
+                score = is_seen.select(score, NOTHING)
+                new = f.maximum(largest.value, score)
+                correction = exp(f, largest.value - new)
+                weight = is_seen.select(exp(f, score - new), 0.0)
+                largest.value = new
+                power.value = f.fma(power.value, correction, weight)
+                for factor in v_scale:
+                    weight = weight * factor
+                for value, b in zip(values, v, strict=True):
+                    value.value = f.fma(weight, b, value.value * correction)
+        _merge(w, s, head * splits + split, largest.value, power.value, values, (sums, stats))
+
+
+def _chunks(w: Warp, s: Shape, plane: Value, row: Value, quad: Value, row_type: str) -> list[Value]:
+    """The channels of a lane: chunk `QUAD * i + quad` of a row for each i."""
+    found = []
+    for i in range(s.chunks):
+        chunk = row * (s.dim // CHUNK) + quad + QUAD * i
+        if row_type == "f32":
+            found += w.load(F32, plane, chunk * 2, 4) + w.load(F32, plane, chunk * 2 + 1, 4)
+            continue
+        for word in w.load(I32, plane, chunk, 4):
+            if row_type == "i16":
+                found += [(word << 16).sar(16).to(F32), word.sar(16).to(F32)]
+            else:
+                found += [as_float(word.to(I16)), as_float((word >> 16).to(I16))]
+    return found
+
+
+def _merge(
+    w: Warp,
+    s: Shape,
+    place: Value,
+    largest: Value,
+    power: Value,
+    values: Sequence[Any],
+    results: tuple[Value, Value],
+) -> None:
+    """Put the groups of a warp together, and store what comes of them."""
+    f = w.f
+    sums, stats = results
+    groups = (16, 8, 4)
+    of_all = w.max(largest, groups)
+    factor = exp(f, largest - of_all)
+    power = w.sum(power * factor, groups)
+    merged = [w.sum(value.value * factor, groups) for value in values]
+    group, quad = w.lane >> 2, w.lane & (QUAD - 1)
+    for i in range(s.chunks):  # each group stores one of the channels
+        chosen = merged[CHUNK * i]
+        for channel in range(1, CHUNK):
+            chosen = group.equals(channel).select(merged[CHUNK * i + channel], chosen)
+        at = w.spread(place * s.dim) + (quad + QUAD * i) * CHUNK + group
+        w.store(chosen, sums, at)
+    at = w.spread(place * 2)
+    w.store(of_all, stats, at, w.lane.equals(0))
+    w.store(power, stats, at + 1, w.lane.equals(0))
+
+
+def emit_combine(w: Warp, shape: Shape, args: Sequence[Value]) -> None:
+    """What a warp does: a head, of what the warps of `emit_attention` found.
+
+    Args:
+        args: Pointers to what they stored, and to the result, (B, H, D).
+    """
+    f, s = w.f, shape
+    sums, stats, result = args
+    with f.when(w.number < s.batch * s.heads):
+        first = w.number * s.splits
+        largest, powers = [], []
+        for start in range(0, s.splits, LANES):  # a lane has a split, or two
+            split = w.lane + start
+            is_there = split < s.splits
+            at = (w.spread(first) + is_there.select(split, 0)) * 2
+            largest.append(is_there.select(w.load(F32, stats, at)[0], NOTHING))
+            powers.append(is_there.select(w.load(F32, stats, at + 1)[0], 0.0))
+        of_all = largest[0]
+        for more in largest[1:]:
+            of_all = f.maximum(of_all, more)
+        of_all = w.max(of_all)
+        factors = [exp(f, one - of_all) for one in largest]
+        power = factors[0] * powers[0]
+        for a, b in zip(factors[1:], powers[1:], strict=True):
+            power = f.fma(a, b, power)
+        power = w.sum(power)
+        values = [w.spread(f.f32(0.0))] * (s.dim // LANES)
+        for number in range(s.splits):
+            factor = w.of_lane(factors[number // LANES], number % LANES)
+            for i in range(len(values)):
+                at = w.spread((first + number) * s.dim) + (w.lane + LANES * i)
+                (part,) = w.load(F32, sums, at)
+                values[i] = f.fma(factor, part, values[i])
+        for i, value in enumerate(values):
+            at = w.spread(w.number * s.dim) + (w.lane + LANES * i)
+            w.store(value / power, result, at)

@@ -1,0 +1,124 @@
+"""The kernels of cards as functions of JAX arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+from phicore.gguf.reader import GGUFTensor
+from phicore_jax.cuda import attention
+from phicore_jax.cuda.attention import Shape
+from phicore_jax.cuda.formats import FORMATS, GROUP
+from phicore_jax.cuda.linear import emit_product, emit_quantize, rows_of_warp
+from phicore_jax.cuda.ptx import launch, launch_in_place
+from phicore_jax.own import OwnKernels
+
+Array = Any
+
+FEW_ROWS = 8
+"""Up to how many rows are multiplied by the kernel; more by XLA, with expanded weights."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["planes"], meta_fields=["type", "columns"])
+@dataclass(frozen=True)
+class Planes:
+    """N rows of K values, as `formats` says.
+
+    Attributes:
+        planes: Arrays whose first axis is N.
+        type: Of ggml.
+        columns: K.
+    """
+
+    planes: tuple[Array, ...]
+    type: Type
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        return int(self.planes[0].shape[0])
+
+    def dense(self) -> Array:
+        """The values, (N, K) float32."""
+        return FORMATS[self.type].dense(self.planes)
+
+
+class CudaKernels(OwnKernels):
+    """What `kernels.runtime.Kernels` is on a CPU. Its arrays are on a card."""
+
+    packed = Planes
+    cache_types = ("i16", "f16", "f32", "i24", "q8_0")
+
+    def has_type(self, ggml_type: Type) -> bool:
+        return ggml_type in FORMATS
+
+    def has_cache(self, cache_type: str, tokens: int, dim: int) -> bool:
+        return tokens == 1 and cache_type in attention.CACHE_TYPES and attention.has_dim(dim)
+
+    def pack(self, tensors: Sequence[GGUFTensor], count: int = 1) -> Planes:
+        fmt = FORMATS[tensors[0].type]
+        parts = [fmt.planes(tensor.data) for tensor in tensors]
+        planes = tuple(np.concatenate(plane) for plane in zip(*parts, strict=True))
+        return Planes(planes, fmt.type, tensors[0].shape[1])
+
+    def linear(
+        self, x: Array, w: Planes, experts: Array | None = None, *, is_fast: bool = False
+    ) -> Array:
+        if x.shape[0] > FEW_ROWS:
+            return x @ w.dense().T
+        m = x.shape[0]
+        constants = (FORMATS[w.type], (w.rows, w.columns), m)
+        result = jax.ShapeDtypeStruct((m, w.rows), jnp.float32)
+        warps = -(-w.rows // rows_of_warp(m))
+        (y,) = launch(emit_product, constants, (*quantize(x), *w.planes), (result,), warps)
+        return y
+
+    def rows(self, index: Array, w: Planes) -> Array:
+        return Planes(tuple(plane[index] for plane in w.planes), w.type, w.columns).dense()
+
+    def store(
+        self, k: Array, v: Array, positions: Array, cache_type: str, cache: Sequence[Array]
+    ) -> list[Array]:
+        batch, kv_heads, _, dim = k.shape
+        shape = Shape(batch, kv_heads, kv_heads, cache[0].shape[2], dim, cache_type)
+        operands, warps = (k, v, positions), 2 * batch * kv_heads
+        return list(launch_in_place(attention.emit_store, (shape,), operands, cache, warps))
+
+    def attention(
+        self,
+        q: Array,
+        positions: Array,
+        window: int | None,
+        cache_type: str,
+        keys: Array,
+        values: Array,
+        *scales: Array,
+    ) -> Array:
+        batch, heads, _, dim = q.shape
+        shape = Shape(batch, heads, keys.shape[1], keys.shape[2], dim, cache_type)
+        cache = (keys, scales[0], values, scales[1]) if scales else (keys, values)
+        parts = [
+            jax.ShapeDtypeStruct((batch, heads, shape.splits, n), jnp.float32) for n in (dim, 2)
+        ]
+        warps = batch * heads * shape.splits
+        found = launch(
+            attention.emit_attention, (shape, window), (q, positions, *cache), parts, warps
+        )
+        result = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+        (y,) = launch(attention.emit_combine, (shape,), found, (result,), batch * heads)
+        return y
+
+
+def quantize(x: Array) -> tuple[Array, ...]:
+    """Activations (M, K) as integers: see `emit_quantize`."""
+    groups = x.size // GROUP
+    shapes = ((2, GROUP), np.int8), ((), np.float32), ((2,), np.int32)
+    results = [jax.ShapeDtypeStruct((groups, *shape), dtype) for shape, dtype in shapes]
+    return launch(emit_quantize, (groups,), (x,), results, groups)
