@@ -1,14 +1,15 @@
 """Time: filling the cache with a prompt, then one token after another.
 
 There is one compiled function, `step`: the graph, the head and the sampler on T new tokens. With
-the prompt's chunks it is prefill, with T = 1 it is decode. Chunks come in few sizes and the cache
+the prompt's chunks it is prefill, with T = 1 it is decode. Where a call costs much, several decode
+steps are compiled as a loop. Chunks come in few sizes and the cache
 in few capacities, so that it is compiled a few times and not once per prompt length.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,7 +63,7 @@ class Engine:
         self._called: set[Any] = set()
         self._rope_factors = rope_factors
         self._rope_tables: dict[tuple[int, bool], Rope] = {}
-        self._steps: dict[Kinds, Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Any, Kinds], Callable[..., Any]] = {}
         self._score = ops.compile(self.score_fn, donate=(1,))
         self._shift = ops.compile(self.shift_fn, donate=(0,))
 
@@ -107,6 +108,79 @@ class Engine:
             _check_same(f"{kind.__name__}.advance", old, new)
         return cache, token, position, recent, following
 
+    def steps_fn(
+        self,
+        kinds: Kinds,
+        params: Params,
+        cache: list[LayerCache],
+        rope: Rope,
+        token: Array,
+        position: Array,
+        penalty: dict[str, Array],
+        draw: dict[str, Array] | None,
+        states: list[Mapping[str, Array]],
+        count: Array,
+        ends: Array,
+    ) -> tuple[list[LayerCache], Array, Array, Array, list[Mapping[str, Array]], Array]:
+        """Decode steps one after the other, N at most, until every row has ended.
+
+        Args:
+            token, position: (B, 1), of the first.
+            draw: With numbers for each of them, `uniforms` (N, B, V).
+            count: (1,) int32, how many are wanted.
+            ends: (any,) int32, the tokens that end a row; so does one that is no number.
+        Returns:
+            What `step_fn` does, of the last one; and what each sampled, (B, N).
+        """
+        ops, xp = self.ops, self.ops.xp
+        only = position[:, 0] * 0
+        slots = xp.arange(ops.steps, dtype=xp.int32)[None, :]
+
+        def goes_on(state: dict[str, Any]) -> Array:
+            token = state["token"]
+            has_ended = (token == ends[None, :]) | (token < 0)  # (B, any)
+            rows_left = 1 - xp.max(xp.astype(has_ended, xp.int32), axis=1)
+            return (state["index"] < count) & (xp.max(rows_left, axis=0, keepdims=True) > 0)
+
+        def step(state: dict[str, Any]) -> dict[str, Any]:
+            index, numbers = state["index"], draw
+            if draw is not None:
+                numbers = {**draw, "uniforms": xp.take(draw["uniforms"], index, axis=0)[0, :, :]}
+            cache, token, position, recent, states = self.step_fn(
+                kinds,
+                params,
+                state["cache"],
+                rope,
+                state["token"],
+                state["position"],
+                only,
+                {**penalty, "recent": state["recent"]},
+                numbers,
+                state["states"],
+            )
+            return {
+                "cache": cache,
+                "token": token,
+                "position": position,
+                "recent": recent,
+                "states": states,
+                "index": index + 1,
+                "tokens": xp.where(slots == index[:, None], token, state["tokens"]),
+            }
+
+        first = {
+            "cache": cache,
+            "token": token,
+            "position": position,
+            "recent": penalty["recent"],
+            "states": states,
+            "index": count * 0,
+            "tokens": xp.broadcast_to(token, (token.shape[0], ops.steps)),
+        }
+        s = ops.while_loop(goes_on, step, first)
+        names = ("cache", "token", "position", "recent", "states", "tokens")
+        return tuple(s[name] for name in names)
+
     def score_fn(
         self, params: Params, cache: list[LayerCache], rope: Rope, tokens: Array, positions: Array
     ) -> tuple[list[LayerCache], Array]:
@@ -132,32 +206,39 @@ class Engine:
         seed: int,
         timings: Timings,
         processors: Sequence[LogitsProcessor] = (),
+        ends: Collection[int] = (),
     ) -> Iterator[int]:
-        """Yield `limit` tokens that follow the prompt, at most `room_after` it."""
+        """Yield `limit` tokens that follow the prompt, at most `room_after` it, or up to an end."""
         started = time.perf_counter()
         sequence = _Sequence(
-            self, prompt, sampling, processors, limit=limit, seed=seed, timings=timings
+            self, prompt, sampling, processors, limit=limit, seed=seed, timings=timings, ends=ends
         )
         timings.prompt_tokens = len(prompt)
         sequence.prefill(prompt)
-        for index in range(limit):
-            token = sequence.token
-            # One step ahead where the library works in the background; but the first token does
+        done = 0
+        while True:
+            tokens, count = sequence.sampled, sequence.count
+            left = limit - done - count
+            # One call ahead where the library works in the background; but the first token does
             # not wait for the decode step to be compiled.
-            is_last = index == limit - 1
-            is_ahead = self.ops.asynchronous and index > 0 and not sequence.needs_tokens
-            if is_ahead and not is_last:
-                sequence.decode()
-            value = self.read(token)
-            if value < 0:
-                raise PhicoreError(_NO_TOKEN if processors else _NOT_FINITE)
-            sequence.tell(value)
-            timings.count_token(time.perf_counter() - started)
-            if index == 0:
-                self.progress("prompt", len(prompt), len(prompt))
-            yield value
-            if not is_ahead and not is_last:
-                sequence.decode()
+            is_ahead = self.ops.asynchronous and done > 0 and not sequence.needs_tokens
+            if is_ahead and left:
+                sequence.decode(left)
+            for value in self.read(tokens)[:count]:
+                if value < 0:
+                    raise PhicoreError(_NO_TOKEN if processors else _NOT_FINITE)
+                sequence.tell(value)
+                timings.count_token(time.perf_counter() - started)
+                if done == 0:
+                    self.progress("prompt", len(prompt), len(prompt))
+                done += 1
+                yield value
+                if value in ends:
+                    return
+            if not left:
+                return
+            if not is_ahead:
+                sequence.decode(left)
 
     def room_after(self, prompt: Sequence[int]) -> int:
         """How many tokens can follow a prompt; at least one.
@@ -200,15 +281,23 @@ class Engine:
                 "the answer included; shorten the prompt or raise the context"
             )
 
-    def read(self, token: Array) -> int:
-        """The token of a step, -1 if it found no finite scores to choose by; waits for it."""
-        return int(self.ops.to_numpy(token)[0, 0])
+    def read(self, tokens: Array) -> list[int]:
+        """Those of a call, -1 where it found no finite scores to choose by; waits for it."""
+        return [int(token) for token in self.ops.to_numpy(tokens)[0]]
 
     def step(self, kinds: Kinds) -> Callable[..., Any]:
         """The compiled `step_fn` with these logits processors."""
-        if kinds not in self._steps:
-            self._steps[kinds] = self.ops.compile(partial(self.step_fn, kinds), donate=(1,))
-        return self._steps[kinds]
+        return self._compile(self.step_fn, kinds)
+
+    def steps(self, kinds: Kinds) -> Callable[..., Any]:
+        """The compiled `steps_fn`."""
+        return self._compile(self.steps_fn, kinds)
+
+    def _compile(self, fn: Callable[..., Any], kinds: Kinds) -> Callable[..., Any]:
+        key = (fn.__name__, kinds)
+        if key not in self._compiled:
+            self._compiled[key] = self.ops.compile(partial(fn, kinds), donate=(1,))
+        return self._compiled[key]
 
     def capacity_for(self, positions: int) -> int:
         """Slots of a cache for so many positions: no more than the window needs."""
@@ -342,7 +431,8 @@ class _Sequence:
     """A sequence under way: its cache, and the arguments of its next step.
 
     Attributes:
-        token: (1, 1) int32, what the last step has sampled, perhaps not computed yet.
+        sampled: (1, N) int32, what the last call has sampled, perhaps not computed yet.
+        count: How many of them were wanted; beyond an end they mean nothing.
     """
 
     def __init__(
@@ -355,10 +445,11 @@ class _Sequence:
         limit: int,
         seed: int,
         timings: Timings,
+        ends: Collection[int],
     ) -> None:
         self._engine = engine
         self._processors = processors
-        self._step = engine.step(tuple(type(p) for p in processors))
+        self._kinds = tuple(type(p) for p in processors)
         self._states = [self._arrays(p, p.start(prompt, engine.vocab_size)) for p in processors]
         self.needs_tokens = any(map(needs_tokens, processors))
         self._seed = seed
@@ -368,6 +459,8 @@ class _Sequence:
         planned = len(prompt) + limit
         self._cache = _Cache(engine, len(prompt) + min(limit, EXPECTED_ANSWER), planned)
         self._only = engine.ops.asarray(np.zeros(1, np.int32))  # the index of a single token
+        ends_of_row = np.array(sorted(ends) or [-1], np.int32)
+        self._ends = engine.ops.asarray(ends_of_row)
         self._penalty = self._penalty_inputs(prompt, sampling, limit)
         self._draw = self._draw_inputs(sampling)
 
@@ -382,29 +475,56 @@ class _Sequence:
             self._cache.make_room(positions[0, 0], tokens.shape[1])
             self._run(asarray(tokens), asarray(positions - self._cache.first), asarray(last))
             if token is not None:  # that of the chunk before: it is in the cache when this is read
-                engine.read(token)
+                engine.ops.to_numpy(token)
                 engine.progress("prompt", done, len(prompt))
-            done, token = int(positions[0, last[0]]) + 1, self.token
+            done, token = int(positions[0, last[0]]) + 1, self._token
         self._index = 1
 
-    def decode(self) -> None:
-        """Run the last token, and sample the next one."""
-        position = self._cache.make_room(self._length + self._index - 1, 1, self._position)
-        self._run(self.token, position, self._only)
-        self._index += 1
+    def decode(self, most: int) -> None:
+        """Run the last token, and sample the next ones: as many as a call does, `most` at most."""
+        steps = self._engine.ops.steps
+        count = 1 if self.needs_tokens else min(most, steps)
+        position = self._cache.make_room(self._length + self._index - 1, count, self._position)
+        if steps == 1:
+            self._run(self._token, position, self._only)
+        else:
+            self._run_steps(position, count)
+        self._index += count
 
     def _run(self, tokens: Array, positions: Array, last: Array) -> None:
-        draw = self._draw
-        if draw is not None:
-            numbers = sampler.uniforms(self._seed, self._index, self._engine.vocab_size)
-            draw = {**draw, "uniforms": self._engine.ops.asarray(numbers[None])}
-        self._cache.layers, self.token, self._position, recent, self._states = self._engine.call(
-            self._step,
-            self._cache,
-            (tokens, positions, last, self._penalty, draw, self._states),
-            self._timings,
+        draw = None if self._draw is None else {**self._draw, "uniforms": self._uniforms(1)}
+        args = (tokens, positions, last, self._penalty, draw, self._states)
+        engine = self._engine
+        self._cache.layers, self._token, self._position, recent, self._states = engine.call(
+            engine.step(self._kinds), self._cache, args, self._timings
         )
         self._penalty = {**self._penalty, "recent": recent}
+        self.sampled, self.count = self._token, 1
+
+    def _run_steps(self, position: Array, count: int) -> None:
+        engine, draw = self._engine, self._draw
+        if draw is not None:
+            draw = {**draw, "uniforms": self._uniforms(count, engine.ops.steps)}
+        wanted = engine.ops.asarray(np.array([count], np.int32))
+        args = (self._token, position, self._penalty, draw, self._states, wanted, self._ends)
+        (
+            self._cache.layers,
+            self._token,
+            self._position,
+            recent,
+            self._states,
+            self.sampled,
+        ) = engine.call(engine.steps(self._kinds), self._cache, args, self._timings)
+        self._penalty = {**self._penalty, "recent": recent}
+        self.count = count
+
+    def _uniforms(self, count: int, room: int | None = None) -> Array:
+        """Numbers to draw with: (1, V), or (room, 1, V) of which `count` are used."""
+        size = self._engine.vocab_size
+        numbers = np.zeros((room or 1, size), np.float32)
+        for i in range(count):
+            numbers[i] = sampler.uniforms(self._seed, self._index + i, size)
+        return self._engine.ops.asarray(numbers if room is None else numbers[:, None])
 
     def tell(self, token: int) -> None:
         """Let processors that ask for it know the token that the next step begins with."""

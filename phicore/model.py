@@ -257,6 +257,7 @@ class Model:
         if isinstance(processors, str) or not isinstance(processors, Sequence):
             raise ArgumentError(f"processors: expected a list of them, got {processors!r:.60}")
         timings = Timings()
+        ends = frozenset() if ignore_eos else self.tokenizer.end_token_ids
         tokens = self._engine.generate(
             ids,
             sampling,
@@ -264,8 +265,8 @@ class Model:
             seed=seed,
             timings=timings,
             processors=[self._processor(p) for p in processors],
+            ends=ends,
         )
-        ends = frozenset() if ignore_eos else self.tokenizer.end_token_ids
         # A tokenizer that puts a space before every text must not lose the one before a word that
         # goes on from the prompt's last.
         stream = self.tokenizer.stream(

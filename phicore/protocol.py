@@ -80,6 +80,9 @@ class Backend(ABC):
     asynchronous: bool = False
     """Whether a compiled call returns before its result is there. The engine then starts the next
     step before it reads the last token."""
+    steps: int = 1
+    """How many decode steps a compiled call runs, where a call costs time: 8 or fewer, since text
+    comes when they are done. For more than 1 `while_loop` has to be one that `compile` can take."""
 
     device_name: str = "cpu"
     """The device it is on, by the name that made it."""
@@ -181,6 +184,20 @@ class Backend(ABC):
         for should compute them here, or they would refer to all that they were made of.
         """
         return fn
+
+    def while_loop(
+        self, condition: Callable[[Any], Array], body: Callable[[Any], Any], state: Any
+    ) -> Any:
+        """Call `state = body(state)` as long as `condition(state)`, one bool (1,), is true.
+
+        Args:
+            state: Nested containers of arrays; those that `body` returns have the same shapes.
+
+        The default looks at the condition, so a compiler cannot trace it.
+        """
+        while bool(self.to_numpy(condition(state))[0]):
+            state = body(state)
+        return state
 
     def peak_memory_bytes(self) -> int | None:
         """The most memory that was in use so far; None where that is not known."""

@@ -9,8 +9,8 @@ from conftest import ALL_BACKENDS, make_backend
 
 from phicore.protocol import Backend
 
-VARIANTS = ("jax-xla", "jax-avx2", "jax-generic") if "jax" in ALL_BACKENDS else ()
-"""JAX as it is on other processors, and where its kernels cannot be used."""
+VARIANTS = ("jax-xla", "jax-steps", "jax-avx2", "jax-generic") if "jax" in ALL_BACKENDS else ()
+"""JAX as it is on other processors and on cards, and where its kernels cannot be used."""
 
 
 def make_any(name: str) -> Backend:
@@ -19,6 +19,10 @@ def make_any(name: str) -> Backend:
     from phicore_jax.backend import JaxBackend
 
     kernels = None
+    if name == "jax-steps":
+        ops = JaxBackend("cpu", kernels=None)
+        ops.steps = 5
+        return ops
     if name != "jax-xla":
         pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
         from kernels.made import kernels_of

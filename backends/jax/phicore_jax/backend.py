@@ -37,6 +37,10 @@ from phicore_jax.own import OwnKernels
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
+# In a call on a card, whose steps are so short that the host would not keep up.
+STEPS = 8
+
+
 def device_names() -> list[str]:
     """The devices of this machine that JAX can use: `cpu`, `cuda`, `cuda:1`, ..."""
     return ["cpu", *(_name(device) for device in _cuda_devices())]
@@ -142,6 +146,7 @@ class JaxBackend(Backend):
     ) -> None:
         self.device = find_device(device)
         self.device_name = "cpu" if self.device.platform == "cpu" else _name(self.device)
+        self.steps = 1 if self.device.platform == "cpu" else STEPS
         keep_compiled_programs()
         if kernels == "host":
             find = find_kernels if self.device.platform == "cpu" else cuda.find_kernels
@@ -212,6 +217,11 @@ class JaxBackend(Backend):
                 return compiled(*args)
 
         return call
+
+    def while_loop(
+        self, condition: Callable[[Any], Array], body: Callable[[Any], Any], state: Any
+    ) -> Any:
+        return lax.while_loop(lambda s: condition(s)[0], body, state)
 
     def peak_memory_bytes(self) -> int | None:
         if self.device.platform == "cpu":

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phicore.protocol import Backend
+from phicore.protocol import Array, Backend
 from phicore.testing import oracle, tolerances
 from phicore.testing.compare import assert_close
 from phicore.testing.conformance.base import Conformance
@@ -147,6 +147,20 @@ class OperationsConformance(Conformance):
         assert ops.to_numpy(state["n"][0]).tolist() == [5, 5, 5]
         assert ops.to_numpy(state["n"][1]).tolist() == [6, 6, 6]
         assert ops.to_numpy(one).tolist() == [1, 1, 1]
+
+    def test_while_loop_ends_when_the_condition_is_false(self, ops: Backend) -> None:
+        def sum_below(n: Array) -> Array:
+            state = {"i": n * 0, "sums": [n * 0]}
+            return ops.while_loop(
+                lambda s: s["i"] < n,
+                lambda s: {"i": s["i"] + 1, "sums": [s["sums"][0] + s["i"]]},
+                state,
+            )["sums"][0]
+
+        run = ops.compile(sum_below) if ops.steps > 1 else sum_below
+        for n, expected in ((5, 10), (1, 0), (0, 0)):
+            found = ops.to_numpy(run(ops.asarray(np.array([n], np.int32))))
+            assert found.tolist() == [expected]
 
     def test_peak_memory_is_none_or_positive(self, ops: Backend) -> None:
         peak = ops.peak_memory_bytes()
