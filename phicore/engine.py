@@ -25,7 +25,6 @@ from phicore.rope import RopeFactors, is_long, rope_tables
 from phicore.sampler import Sampling
 from phicore.shapes import (
     LOGITS_CHUNKS,
-    PROMPT_CHUNKS,
     capacity_for,
     capacity_of_window,
     chunks,
@@ -303,7 +302,9 @@ class Engine:
         """Slots of a cache for so many positions: no more than the window needs."""
         window = self.config.sliding_window
         capacity = capacity_for(positions)
-        return capacity if window is None else min(capacity, capacity_of_window(window))
+        if window is None:
+            return capacity
+        return min(capacity, capacity_of_window(window, self.ops.prompt_chunks[-1]))
 
     def new_cache(self, capacity: int) -> list[LayerCache]:
         c = self.config
@@ -469,7 +470,8 @@ class _Sequence:
         asarray, engine = self._engine.ops.asarray, self._engine
         penalty, states, done, token = self._penalty, self._states, 0, None
         engine.progress("prompt", done, len(prompt))
-        for tokens, positions, last in chunks(prompt, PROMPT_CHUNKS, is_padded=engine.is_padded):
+        sizes = engine.ops.prompt_chunks
+        for tokens, positions, last in chunks(prompt, sizes, is_padded=engine.is_padded):
             # Every chunk samples a token; only the last one's counts.
             self._penalty, self._states = penalty, states
             self._cache.make_room(positions[0, 0], tokens.shape[1])

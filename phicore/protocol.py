@@ -47,6 +47,7 @@ import numpy as np
 from phicore import kv_cache
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
+from phicore.shapes import PROMPT_CHUNKS
 
 VERSION = 1
 """Of this protocol: raised when a backend that was right would no longer be."""
@@ -77,6 +78,9 @@ class Backend(ABC):
     """Whether the first call of a compiled function with new shapes takes long: it is announced."""
     compiled_tokens: int | None = None
     """Steps of more tokens than this run as they are, and are not announced; None: all compile."""
+    prompt_chunks: tuple[int, ...] = PROMPT_CHUNKS
+    """In steps of how many tokens it takes a prompt: 1, and each divides the next. If it compiles,
+    these are the shapes it sees, and else the last is the most."""
     asynchronous: bool = False
     """Whether a compiled call returns before its result is there. The engine then starts the next
     step before it reads the last token."""

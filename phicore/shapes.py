@@ -20,9 +20,9 @@ def capacity_for(positions: int) -> int:
     return MIN_CAPACITY * power_of_two(-(-positions // MIN_CAPACITY))
 
 
-def capacity_of_window(window: int) -> int:
+def capacity_of_window(window: int, chunk: int) -> int:
     """Room for what a token sees before it and for a chunk of a prompt, in multiples of 256."""
-    return -(-(window - 1 + PROMPT_CHUNKS[-1]) // MIN_CAPACITY) * MIN_CAPACITY
+    return -(-(window - 1 + chunk) // MIN_CAPACITY) * MIN_CAPACITY
 
 
 def power_of_two(n: int) -> int:

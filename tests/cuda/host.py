@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+import jax
 import llvmlite.binding as llvm
 import numpy as np
 from phicore_jax.cuda.formats import FORMATS
@@ -40,7 +42,7 @@ def quantize(x: np.ndarray) -> list[np.ndarray]:
 
 def run(
     emit: Any,
-    constants: Sequence[Any],
+    constants: tuple[Any, ...],
     operands: Sequence[np.ndarray],
     results: Sequence[tuple[Any, Any]],
     warps: int,
@@ -50,29 +52,59 @@ def run(
     Args:
         results: Shapes and dtypes.
     """
-
-    def warp(f: Function, programs: Value, *args: Value) -> None:
-        with f.loop(programs) as i:
-            emit(Host(f, i.to(I32)), *constants, args)
-
     found = [np.empty(shape, dtype) for shape, dtype in results]
     guarded = [np.full(a.nbytes + GUARD, 42, np.uint8) for a in found]
-    _run(warp, warps + 3, [*operands, *guarded])  # the last block may have more than there is to do
+    arrays = [*operands, *guarded]
+    _, function = _compiled(emit, constants, len(arrays))
+    # the last block may have more warps than there is to do
+    function(warps + 3, *(a.ctypes.data for a in arrays))
     for a, memory in zip(found, guarded, strict=True):
         assert (memory[a.nbytes :] == 42).all()
         a[...] = memory[: a.nbytes].view(a.dtype).reshape(a.shape)
     return found
 
 
-def _run(warp: Any, programs: int, arrays: Sequence[np.ndarray]) -> None:
+@cache
+def _compiled(emit: Any, constants: tuple[Any, ...], pointers: int) -> tuple[Any, Any]:
+    """A function of how many warps there are, and of pointers; and what keeps it in memory."""
+
+    def warps(f: Function, count: Value, *args: Value) -> None:
+        with f.loop(count) as i:
+            emit(Host(f, i.to(I32)), *constants, args)
+
     target = Target(supported_targets()[0])
     module = Module(target)
     Host.emit_functions(module)
-    module.function("kernel", [I64] + [PTR] * len(arrays), warp)
+    module.function("kernel", [I64] + [PTR] * pointers, warps)
     code = optimized(module, target_machine(target), lambda m, ir: m.emit_object(ir))
     jit = llvm.create_lljit_compiler(target_machine(target))
     builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
     builder.export_symbol("kernel")
     library = builder.link(jit, "kernel")
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_int64, *[ctypes.c_void_p] * len(arrays))
-    kind(int(library["kernel"]))(programs, *(a.ctypes.data for a in arrays))
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int64, *[ctypes.c_void_p] * pointers)
+    return (jit, library), kind(int(library["kernel"]))
+
+
+# ---- in place of `ptx.launch` and `ptx.launch_in_place` ------------------------------------------
+
+
+def launch(
+    emit: Any, constants: tuple[Any, ...], operands: Sequence[Any], results: Any, warps: int
+) -> tuple[Any, ...]:
+    def call(*arrays: Any) -> tuple[np.ndarray, ...]:
+        shapes = [(r.shape, r.dtype) for r in results]
+        return tuple(run(emit, constants, [np.array(a) for a in arrays], shapes, warps))
+
+    return tuple(jax.pure_callback(call, tuple(results), *operands))
+
+
+def launch_in_place(
+    emit: Any, constants: tuple[Any, ...], operands: Sequence[Any], changed: Any, warps: int
+) -> tuple[Any, ...]:
+    def call(*arrays: Any) -> tuple[np.ndarray, ...]:
+        copies = [np.array(a) for a in arrays]
+        run(emit, constants, copies, [], warps)
+        return tuple(copies[len(operands) :])
+
+    results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in changed)
+    return tuple(jax.pure_callback(call, results, *operands, *changed))

@@ -15,8 +15,9 @@ pytest.importorskip("jax", reason="the JAX backend is not installed")
 pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
 
 import jax.numpy as jnp
+from cuda import host
 from cuda.host import product, quantize
-from phicore_jax.cuda import find_kernels
+from phicore_jax.cuda import find_kernels, runtime
 from phicore_jax.cuda.formats import FORMATS
 from phicore_jax.cuda.linear import emit_product
 from phicore_jax.cuda.ptx import ptx
@@ -57,8 +58,24 @@ def test_dense_is_what_gguf_says(ggml_type: Type):
     assert np.array_equal(w.dense(), expected)
     index = jnp.asarray(np.array([5, 0, 0], np.int32))
     assert np.array_equal(kernels.rows(index, w), expected[[5, 0, 0]])
-    x = np.random.default_rng(2).standard_normal((9, 1280)).astype(np.float32)  # too many rows
-    assert_close(np.asarray(kernels.linear(jnp.asarray(x), w)), x @ expected.T, 5e-6)
+
+
+@pytest.mark.parametrize(("is_fast", "bound"), [(False, 1.2e-5), (True, 4e-4)])
+def test_products_of_many_rows_are_those_of_float64(
+    monkeypatch: pytest.MonkeyPatch, ggml_type: Type, is_fast: bool, bound: float
+):
+    """In three parts, the last a small one."""
+    monkeypatch.setattr(runtime, "launch", host.launch)
+    monkeypatch.setattr(runtime, "EXPANDED_BYTES", 1)
+    data = blocks(ggml_type, 600, 768)
+    w = kernels.pack([GGUFTensor("w", ggml_type, (600, 768), data)])
+    x = 30 * np.random.default_rng(2).standard_normal((11, 768)).astype(np.float32)
+    x[3], x[4] = 0, 1e-3 * x[4]
+    expected = x.astype(np.float64) @ gguf.quants.dequantize(data, ggml_type).astype(float).T
+    y = np.asarray(kernels.linear(jnp.asarray(x), w, is_fast=is_fast))
+    assert_close(y, expected, bound)
+    assert_close(y[4], expected[4], bound)
+    assert not y[3].any()
 
 
 def test_planes_take_hardly_more_than_the_file(ggml_type: Type):

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from phicore.shapes import LOGITS_CHUNKS, PROMPT_CHUNKS, capacity_for, capacity_of_window, chunks
 
+SIZES = [PROMPT_CHUNKS, LOGITS_CHUNKS, (1, 32, 256, 2048)]  # the last are those of cards
 
-@given(length=st.integers(1, 1200), is_padded=st.booleans())
-@pytest.mark.parametrize("sizes", [PROMPT_CHUNKS, LOGITS_CHUNKS])
+
+@given(length=st.integers(1, 5000), is_padded=st.booleans())
+@pytest.mark.parametrize("sizes", SIZES)
 def test_chunks_cover_the_prompt_in_order_and_fit_the_cache(sizes, length: int, is_padded: bool):
     prompt = list(range(1000, 1000 + length))
     seen: list[int] = []
@@ -39,4 +41,4 @@ def test_capacity_is_256_times_a_power_of_two(positions: int, capacity: int):
 
 @pytest.mark.parametrize(("window", "capacity"), [(1, 256), (2, 512), (257, 512), (2047, 2304)])
 def test_capacity_of_a_window_holds_it_and_a_chunk(window: int, capacity: int):
-    assert capacity_of_window(window) == capacity
+    assert capacity_of_window(window, 256) == capacity

@@ -39,6 +39,10 @@ CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 # In a call on a card, whose steps are so short that the host would not keep up.
 STEPS = 8
+# Few, since each is compiled, and large, since weights are expanded for each.
+CHUNKS = (1, 32, 256, 2048)
+QUERIES = 256
+"""Whose scores are in memory at a time."""
 
 
 def device_names() -> list[str]:
@@ -146,7 +150,8 @@ class JaxBackend(Backend):
     ) -> None:
         self.device = find_device(device)
         self.device_name = "cpu" if self.device.platform == "cpu" else _name(self.device)
-        self.steps = 1 if self.device.platform == "cpu" else STEPS
+        if self.device.platform != "cpu":
+            self.steps, self.prompt_chunks = STEPS, CHUNKS
         keep_compiled_programs()
         if kernels == "host":
             find = find_kernels if self.device.platform == "cpu" else cuda.find_kernels
@@ -328,7 +333,29 @@ class JaxBackend(Backend):
                 q * scale, positions, window, self._cache_type(), *arrays
             )
         numbers = {n: as_numbers(cache[n], cache.get(f"{n}_scale")) for n in ("k", "v")}
-        return super().attention(q, numbers, positions, scale, window)
+
+        def default(q: Array, numbers: LayerCache, positions: Array) -> Array:
+            with jax.default_matmul_precision(self._attention_precision):
+                return super(JaxBackend, self).attention(q, numbers, positions, scale, window)
+
+        tokens = q.shape[2]
+        if tokens <= QUERIES or tokens % QUERIES:
+            return default(q, numbers, positions)
+
+        def some(start: Array) -> Array:
+            part = lax.dynamic_slice_in_dim(q, start, QUERIES, axis=2)
+            at = lax.dynamic_slice_in_dim(positions, start, QUERIES, axis=1)
+            return default(part, numbers, at)
+
+        parts = lax.map(some, jnp.arange(0, tokens, QUERIES, dtype=jnp.int32))  # (n, B, H, ., D)
+        return jnp.moveaxis(parts, 0, 2).reshape(q.shape)
+
+    @property
+    def _attention_precision(self) -> str | None:
+        """By tensor cores: each number as two of bfloat16, or as one of 11 bits."""
+        if self.device.platform == "cpu":
+            return None
+        return "TF32_TF32_F32" if self.fast_prefill else "BF16_BF16_F32_X3"
 
     def contains(self, ids: Array, size: int) -> Array:
         ids = jnp.where(ids < 0, size, ids)  # a negative index would count from the end

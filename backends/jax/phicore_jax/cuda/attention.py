@@ -95,7 +95,7 @@ def _store_row(
             largest, rest = f.maximum(largest, f.absolute(more)), rest + more * 0.0
         # as `kv_cache.multiples`: what is not finite makes the scale NaN
         scale = w.max(largest) / 32767.0 + w.sum(rest)
-        w.store(scale, scales[0], w.spread(slot), w.lane.equals(0))
+        w.store([scale], scales[0], w.spread(slot), w.lane.equals(0))
         divisor = (scale > 0.0).select(scale, 1.0)
         found = [f.round_even(number / divisor) for number in x]
         found = [(n > 32767.0).select(32767.0, n) for n in found]
@@ -106,7 +106,7 @@ def _store_row(
     else:
         stored = x
     for i, number in enumerate(stored):
-        w.store(number, rows, at + LANES * i)
+        w.store([number], rows, at + LANES * i)
 
 
 def emit_attention(w: Warp, shape: Shape, window: int | None, args: Sequence[Value]) -> None:
@@ -209,10 +209,10 @@ def _merge(
         for channel in range(1, CHUNK):
             chosen = group.equals(channel).select(merged[CHUNK * i + channel], chosen)
         at = w.spread(place * s.dim) + (quad + QUAD * i) * CHUNK + group
-        w.store(chosen, sums, at)
+        w.store([chosen], sums, at)
     at = w.spread(place * 2)
-    w.store(of_all, stats, at, w.lane.equals(0))
-    w.store(power, stats, at + 1, w.lane.equals(0))
+    w.store([of_all], stats, at, w.lane.equals(0))
+    w.store([power], stats, at + 1, w.lane.equals(0))
 
 
 def emit_combine(w: Warp, shape: Shape, args: Sequence[Value]) -> None:
@@ -250,4 +250,4 @@ def emit_combine(w: Warp, shape: Shape, args: Sequence[Value]) -> None:
                 values[i] = f.fma(factor, part, values[i])
         for i, value in enumerate(values):
             at = w.spread(w.number * s.dim) + (w.lane + LANES * i)
-            w.store(value / power, result, at)
+            w.store([value / power], result, at)

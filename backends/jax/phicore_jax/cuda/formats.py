@@ -48,6 +48,19 @@ class Weights:
     offset: int = 0
     is_signed: bool = False
 
+    def values(self) -> list[Value]:
+        """The 32 numbers, float32."""
+        found = []
+        for q, quad in enumerate(self.quads):
+            scale = self.scales[q * len(self.scales) // len(self.quads)]
+            for i in range(4):
+                code = (quad << (24 - 8 * i)).sar(24) if self.is_signed else (quad >> 8 * i) & 255
+                if self.offset:
+                    code = code - self.offset
+                value = code.to(F32) * scale
+                found.append(value if self.bias is None else value + self.bias)
+        return found
+
     def times(self, w: Warp, activations: Sequence[Value], sums: Sequence[Value]) -> Value:
         """Their product with a group of activations, in units of these; float32.
 

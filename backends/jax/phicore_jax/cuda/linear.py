@@ -1,19 +1,23 @@
-"""Products of a few rows with a quantized matrix, on a card, weights as they are in memory.
+"""Products with a quantized matrix on a card, weights as they are in memory.
 
-A lane takes a group of 32 weights at a time, whose codes it loads 16 bytes at once; a warp takes
-two rows of the matrix, so that activations that were loaded are used more than once. These are
-integers: in each group multiples of 1 / 32512 of the largest, as two signed bytes, since a card
-multiplies four bytes in one instruction (`dp4a`) and would need eight to expand and multiply four
-weights in float32. Sums of a group are exact; the result is within 3e-5 of float64.
+Of a few rows: a lane takes a group of 32 weights at a time, whose codes it loads 16 bytes at once;
+a warp takes two rows of the matrix, so that activations that were loaded are used more than once.
+These are integers: in each group multiples of 1 / 32512 of the largest, as two signed bytes, since
+a card multiplies four bytes in one instruction (`dp4a`) and would need eight to expand and multiply
+four weights in float32. Sums of a group are exact; the result is within 3e-5 of float64.
+
+Of many rows: a part of the matrix at a time is expanded, to numbers of 16 bits that tensor cores
+multiply. Two of bfloat16 are a weight to within 2**-17, one of float16 to within 2**-11.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from phicore_jax.cuda.formats import GROUP, Format
 from phicore_jax.cuda.warp import LANES, Warp
-from phicore_jax.kernels.lang import F32, I8, I32, Value
+from phicore_jax.kernels.lang import F16, F32, I8, I16, I32, Value, vec
 
 LARGEST = 127 * 256  # both bytes of a multiple are signed
 
@@ -37,12 +41,12 @@ def emit_quantize(w: Warp, groups: int, args: Sequence[Value]) -> None:
         integer = f.round_even(x / unit).to(I32)
         upper = (integer + 128) >> 8
         byte = group * (2 * GROUP) + w.lane
-        w.store(upper.to(I8), both, byte)
-        w.store((integer - (upper << 8)).to(I8), both, byte + GROUP)
+        w.store([upper.to(I8)], both, byte)
+        w.store([(integer - (upper << 8)).to(I8)], both, byte + GROUP)
         # a sum that is not finite must not vanish in an integer
-        w.store(unit + w.sum(x * 0.0), units, group, w.lane.equals(0))
+        w.store([unit + w.sum(x * 0.0)], units, group, w.lane.equals(0))
         half = w.sum(integer, (8, 4, 2, 1))
-        w.store(half, sums, group * 2 + (w.lane >> 4), (w.lane & 15).equals(0))
+        w.store([half], sums, group * 2 + (w.lane >> 4), (w.lane & 15).equals(0))
 
 
 def rows_of_warp(m: int) -> int:
@@ -89,4 +93,64 @@ def emit_product(
     for r in range(count):
         for i in range(m):
             is_first = w.lane.equals(0) & w.spread(numbers[r] < rows)
-            w.store(w.sum(total[r][i]), y, w.spread(numbers[r] + i * rows), is_first)
+            w.store([w.sum(total[r][i])], y, w.spread(numbers[r] + i * rows), is_first)
+
+
+def emit_expand(
+    w: Warp,
+    fmt: Format,
+    columns: int,
+    part: tuple[int, int],
+    is_fast: bool,
+    args: Sequence[Value],
+) -> None:
+    """What a warp does to expand 32 groups.
+
+    Args:
+        columns: K.
+        part: The first row of the matrix that is wanted, and how many.
+        is_fast: Make float16 of the weights, (rows, K); else bfloat16, (rows, 3, K): what is
+            nearest to a weight, what is nearest to the rest, and the first again.
+        args: Pointers: the planes of the weight, the result.
+    """
+    *planes, result = args
+    groups = columns // GROUP
+    first, rows = part
+    number = w.spread(w.number * LANES) + w.lane
+    is_there = number < rows * groups
+    number = is_there.select(number, 0)
+    row, group = number // groups, number % groups
+    weights = fmt.read(w, planes, row + first, group, groups)
+    values = weights.values()
+    if is_fast:
+        parts = [[_bits(v.to(F16)) for v in values]]
+    else:
+        nearest = [_bfloat(v) for v in values]
+        rest = [_bfloat(v - _float(b)) for v, b in zip(values, nearest, strict=True)]
+        parts = [nearest, rest, nearest]
+    width = columns // 8  # of a row of one part, in 16 bytes
+    for number_of_part, bits in enumerate(parts):
+        words = [a | b << 16 for a, b in zip(bits[::2], bits[1::2], strict=True)]
+        start = (row * len(parts) + number_of_part) * width + group * (GROUP // 8)
+        for i in range(0, len(words), 4):
+            w.store(words[i : i + 4], result, start + i // 4, is_there)
+
+
+def _bfloat(x: Value) -> Value:
+    """The bits of the nearest bfloat16, as int32."""
+    bits = x.bits_as(_like(x, I32))
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+
+def _float(bfloat: Value) -> Value:
+    return (bfloat << 16).bits_as(_like(bfloat, F32))
+
+
+def _bits(half: Value) -> Value:
+    return half.bits_as(_like(half, I16)).to(I32, signed=False)
+
+
+def _like(x: Value, element: Any) -> Any:
+    """The type of x with other elements."""
+    count = getattr(x.type, "count", None)
+    return element if count is None else vec(element, count)

@@ -11,19 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+from jax import lax
 
 from phicore.gguf.reader import GGUFTensor
 from phicore_jax.cuda import attention
 from phicore_jax.cuda.attention import Shape
 from phicore_jax.cuda.formats import FORMATS, GROUP
-from phicore_jax.cuda.linear import emit_product, emit_quantize, rows_of_warp
+from phicore_jax.cuda.linear import emit_expand, emit_product, emit_quantize, rows_of_warp
 from phicore_jax.cuda.ptx import launch, launch_in_place
+from phicore_jax.cuda.warp import LANES
 from phicore_jax.own import OwnKernels
 
 Array = Any
 
 FEW_ROWS = 8
 """Up to how many rows are multiplied by the kernel; more by XLA, with expanded weights."""
+EXPANDED_BYTES = 64 << 20
+"""Of a part of a matrix that is expanded at a time."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["planes"], meta_fields=["type", "columns"])
@@ -55,6 +59,7 @@ class CudaKernels(OwnKernels):
 
     packed = Planes
     cache_types = ("i16", "f16", "f32", "i24", "q8_0")
+    has_fast_products = True
 
     def has_type(self, ggml_type: Type) -> bool:
         return ggml_type in FORMATS
@@ -72,7 +77,7 @@ class CudaKernels(OwnKernels):
         self, x: Array, w: Planes, experts: Array | None = None, *, is_fast: bool = False
     ) -> Array:
         if x.shape[0] > FEW_ROWS:
-            return x @ w.dense().T
+            return product_of_many(x, w, is_fast=is_fast)
         m = x.shape[0]
         constants = (FORMATS[w.type], (w.rows, w.columns), m)
         result = jax.ShapeDtypeStruct((m, w.rows), jnp.float32)
@@ -114,6 +119,36 @@ class CudaKernels(OwnKernels):
         result = jax.ShapeDtypeStruct(q.shape, jnp.float32)
         (y,) = launch(attention.emit_combine, (shape,), found, (result,), batch * heads)
         return y
+
+
+def product_of_many(x: Array, w: Planes, *, is_fast: bool) -> Array:
+    """(M, K) by N rows, which are expanded to numbers of 16 bits, some at a time: (M, N)."""
+    if is_fast:
+        largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+        unit = jnp.where(largest > 0, largest, 1)
+        left, dtype = (x / unit).astype(jnp.float16), jnp.float16
+    else:
+        # reduce_precision, since XLA may leave out a conversion to and from bfloat16
+        nearest = lax.reduce_precision(x, 8, 7)
+        rest = x - nearest
+        left = jnp.concatenate([nearest, nearest, rest], axis=1).astype(jnp.bfloat16)
+        dtype = jnp.bfloat16
+    width = left.shape[1]
+    most = max(256, EXPANDED_BYTES // (2 * width) // 256 * 256)
+    found: list[Array] = []
+    planes = w.planes
+    for start in range(0, w.rows, most):
+        count = min(most, w.rows - start)
+        if found:  # one after the other, so that one part is in memory at a time
+            left, planes, found[-1] = lax.optimization_barrier((left, planes, found[-1]))
+        constants = (FORMATS[w.type], w.columns, (start, count), is_fast)
+        result = jax.ShapeDtypeStruct((count, width), dtype)
+        warps = -(-count * w.columns // (GROUP * LANES))
+        (part,) = launch(emit_expand, constants, planes, (result,), warps)
+        sums = (((1,), (1,)), ((), ()))
+        found.append(lax.dot_general(left, part, sums, preferred_element_type=jnp.float32))
+    y = found[0] if len(found) == 1 else jnp.concatenate(found, axis=1)
+    return y * unit if is_fast else y
 
 
 def quantize(x: Array) -> tuple[Array, ...]:

@@ -61,8 +61,14 @@ class Warp(ABC):
         """
 
     @abstractmethod
-    def store(self, x: Value, pointer: Value, index: Value, where: Value | None = None) -> None:
-        """Store each lane's number at element `index`, each lane's int32, of those that may."""
+    def store(
+        self, x: Sequence[Value], pointer: Value, index: Value, where: Value | None = None
+    ) -> None:
+        """Store each lane's 1, 2 or 4 numbers from element `len(x) * index` on, of those that may.
+
+        Args:
+            index: Each lane's, int32.
+        """
 
     @abstractmethod
     def dot4(self, acc: Value, a: Value, b: Value, *, signed: bool) -> Value:
@@ -117,14 +123,17 @@ class Card(Warp):
         loaded.ir.set_metadata("invariant.load", self._constant)
         return [loaded.lane(i) for i in range(count)] if count > 1 else [loaded]
 
-    def store(self, x: Value, pointer: Value, index: Value, where: Value | None = None) -> None:
-        size = _size(x.type)
+    def store(
+        self, x: Sequence[Value], pointer: Value, index: Value, where: Value | None = None
+    ) -> None:
+        size = _size(x[0].type) * len(x)
         address = self.f.offset(pointer, index.to(I64, signed=False) * size)
+        together = x[0] if len(x) == 1 else self.f.vector(x)
         if where is None:
-            self.f.store(x, address, align=size)
+            self.f.store(together, address, align=size)
         else:
             with self.f.when(where):
-                self.f.store(x, address, align=size)
+                self.f.store(together, address, align=size)
 
     def dot4(self, acc: Value, a: Value, b: Value, *, signed: bool) -> Value:
         name = f"llvm.nvvm.idp4a.{'s' if signed else 'u'}.s"
@@ -162,11 +171,15 @@ class Host(Warp):
             for i in range(count)
         ]
 
-    def store(self, x: Value, pointer: Value, index: Value, where: Value | None = None) -> None:
+    def store(
+        self, x: Sequence[Value], pointer: Value, index: Value, where: Value | None = None
+    ) -> None:
         if where is None:
             where = Value(self.f, ir.Constant(vec(I1, LANES), [1] * LANES))
-        where = where.to(I8)
-        self.f.call(f"scatter_{x.type.element}", ir.VoidType(), x, pointer, index, where)
+        allowed = where.to(I8)
+        for i, number in enumerate(x):
+            name, at = f"scatter_{number.type.element}", index * len(x) + i
+            self.f.call(name, ir.VoidType(), number, pointer, at, allowed)
 
     def dot4(self, acc: Value, a: Value, b: Value, *, signed: bool) -> Value:
         for i in range(4):

@@ -378,6 +378,13 @@ class Function:
     def f32(self, x: float) -> Value:
         return Value(self, ir.Constant(F32, x))
 
+    def vector(self, numbers: Sequence[Value]) -> Value:
+        """A vector of numbers of one type."""
+        found = ir.Constant(vec(numbers[0].type, len(numbers)), ir.Undefined)
+        for i, number in enumerate(numbers):
+            found = self.builder.insert_element(found, number.ir, I32(i))
+        return Value(self, found)
+
     def null(self) -> Value:
         return Value(self, ir.Constant(PTR, None))
 

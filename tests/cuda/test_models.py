@@ -1,0 +1,80 @@
+"""Whole models with the kernels of cards, run on this processor, beside the defaults on NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from phicore.testing.compare import relative_error
+from phicore.testing.conformance.models import DRAWN, PROMPT, Reference, engine_of, text
+from phicore.testing.tiny_models import Q4_K_M, Tiny, write_model
+
+pytest.importorskip("jax", reason="the JAX backend is not installed")
+pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
+
+from cuda import host
+from phicore_jax.backend import JaxBackend
+from phicore_jax.cuda import runtime
+
+TINY = Tiny(
+    hidden_size=256,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=80,
+    max_position_embeddings=400,
+)
+MODELS = {
+    "q4_k_m": (TINY, Q4_K_M),
+    "window": (replace(TINY, sliding_window=7), Type.Q8_0),
+    "experts": (replace(TINY, arch="phimoe", num_local_experts=3), Type.Q4_K),
+}
+
+
+@pytest.fixture
+def ops(monkeypatch: pytest.MonkeyPatch) -> JaxBackend:
+    monkeypatch.setattr(runtime, "launch", host.launch)
+    monkeypatch.setattr(runtime, "launch_in_place", host.launch_in_place)
+    ops = JaxBackend("cpu", kernels=runtime.CudaKernels())
+    ops.steps = 4
+    return ops
+
+
+@pytest.mark.parametrize(
+    ("name", "cache_type"),
+    [
+        ("q4_k_m", "i16"),
+        ("q4_k_m", "f16"),
+        ("q4_k_m", "f32"),
+        ("window", "i16"),
+        ("experts", "i16"),
+    ],
+)
+def test_logits_and_text_are_those_of_the_reference(
+    ops: JaxBackend, tmp_path: Path, name: str, cache_type: str
+):
+    ops.configure(cache_type=cache_type)
+    tiny, types = MODELS[name]
+    path = write_model(tmp_path / "m.gguf", tiny, types, tokenizer=False)
+    engine, reference = engine_of(ops, path), engine_of(Reference(), path)
+    with np.errstate(all="ignore"):
+        logits = reference.logits(PROMPT)
+        expected = text(reference, DRAWN, limit=10)
+    bound = 1e-3 if cache_type == "f16" else 2e-4  # of so few numbers; of many it is smaller
+    assert relative_error(engine.logits(PROMPT), logits) < bound
+    singles = [engine.logits(PROMPT[:1]), reference.logits(PROMPT[:1])]
+    assert relative_error(*singles) < bound
+    if cache_type != "f16":
+        assert text(engine, DRAWN, limit=10) == expected
+
+
+def test_fast_prefill_is_as_exact_as_it_says(ops: JaxBackend, tmp_path: Path):
+    ops.configure(fast_prefill=True)
+    path = write_model(tmp_path / "m.gguf", TINY, Q4_K_M, tokenizer=False)
+    logits = engine_of(Reference(), path).logits(PROMPT)
+    error = relative_error(engine_of(ops, path).logits(PROMPT), logits)
+    assert 1e-5 < error < 2e-3
