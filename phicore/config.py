@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from phicore.errors import BackendError
 
 NUM_EXPERTS_PER_TOK = 2  # of models with experts: their routing is made for two
 
@@ -32,3 +34,22 @@ class Phi3Config:
     """How many matrices there are in place of each in `mlp`; 0: one, and no router."""
     attention_factor: float | None = None
     """LongRoPE: what sines and cosines are multiplied by; None: what the paper says."""
+
+    def share(self, devices: int) -> Phi3Config:
+        """Of the network that one of several devices computes: its heads, its part of `mlp`.
+
+        Raises:
+            BackendError: If these are not a multiple of the number of devices.
+        """
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if kv_heads % devices or self.intermediate_size % devices:
+            raise BackendError(
+                f"devices: {devices} cannot share {kv_heads} heads of keys and "
+                f"{self.intermediate_size} channels of the feed-forward layers; take fewer"
+            )
+        return replace(
+            self,
+            num_attention_heads=heads // devices,
+            num_key_value_heads=kv_heads // devices,
+            intermediate_size=self.intermediate_size // devices,
+        )

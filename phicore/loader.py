@@ -11,7 +11,7 @@ import numpy as np
 from phicore import graph
 from phicore.config import Phi3Config
 from phicore.errors import GGUFError
-from phicore.gguf.matrix import Matrix
+from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFFile, GGUFTensor
 from phicore.protocol import Backend, Params
 
@@ -96,34 +96,42 @@ class Tensors:
             )
         return tensor
 
-    def load(self, name: str, *parts: GGUFTensor) -> Any:
+    def load(self, name: str, *parts: GGUFTensor, split: Split | None = None) -> Any:
         """A matrix of the graph, made of taken tensors one below the other."""
-        weight = self._ops.load_weight(Matrix(name, parts))
+        weight = self._ops.load_weight(Matrix(name, parts, split))
         self._count(*parts)
         return weight
 
-    def load_experts(self, name: str, *parts: GGUFTensor) -> Any:
+    def load_experts(self, name: str, *parts: GGUFTensor, split: Split | None = None) -> Any:
         """Taken tensors (X, N, K): the parts of a matrix for each expert."""
 
         def expert(number: int) -> Matrix:
             return Matrix(
                 name,
                 tuple(replace(p, shape=p.shape[1:], data=p.data[number]) for p in parts),
+                split,
             )
 
         weight = self._ops.load_experts([expert(n) for n in range(parts[0].shape[0])])
         self._count(*parts)
         return weight
 
-    def matrix(self, name: str, rows: int, columns: int) -> Any:
+    def matrix(self, name: str, rows: int, columns: int, split: Split | None = None) -> Any:
         """A tensor that is a matrix of the graph."""
-        return self.load(name, self.take(name, rows, columns))
+        return self.load(name, self.take(name, rows, columns), split=split)
 
-    def vector(self, sizes: dict[str, int]) -> Any:
-        """Vectors of these names and sizes, one after the other, as float32."""
+    def vector(self, sizes: dict[str, int], *, is_split: bool = False) -> Any:
+        """Vectors of these names and sizes, one after the other, as float32.
+
+        Args:
+            is_split: Devices share each, as they do the rows of the matrix whose bias it is.
+        """
         tensors = [self.take(name, size) for name, size in sizes.items()]
         self._count(*tensors)
-        return self._ops.asarray(np.concatenate([tensor.dequantize() for tensor in tensors]))
+        values = [tensor.dequantize() for tensor in tensors]
+        if is_split and self._ops.devices > 1:
+            return self._ops.asarray_of_shares(values)
+        return self._ops.asarray(np.concatenate(values))
 
     def _count(self, *tensors: GGUFTensor) -> None:
         for tensor in tensors:

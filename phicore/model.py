@@ -155,6 +155,7 @@ class Model:
                 )
             self.sampling = _recommended_sampling(self.metadata, file.path)
             rope_factors = architecture.rope_factors(self.config, file)
+            self.config.share(ops.devices)  # before a long load
             ops.new_cache(1, 1, 1, self.config.head_dim)  # a type may not have room for such heads
             params = load_params(ops, architecture, self.config, file, progress)
         self._ops = ops
@@ -162,7 +163,7 @@ class Model:
         self._processors = processors or {}
         self._engine: Engine | None = Engine(
             ops,
-            self.config,
+            self.config.share(ops.devices),
             params,
             vocab_size=self.vocab_size,
             context=self.context,
@@ -347,6 +348,7 @@ def load(
     dtype: str | None = None,
     compact: bool = False,
     threads: int | None = None,
+    devices: int = 1,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model.
@@ -368,6 +370,7 @@ def load(
         compact: Round the scales of quantized weights to float16, where the backend keeps them in
             float32: an error of 2e-4 in weights that take a sixth less memory.
         threads: How many threads compute, where the backend can be told; None is its default.
+        devices: How many devices share the model, `device` and those after it.
         progress: Called with (what, done, total) while weights are loaded, steps are compiled and
             a prompt is read.
     Raises:
@@ -385,6 +388,7 @@ def load(
         threads=threads,
         dtype=dtype,
         compact=compact,
+        **({"devices": devices} if devices != 1 else {}),
     )
     return Model(
         files,

@@ -90,6 +90,10 @@ class Backend(ABC):
 
     device_name: str = "cpu"
     """The device it is on, by the name that made it."""
+    devices: int = 1
+    """How many devices share the model: the graph is that of one (`Phi3Config.share`), `linear`
+    makes of the products of a `Matrix.split` what the graph is to go on with, and all but shares of
+    weights and caches is the same on each."""
     cache_types: tuple[str, ...] = ("f32",)
     """How it can store keys and values, the default first: as `kv_cache` says, where the defaults
     do it if `xp` has the dtype, or types of its own."""
@@ -115,6 +119,7 @@ class Backend(ABC):
         threads: int | None = None,
         dtype: str | None = None,
         compact: bool = False,
+        devices: int = 1,
     ) -> None:
         """Set what a user may choose, before weights are loaded.
 
@@ -125,9 +130,12 @@ class Backend(ABC):
                 tell its library.
             dtype: One of `dtypes`; None is the first.
             compact: Round the scales of quantized weights to float16.
+            devices: On how many devices, of the kind of the first, to compute.
         Raises:
             BackendError: If this backend cannot do it.
         """
+        if devices != 1:
+            raise BackendError("devices: this backend computes on one")
         if threads is not None:
             raise BackendError("threads: this backend's library decides, on this device")
         if cache_type is not None and cache_type not in self.cache_types:
@@ -150,6 +158,10 @@ class Backend(ABC):
     @abstractmethod
     def asarray(self, x: np.ndarray) -> Array:
         """Copy a host array to the device, dtype kept."""
+
+    def asarray_of_shares(self, vectors: Sequence[np.ndarray]) -> Array:
+        """Copy each device's share of these vectors, one after the other, to it."""
+        raise NotImplementedError
 
     @abstractmethod
     def to_numpy(self, x: Array) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 from phicore.architectures.hyperparameters import Hyperparameters, short
 from phicore.config import Phi3Config
 from phicore.errors import GGUFError
+from phicore.gguf.matrix import Split
 from phicore.gguf.reader import GGUFFile, GGUFTensor
 from phicore.loader import Tensors
 from phicore.protocol import Params
@@ -232,7 +233,8 @@ class Architecture:
             "norm": tensors.vector({"output_norm.weight": e}),
         }
         if "output.weight" in tensors or not self.may_tie_embeddings:
-            params["lm_head"] = tensors.matrix("output.weight", v, e)
+            split = Split((v,), is_gathered=True)
+            params["lm_head"] = tensors.matrix("output.weight", v, e, split)
         return params
 
     def layer(self, config: Phi3Config, tensors: Tensors, blk: str) -> dict[str, Any]:
@@ -249,8 +251,14 @@ class Architecture:
         """`qkv_proj` and `o_proj`, and their biases."""
         q_size = config.num_attention_heads * config.head_dim
         return {
-            "qkv_proj": tensors.load("qkv_proj", *self.qkv(config, tensors, blk)),
-            "o_proj": tensors.matrix(f"{blk}.attn_output.weight", config.hidden_size, q_size),
+            "qkv_proj": tensors.load(
+                "qkv_proj",
+                *self.qkv(config, tensors, blk),
+                split=Split(tuple(qkv_rows(config).values())),
+            ),
+            "o_proj": tensors.matrix(
+                f"{blk}.attn_output.weight", config.hidden_size, q_size, Split()
+            ),
         }
 
     def qkv(self, config: Phi3Config, tensors: Tensors, blk: str) -> list[GGUFTensor]:
@@ -264,8 +272,10 @@ class Architecture:
         """`gate_up_proj` and `down_proj`; or a router and experts."""
         e, f = config.hidden_size, config.intermediate_size
         return {
-            "gate_up_proj": tensors.load("gate_up_proj", *self.gate_up(config, tensors, blk)),
-            "down_proj": tensors.matrix(f"{blk}.ffn_down.weight", e, f),
+            "gate_up_proj": tensors.load(
+                "gate_up_proj", *self.gate_up(config, tensors, blk), split=Split((f, f))
+            ),
+            "down_proj": tensors.matrix(f"{blk}.ffn_down.weight", e, f, Split()),
         }
 
     def gate_up(self, config: Phi3Config, tensors: Tensors, blk: str) -> list[GGUFTensor]:

@@ -12,6 +12,7 @@ from phicore.architectures.phi3 import LongRoPE
 from phicore.architectures.qwen2 import qkv_bias
 from phicore.config import NUM_EXPERTS_PER_TOK, Phi3Config
 from phicore.errors import GGUFError
+from phicore.gguf.matrix import Split
 from phicore.loader import Tensors
 from phicore.protocol import Params
 from phicore.rope import longrope_scale
@@ -82,6 +83,8 @@ class PhiMoE(LongRoPE):
         down = tensors.take(f"{blk}.ffn_down_exps.weight", x, e, f)
         return {
             "router": tensors.matrix(f"{blk}.ffn_gate_inp.weight", x, e),
-            "experts_gate_up_proj": tensors.load_experts("experts_gate_up_proj", *gate_up),
-            "experts_down_proj": tensors.load_experts("experts_down_proj", down),
+            "experts_gate_up_proj": tensors.load_experts(
+                "experts_gate_up_proj", *gate_up, split=Split((f, f))
+            ),
+            "experts_down_proj": tensors.load_experts("experts_down_proj", down, split=Split()),
         }

@@ -22,4 +22,4 @@ class Qwen2(Architecture):
 def qkv_bias(config: Phi3Config, tensors: Tensors, blk: str) -> dict[str, Any]:
     """The biases of queries, keys and values, one after the other."""
     sizes = {f"{blk}.attn_{part}.bias": rows for part, rows in qkv_rows(config).items()}
-    return {"qkv_proj_bias": tensors.vector(sizes)}
+    return {"qkv_proj_bias": tensors.vector(sizes, is_split=True)}

@@ -12,6 +12,7 @@ from phicore.cli.options import (
     CacheTypeOption,
     CompactOption,
     DeviceOption,
+    DevicesOption,
     DtypeOption,
     FastPrefillOption,
     JsonOption,
@@ -72,6 +73,7 @@ def bench(
     dtype: DtypeOption = None,
     compact: CompactOption = False,
     threads: ThreadsOption = None,
+    devices: DevicesOption = 1,
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
@@ -106,6 +108,7 @@ def bench(
             dtype=dtype,
             compact=compact,
             threads=threads,
+            devices=devices,
             progress=show,
         ) as loaded:
             found = measure(loaded, rows, repetitions, progress)

@@ -13,6 +13,7 @@ from phicore.cli.options import (
     CacheTypeOption,
     CompactOption,
     DeviceOption,
+    DevicesOption,
     DtypeOption,
     FastPrefillOption,
     JsonOption,
@@ -119,6 +120,7 @@ def generate(
     dtype: DtypeOption = None,
     compact: CompactOption = False,
     threads: ThreadsOption = None,
+    devices: DevicesOption = 1,
     as_json: JsonOption = False,
     stats: Annotated[
         bool, typer.Option("--stats/--no-stats", help="Print figures on standard error.")
@@ -160,6 +162,7 @@ def generate(
             dtype=dtype,
             compact=compact,
             threads=threads,
+            devices=devices,
             progress=progress,
         ) as loaded,
     ):

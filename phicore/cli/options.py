@@ -78,6 +78,10 @@ ThreadsOption = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="Threads that compute. [one for each processor]"),
 ]
+DevicesOption = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, help="How many devices share the model: cards, with JAX."),
+]
 TokenizerOption = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="A tokenizer.json to use instead of the model's own."),

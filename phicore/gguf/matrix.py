@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES
+
+from phicore.errors import BackendError
 
 if TYPE_CHECKING:
     from phicore.gguf.reader import GGUFTensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """How several devices share a matrix (Shoeybi et al., "Megatron-LM", 2019).
+
+    Attributes:
+        sections: Rows that lie on top of each other, such as those of queries, keys and values:
+            each device takes its share of each section, and computes its share of the product.
+            None: each takes its share of the columns, and their products are to be added.
+        is_gathered: Whether each device needs the rows' whole product.
+    """
+
+    sections: tuple[int, ...] | None = None
+    is_gathered: bool = False
 
 
 @dataclass(frozen=True)
@@ -17,10 +35,14 @@ class Matrix:
 
     `attn_q`, `attn_k` and `attn_v` of a `llama` file are three parts, perhaps of three types, of
     the one `qkv_proj` that the graph has.
+
+    Attributes:
+        split: How devices share it; None: each has all of it.
     """
 
     name: str
     parts: tuple[GGUFTensor, ...]
+    split: Split | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -31,3 +53,47 @@ class Matrix:
         if len(self.parts) == 1:
             return self.parts[0].dequantize()
         return np.concatenate([part.dequantize() for part in self.parts])
+
+    def share(self, device: int, count: int) -> Matrix:
+        """What one of `count` devices has of it.
+
+        Raises:
+            BackendError: If rows or blocks are not a multiple of the count.
+        """
+        if self.split is None:
+            return self
+        if self.split.sections is None:
+            parts = [self._columns(part, device, count) for part in self.parts]
+        else:
+            parts, start = [], 0
+            for rows in self.split.sections:
+                if rows % count:
+                    raise _indivisible(self.name, f"{rows} rows", count)
+                first = start + rows // count * device
+                parts += self._rows(first, first + rows // count)
+                start += rows
+        return Matrix(self.name, tuple(parts))
+
+    def _rows(self, first: int, end: int) -> list[GGUFTensor]:
+        found, start = [], 0
+        for part in self.parts:
+            rows = slice(max(first - start, 0), min(end - start, part.shape[0]))
+            start += part.shape[0]
+            if rows.start < rows.stop:
+                shape = (rows.stop - rows.start, part.shape[1])
+                found.append(replace(part, shape=shape, data=part.data[rows]))
+        return found
+
+    def _columns(self, part: GGUFTensor, device: int, count: int) -> GGUFTensor:
+        block, block_bytes = GGML_QUANT_SIZES[part.type]
+        blocks, rest = divmod(part.shape[1], block * count)
+        if rest:
+            what = f"{part.shape[1] // block} blocks of {part.type.name} in a row"
+            raise _indivisible(self.name, what, count)
+        width = blocks * block_bytes
+        data = part.data[:, device * width : (device + 1) * width]
+        return replace(part, shape=(part.shape[0], blocks * block), data=data)
+
+
+def _indivisible(name: str, what: str, count: int) -> BackendError:
+    return BackendError(f"{name}: its {what} cannot be shared by {count} devices; take fewer")

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -23,13 +24,14 @@ from jax import lax
 
 from phicore import kv_cache
 from phicore.errors import BackendError
-from phicore.gguf.matrix import Matrix
+from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFTensor
 from phicore.protocol import Array, Backend, LayerCache, Weight
 from phicore_jax import cuda, expanded
 from phicore_jax.cache import CACHE_DTYPES, as_numbers, as_stored, put, zeros
 from phicore_jax.kernels import CACHE_ROWS, ROWS_OF_STRIP, find_kernels
 from phicore_jax.own import OwnKernels
+from phicore_jax.parallel import Devices, Share
 
 # XLA's other orders compute whatever does not depend on the input first: here every expanded weight
 # of the model, all alive at once. In this order memory stays small and warm, and prefill takes half
@@ -52,7 +54,7 @@ def device_names() -> list[str]:
 
 def _cuda_devices() -> list[Any]:
     try:
-        return jax.devices("cuda")
+        return jax.local_devices(backend="cuda")
     except RuntimeError:  # no CUDA plugin, or no card
         return []
 
@@ -69,9 +71,9 @@ def find_device(name: str | None) -> Any:
     """
     if name is None:
         cards = _cuda_devices()
-        return cards[0] if cards else jax.devices("cpu")[0]
+        return cards[0] if cards else jax.local_devices(backend="cpu")[0]
     if name == "cpu":
-        return jax.devices("cpu")[0]
+        return jax.local_devices(backend="cpu")[0]
     for device in _cuda_devices():
         if name in (_name(device), f"cuda:{device.id}"):
             return device
@@ -132,7 +134,7 @@ def rows_of(part: Any) -> int:
 
 
 class JaxBackend(Backend):
-    """JAX on one device.
+    """JAX on one device, or on several that share the model.
 
     Args:
         device: Its name; None is the best one.
@@ -150,6 +152,7 @@ class JaxBackend(Backend):
     ) -> None:
         self.device = find_device(device)
         self.device_name = "cpu" if self.device.platform == "cpu" else _name(self.device)
+        self._shared: Devices | None = None
         if self.device.platform != "cpu":
             self.steps, self.prompt_chunks = STEPS, CHUNKS
         keep_compiled_programs()
@@ -167,7 +170,9 @@ class JaxBackend(Backend):
             self.has_fast_prefill = kernels.has_fast_products
             self.linear_error = 3e-5
 
-    def configure(self, *, threads: int | None = None, **choices: Any) -> None:
+    def configure(self, *, threads: int | None = None, devices: int = 1, **choices: Any) -> None:
+        if devices != 1:
+            self._shared, self.devices = Devices(self.device, devices), devices
         if self._kernels is not None and threads is not None and self._kernels.has_threads:
             self._kernels.set_threads(threads)
             threads = None
@@ -179,22 +184,52 @@ class JaxBackend(Backend):
     def _put(self, x: np.ndarray) -> Array:
         """Like `asarray`, of an array that nobody else holds: JAX may share its memory."""
         with memory_errors():
-            return jax.device_put(x, self.device)
+            return self._shared.put(x) if self._shared else jax.device_put(x, self.device)
+
+    def asarray_of_shares(self, vectors: Sequence[np.ndarray]) -> Array:
+        shares = [np.concatenate(s) for s in zip(*(self._cut(v) for v in vectors), strict=True)]
+        assert self._shared is not None
+        return self._shared.put_shares({n: shares[n] for n in self._shared.mine})
+
+    def _cut(self, vector: np.ndarray) -> list[np.ndarray]:
+        return np.split(vector, self.devices)
 
     def to_numpy(self, x: Array) -> np.ndarray:
         with memory_errors():
             return np.asarray(x)
 
     def load_weight(self, matrix: Matrix) -> Weight:
+        if self._shared and matrix.split:
+            return self._load_shares(matrix.split, lambda n: self._packed(self._share(matrix, n)))
+        return tuple(jax.tree.map(self._put, p) for p in self._packed(matrix))
+
+    def _load_shares(self, split: Split, pack: Callable[[int], list[Any]]) -> Weight:
+        assert self._shared is not None
+        with memory_errors():
+            parts = self._shared.put_shares({n: tuple(pack(n)) for n in self._shared.mine})
+        return Share(parts, is_sum=split.sections is None, is_all=split.is_gathered)
+
+    def _share(self, matrix: Matrix, number: int) -> Matrix:
+        return matrix.share(number, self.devices)
+
+    def _packed(self, matrix: Matrix) -> list[Any]:
         packed: list[Any] = []
         for part in joined(matrix.parts):
             if self._kernels is not None and self._kernels.has_type(part[0].type):
                 packed.append(self._kernels.pack(part))
             else:
                 packed.extend(expanded.pack(replace(matrix, parts=tuple(part))))
-        return tuple(jax.tree.map(self._put, p) for p in packed)
+        return packed
 
     def load_experts(self, matrices: Sequence[Matrix]) -> Weight:
+        split = matrices[0].split
+        if self._shared and split:
+            return self._load_shares(
+                split, lambda n: self._packed_experts([self._share(m, n) for m in matrices])
+            )
+        return tuple(jax.tree.map(self._put, p) for p in self._packed_experts(matrices))
+
+    def _packed_experts(self, matrices: Sequence[Matrix]) -> list[Any]:
         packed: list[Any] = []
         groups = zip(*(joined(matrix.parts) for matrix in matrices), strict=True)
         for group in groups:  # for each part of a matrix, that of every expert
@@ -204,7 +239,7 @@ class JaxBackend(Backend):
             else:
                 pairs = zip(matrices, group, strict=True)
                 packed.extend(expanded.pack_experts([replace(m, parts=tuple(p)) for m, p in pairs]))
-        return tuple(jax.tree.map(self._put, p) for p in packed)
+        return packed
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         is_cpu = self.device.platform == "cpu"
@@ -215,7 +250,11 @@ class JaxBackend(Backend):
                 return fn(*args)
 
         options = CPU_OPTIONS if is_cpu else {}
-        compiled = jax.jit(traced, donate_argnums=tuple(donate), compiler_options=options)
+        compiled: Any
+        if self._shared:
+            compiled = self._shared.compile(traced, donate, options)
+        else:
+            compiled = jax.jit(traced, donate_argnums=tuple(donate), compiler_options=options)
 
         def call(*args: Any) -> Any:
             with memory_errors():
@@ -241,6 +280,8 @@ class JaxBackend(Backend):
         return self._products(x, weight, experts)
 
     def _products(self, x: Array, weight: Weight, experts: Array | None = None) -> Array:
+        is_share = isinstance(weight, Share)
+
         def product(part: Any) -> Array:
             if self._kernels is not None and isinstance(part, self._kernels.packed):
                 return self._kernels.linear(x, part, experts, is_fast=self.fast_prefill)
@@ -248,8 +289,9 @@ class JaxBackend(Backend):
                 return expanded.product(x, part)
             return expanded.expert_product(x, experts, part)
 
-        products = [product(part) for part in weight]
-        return products[0] if len(products) == 1 else jnp.concatenate(products, axis=-1)
+        products = [product(part) for part in (weight.parts if is_share else weight)]
+        y = products[0] if len(products) == 1 else jnp.concatenate(products, axis=-1)
+        return weight.joined(y) if is_share else y
 
     def embedding(self, ids: Array, weight: Weight) -> Array:
         flat = ids.reshape(-1)
@@ -295,14 +337,21 @@ class JaxBackend(Backend):
                 kv_cache.check_blocks(head_dim)
                 width = head_dim + 2 * (head_dim // kv_cache.BLOCK)
             shape = (batch, heads, capacity, width)
-            cache[name] = self._put(zeros(shape, CACHE_DTYPES[row_type]))
+            cache[name] = self._zeros(shape, CACHE_DTYPES[row_type])
             if row_type in ("i24", "i16"):
-                cache[f"{name}_scale"] = self._put(zeros(shape[:3], np.float32))
+                cache[f"{name}_scale"] = self._zeros(shape[:3], np.float32)
         return cache
 
-    def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
+    def _zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        if self._shared is None:
+            return self._put(zeros(shape, dtype))
         with memory_errors():
-            return super().grow_cache(cache, capacity)
+            return self._shared.put_shares({n: zeros(shape, dtype) for n in self._shared.mine})
+
+    def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
+        grow = partial(super().grow_cache, capacity=capacity)
+        with memory_errors():
+            return self.compile(grow)(cache) if self._shared else grow(cache)
 
     def shift_cache(self, cache: LayerCache, count: Array) -> LayerCache:
         def shift(a: Array, count: Array) -> Array:  # of one sequence: (K, S, ...)

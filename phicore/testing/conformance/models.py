@@ -61,7 +61,7 @@ def engine_of(ops: Backend, path: Path) -> Engine:
         params = load_params(ops, architecture, config, file, lambda *_: None)
     return Engine(
         ops,
-        config,
+        config.share(ops.devices),
         params,
         vocab_size=PHI3.vocab_size,
         context=config.max_position_embeddings,

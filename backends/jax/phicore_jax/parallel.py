@@ -1,0 +1,132 @@
+"""Several devices that share a model: tensor parallelism after Megatron-LM.
+
+Each device runs the graph on its heads and its channels of the feed-forward layers, in a
+`jax.shard_map`; the devices meet where a product sums over what they share. What each has of a
+weight or a cache is stacked along the first axis of one array. The devices may belong to several
+processes, which all run the same program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from phicore.errors import BackendError
+
+Array = Any
+
+AXIS = "devices"
+CACHE = ("k", "v", "k_scale", "v_scale")
+"""Names of what a cache has: shares, where all other results are the same on each device."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["is_sum", "is_all"])
+@dataclass(frozen=True)
+class Share:
+    """A weight of which each device has a share.
+
+    Attributes:
+        parts: As of a weight that is not shared.
+        is_sum: Whether products are to be added.
+        is_all: Whether each device is to have the whole product.
+    """
+
+    parts: tuple[Any, ...]
+    is_sum: bool
+    is_all: bool
+
+    def joined(self, y: Array) -> Array:
+        """A product of the device's share as the graph goes on with it."""
+        if self.is_sum:
+            return lax.psum(y, AXIS)
+        return lax.all_gather(y, AXIS, axis=y.ndim - 1, tiled=True) if self.is_all else y
+
+
+class Devices:
+    """Those that share a model.
+
+    Args:
+        first: One of this process.
+        count: How many of its kind, it and those after it, of all processes.
+    Raises:
+        BackendError: If there are not so many.
+    """
+
+    def __init__(self, first: Any, count: int) -> None:
+        known = jax.devices(first.platform)
+        start = known.index(first) if jax.process_count() == 1 else 0
+        found = known[start : start + count]
+        if len(found) < count:
+            raise BackendError(
+                f"devices: {count} asked for, {len(found)} found ({first.platform})"
+                + ("" if start == 0 else f" from {first.platform}:{first.id} on")
+            )
+        self.mesh = Mesh(np.array(found), (AXIS,))
+        self.mine = [n for n, d in enumerate(found) if d.process_index == jax.process_index()]
+        if not self.mine:
+            raise BackendError(f"devices: none of the {count} is this process's; take all")
+
+    def put(self, x: np.ndarray) -> Array:
+        """The same on each device."""
+        sharding = NamedSharding(self.mesh, P())
+        if len(self.mine) == self.mesh.size:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    def put_shares(self, shares: Mapping[int, Any]) -> Any:
+        """What each device of this process is to have, by its number; trees of arrays."""
+        devices = list(self.mesh.devices)
+
+        def stacked(*arrays: np.ndarray) -> Array:
+            pairs = zip(arrays, shares, strict=True)
+            parts = [jax.device_put(a, devices[number]) for a, number in pairs]
+            shape = (self.mesh.size * arrays[0].shape[0], *arrays[0].shape[1:])
+            return jax.make_array_from_single_device_arrays(
+                shape, NamedSharding(self.mesh, P(AXIS)), parts
+            )
+
+        return jax.tree.map(stacked, *shares.values())
+
+    def compile(
+        self, fn: Callable[..., Any], donate: Sequence[int], options: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """Compile what each device is to do with its shares."""
+        known: dict[Any, Callable[..., Any]] = {}
+
+        def compiled(*args: Any) -> Callable[..., Any]:
+            leaves, structure = jax.tree.flatten(args)
+            specs = tuple(leaf.sharding.spec for leaf in leaves)
+            if (structure, specs) not in known:
+                shared = partial(
+                    jax.shard_map,
+                    fn,
+                    mesh=self.mesh,
+                    in_specs=structure.unflatten(specs),
+                    check_vma=False,
+                )
+                results = jax.eval_shape(shared(out_specs=P()), *args)
+                known[structure, specs] = jax.jit(
+                    shared(out_specs=jax.tree_util.tree_map_with_path(_spec, results)),
+                    donate_argnums=tuple(donate),
+                    compiler_options=options,
+                )
+            return known[structure, specs]
+
+        def call(*args: Any) -> Any:
+            return compiled(*args)(*args)
+
+        call.lower = lambda *args: compiled(*args).lower(*args)  # type: ignore[attr-defined]
+        return call
+
+
+def _spec(path: Sequence[Any], _: Any) -> P:
+    name = getattr(path[-1], "key", None) if path else None
+    return P(AXIS) if name in CACHE else P()
