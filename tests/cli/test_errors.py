@@ -90,6 +90,10 @@ def test_no_command_shows_the_help(phicore) -> None:
     assert result.err == ""
 
 
+def test_devices_of_a_backend_that_has_one(fails) -> None:
+    assert fails("--devices", "2", "Hello") == "devices: this backend computes on one"
+
+
 # ---- the prompt ------------------------------------------------------------------------------
 
 

@@ -1,5 +1,5 @@
 # ruff: noqa: E402 - JAX reads its settings when it is imported
-"""Compiles the decode step for an H200 without one, and prints what came of it as JSON.
+"""Compiles steps for an H200 without one, and prints what came of it as JSON.
 
 XLA's compiler for NVIDIA's cards needs no card, only the packages `jax-cuda13-plugin`,
 `jax-cuda13-pjrt`, `nvidia-cuda-nvcc` and `nvidia-nvvm`. It is a program of its own, since JAX reads
@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from phicore_jax import cuda
 from phicore_jax.backend import JaxBackend
+from phicore_jax.cuda import runtime
+from phicore_jax.parallel import AXIS, Devices
 
 from phicore.architectures import architecture_of
 from phicore.engine import Engine
@@ -59,51 +61,91 @@ device_description_str: "NVIDIA H200"
 
 
 class AheadOfTime(JaxBackend):
-    """JAX on a card that is not there: arrays are shapes, and a call compiles and runs nothing."""
+    """JAX on cards that are not there: arrays are shapes, and a call compiles and runs nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: int) -> None:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=H200, topology="1x1x1"
+            platform="cuda", target_config=H200, topology=f"1x1x{devices}"
         )
         self.device = topology.devices[0]
-        mesh = Mesh(np.array(topology.devices), ("x",))
+        self.devices, self._shared = devices, None
+        mesh = Mesh(np.array(topology.devices), (AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec())
+        if devices > 1:
+            self._shared = AbsentDevices(mesh)
         kernels, about = cuda.find_kernels()
         assert kernels is not None, about
         self._set_kernels(kernels)
+        self._set_for_cards()
 
     def _put(self, x: np.ndarray) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
-        def compiled(*args: Any) -> Any:
-            with jax.default_matmul_precision("highest"):
-                return jax.jit(fn, donate_argnums=tuple(donate)).lower(*args).compile()
+        jitted = self._jit(fn, donate)
+        return lambda *args: jitted.lower(*args).compile()
 
-        return compiled
+
+class AbsentDevices(Devices):
+    """Cards that share a model, and are not there."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.mine = [*range(mesh.size)]
+
+    def put_shares(self, shares: Mapping[int, Any]) -> Any:
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+
+        def stacked(a: np.ndarray) -> Any:
+            shape = (self.mesh.size * a.shape[0], *a.shape[1:])
+            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=sharding)
+
+        return jax.tree.map(stacked, shares[0])
 
 
 def main(path: str) -> None:
-    ops = AheadOfTime()
+    found = {"step": compiled(path, 1, 1), "steps": compiled(path, 1, 8)}
+    found["prompt"] = compiled(path, 256, 1)
+    found["shared_step"] = compiled(path, 1, 1, devices=2)
+    print(json.dumps(found))
+
+
+def compiled(path: str, tokens: int, steps: int, devices: int = 1) -> dict[str, Any]:
+    """What XLA makes of a step of so many tokens, or of several of one."""
+    runtime.EXPANDED_BYTES = 4 << 20  # so that these small matrices have several parts
+    ops = AheadOfTime(devices)
+    ops.steps = steps
     with open_gguf(path) as file:
         architecture = architecture_of(file.metadata)
         config = architecture.config(file.metadata)
         params = load_params(ops, architecture, config, file, lambda *_: None)
         size = vocab_size(file)
-    engine = Engine(ops, config, params, vocab_size=size, context=512, progress=lambda *_: None)
+    engine = Engine(
+        ops,
+        config.share(devices),
+        params,
+        vocab_size=size,
+        context=512,
+        progress=lambda *_: None,
+    )
     cache = engine.new_cache(512)
     rope = tuple(ops.asarray(np.zeros((512, config.rotary_dim // 2), np.float32)) for _ in "ab")
-    one, row = ops.asarray(np.zeros((1, 1), np.int32)), ops.asarray(np.zeros(1, np.int32))
+    ids, row = ops.asarray(np.zeros((1, tokens), np.int32)), ops.asarray(np.zeros(1, np.int32))
     number = ops.asarray(np.zeros(1, np.float32))
     recent = ops.asarray(np.zeros((1, 64), np.int32))
     penalty = {"recent": recent, "last_n": row, "repeat_penalty": number}
-    uniforms = ops.asarray(np.zeros((1, size), np.float32))
-    draw = {"temperature": number, "uniforms": uniforms}
-    step = engine.step(())(params, cache, rope, one, one, row, penalty, draw, [])
-    memory = step.memory_analysis()
-    text = step.as_text()
-    thunks = sorted(Path(dumps.name).glob("*thunk_sequence*.txt"))
-    found = {
+    draw = {"temperature": number, "uniforms": ops.asarray(np.zeros((1, size), np.float32))}
+    before = set(Path(dumps.name).iterdir())
+    if steps == 1:
+        program = engine.step(())(params, cache, rope, ids, ids, row, penalty, draw, [])
+    else:
+        draw["uniforms"] = ops.asarray(np.zeros((steps, 1, size), np.float32))
+        args = (params, cache, rope, ids, ids, penalty, draw, [], row, row)
+        program = engine.steps(())(*args)
+    memory = program.memory_analysis()
+    text = program.as_text()
+    dumped = sorted(set(Path(dumps.name).glob("*thunk_sequence*.txt")) - before)
+    return {
         "cache_bytes": _bytes(cache),
         "weight_bytes": _bytes(params),
         "alias_bytes": memory.alias_size_in_bytes,
@@ -112,9 +154,9 @@ def main(path: str) -> None:
         "copies": [
             line.strip()[:160] for line in text.splitlines() if re.search(r"= \S+ copy\(", line)
         ],
-        "thunks": {path.name.split(".")[-2]: path.read_text() for path in thunks},
+        "sums": len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)),
+        "thunks": {path.name.split(".")[-2]: path.read_text() for path in dumped},
     }
-    print(json.dumps(found))
 
 
 def _bytes(tree: Any) -> int:

@@ -1,9 +1,10 @@
-"""The decode step, compiled for an H200 without one: what it holds, and how it is launched."""
+"""Steps compiled for an H200 without one: what they hold, and how they are launched."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -26,10 +27,16 @@ MODEL = Tiny(
 )
 SMALLEST = 4 * 1024 * 1024
 """Bytes of the smallest matrix of a layer, if it were float32."""
+ONCE = dict.fromkeys(("store", "attention", "combine"), LAYERS)
+PRODUCTS = 4 * LAYERS + 1
+KERNELS = {"product": PRODUCTS, "quantize": PRODUCTS, **ONCE}
+
+
+Found = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def step(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip(
             "needs XLA's compiler for NVIDIA cards: uv run --group ahead-of-time pytest tests/cuda"
@@ -43,34 +50,85 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_products_and_attention_are_kernels(step: dict[str, Any]):
-    once = dict.fromkeys(("store", "attention", "combine"), LAYERS)
-    products = 4 * LAYERS + 1
-    assert step["kernels"] == {"product": products, "quantize": products, **once}
+@pytest.fixture(params=["step", "steps", "shared_step"])
+def decode(request: pytest.FixtureRequest, found: dict[str, Found]) -> Found:
+    return found[request.param]
 
 
-def test_a_layer_takes_few_launches(step: dict[str, Any]):
-    """17 each; the rest is what comes before the first, and the sampler."""
-    launches = re.findall(r"kCustomKernel|kKernel", step["thunks"]["thunk_sequence"])
-    assert len(launches) <= 17 * LAYERS + 20
+def launches(program: Found) -> list[str]:
+    """What the host launches, by kind; what is in a loop or a buffer is further to the right."""
+    thunks = program["thunks"]["thunk_sequence_after_thunk_passes"]
+    return re.findall(r"^\d+: (\w+)", thunks, re.MULTILINE)
 
 
-def test_weights_are_in_memory_as_in_the_file(step: dict[str, Any]):
+# ---- a token ---------------------------------------------------------------------------------
+
+
+def test_products_and_attention_are_kernels(decode: Found):
+    assert decode["kernels"] == KERNELS
+
+
+def test_weights_are_in_memory_as_in_the_file(decode: Found):
     weights = LAYERS * (4 * 1024 * 1024 + 3 * 2048 * 1024) + 2 * 4096 * 1024
-    assert step["weight_bytes"] * 8 / weights < 5.6  # Q4_K to Q6_K
+    assert decode["weight_bytes"] * 8 / weights < 5.6  # Q4_K to Q6_K
 
 
-def test_no_weight_is_expanded(step: dict[str, Any]):
-    assert step["temp_bytes"] < SMALLEST
+def test_no_weight_is_expanded(decode: Found):
+    assert decode["temp_bytes"] < SMALLEST
 
 
-def test_cache_is_written_in_place(step: dict[str, Any]):
-    assert step["alias_bytes"] == step["cache_bytes"]
-    assert step["copies"] == []
+def test_cache_is_written_in_place(found: dict[str, Found]):
+    for name in ("step", "steps", "prompt"):
+        assert found[name]["alias_bytes"] == found[name]["cache_bytes"]
+    shared = found["shared_step"]
+    assert shared["alias_bytes"] == shared["cache_bytes"] // 2  # of each device
+    for name in ("step", "shared_step"):
+        assert found[name]["copies"] == []
+    # nothing but ids and positions goes into the loop
+    assert max(map(elements, found["steps"]["copies"])) <= 64
 
 
-def test_step_is_one_command_buffer(step: dict[str, Any]):
+def elements(line: str) -> int:
+    """Of the array that an instruction of HLO makes."""
+    shape = re.search(r"= \w+\[([\d,]*)\]", line)
+    assert shape is not None, line
+    return math.prod(int(n) for n in shape[1].split(",") if n)
+
+
+def test_layer_takes_few_launches(found: dict[str, Found]):
+    """17 each; the rest is what comes before the first, and the sampler."""
+    thunks = re.findall(r"kCustomKernel|kKernel", found["step"]["thunks"]["thunk_sequence"])
+    assert len(thunks) <= 17 * LAYERS + 20
+
+
+def test_step_is_one_command_buffer(found: dict[str, Found]):
     """A single launch: XLA calls a CUDA graph so."""
-    thunks = step["thunks"]["thunk_sequence_after_thunk_passes"]
-    top = [line for line in thunks.splitlines() if re.match(r"\d+: ", line)]
-    assert [line.split()[1] for line in top] == ["kCommandBuffer"]
+    assert launches(found["step"]) == ["kCommandBuffer"]
+
+
+def test_each_of_several_steps_is_one_command_buffer(found: dict[str, Found]):
+    assert launches(found["steps"]) == ["kCommandBuffer", "kWhile"]
+    thunks = found["steps"]["thunks"]["thunk_sequence_after_thunk_passes"]
+    body = thunks.partition("body:")[2]
+    assert re.findall(r"^    \d+: (\w+)", body, re.MULTILINE) == ["kCommandBuffer"]
+
+
+def test_step_that_two_cards_share_is_one_command_buffer_with_two_sums_a_layer(
+    found: dict[str, Found],
+):
+    shared = found["shared_step"]
+    assert launches(shared) == ["kCommandBuffer"]
+    assert shared["sums"] == 2 * LAYERS
+
+
+# ---- a prompt --------------------------------------------------------------------------------
+
+
+def test_weights_are_expanded_a_part_at_a_time(found: dict[str, Found]):
+    """Of 4 MiB here, of three bfloat16 for a weight: 512 rows, or 256 of `down_proj`."""
+    prompt = found["prompt"]
+    parts = 6 + 2 + 8 + 4
+    # the head's product is of the last token alone
+    assert prompt["kernels"] == {"expand": parts * LAYERS, "product": 1, "quantize": 1}
+    gate_up = 3 * 2 * 2 * 2048 * 1024
+    assert prompt["temp_bytes"] < gate_up  # most of it scores of attention

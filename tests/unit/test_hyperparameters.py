@@ -7,7 +7,7 @@ import pytest
 
 from phicore.architectures import architecture_of
 from phicore.config import Phi3Config
-from phicore.errors import GGUFError
+from phicore.errors import BackendError, GGUFError
 
 PHI3 = {
     "general.architecture": "phi3",
@@ -241,3 +241,18 @@ def test_config_window_of_zero_or_the_context_is_none(value: int, window: int | 
 def test_config_llama_without_window_has_none():
     changes = {"rope__dimension_count": 128, "attention__sliding_window": ABSENT}
     assert config_of(metadata("llama", **changes)).sliding_window is None
+
+
+def test_share_of_devices_is_heads_and_channels():
+    config = architecture_of(metadata()).config(metadata())
+    share = config.share(4)
+    assert (share.num_attention_heads, share.num_key_value_heads) == (6, 2)
+    assert share.intermediate_size == 2048
+    assert (share.hidden_size, share.head_dim) == (config.hidden_size, config.head_dim)
+    assert config.share(1) == config
+
+
+def test_share_of_too_many_devices_is_refused():
+    config = architecture_of(metadata()).config(metadata())
+    with pytest.raises(BackendError, match="3 cannot share 8 heads of keys and 8192 channels"):
+        config.share(3)

@@ -43,6 +43,10 @@ CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 STEPS = 8
 # Few, since each is compiled, and large, since weights are expanded for each.
 CHUNKS = (1, 32, 256, 2048)
+# What XLA puts into a command buffer: its default, and sums over devices.
+COLLECTIVES = (
+    "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,COLLECTIVES"
+)
 QUERIES = 256
 """Whose scores are in memory at a time."""
 
@@ -154,12 +158,15 @@ class JaxBackend(Backend):
         self.device_name = "cpu" if self.device.platform == "cpu" else _name(self.device)
         self._shared: Devices | None = None
         if self.device.platform != "cpu":
-            self.steps, self.prompt_chunks = STEPS, CHUNKS
+            self._set_for_cards()
         keep_compiled_programs()
         if kernels == "host":
             find = find_kernels if self.device.platform == "cpu" else cuda.find_kernels
             kernels, _ = find()
         self._set_kernels(kernels)
+
+    def _set_for_cards(self) -> None:
+        self.steps, self.prompt_chunks = STEPS, CHUNKS
 
     def _set_kernels(self, kernels: OwnKernels | None) -> None:
         self._kernels = kernels
@@ -242,6 +249,15 @@ class JaxBackend(Backend):
         return packed
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
+        compiled = self._jit(fn, donate)
+
+        def call(*args: Any) -> Any:
+            with memory_errors():
+                return compiled(*args)
+
+        return call
+
+    def _jit(self, fn: Callable[..., Any], donate: Sequence[int]) -> Any:
         is_cpu = self.device.platform == "cpu"
 
         def traced(*args: Any) -> Any:
@@ -249,18 +265,11 @@ class JaxBackend(Backend):
             with jax.default_matmul_precision(None if is_cpu else "highest"):
                 return fn(*args)
 
-        options = CPU_OPTIONS if is_cpu else {}
-        compiled: Any
         if self._shared:
-            compiled = self._shared.compile(traced, donate, options)
-        else:
-            compiled = jax.jit(traced, donate_argnums=tuple(donate), compiler_options=options)
-
-        def call(*args: Any) -> Any:
-            with memory_errors():
-                return compiled(*args)
-
-        return call
+            options = CPU_OPTIONS if is_cpu else {"xla_gpu_enable_command_buffer": COLLECTIVES}
+            return self._shared.jit(traced, donate, options)
+        options = CPU_OPTIONS if is_cpu else {}
+        return jax.jit(traced, donate_argnums=tuple(donate), compiler_options=options)
 
     def while_loop(
         self, condition: Callable[[Any], Array], body: Callable[[Any], Any], state: Any

@@ -95,13 +95,11 @@ class Devices:
 
         return jax.tree.map(stacked, *shares.values())
 
-    def compile(
-        self, fn: Callable[..., Any], donate: Sequence[int], options: dict[str, Any]
-    ) -> Callable[..., Any]:
-        """Compile what each device is to do with its shares."""
-        known: dict[Any, Callable[..., Any]] = {}
+    def jit(self, fn: Callable[..., Any], donate: Sequence[int], options: dict[str, Any]) -> Any:
+        """`jax.jit` of what each device is to do with its shares."""
+        known: dict[Any, Any] = {}
 
-        def compiled(*args: Any) -> Callable[..., Any]:
+        def jitted(*args: Any) -> Any:
             leaves, structure = jax.tree.flatten(args)
             specs = tuple(leaf.sharding.spec for leaf in leaves)
             if (structure, specs) not in known:
@@ -121,9 +119,9 @@ class Devices:
             return known[structure, specs]
 
         def call(*args: Any) -> Any:
-            return compiled(*args)(*args)
+            return jitted(*args)(*args)
 
-        call.lower = lambda *args: compiled(*args).lower(*args)  # type: ignore[attr-defined]
+        call.lower = lambda *args: jitted(*args).lower(*args)  # type: ignore[attr-defined]
         return call
 
 
