@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -58,6 +59,15 @@ def is_affine(ggml_type: GGMLQuantizationType) -> bool:
     return ggml_type in _UNPACK
 
 
+def codes(ggml_type: GGMLQuantizationType, data: Any) -> Any:
+    """The codes of quantized rows of a K-quant or Q4_0, (N, row bytes) uint8: (N, K) uint8.
+
+    Of arrays of any library that has NumPy's operators.
+    """
+    _, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    return _CODES[ggml_type](data.reshape(-1, block_bytes)).reshape(data.shape[0], -1)
+
+
 def affine(ggml_type: GGMLQuantizationType, data: np.ndarray) -> Affine:
     """Take quantized rows apart.
 
@@ -86,9 +96,9 @@ def _f16(blocks: np.ndarray, start: int) -> np.ndarray:
     return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
 
 
-def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
+def _fields(packed: Any, bits: int) -> Any:
     """Split bytes into fields, lowest first: (..., n) gives (..., 8 / bits, n)."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(*[1] * (packed.ndim - 1), -1, 1)
     return (packed[..., None, :] >> shifts) & np.uint8(2**bits - 1)
 
 
@@ -96,7 +106,11 @@ def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _q4_0(b: np.ndarray) -> Parts:
-    return _fields(b[:, 2:], 4), _f16(b, 0), None
+    return _q4_0_codes(b), _f16(b, 0), None
+
+
+def _q4_0_codes(b: Any) -> Any:
+    return _fields(b[:, 2:], 4)
 
 
 def _q4_1(b: np.ndarray) -> Parts:
@@ -125,22 +139,29 @@ def _q8_0(b: np.ndarray) -> Parts:
 
 
 def _q2_k(b: np.ndarray) -> Parts:
-    codes = _fields(b[:, 16:80].reshape(-1, 2, 32), 2)  # (blocks, 2 halves, 4 fields, 32)
     scales = b[:, :16]
     return (
-        codes,
+        _q2_k_codes(b),
         _f16(b, 80) * (scales & np.uint8(15)).astype(np.float32),
         -(_f16(b, 82) * (scales >> np.uint8(4)).astype(np.float32)),
     )
 
 
+def _q2_k_codes(b: Any) -> Any:
+    return _fields(b[:, 16:80].reshape(-1, 2, 32), 2)  # (blocks, 2 halves, 4 fields, 32)
+
+
 def _q3_k(b: np.ndarray) -> Parts:
-    low = _fields(b[:, 32:96].reshape(-1, 2, 32), 2)  # (blocks, 2, 4, 32)
-    high = _fields(b[:, :32], 1).reshape(-1, 2, 4, 32)  # bit 4 * half + field
     low_scales = _fields(b[:, 96:104], 4).reshape(-1, 16)
     high_scales = _fields(b[:, 104:108], 2).reshape(-1, 16)
     scales = (low_scales | high_scales << np.uint8(4)).astype(np.float32) - 32
-    return low | high << np.uint8(2), _f16(b, 108) * scales, None
+    return _q3_k_codes(b), _f16(b, 108) * scales, None
+
+
+def _q3_k_codes(b: Any) -> Any:
+    low = _fields(b[:, 32:96].reshape(-1, 2, 32), 2)  # (blocks, 2, 4, 32)
+    high = _fields(b[:, :32], 1).reshape(-1, 2, 4, 32)  # bit 4 * half + field
+    return low | high << np.uint8(2)
 
 
 def _scales_and_minima(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -154,22 +175,33 @@ def _scales_and_minima(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _q4_k(b: np.ndarray) -> Parts:
     scales, minima = _scales_and_minima(b[:, 4:16])
-    codes = _fields(b[:, 16:].reshape(-1, 4, 32), 4)  # (blocks, 4, 2, 32)
-    return codes, _f16(b, 0) * scales, -(_f16(b, 2) * minima)
+    return _q4_k_codes(b), _f16(b, 0) * scales, -(_f16(b, 2) * minima)
+
+
+def _q4_k_codes(b: Any) -> Any:
+    return _fields(b[:, 16:].reshape(-1, 4, 32), 4)  # (blocks, 4, 2, 32)
 
 
 def _q5_k(b: np.ndarray) -> Parts:
     scales, minima = _scales_and_minima(b[:, 4:16])
+    return _q5_k_codes(b), _f16(b, 0) * scales, -(_f16(b, 2) * minima)
+
+
+def _q5_k_codes(b: Any) -> Any:
     low = _fields(b[:, 48:].reshape(-1, 4, 32), 4)
     high = _fields(b[:, 16:48], 1).reshape(-1, 4, 2, 32)
-    return low | high << np.uint8(4), _f16(b, 0) * scales, -(_f16(b, 2) * minima)
+    return low | high << np.uint8(4)
 
 
 def _q6_k(b: np.ndarray) -> Parts:
+    scales = b[:, 192:208].view(np.int8).astype(np.float32)
+    return _q6_k_codes(b), _f16(b, 208) * scales, None
+
+
+def _q6_k_codes(b: Any) -> Any:
     low = _fields(b[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 2, 4, 32)
     high = _fields(b[:, 128:192].reshape(-1, 2, 32), 2)  # (blocks, 2, 4, 32)
-    scales = b[:, 192:208].view(np.int8).astype(np.float32)
-    return low | high << np.uint8(4), _f16(b, 208) * scales, None
+    return low | high << np.uint8(4)
 
 
 # Type: offset, bits of a code, how to unpack a block.
@@ -186,3 +218,11 @@ _UNPACK: dict[GGMLQuantizationType, tuple[int, int, Callable[[np.ndarray], Parts
     Type.Q6_K: (32, 6, _q6_k),
 }
 AFFINE_TYPES = tuple(_UNPACK)
+_CODES: dict[GGMLQuantizationType, Callable[[Any], Any]] = {
+    Type.Q4_0: _q4_0_codes,
+    Type.Q2_K: _q2_k_codes,
+    Type.Q3_K: _q3_k_codes,
+    Type.Q4_K: _q4_k_codes,
+    Type.Q5_K: _q5_k_codes,
+    Type.Q6_K: _q6_k_codes,
+}

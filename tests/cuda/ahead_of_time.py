@@ -68,6 +68,7 @@ class AheadOfTime(JaxBackend):
             platform="cuda", target_config=H200, topology=f"1x1x{devices}"
         )
         self.device = topology.devices[0]
+        self._packing_device = None
         self.devices, self._shared = devices, None
         mesh = Mesh(np.array(topology.devices), (AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec())

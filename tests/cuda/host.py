@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import llvmlite.binding as llvm
 import numpy as np
 from phicore_jax.cuda.formats import FORMATS
@@ -23,7 +24,7 @@ GUARD = 28
 def product(ggml_type: Any, data: np.ndarray, x: np.ndarray) -> np.ndarray:
     """x (M, K) by rows of blocks (N, bytes): (M, N)."""
     fmt = FORMATS[ggml_type]
-    planes = [np.ascontiguousarray(plane) for plane in fmt.planes(data)]
+    planes = [np.array(plane) for plane in fmt.planes(jnp.asarray(data))]
     assert len(planes) == fmt.plane_count
     (m, columns), rows = x.shape, len(data)
 

@@ -156,6 +156,7 @@ class JaxBackend(Backend):
     ) -> None:
         self.device = find_device(device)
         self.device_name = "cpu" if self.device.platform == "cpu" else _name(self.device)
+        self._packing_device = self.device
         self._shared: Devices | None = None
         if self.device.platform != "cpu":
             self._set_for_cards()
@@ -223,7 +224,8 @@ class JaxBackend(Backend):
         packed: list[Any] = []
         for part in joined(matrix.parts):
             if self._kernels is not None and self._kernels.has_type(part[0].type):
-                packed.append(self._kernels.pack(part))
+                with jax.default_device(self._packing_device):
+                    packed.append(self._kernels.pack(part))
             else:
                 packed.extend(expanded.pack(replace(matrix, parts=tuple(part))))
         return packed

@@ -44,7 +44,7 @@ class OwnKernels(ABC):
 
     @abstractmethod
     def pack(self, tensors: Sequence[GGUFTensor], count: int = 1) -> Any:
-        """A pytree of host arrays, of tensors of one type that lie on top of each other.
+        """A pytree of arrays, of tensors of one type that lie on top of each other.
 
         Args:
             count: How many matrices they are, with as many tensors each.

@@ -23,7 +23,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from jax import lax
 
-from phicore.gguf.quants import affine
+from phicore.gguf.quants import codes
 from phicore_jax.cuda.warp import Warp
 from phicore_jax.kernels.lang import F16, F32, I16, I32, Value
 
@@ -94,8 +94,8 @@ class Format(ABC):
     plane_count: int
 
     @abstractmethod
-    def planes(self, data: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The planes of rows of blocks, (N, bytes): (N, ...) uint32, uint16."""
+    def planes(self, data: Any) -> tuple[Any, ...]:
+        """The planes of rows of blocks, (N, bytes) uint8: (N, ...) uint32, uint16; by XLA."""
 
     @abstractmethod
     def read(
@@ -111,28 +111,33 @@ class Format(ABC):
 # ---- words of codes ------------------------------------------------------------------------------
 
 
-def nibbles(codes: np.ndarray) -> np.ndarray:
+def nibbles(codes: Any) -> Any:
     """The low 4 bits of codes (N, K): (N, G, 4) words."""
-    low = (codes & 15).reshape(len(codes), -1, 4, 2, 4)
+    low = (codes & 15).reshape(codes.shape[0], -1, 4, 2, 4)
     return _words(low[..., 0, :] | low[..., 1, :] << 4)
 
 
-def fifth_bits(codes: np.ndarray) -> np.ndarray:
+def fifth_bits(codes: Any) -> Any:
     """(N, G) words."""
-    bits = (codes >> 4 & 1).reshape(len(codes), -1, 8, 4)
-    return _words((bits << np.arange(8, dtype=np.uint8)[:, None]).sum(2, dtype=np.uint8))[..., 0]
+    bits = (codes >> 4 & 1).reshape(codes.shape[0], -1, 8, 4)
+    return _words(_together(bits << np.arange(8, dtype=np.uint8).reshape(1, 1, 8, 1), axis=2))
 
 
-def upper_pairs(codes: np.ndarray) -> np.ndarray:
+def upper_pairs(codes: Any) -> Any:
     """(N, G, 2) words."""
-    bits = (codes >> 4 & 3).reshape(len(codes), -1, 2, 4, 4)
-    shifts = 2 * np.arange(4, dtype=np.uint8)[:, None]
-    return _words((bits << shifts).sum(3, dtype=np.uint8))
+    bits = (codes >> 4 & 3).reshape(codes.shape[0], -1, 2, 4, 4)
+    return _words(
+        _together(bits << 2 * np.arange(4, dtype=np.uint8).reshape(1, 1, 1, 4, 1), axis=3)
+    )
 
 
-def _words(codes: np.ndarray) -> np.ndarray:
-    """Bytes (..., 4 n) as words (..., n)."""
-    return np.ascontiguousarray(codes).view("<u4").reshape(*codes.shape[:2], -1)
+def _together(bits: Any, axis: int) -> Any:
+    return jnp.sum(bits, axis=axis, dtype=jnp.uint8)
+
+
+def _words(codes: Any) -> Any:
+    """Bytes (..., 4) as words (...)."""
+    return lax.bitcast_convert_type(codes, jnp.uint32)
 
 
 def read_nibbles(w: Warp, plane: Value, at: Value) -> list[Value]:
@@ -173,14 +178,15 @@ def numbers(halves: Any) -> Any:
 # ---- types of ggml -------------------------------------------------------------------------------
 
 
-def _blocks(ggml_type: Type, data: np.ndarray) -> np.ndarray:
+def _blocks(ggml_type: Type, data: Any) -> Any:
     """(N, blocks, bytes)."""
-    return data.reshape(len(data), -1, GGML_QUANT_SIZES[ggml_type][1])
+    return data.reshape(data.shape[0], -1, GGML_QUANT_SIZES[ggml_type][1])
 
 
-def _u16(blocks: np.ndarray, start: int) -> np.ndarray:
-    """The 16 bits at a byte of each block: (N, blocks)."""
-    return np.ascontiguousarray(blocks[..., start : start + 2]).view("<u2")[..., 0]
+def _u16(blocks: Any, start: int, count: int = 1) -> Any:
+    """`count` times 16 bits from a byte of each block on: (N, blocks * count)."""
+    pairs = blocks[..., start : start + 2 * count].reshape(blocks.shape[0], -1, 2)
+    return lax.bitcast_convert_type(pairs, jnp.uint16)
 
 
 class Q40(Format):
@@ -188,9 +194,8 @@ class Q40(Format):
 
     type, plane_count = Type.Q4_0, 2
 
-    def planes(self, data: np.ndarray) -> tuple[np.ndarray, ...]:
-        codes = affine(self.type, data).codes
-        return nibbles(codes), _u16(_blocks(self.type, data), 0)
+    def planes(self, data: Any) -> tuple[Any, ...]:
+        return nibbles(codes(self.type, data)), _u16(_blocks(self.type, data), 0)
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
@@ -210,9 +215,10 @@ class Q80(Format):
 
     type, plane_count = Type.Q8_0, 2
 
-    def planes(self, data: np.ndarray) -> tuple[np.ndarray, ...]:
+    def planes(self, data: Any) -> tuple[Any, ...]:
         blocks = _blocks(self.type, data)
-        return _words(np.ascontiguousarray(blocks[..., 2:])), _u16(blocks, 0)
+        quads = blocks[..., 2:].reshape(*blocks.shape[:2], 8, 4)
+        return _words(quads), _u16(blocks, 0)
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
@@ -233,21 +239,20 @@ class Q4K(Format):
 
     type, plane_count = Type.Q4_K, 3
 
-    def planes(self, data: np.ndarray) -> tuple[np.ndarray, ...]:
+    def planes(self, data: Any) -> tuple[Any, ...]:
         blocks = _blocks(self.type, data)
-        codes = affine(self.type, data).codes
-        d = np.ascontiguousarray(blocks[..., :4]).view("<u4")[..., 0]
-        return nibbles(codes), self.scale_pairs(blocks[..., 4:16]), d
+        pairs = self.scale_pairs(blocks[..., 4:16])
+        return nibbles(codes(self.type, data)), pairs, _words(blocks[..., :4])
 
     @staticmethod
-    def scale_pairs(packed: np.ndarray) -> np.ndarray:
+    def scale_pairs(packed: Any) -> Any:
         """Scale and minimum of each group, of 12 bytes a block: (N, G) uint16."""
         low, high = packed[..., :4], packed[..., 4:8]
         last = packed[..., 8:]
-        scale = np.concatenate([low & 63, last & 15 | (low >> 6) << 4], axis=-1)
-        minimum = np.concatenate([high & 63, last >> 4 | (high >> 6) << 4], axis=-1)
-        pairs = scale.astype(np.uint16) | minimum.astype(np.uint16) << 8
-        return pairs.reshape(len(packed), -1)
+        scale = jnp.concatenate([low & 63, last & 15 | (low >> 6) << 4], axis=-1)
+        minimum = jnp.concatenate([high & 63, last >> 4 | (high >> 6) << 4], axis=-1)
+        pairs = scale.astype(jnp.uint16) | minimum.astype(jnp.uint16) << 8
+        return pairs.reshape(packed.shape[0], -1)
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
@@ -281,10 +286,9 @@ class Q5K(Q4K):
 
     type, plane_count = Type.Q5_K, 4
 
-    def planes(self, data: np.ndarray) -> tuple[np.ndarray, ...]:
-        codes = affine(self.type, data).codes
+    def planes(self, data: Any) -> tuple[Any, ...]:
         low, pairs, d = super().planes(data)
-        return low, fifth_bits(codes), pairs, d
+        return low, fifth_bits(codes(self.type, data)), pairs, d
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
@@ -311,11 +315,9 @@ class Q6K(Format):
 
     type, plane_count = Type.Q6_K, 4
 
-    def planes(self, data: np.ndarray) -> tuple[np.ndarray, ...]:
-        blocks = _blocks(self.type, data)
-        codes = affine(self.type, data).codes
-        scales = np.ascontiguousarray(blocks[..., 192:208]).view("<u2").reshape(len(data), -1)
-        return nibbles(codes), upper_pairs(codes), scales, _u16(blocks, 208)
+    def planes(self, data: Any) -> tuple[Any, ...]:
+        blocks, found = _blocks(self.type, data), codes(self.type, data)
+        return nibbles(found), upper_pairs(found), _u16(blocks, 192, 8), _u16(blocks, 208)
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int

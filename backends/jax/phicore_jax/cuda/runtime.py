@@ -68,10 +68,9 @@ class CudaKernels(OwnKernels):
         return tokens == 1 and cache_type in attention.CACHE_TYPES and attention.has_dim(dim)
 
     def pack(self, tensors: Sequence[GGUFTensor], count: int = 1) -> Planes:
-        fmt = FORMATS[tensors[0].type]
-        parts = [fmt.planes(tensor.data) for tensor in tensors]
-        planes = tuple(np.concatenate(plane) for plane in zip(*parts, strict=True))
-        return Planes(planes, fmt.type, tensors[0].shape[1])
+        data = [tensor.data for tensor in tensors]
+        together = np.asarray(data[0]) if len(data) == 1 else np.concatenate(data)
+        return Planes(_planes(tensors[0].type, together), tensors[0].type, tensors[0].shape[1])
 
     def linear(
         self, x: Array, w: Planes, experts: Array | None = None, *, is_fast: bool = False
@@ -119,6 +118,11 @@ class CudaKernels(OwnKernels):
         result = jax.ShapeDtypeStruct(q.shape, jnp.float32)
         (y,) = launch(attention.emit_combine, (shape,), found, (result,), batch * heads)
         return y
+
+
+@partial(jax.jit, static_argnums=0)
+def _planes(ggml_type: Type, data: Array) -> tuple[Array, ...]:
+    return FORMATS[ggml_type].planes(data)
 
 
 def product_of_many(x: Array, w: Planes, *, is_fast: bool) -> Array:
