@@ -1,0 +1,495 @@
+# ruff: noqa: E402 - phicore may have to be found first
+"""How fast and how exact phicore is with JAX on a card: kernels, decoding, prompts, batches.
+
+    python benchmarks/gpu.py --out results
+
+writes `gpu.json` and `gpu.md` there, a few minutes later. It needs JAX with a card, NumPy, and the
+packages gguf, llvmlite, pluggy and platformdirs; phicore itself need not be installed, and nothing
+is downloaded: the model has Phi-3-mini's sizes and random weights. Measured are
+
+- the card's bandwidth: a copy of 1 GiB, bytes read and written;
+- the product of each quantized type with 1, 4 and 8 rows: its error against float64, and how many
+  bytes of weights it reads in a second, of more matrices than the caches hold;
+- attention of a token behind 64 and 3000 others, and how fast it reads the cache;
+- logits of a model of 4 layers against float32 on NumPy;
+- decoding behind 64 and 3000 tokens, of 1, 4 and 8 sequences at a time, several steps in a call as
+  `generate` does it, and for one sequence a step in a call;
+- prompts of 512 and 2048 tokens, exact and with `--fast-prefill`.
+
+Each figure is the median of several runs. What fails is told, and the rest is measured all the
+same. `--device cpu --model tiny` tries the program on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if importlib.util.find_spec("phicore_jax") is None:
+    sys.path[:0] = [str(ROOT), str(ROOT / "backends" / "jax")]
+
+import gguf
+import jax
+import numpy as np
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+from phicore_jax import cuda
+from phicore_jax.backend import JaxBackend
+from phicore_jax.cuda import runtime
+
+from phicore.architectures import architecture_of
+from phicore.engine import Engine
+from phicore.gguf.matrix import Matrix
+from phicore.gguf.reader import GGUFTensor, open_gguf
+from phicore.loader import load_params, vocab_size
+from phicore.protocol import Array, Backend
+from phicore.sampler import Sampling
+from phicore.synthetic import MODELS, synthetic_model
+from phicore.timings import Timings
+
+TYPES = (Type.Q4_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K)
+REPETITIONS = 5
+GREEDY = Sampling(temperature=0, repeat_penalty=1)
+CAPACITY = 4096
+
+Section = dict[str, Any]
+
+
+class OnNumPy(Backend):
+    """The protocol's defaults: float32."""
+
+    xp = np
+
+    def asarray(self, x: np.ndarray) -> Array:
+        return np.array(x)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return np.array(x)
+
+
+def seconds(run: Callable[[], Any], repetitions: int = REPETITIONS) -> float:
+    """The median time of a call, after one that is not counted and may compile."""
+    jax.block_until_ready(run())
+    found = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+class Benchmark:
+    """The sections, on a device.
+
+    Args:
+        args: The program's.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device, self.model = args.device, args.model
+        self.is_small = args.model == "tiny"
+        self.ops = JaxBackend(args.device)
+        self.is_card = self.ops.device.platform != "cpu"
+        self._loaded: tuple[Any, Any, int, float] | None = None
+        self._rng = np.random.Generator(np.random.PCG64(1))
+
+    def about(self) -> Section:
+        device = self.ops.device
+        return {
+            "device": device.device_kind,
+            "jax": jax.__version__,
+            "platform": device.client.platform_version,
+            "python": platform.python_version(),
+            "kernels": cuda.find_kernels()[1] if self.is_card else "those of a CPU",
+        }
+
+    def bandwidth(self) -> Section:
+        """Bytes per second of a copy, read and written."""
+        size = 2**20 if self.is_small else 2**28
+        x = self.ops.asarray(np.ones(size, np.float32))
+        copy = jax.jit(lambda x: x + 1)
+        return {"bytes_per_s": 2 * 4 * size / seconds(lambda: copy(x), 20)}
+
+    # ---- kernels -----------------------------------------------------------------------------
+
+    def products(self) -> list[Section]:
+        """Of the largest matrices of a layer."""
+        shapes = [(256, 512)] if self.is_small else [(16384, 3072), (3072, 8192)]
+        return [
+            self._product(ggml_type, shape, m)
+            for ggml_type in TYPES
+            for shape in shapes
+            for m in (1, 4, 8)
+        ]
+
+    def _product(self, ggml_type: Type, shape: tuple[int, int], m: int) -> Section:
+        rows, columns = shape
+        data = self._blocks(ggml_type, rows, columns)
+        tensor = GGUFTensor("weight", ggml_type, shape, data)
+        count = 2 if self.is_small else max(2, -(-500_000_000 // data.nbytes))
+        weights = [self.ops.load_weight(Matrix("weight", (tensor,))) for _ in range(count)]
+        x = self._rng.standard_normal((m, columns)).astype(np.float32)
+        on_device = self.ops.asarray(x)
+
+        def products(x: Array, weights: Sequence[Any]) -> Array:
+            for w in weights:  # each waits for the one before
+                x = x + 1e-30 * self.ops.linear(x, w)[:, :1]
+            return x
+
+        def without(x: Array, weights: Sequence[Any]) -> Array:
+            for _ in weights:
+                start = runtime.quantize(x)[1][:1, None] if self.is_card else x[:, :1]
+                x = x + 1e-30 * start
+            return x
+
+        whole, rest = (
+            seconds(lambda f=f: f(on_device, weights)) / count
+            for f in (jax.jit(products), jax.jit(without))
+        )
+        few = min(rows, 1024)
+        y = self.ops.to_numpy(self.ops.compile(self.ops.linear)(on_device, weights[0]))[:, :few]
+        values = gguf.quants.dequantize(data[:few], ggml_type).astype(np.float64)
+        expected = x.astype(np.float64) @ values.T
+        return {
+            "type": ggml_type.name,
+            "shape": list(shape),
+            "rows": m,
+            "error": float(np.linalg.norm(y - expected) / np.linalg.norm(expected)),
+            "us": 1e6 * whole,
+            "us_without": 1e6 * rest,
+            "bytes_per_s": data.nbytes / (whole - rest) if whole > rest else None,
+        }
+
+    def _blocks(self, ggml_type: Type, rows: int, columns: int) -> np.ndarray:
+        """Random rows of finite numbers."""
+        block, size = GGML_QUANT_SIZES[ggml_type]
+        count = rows * columns // block
+        blocks = self._rng.integers(0, 256, (count, size), np.uint8)
+        scale = np.float16(1e-3 * self._rng.uniform(0.5, 1.5, (count, 1)))
+        at = {Type.Q6_K: (208,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2)}.get(ggml_type, (0,))
+        for start in at:
+            blocks[:, start : start + 2] = scale.astype("<f2").view(np.uint8)
+        return blocks.reshape(rows, -1)
+
+    def attention(self) -> list[Section]:
+        """Of a token, in as many layers as Phi-3-mini has."""
+        heads, dim = (2, 32) if self.is_small else (32, 96)
+        layers, capacity = (2, 256) if self.is_small else (32, CAPACITY)
+        caches = [self.ops.new_cache(1, heads, capacity, dim) for _ in range(layers)]
+        q = self.ops.asarray(self._rng.standard_normal((1, heads, 1, dim)).astype(np.float32))
+
+        def run(q: Array, caches: Sequence[Any], positions: Array) -> Array:
+            for cache in caches:
+                q = self.ops.attention(q, cache, positions, dim**-0.5, None)
+            return q
+
+        compiled, found = self.ops.compile(run), []
+        row_bytes = sum(a.nbytes for a in caches[0].values()) / capacity
+        for position in self._positions():
+            at = self.ops.asarray(np.array([[position]], np.int32))
+            each = seconds(lambda at=at: compiled(q, caches, at)) / layers
+            found.append(
+                {
+                    "position": position,
+                    "us": 1e6 * each,
+                    "bytes_per_s": (position + 1) * row_bytes / each,
+                }
+            )
+        return found
+
+    def _positions(self) -> tuple[int, ...]:
+        return (64, 200) if self.is_small else (64, 3000)
+
+    # ---- models ------------------------------------------------------------------------------
+
+    def logits(self) -> Section:
+        """Errors of four layers, norm over norm."""
+        name = f"{self.model}-4-layers"
+        MODELS[name] = replace(MODELS[self.model], num_hidden_layers=4, vocab_size=4096)
+        path = synthetic_model(name)
+        ids = self._rng.integers(3, 4096, 40)
+        expected = self._engine(OnNumPy(), path)[0].logits(ids)
+        norm = np.linalg.norm(expected)
+        found: Section = {}
+        for is_fast in (False, True):
+            ops = JaxBackend(self.device)
+            if is_fast and not ops.has_fast_prefill:
+                continue
+            ops.configure(fast_prefill=is_fast)
+            engine, _, _ = self._engine(ops, path)
+            error = float(np.linalg.norm(engine.logits(ids) - expected) / norm)
+            found["fast_prefill" if is_fast else "prefill"] = error
+        first = expected[:1]
+        step = engine.logits(ids[:1])
+        found["decode"] = float(np.linalg.norm(step - first) / np.linalg.norm(first))
+        return found
+
+    def _engine(self, ops: Backend, path: Path) -> tuple[Engine, Any, Any]:
+        with open_gguf(path) as file:
+            architecture = architecture_of(file.metadata)
+            config = architecture.config(file.metadata)
+            params = load_params(ops, architecture, config, file, lambda *_: None)
+            size = vocab_size(file)
+        engine = Engine(
+            ops,
+            config,
+            params,
+            vocab_size=size,
+            context=config.max_position_embeddings,
+            progress=lambda *_: None,
+        )
+        return engine, config, params
+
+    def load(self) -> Section:
+        """From a file in memory to the first token, a start and a warm one."""
+        path = synthetic_model(self.model)
+        path.read_bytes()
+        started = time.perf_counter()
+        engine, config, params = self._engine(self.ops, path)
+        jax.block_until_ready(params)
+        load_s = time.perf_counter() - started
+        self._loaded = engine, config, path.stat().st_size, load_s
+        started = time.perf_counter()
+        list(engine.generate([1] * 16, GREEDY, limit=20, seed=0, timings=Timings()))
+        first_s = time.perf_counter() - started
+        started = time.perf_counter()
+        list(engine.generate([1] * 16, GREEDY, limit=20, seed=0, timings=Timings()))
+        return {
+            "file_bytes": path.stat().st_size,
+            "weight_bytes": sum(a.nbytes for a in jax.tree.leaves(params)),
+            "load_s": load_s,
+            "first_20_tokens_s": first_s,
+            "next_20_tokens_s": time.perf_counter() - started,
+        }
+
+    def _model(self) -> tuple[Engine, Any]:
+        if self._loaded is None:
+            self.load()
+        assert self._loaded is not None
+        return self._loaded[0], self._loaded[1]
+
+    def decode(self) -> list[Section]:
+        plan = [(self.ops.steps, batch) for batch in (1, 4, 8)]
+        if self.ops.steps > 1:
+            plan.append((1, 1))
+        return [
+            self._decode(batch, position, steps)
+            for steps, batch in plan
+            for position in self._positions()
+        ]
+
+    def _decode(self, batch: int, position: int, steps: int) -> Section:
+        """Steps behind so many tokens; nothing of the cache beyond zeros matters for the time."""
+        engine, config = self._model()
+        ops, size = engine.ops, engine.vocab_size
+        # the same for each position, so that steps are compiled once
+        capacity = engine.capacity_for(self._positions()[-1] + 300)
+        heads, dim = config.num_key_value_heads, config.head_dim
+        layers = range(config.num_hidden_layers)
+        caches = [ops.new_cache(batch, heads, capacity, dim) for _ in layers]
+        position = min(position, capacity - 200)  # a window holds no more
+        rope = engine.rope(0, capacity, is_long=False)
+
+        def rows(x: float, dtype: Any) -> Array:
+            return ops.asarray(np.full(batch, x, dtype))
+
+        token = ops.asarray(np.full((batch, 1), 5, np.int32))
+        at = ops.asarray(np.full((batch, 1), position, np.int32))
+        recent = ops.asarray(np.full((batch, 64), -1, np.int32))
+        penalty = {
+            "recent": recent,
+            "last_n": rows(0, np.int32),
+            "repeat_penalty": rows(1, np.float32),
+        }
+        count, ends = (ops.asarray(np.array([n], np.int32)) for n in (steps, -1))
+        calls, times = max(1, 32 // steps), []
+        for _ in range(REPETITIONS + 1):  # the first compiles
+            started = time.perf_counter()
+            for _ in range(calls):
+                if steps == 1:
+                    fn, args = engine.step(()), (token, at, rows(0, np.int32), penalty, None, [])
+                    caches, token, at, recent, _ = fn(engine.params, caches, rope, *args)
+                else:
+                    fn, args = engine.steps(()), (token, at, penalty, None, [], count, ends)
+                    caches, token, at, recent, _, _ = fn(engine.params, caches, rope, *args)
+            tokens = ops.to_numpy(token)
+            times.append(time.perf_counter() - started)
+            at = ops.asarray(np.full((batch, 1), position, np.int32))
+        assert ((tokens >= 0) & (tokens < size)).all(), tokens
+        step_s = statistics.median(times[1:]) / (calls * steps)
+        return {
+            "position": position,
+            "batch": batch,
+            "steps_in_a_call": steps,
+            "ms": 1e3 * step_s,
+            "tokens_per_s": batch / step_s,
+        }
+
+    def prompts(self) -> list[Section]:
+        engine, _ = self._model()
+        lengths = (32, 64) if self.is_small else (512, 2048)
+        found = []
+        for is_fast in (False, True):
+            if is_fast and not self.ops.has_fast_prefill:
+                continue
+            self.ops.fast_prefill = is_fast
+            engine = Engine(
+                self.ops,
+                engine.config,
+                engine.params,
+                vocab_size=engine.vocab_size,
+                context=engine.context,
+                progress=lambda *_: None,
+            )
+            for length in lengths:
+                ids = self._rng.integers(3, engine.vocab_size, length).tolist()
+
+                def first(ids: list[int] = ids, engine: Engine = engine) -> list[int]:
+                    timings = Timings()
+                    return list(engine.generate(ids, GREEDY, limit=1, seed=0, timings=timings))
+
+                each = seconds(first, 3)
+                found.append(
+                    {
+                        "tokens": length,
+                        "fast_prefill": is_fast,
+                        "ms": 1e3 * each,
+                        "tokens_per_s": length / each,
+                    }
+                )
+        self.ops.fast_prefill = False
+        return found
+
+    def memory(self) -> Section:
+        return {"peak_bytes": self.ops.peak_memory_bytes()}
+
+
+SECTIONS = (
+    *("about", "bandwidth", "products", "attention", "logits", "load", "decode", "prompts"),
+    "memory",
+)
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """What was found as tables."""
+    about, copy = found.get("about", {}), found.get("bandwidth", {}).get("bytes_per_s")
+    lines = [
+        f"{about.get('device')}, JAX {about.get('jax')}, Python {about.get('python')}; "
+        + (f"a copy moves {copy / 1e12:.2f} TB/s" if copy else "bandwidth not measured"),
+        "",
+    ]
+
+    def rows(columns: str, cells: list[list[str]]) -> None:
+        names = columns.split(" | ")
+        lines.append(f"| {columns} |")
+        lines.append("| " + " | ".join("---" for _ in names) + " |")
+        lines.extend("| " + " | ".join(row) + " |" for row in cells)
+        lines.append("")
+
+    def read(bytes_per_s: float | None) -> str:
+        return f"{bytes_per_s / 1e9:.0f} GB/s" if bytes_per_s else "-"
+
+    def share(bytes_per_s: float | None) -> str:
+        return f"{100 * bytes_per_s / copy:.0f} %" if copy and bytes_per_s else "-"
+
+    if found.get("products"):
+        rows(
+            "type | matrix | rows | error | product | read | of the copy",
+            [
+                [
+                    p["type"],
+                    "{} x {}".format(*p["shape"]),
+                    str(p["rows"]),
+                    f"{p['error']:.1e}",
+                    f"{p['us'] - p['us_without']:.1f} us",
+                    read(p["bytes_per_s"]),
+                    share(p["bytes_per_s"]),
+                ]
+                for p in found["products"]
+            ],
+        )
+    if found.get("attention"):
+        rows(
+            "attention at position | of a layer | read",
+            [
+                [str(a["position"]), f"{a['us']:.1f} us", read(a["bytes_per_s"])]
+                for a in found["attention"]
+            ],
+        )
+    if found.get("decode"):
+        rows(
+            "decode at position | sequences | steps in a call | step | tokens/s",
+            [
+                [
+                    str(d["position"]),
+                    str(d["batch"]),
+                    str(d["steps_in_a_call"]),
+                    f"{d['ms']:.3f} ms",
+                    f"{d['tokens_per_s']:.0f}",
+                ]
+                for d in found["decode"]
+            ],
+        )
+    if found.get("prompts"):
+        rows(
+            "prompt | fast prefill | time | tokens/s",
+            [
+                [
+                    str(p["tokens"]),
+                    "yes" if p["fast_prefill"] else "no",
+                    f"{p['ms']:.1f} ms",
+                    f"{p['tokens_per_s']:.0f}",
+                ]
+                for p in found["prompts"]
+            ],
+        )
+    for name in ("logits", "load", "memory"):
+        if found.get(name):
+            cells = [[key, f"{value:.3g}"] for key, value in found[name].items() if value]
+            rows(f"{name} | ", cells)
+    for name, error in found["failed"].items():
+        lines.append(f"{name} failed: {error.splitlines()[-1]}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", help="as `phicore backends` names it [the first card]")
+    parser.add_argument("--model", choices=MODELS, default="phi-3-mini")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="some of %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(), help="where results are written")
+    args = parser.parse_args()
+    benchmark = Benchmark(args)
+    if not benchmark.is_card and args.device != "cpu":
+        print("gpu: JAX finds no card here; --device cpu tries the program", file=sys.stderr)
+        return 1
+    args.out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"model": args.model, "failed": {}, "seconds": {}}
+    for name in args.sections.split(","):
+        started = time.perf_counter()
+        try:
+            found[name] = getattr(benchmark, name)()
+        except Exception:  # noqa: BLE001 - whatever it is, the rest is measured
+            found["failed"][name] = traceback.format_exc()
+            print(found["failed"][name], file=sys.stderr)
+        found["seconds"][name] = time.perf_counter() - started
+        print(f"{name}: {found['seconds'][name]:.1f} s", file=sys.stderr, flush=True)
+        (args.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.out / "gpu.md").write_text(markdown(found))
+    print(markdown(found))
+    return 1 if found["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

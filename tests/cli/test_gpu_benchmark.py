@@ -1,0 +1,55 @@
+"""`benchmarks/gpu.py` on a CPU: it runs to its end, and tells of what fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jax", reason="the JAX backend is not installed")
+
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROGRAM), "--model", "tiny", "--out", str(folder), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_sections_are_measured_and_written(tmp_path: Path):
+    sections = ("about", "bandwidth", "attention", "logits", "load", "decode", "prompts", "memory")
+    done = run(tmp_path, "--device", "cpu", "--sections", ",".join(sections))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["failed"] == {}
+    assert [*found["seconds"]] == [*sections]
+    assert found["logits"]["prefill"] < 1e-4
+    assert {(d["batch"], d["position"]) for d in found["decode"]} == {
+        (batch, position) for batch in (1, 4, 8) for position in (64, 200)
+    }
+    assert all(row["tokens_per_s"] > 0 for row in found["decode"] + found["prompts"])
+    tables = (tmp_path / "gpu.md").read_text()
+    assert done.stdout.strip() == tables.strip()
+    assert "| decode at position |" in tables
+
+
+def test_section_that_fails_does_not_stop_the_rest(tmp_path: Path):
+    done = run(tmp_path, "--device", "cpu", "--sections", "nonsense,about")
+    assert done.returncode == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert "nonsense" in found["failed"]
+    assert found["about"]["device"] == "cpu"
+    assert "nonsense failed: " in done.stdout
+
+
+def test_machine_without_a_card_is_told_so(tmp_path: Path):
+    import jax
+
+    if any(device.platform != "cpu" for device in jax.local_devices()):
+        pytest.skip("this machine has a card")
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "gpu: JAX finds no card here; --device cpu tries the program\n"
