@@ -17,12 +17,12 @@ def phicore_register_backends(register):  # type: ignore[no-untyped-def]
 
     def notes() -> str:
         from phicore_jax import cuda, kernels
-        from phicore_jax.backend import device_names
+        from phicore_jax.backend import device_names, find_device
 
         found, about = kernels.find_kernels()
         said = f"CPU kernels: {about}" if found else f"no CPU kernels, XLA alone ({about})"
         if len(device_names()) > 1:
-            on_card, about = cuda.find_kernels()
+            on_card, about = cuda.working_kernels(find_device(None))
             said += f"; CUDA kernels: {about}" if on_card else f"; no CUDA kernels ({about})"
         return said
 

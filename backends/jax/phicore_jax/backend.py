@@ -162,8 +162,8 @@ class JaxBackend(Backend):
             self._set_for_cards()
         keep_compiled_programs()
         if kernels == "host":
-            find = find_kernels if self.device.platform == "cpu" else cuda.find_kernels
-            kernels, _ = find()
+            is_cpu = self.device.platform == "cpu"
+            kernels, _ = find_kernels() if is_cpu else cuda.working_kernels(self.device)
         self._set_kernels(kernels)
 
     def _set_for_cards(self) -> None:

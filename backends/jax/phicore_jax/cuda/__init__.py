@@ -2,14 +2,15 @@
 
 `warp` is what they are written in beside `kernels.lang`, `formats` how weights lie in memory,
 `linear` and `attention` the kernels, `ptx` the way to the card, and `runtime` the functions of JAX
-arrays.
+arrays. `check` tries them.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phicore_jax.cuda.runtime import CudaKernels
@@ -28,3 +29,18 @@ def find_kernels() -> tuple[CudaKernels | None, str]:
     if not ptx.has_target():
         return None, "this llvmlite cannot write PTX"
     return CudaKernels(), ptx.CAPABILITY
+
+
+@cache
+def working_kernels(device: Any) -> tuple[CudaKernels | None, str]:
+    """The same, of kernels that were tried on a card."""
+    kernels, about = find_kernels()
+    if kernels is None:
+        return None, about
+    from phicore_jax.cuda.check import fault
+
+    if (found := fault(kernels, device)) is None:
+        return kernels, about
+    about = f"they do not work with this card: {found}"
+    logging.getLogger("phicore_jax").warning("CUDA kernels: %s; XLA computes instead", about)
+    return None, about

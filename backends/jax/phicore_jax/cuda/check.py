@@ -1,0 +1,86 @@
+"""Whether the kernels compute on a card what they should: tried once, before they are used.
+
+Drivers and XLA's versions are many, and a kernel that is wrong would give wrong text.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+from phicore import kv_cache
+from phicore.gguf.reader import GGUFTensor
+from phicore.testing.tiny_models import random_matrix
+from phicore_jax.cuda.attention import CACHE_TYPES
+from phicore_jax.cuda.formats import FORMATS
+from phicore_jax.own import OwnKernels
+
+Array = Any
+
+ROWS, COLUMNS = 35, 512
+BATCH, HEADS, KV_HEADS, CAPACITY, DIM = 2, 4, 2, 64, 32
+BOUND = 1e-3
+
+
+@cache
+def fault(kernels: OwnKernels, device: Any) -> str | None:
+    """What is wrong with them on a device, in a few words; None if nothing is."""
+    rng = np.random.Generator(np.random.PCG64(1))
+    try:
+        with jax.default_device(device), jax.default_matmul_precision("highest"):
+            weights = [_weight(kernels, t, rng) for t in FORMATS]
+            x = rng.standard_normal((9, COLUMNS)).astype(np.float32)
+            qkv = rng.standard_normal((3, BATCH, HEADS, CAPACITY, DIM)).astype(np.float32)
+            errors = jax.jit(partial(_errors, kernels))(x, weights, qkv)
+            worst = float(np.max(np.asarray(errors)))
+    except Exception as error:  # noqa: BLE001 - whatever XLA, LLVM or the driver say
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None if worst < BOUND else f"wrong results, by {worst:.1e}"
+
+
+def _weight(kernels: OwnKernels, ggml_type: Type, rng: np.random.Generator) -> Any:
+    data = random_matrix(ggml_type, ROWS, COLUMNS, rng, 0.05).view(np.uint8)
+    return kernels.pack([GGUFTensor("weight", ggml_type, (ROWS, COLUMNS), data)])
+
+
+def _errors(kernels: OwnKernels, x: Array, weights: list[Any], qkv: Array) -> Array:
+    """Relative ones, of products of one and of many rows, and of attention."""
+    found = []
+    for w in weights:
+        for rows in (x[:1], x[:3], x):
+            for is_fast in (False, True) if len(rows) > 8 else (False,):
+                y = kernels.linear(rows, w, is_fast=is_fast)
+                found.append(_distance(y, rows @ w.dense().T))
+    for cache_type in CACHE_TYPES:
+        found.append(_attention_error(kernels, cache_type, *qkv))
+    return jnp.stack(found)
+
+
+def _attention_error(kernels: OwnKernels, cache_type: str, q: Array, k: Array, v: Array) -> Array:
+    """Of a token whose row is stored first, in two sequences with a window."""
+    k, v, window = k[:, :KV_HEADS], v[:, :KV_HEADS], 20
+    stored = kv_cache.stored(jnp, k, v, cache_type)
+    positions = jnp.array([[7], [50]], jnp.int32)
+    at = positions[:, :, None, None]
+    k, v = (a.at[jnp.arange(BATCH), :, positions[:, 0]].set(3.0) for a in (k, v))
+    new = jnp.full((BATCH, KV_HEADS, 1, DIM), 3.0, jnp.float32)
+    names = [n for n in ("k", "k_scale", "v", "v_scale") if n in stored]
+    planes = kernels.store(new, new, positions, cache_type, [stored[n] for n in names])
+    cache = dict(zip(names, planes, strict=True))
+    scales = [cache[n] for n in ("k_scale", "v_scale") if n in cache]
+    q = q[:, :, :1] * DIM**-0.5
+    y = kernels.attention(q, positions, window, cache_type, cache["k"], cache["v"], *scales)
+    group = HEADS // KV_HEADS
+    scores = q @ jnp.repeat(k, group, axis=1).swapaxes(2, 3)  # (B, H, 1, S)
+    j = jnp.arange(CAPACITY).reshape(1, 1, 1, -1)
+    scores = jnp.where((j <= at) & (j > at - window), scores, -jnp.inf)
+    return _distance(y, jax.nn.softmax(scores, axis=-1) @ jnp.repeat(v, group, axis=1))
+
+
+def _distance(y: Array, expected: Array) -> Array:
+    return jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)

@@ -1,0 +1,69 @@
+"""Kernels are tried before they are used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jax", reason="the JAX backend is not installed")
+pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
+
+import jax
+from cuda import host
+from phicore_jax import cuda
+from phicore_jax.cuda import check, runtime
+
+
+@pytest.fixture(autouse=True)
+def _tried_anew() -> Iterator[None]:
+    yield
+    check.fault.cache_clear()
+    cuda.working_kernels.cache_clear()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(runtime, "launch", host.launch)
+    monkeypatch.setattr(runtime, "launch_in_place", host.launch_in_place)
+    return jax.local_devices(backend="cpu")[0]
+
+
+def test_kernels_that_are_right_are_used(device: Any):
+    kernels, about = cuda.working_kernels(device)
+    assert isinstance(kernels, runtime.CudaKernels)
+    assert about == "sm_75"
+
+
+@pytest.mark.parametrize("kernel", ["product", "expand", "store", "attention", "combine"])
+def test_kernel_that_is_wrong_is_found(
+    device: Any, monkeypatch: pytest.MonkeyPatch, kernel: str, caplog: pytest.LogCaptureFixture
+):
+    def wrong(run: Any) -> Any:
+        def launch(emit: Any, constants: Any, operands: Any, results: Any, warps: int) -> Any:
+            found = run(emit, constants, operands, results, warps)
+            if emit.__name__ != f"emit_{kernel}":
+                return found
+            return tuple((a.astype("float32") * 1.01).astype(a.dtype) for a in found)
+
+        return launch
+
+    for name in ("launch", "launch_in_place"):
+        monkeypatch.setattr(runtime, name, wrong(getattr(host, name)))
+    with caplog.at_level(logging.WARNING):
+        kernels, about = cuda.working_kernels(device)
+    assert kernels is None
+    assert about.startswith("they do not work with this card: wrong results, by ")
+    assert caplog.messages == [f"CUDA kernels: {about}; XLA computes instead"]
+
+
+def test_kernels_that_cannot_run_are_told(monkeypatch: pytest.MonkeyPatch, device: Any):
+    def launch(*_: Any) -> Any:
+        raise RuntimeError("PTX is too new for the driver\nand more")
+
+    monkeypatch.setattr(runtime, "launch", launch)
+    kernels, about = cuda.working_kernels(device)
+    assert kernels is None
+    assert about.endswith("this card: RuntimeError: PTX is too new for the driver")
