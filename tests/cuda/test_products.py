@@ -8,6 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from phicore.gguf.reader import GGUFTensor
+from phicore.testing import oracle
 from phicore.testing.compare import assert_close, relative_error
 from phicore.testing.tiny_models import random_matrix
 
@@ -19,7 +20,7 @@ from cuda import host
 from cuda.host import product, quantize
 from phicore_jax.cuda import find_kernels, runtime
 from phicore_jax.cuda.formats import FORMATS
-from phicore_jax.cuda.linear import emit_product
+from phicore_jax.cuda.linear import emit_product, emit_quantize_gated, emit_quantize_normed
 from phicore_jax.cuda.ptx import ptx
 
 kernels, about = find_kernels()
@@ -72,7 +73,8 @@ def test_products_of_many_rows_are_those_of_float64(
     x = 30 * np.random.default_rng(2).standard_normal((11, 768)).astype(np.float32)
     x[3], x[4] = 0, 1e-3 * x[4]
     expected = x.astype(np.float64) @ gguf.quants.dequantize(data, ggml_type).astype(float).T
-    y = np.asarray(kernels.linear(jnp.asarray(x), w, is_fast=is_fast))
+    x_many = kernels.prepared(jnp.asarray(x), None)
+    y = np.asarray(kernels.linear(x_many, w, is_fast=is_fast))
     assert_close(y, expected, bound)
     assert_close(y[4], expected[4], bound)
     assert not y[3].any()
@@ -102,6 +104,48 @@ def test_activations_of_any_size_are_rounded_alike(size: float):
     groups = x.reshape(6, 32)
     error = integers * unit[:, None].astype(float) - groups
     assert (np.abs(error).max(1) <= np.abs(groups).max(1) / 32512 * 0.51).all()
+
+
+def numbers(integers: list[np.ndarray]) -> np.ndarray:
+    """What integers of activations stand for, float64, flat."""
+    both, unit, _ = integers
+    return ((both[:, 0].astype(float) * 256 + both[:, 1]) * unit[:, None]).ravel()
+
+
+def results(groups: int) -> list[tuple[tuple[int, ...], type]]:
+    return [((groups, 2, 32), np.int8), ((groups,), np.float32), ((groups, 2), np.int32)]
+
+
+@pytest.mark.parametrize("columns", [96, 256, 640])
+def test_integers_of_a_norm_are_those_of_what_it_gives(columns: int):
+    x, weight = (np.random.default_rng(5).standard_normal((4, columns)) for _ in range(2))
+    x, weight = (3 * x).astype(np.float32), weight[0].astype(np.float32)
+    x[1] *= 1e-4  # where eps counts
+    groups = x.size // 32
+    constants = (groups, columns, 1e-5)
+    found = host.run(emit_quantize_normed, constants, [x, weight], results(groups), groups)
+    expected = oracle.rms_norm(x, weight, 1e-5)
+    assert_close(numbers(found), expected.ravel(), BOUND)
+    both = found[0].astype(int)
+    assert np.array_equal(found[2], (both[:, 0] * 256 + both[:, 1]).reshape(-1, 2, 16).sum(2))
+
+
+def test_integers_of_gates_are_those_of_what_they_give():
+    gate_up = np.random.default_rng(6).standard_normal((3, 2 * 160)).astype(np.float32)
+    gate_up[0, :4] = 100, -100, 1e4, -1e4  # nothing overflows
+    groups = 3 * 160 // 32
+    found = host.run(emit_quantize_gated, (groups, 160), [gate_up], results(groups), groups)
+    assert_close(numbers(found), oracle.swiglu(gate_up).ravel(), BOUND)
+
+
+def test_rows_of_a_norm_that_are_not_finite_stay_apart():
+    x = np.ones((2, 64), np.float32)
+    x[1, 3] = np.inf
+    found = host.run(
+        emit_quantize_normed, (4, 64, 1e-5), [x, np.ones(64, np.float32)], results(4), 4
+    )
+    assert np.isfinite(found[1][:2]).all()
+    assert np.isnan(found[1][2])
 
 
 def test_activations_of_zeros_are_zeros_and_others_not_finite_are_not():

@@ -22,7 +22,13 @@ from phicore_jax.cuda.attention import (
     emit_store,
 )
 from phicore_jax.cuda.formats import FORMATS
-from phicore_jax.cuda.linear import emit_expand, emit_product, emit_quantize
+from phicore_jax.cuda.linear import (
+    emit_expand,
+    emit_product,
+    emit_quantize,
+    emit_quantize_gated,
+    emit_quantize_normed,
+)
 from phicore_jax.cuda.ptx import ptx
 
 Kernel = tuple[str, Any, tuple[Any, ...], int]
@@ -31,6 +37,9 @@ Kernel = tuple[str, Any, tuple[Any, ...], int]
 def kernels() -> Iterator[Kernel]:
     """Names, and what `ptx` takes."""
     yield "quantize", emit_quantize, (96,), 4
+    for columns in (3072, 5120, 96):
+        yield f"normed-{columns}", emit_quantize_normed, (columns // 32, columns, 1e-5), 5
+        yield f"gated-{columns}", emit_quantize_gated, (columns // 32, columns), 4
     for fmt in FORMATS.values():
         name, planes = fmt.type.name, fmt.plane_count
         for m in (1, 4, 8):

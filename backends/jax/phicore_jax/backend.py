@@ -30,7 +30,7 @@ from phicore.protocol import Array, Backend, LayerCache, Weight
 from phicore_jax import cuda, expanded
 from phicore_jax.cache import CACHE_DTYPES, as_numbers, as_stored, put, zeros
 from phicore_jax.kernels import CACHE_ROWS, ROWS_OF_STRIP, find_kernels
-from phicore_jax.own import OwnKernels
+from phicore_jax.own import OwnKernels, Source
 from phicore_jax.parallel import Devices, Share
 
 # XLA's other orders compute whatever does not depend on the input first: here every expanded weight
@@ -170,6 +170,7 @@ class JaxBackend(Backend):
         self.steps, self.prompt_chunks = STEPS, CHUNKS
 
     def _set_kernels(self, kernels: OwnKernels | None) -> None:
+        self._last: tuple[Array, Source] | None = None
         self._kernels = kernels
         if kernels is None:
             self.cache_types = ("f32", "f16", "i24", "i16", "q8_0")
@@ -265,7 +266,9 @@ class JaxBackend(Backend):
         def traced(*args: Any) -> Any:
             # A GPU would multiply float32 with the 11 bits of TF32; a CPU multiplies it as it is.
             with jax.default_matmul_precision(None if is_cpu else "highest"):
-                return fn(*args)
+                result = fn(*args)
+            self._last = None  # what is traced must not be kept
+            return result
 
         if self._shared:
             options = CPU_OPTIONS if is_cpu else {"xla_gpu_enable_command_buffer": COLLECTIVES}
@@ -284,23 +287,44 @@ class JaxBackend(Backend):
         return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
 
     def linear(self, x: Array, weight: Weight) -> Array:
-        y = self._products(x.reshape(-1, x.shape[-1]), weight)
+        source = self._source_of(x)
+        y = self._products(x.reshape(-1, x.shape[-1]), weight, source=source)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _made(self, y: Array, source: Source) -> Array:
+        """Remember what y was made of, until the next product: it may then not be needed itself."""
+        self._last = y, source
+        return y
+
+    def _source_of(self, x: Array) -> Source | None:
+        last, self._last = self._last, None
+        return last[1] if last is not None and last[0] is x else None
 
     def expert_linear(self, x: Array, experts: Array, weight: Weight) -> Array:
         return self._products(x, weight, experts)
 
-    def _products(self, x: Array, weight: Weight, experts: Array | None = None) -> Array:
+    def _products(
+        self,
+        x: Array,
+        weight: Weight,
+        experts: Array | None = None,
+        source: Source | None = None,
+    ) -> Array:
         is_share = isinstance(weight, Share)
+
+        parts = weight.parts if is_share else weight
+        prepared: Any = None
+        if self._kernels is not None and any(isinstance(p, self._kernels.packed) for p in parts):
+            prepared = self._kernels.prepared(x, source)
 
         def product(part: Any) -> Array:
             if self._kernels is not None and isinstance(part, self._kernels.packed):
-                return self._kernels.linear(x, part, experts, is_fast=self.fast_prefill)
+                return self._kernels.linear(prepared, part, experts, is_fast=self.fast_prefill)
             if experts is None:
                 return expanded.product(x, part)
             return expanded.expert_product(x, experts, part)
 
-        products = [product(part) for part in (weight.parts if is_share else weight)]
+        products = [product(part) for part in parts]
         y = products[0] if len(products) == 1 else jnp.concatenate(products, axis=-1)
         return weight.joined(y) if is_share else y
 
@@ -323,12 +347,13 @@ class JaxBackend(Backend):
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         if self._kernels is None or not self._kernels.has_rowwise:
-            return super().rms_norm(x, weight, eps)
+            y = super().rms_norm(x, weight, eps)
+            return self._made(y, Source("rms_norm", (x, weight), eps))
         return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
 
     def swiglu(self, gate_up: Array) -> Array:
         if self._kernels is None or not self._kernels.has_rowwise:
-            return super().swiglu(gate_up)
+            return self._made(super().swiglu(gate_up), Source("swiglu", (gate_up,)))
         y = self._kernels.swiglu(gate_up.reshape(-1, gate_up.shape[-1]))
         return y.reshape(*gate_up.shape[:-1], -1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGMLQuantizationType
@@ -11,6 +12,21 @@ from gguf import GGMLQuantizationType
 from phicore.gguf.reader import GGUFTensor
 
 Array = Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """What activations (M, K) were made of, by an operation of the protocol.
+
+    Attributes:
+        name: Of the operation.
+        arrays: Rows (M, ...), and what else it takes.
+        eps: Of a norm.
+    """
+
+    name: str
+    arrays: tuple[Array, ...]
+    eps: float = 0.0
 
 
 class OwnKernels(ABC):
@@ -50,13 +66,22 @@ class OwnKernels(ABC):
             count: How many matrices they are, with as many tensors each.
         """
 
+    def prepared(self, x: Array, source: Source | None) -> Any:
+        """Activations (M, K) as `linear` takes them: once for all parts of a weight.
+
+        Args:
+            source: What they were made of, if it is known; it can be used in their place.
+        """
+        return x
+
     @abstractmethod
     def linear(
-        self, x: Array, w: Any, experts: Array | None = None, *, is_fast: bool = False
+        self, x: Any, w: Any, experts: Array | None = None, *, is_fast: bool = False
     ) -> Array:
         """(M, K) float32 by a packed (N, K) matrix, or each row by that of its expert: (M, N).
 
         Args:
+            x: As `prepared` gives them.
             experts: (M,) int32, if there is a matrix for each expert.
             is_fast: Be less exact, as `fast_prefill` allows, if there are many rows.
         """

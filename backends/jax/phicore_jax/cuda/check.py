@@ -54,7 +54,7 @@ def _errors(kernels: OwnKernels, x: Array, weights: list[Any], qkv: Array) -> Ar
     for w in weights:
         for rows in (x[:1], x[:3], x):
             for is_fast in (False, True) if len(rows) > 8 else (False,):
-                y = kernels.linear(rows, w, is_fast=is_fast)
+                y = kernels.linear(kernels.prepared(rows, None), w, is_fast=is_fast)
                 found.append(_distance(y, rows @ w.dense().T))
     for cache_type in CACHE_TYPES:
         found.append(_attention_error(kernels, cache_type, *qkv))

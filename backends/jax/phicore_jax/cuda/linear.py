@@ -17,7 +17,8 @@ from typing import Any
 
 from phicore_jax.cuda.formats import GROUP, Format
 from phicore_jax.cuda.warp import LANES, Warp
-from phicore_jax.kernels.lang import F16, F32, I8, I16, I32, Value, vec
+from phicore_jax.kernels.attention import exp
+from phicore_jax.kernels.lang import F16, F32, I8, I16, I32, Value, suffix, vec
 
 LARGEST = 127 * 256  # both bytes of a multiple are signed
 
@@ -31,22 +32,78 @@ def emit_quantize(w: Warp, groups: int, args: Sequence[Value]) -> None:
             (G, 2, 32) int8, the upper ones of a group and then the lower ones; the units of the
             groups, (G,) float32; the sums of each half of them, (G, 2) int32.
     """
+    activations, *results = args
+    with w.f.when(w.number < groups):
+        (x,) = w.load(F32, activations, w.spread(w.number * GROUP) + w.lane)
+        _store_integers(w, x, results)
+
+
+def emit_quantize_normed(
+    w: Warp, groups: int, columns: int, eps: float, args: Sequence[Value]
+) -> None:
+    """The same of RMSNorm's result, which is not stored: see `Backend.rms_norm`.
+
+    Each warp computes the mean square of its row: reading that again is quicker than a launch.
+
+    Args:
+        columns: Of a row.
+        args: Pointers to the rows, the weight, and the results.
+    """
     f = w.f
-    activations, both, units, sums = args
+    rows, weight, *results = args
     with f.when(w.number < groups):
-        group = w.spread(w.number)
-        (x,) = w.load(F32, activations, group * GROUP + w.lane)
-        largest = w.max(f.absolute(x))
-        unit = (largest > 1e-30).select(largest, 1.0) * (1 / LARGEST)
-        integer = f.round_even(x / unit).to(I32)
-        upper = (integer + 128) >> 8
-        byte = group * (2 * GROUP) + w.lane
-        w.store([upper.to(I8)], both, byte)
-        w.store([(integer - (upper << 8)).to(I8)], both, byte + GROUP)
-        # a sum that is not finite must not vanish in an integer
-        w.store([unit + w.sum(x * 0.0)], units, group, w.lane.equals(0))
-        half = w.sum(integer, (8, 4, 2, 1))
-        w.store([half], sums, group * 2 + (w.lane >> 4), (w.lane & 15).equals(0))
+        groups_of_row = columns // GROUP
+        row, group = w.number // groups_of_row, w.number % groups_of_row
+        total = w.spread(f.f32(0.0))
+        together = 4 if columns % (4 * LANES) == 0 else 1
+        for start in range(0, columns // together, LANES):
+            at = w.spread(row * (columns // together) + start) + w.lane
+            for number in w.load(F32, rows, at, together):
+                total = f.fma(number, number, total)
+        mean = w.sum(total) * (1 / columns)
+        root = f.call(f"llvm.sqrt{suffix(mean.type)}", mean.type, mean + eps)
+        column = w.spread(group * GROUP) + w.lane
+        (x,) = w.load(F32, rows, w.spread(row * columns) + column)
+        (factor,) = w.load(F32, weight, column)
+        _store_integers(w, factor * (x / root), results)
+
+
+def emit_quantize_gated(w: Warp, groups: int, columns: int, args: Sequence[Value]) -> None:
+    """The same of SwiGLU's result: see `Backend.swiglu`.
+
+    Args:
+        columns: F, of a row of the result.
+        args: Pointers to gates and then as many others in a row, and the results.
+    """
+    f = w.f
+    gate_up, *results = args
+    with f.when(w.number < groups):
+        groups_of_row = columns // GROUP
+        row, group = w.number // groups_of_row, w.number % groups_of_row
+        at = w.spread(row * (2 * columns) + group * GROUP) + w.lane
+        (gate,), (up,) = w.load(F32, gate_up, at), w.load(F32, gate_up, at + columns)
+        # of the gate's size, so that nothing overflows
+        power = exp(f, f.like(gate, 0.0) - f.absolute(gate))
+        share = (gate < 0.0).select(power, 1.0) / (power + 1.0)
+        _store_integers(w, gate * share * up, results)
+
+
+def _store_integers(w: Warp, x: Value, results: Sequence[Value]) -> None:
+    """The group of a warp's number, of which a lane has x."""
+    f = w.f
+    both, units, sums = results
+    group = w.spread(w.number)
+    largest = w.max(f.absolute(x))
+    unit = (largest > 1e-30).select(largest, 1.0) * (1 / LARGEST)
+    integer = f.round_even(x / unit).to(I32)
+    upper = (integer + 128) >> 8
+    byte = group * (2 * GROUP) + w.lane
+    w.store([upper.to(I8)], both, byte)
+    w.store([(integer - (upper << 8)).to(I8)], both, byte + GROUP)
+    # a sum that is not finite must not vanish in an integer
+    w.store([unit + w.sum(x * 0.0)], units, group, w.lane.equals(0))
+    half = w.sum(integer, (8, 4, 2, 1))
+    w.store([half], sums, group * 2 + (w.lane >> 4), (w.lane & 15).equals(0))
 
 
 def rows_of_warp(m: int) -> int:

@@ -17,10 +17,17 @@ from phicore.gguf.reader import GGUFTensor
 from phicore_jax.cuda import attention
 from phicore_jax.cuda.attention import Shape
 from phicore_jax.cuda.formats import FORMATS, GROUP
-from phicore_jax.cuda.linear import emit_expand, emit_product, emit_quantize, rows_of_warp
+from phicore_jax.cuda.linear import (
+    emit_expand,
+    emit_product,
+    emit_quantize,
+    emit_quantize_gated,
+    emit_quantize_normed,
+    rows_of_warp,
+)
 from phicore_jax.cuda.ptx import launch, launch_in_place
 from phicore_jax.cuda.warp import LANES
-from phicore_jax.own import OwnKernels
+from phicore_jax.own import OwnKernels, Source
 
 Array = Any
 
@@ -54,6 +61,19 @@ class Planes:
         return FORMATS[self.type].dense(self.planes)
 
 
+@dataclass(frozen=True)
+class Integers:
+    """Few rows of activations (M, K) as `emit_quantize` makes them.
+
+    Attributes:
+        rows: M.
+        arrays: The bytes, units and sums of all groups.
+    """
+
+    rows: int
+    arrays: tuple[Array, ...]
+
+
 class CudaKernels(OwnKernels):
     """What `kernels.runtime.Kernels` is on a CPU. Its arrays are on a card."""
 
@@ -72,16 +92,21 @@ class CudaKernels(OwnKernels):
         together = np.asarray(data[0]) if len(data) == 1 else np.concatenate(data)
         return Planes(_planes(tensors[0].type, together), tensors[0].type, tensors[0].shape[1])
 
+    def prepared(self, x: Array, source: Source | None) -> Integers | Array:
+        if x.shape[0] > FEW_ROWS or x.shape[1] % GROUP:
+            return x
+        return Integers(x.shape[0], quantize(x, source))
+
     def linear(
-        self, x: Array, w: Planes, experts: Array | None = None, *, is_fast: bool = False
+        self, x: Any, w: Planes, experts: Array | None = None, *, is_fast: bool = False
     ) -> Array:
-        if x.shape[0] > FEW_ROWS:
+        if not isinstance(x, Integers):
             return product_of_many(x, w, is_fast=is_fast)
-        m = x.shape[0]
+        m = x.rows
         constants = (FORMATS[w.type], (w.rows, w.columns), m)
         result = jax.ShapeDtypeStruct((m, w.rows), jnp.float32)
         warps = -(-w.rows // rows_of_warp(m))
-        (y,) = launch(emit_product, constants, (*quantize(x), *w.planes), (result,), warps)
+        (y,) = launch(emit_product, constants, (*x.arrays, *w.planes), (result,), warps)
         return y
 
     def rows(self, index: Array, w: Planes) -> Array:
@@ -155,9 +180,14 @@ def product_of_many(x: Array, w: Planes, *, is_fast: bool) -> Array:
     return y * unit if is_fast else y
 
 
-def quantize(x: Array) -> tuple[Array, ...]:
-    """Activations (M, K) as integers: see `emit_quantize`."""
-    groups = x.size // GROUP
+def quantize(x: Array, source: Source | None = None) -> tuple[Array, ...]:
+    """Activations (M, K) as integers: see `emit_quantize`; those of a source without storing it."""
+    groups, columns = x.size // GROUP, x.shape[1]
     shapes = ((2, GROUP), np.int8), ((), np.float32), ((2,), np.int32)
     results = [jax.ShapeDtypeStruct((groups, *shape), dtype) for shape, dtype in shapes]
-    return launch(emit_quantize, (groups,), (x,), results, groups)
+    if source is None:
+        return launch(emit_quantize, (groups,), (x,), results, groups)
+    if source.name == "rms_norm":
+        constants = (groups, columns, source.eps)
+        return launch(emit_quantize_normed, constants, source.arrays, results, groups)
+    return launch(emit_quantize_gated, (groups, columns), source.arrays, results, groups)

@@ -508,18 +508,18 @@ class Function:
 
     def fma(self, x: Value, y: Value, z: Value) -> Value:
         """x * y + z, rounded once where the processor can."""
-        return self.call("llvm.fmuladd" + _suffix(x.type), x.type, x, y, z)
+        return self.call("llvm.fmuladd" + suffix(x.type), x.type, x, y, z)
 
     def maximum(self, x: Value, y: Value) -> Value:
         """The larger one; NaN if either is."""
-        return self.call("llvm.maximum" + _suffix(x.type), x.type, x, y)
+        return self.call("llvm.maximum" + suffix(x.type), x.type, x, y)
 
     def absolute(self, x: Value) -> Value:
-        return self.call("llvm.fabs" + _suffix(x.type), x.type, x)
+        return self.call("llvm.fabs" + suffix(x.type), x.type, x)
 
     def round_even(self, x: Value) -> Value:
         # rint, not roundeven: not every C library has the latter, for processors without either
-        return self.call("llvm.rint" + _suffix(x.type), x.type, x)
+        return self.call("llvm.rint" + suffix(x.type), x.type, x)
 
     def sum_of_lanes(self, x: Value) -> Value:
         """The sum of a vector's lanes, added in pairs."""
@@ -551,10 +551,10 @@ class _Callee:
         self.get_reference = pointer.get_reference
 
 
-def _suffix(t: ir.Type) -> str:
+def suffix(t: ir.Type) -> str:
     """An overloaded intrinsic's type, as in `llvm.fabs.v16f32`."""
     if isinstance(t, ir.VectorType):
-        return f".v{t.count}{_suffix(t.element)[1:]}"
+        return f".v{t.count}{suffix(t.element)[1:]}"
     if isinstance(t, ir.IntType):
         return f".i{t.width}"
     return ".f32" if isinstance(t, ir.FloatType) else ".f16"
