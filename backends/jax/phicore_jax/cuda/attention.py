@@ -92,7 +92,7 @@ def _store_row(
     if s.cache_type == "i16":
         largest, rest = f.absolute(x[0]), x[0] * 0.0
         for more in x[1:]:
-            largest, rest = f.maximum(largest, f.absolute(more)), rest + more * 0.0
+            largest, rest = f.larger(largest, f.absolute(more)), rest + more * 0.0
         # as `kv_cache.multiples`: what is not finite makes the scale NaN
         scale = w.max(largest) / 32767.0 + w.sum(rest)
         w.store([scale], scales[0], w.spread(slot), w.lane.equals(0))
@@ -158,7 +158,7 @@ def emit_attention(w: Warp, shape: Shape, window: int | None, args: Sequence[Val
                 for factor in k_scale:
                     score = score * factor
                 score = is_seen.select(score, NOTHING)
-                new = f.maximum(largest.value, score)
+                new = f.larger(largest.value, score)  # a score that is none makes its weight none
                 correction = exp(f, largest.value - new)
                 weight = is_seen.select(exp(f, score - new), 0.0)
                 largest.value = new
@@ -234,7 +234,7 @@ def emit_combine(w: Warp, shape: Shape, args: Sequence[Value]) -> None:
             powers.append(is_there.select(w.load(F32, stats, at + 1)[0], 0.0))
         of_all = largest[0]
         for more in largest[1:]:
-            of_all = f.maximum(of_all, more)
+            of_all = f.larger(of_all, more)
         of_all = w.max(of_all)
         factors = [exp(f, one - of_all) for one in largest]
         power = factors[0] * powers[0]

@@ -94,8 +94,8 @@ class Warp(ABC):
         return self.combine(x, distances, lambda a, b: a + b)
 
     def max(self, x: Value, distances: Sequence[int] = (16, 8, 4, 2, 1)) -> Value:
-        """The largest float32; NaN if any is."""
-        return self.combine(x, distances, self.f.maximum)
+        """The largest float32 that is a number: `maximum` would take eight instructions."""
+        return self.combine(x, distances, self.f.larger)
 
 
 class Card(Warp):

@@ -514,6 +514,10 @@ class Function:
         """The larger one; NaN if either is."""
         return self.call("llvm.maximum" + suffix(x.type), x.type, x, y)
 
+    def larger(self, x: Value, y: Value) -> Value:
+        """The larger one; where one is NaN, the other."""
+        return self.call("llvm.maxnum" + suffix(x.type), x.type, x, y)
+
     def absolute(self, x: Value) -> Value:
         return self.call("llvm.fabs" + suffix(x.type), x.type, x)
 
