@@ -80,6 +80,25 @@ def test_products_of_many_rows_are_those_of_float64(
     assert not y[3].any()
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+def test_rows_are_multiplied_by_the_matrices_of_their_experts(
+    monkeypatch: pytest.MonkeyPatch, ggml_type: Type, rows: int
+):
+    """Of 7 rows each, an odd number; the second has none."""
+    monkeypatch.setattr(runtime, "launch", host.launch)
+    data = blocks(ggml_type, 4 * 7, 512)
+    tensors = [GGUFTensor("w", ggml_type, (7, 512), part) for part in np.split(data, 4)]
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((rows, 512)).astype(np.float32)
+    experts = rng.choice(np.array([0, 2, 3], np.int32), rows)
+    w = kernels.pack(tensors, 4)
+    assert (w.rows, w.columns) == (7, 512)
+    prepared = kernels.prepared(jnp.asarray(x), None)
+    y = np.asarray(kernels.linear(prepared, w, jnp.asarray(experts)))
+    values = gguf.quants.dequantize(data, ggml_type).astype(np.float64).reshape(4, 7, 512)
+    assert_close(y, np.einsum("mk,mnk->mn", x.astype(float), values[experts]), BOUND)
+
+
 def test_planes_take_hardly_more_than_the_file(ggml_type: Type):
     data = blocks(ggml_type, 4, 2048)
     planes = FORMATS[ggml_type].planes(jnp.asarray(data))

@@ -24,6 +24,8 @@ from phicore_jax.cuda.attention import (
 from phicore_jax.cuda.formats import FORMATS
 from phicore_jax.cuda.linear import (
     emit_expand,
+    emit_expert_expand,
+    emit_expert_product,
     emit_product,
     emit_quantize,
     emit_quantize_gated,
@@ -46,9 +48,13 @@ def kernels() -> Iterator[Kernel]:
             for shape in ((9216, 3072), (3072, 8192), (35, 1280)):
                 constants = (fmt, shape, m)
                 yield f"product-{name}-{shape[1]}-{m}", emit_product, constants, 3 + planes + 1
+        expert = (fmt, (6400, 4096), 2)
+        yield f"expert-product-{name}", emit_expert_product, expert, 4 + planes + 1
         for is_fast in (False, True):
             constants = (fmt, 3072, (256, 1024), is_fast)
             yield f"expand-{name}-{is_fast}", emit_expand, constants, planes + 1
+            constants = (fmt, (6400, 4096), (256, 1024), is_fast)
+            yield f"expert-expand-{name}-{is_fast}", emit_expert_expand, constants, planes + 2
     for cache_type in CACHE_TYPES:
         planes = 4 if cache_type == "i16" else 2
         for dim in (64, 96, 128):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from math import ceil, floor, log2
+from math import floor, log2
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jax import lax
 
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.quants import affine, is_affine
-from phicore_jax.experts import in_tiles
+from phicore_jax.experts import products_by_tiles
 
 Array = Any
 
@@ -137,18 +137,8 @@ def expert_product(x: Array, experts: Array, part: Any) -> Array:
     m, count = x.shape[0], jax.tree.leaves(part)[0].shape[0]
     if m <= FEW_ROWS:
         return jnp.concatenate([product(x[i : i + 1], matrix(experts[i])) for i in range(m)])
-    tile = ceil(m / count)
-    order, firsts = in_tiles(experts, count, tile)
-
-    def add_tile(t: Array, y: Array) -> Array:
-        rows = lax.dynamic_slice_in_dim(order, t * tile, tile)
-        number = jnp.searchsorted(firsts, t, side="right").astype(jnp.int32) - 1
-        rows = jnp.where(rows < 0, m, rows)  # a negative index would count from the end
-        products = product(x[rows], matrix(number))
-        return y.at[rows].set(products, mode="drop")
-
-    y = jnp.zeros((m, jax.tree.leaves(part)[0].shape[1]), jnp.float32)
-    return lax.fori_loop(0, firsts[count], add_tile, y)
+    rows = jax.tree.leaves(part)[0].shape[1]
+    return products_by_tiles(x, experts, count, rows, lambda some, n: product(some, matrix(n)))
 
 
 def _matvec(x: Array, w: Quantized) -> Array:

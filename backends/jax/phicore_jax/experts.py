@@ -1,10 +1,13 @@
-"""Rows of activations sorted by the matrix that each is multiplied by."""
+"""Rows of activations that each have a matrix of their own, of a few: sorted by it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 Array = Any
 
@@ -30,3 +33,27 @@ def in_tiles(experts: Array, count: int, tile: int) -> tuple[Array, Array]:
     order = jnp.full(tiles * tile, -1, jnp.int32)
     slots = firsts[experts] * tile + rank
     return order.at[slots].set(jnp.arange(m, dtype=jnp.int32)), firsts
+
+
+def products_by_tiles(
+    x: Array, experts: Array, count: int, rows: int, product: Callable[[Array, Array], Array]
+) -> Array:
+    """(M, K), each row by the matrix of its expert, int32 (M,): (M, N).
+
+    Args:
+        count: How many matrices there are.
+        rows: N.
+        product: Of rows of x by the matrix with a number, an int32.
+    """
+    m = x.shape[0]
+    tile = ceil(m / count)
+    order, firsts = in_tiles(experts, count, tile)
+
+    def add_tile(t: Array, y: Array) -> Array:
+        of_tile = lax.dynamic_slice_in_dim(order, t * tile, tile)
+        number = jnp.searchsorted(firsts, t, side="right").astype(jnp.int32) - 1
+        of_tile = jnp.where(of_tile < 0, m, of_tile)  # a negative index would count from the end
+        return y.at[of_tile].set(product(x[of_tile], number), mode="drop")
+
+    y = jnp.zeros((m, rows), jnp.float32)
+    return lax.fori_loop(0, firsts[count], add_tile, y)

@@ -119,38 +119,70 @@ def emit_product(
     Args:
         shape: N, K.
         m: M.
-        args: Pointers: what `quantize` makes of x, the planes of the weight, y.
+        args: Pointers: what `emit_quantize` makes of x, the planes of the weight, y.
     """
-    f = w.f
-    rows, columns = shape
-    groups = columns // GROUP
-    activations, units, sums, *planes, y = args
     count = rows_of_warp(m)
     numbers = [w.number * count + r for r in range(count)]
+    rows_of_x = [w.f.i32(i) for i in range(m)]
+    _product(w, fmt, shape, numbers, w.f.i32(0), rows_of_x, args)
+
+
+def emit_expert_product(
+    w: Warp, fmt: Format, shape: tuple[int, int], m: int, args: Sequence[Value]
+) -> None:
+    """The same where each row of x has a matrix of its own, of those that lie on top of each other.
+
+    Args:
+        args: The first is a pointer to the matrices' numbers, (M,) int32.
+    """
+    experts, *others = args
+    count = rows_of_warp(1)
+    warps = -(-shape[0] // count)  # of a row of x
+    with w.f.when(w.number < m * warps):
+        row_of_x = w.number // warps
+        numbers = [w.number % warps * count + r for r in range(count)]
+        first = w.uniform(I32, experts, row_of_x) * shape[0]
+        _product(w, fmt, shape, numbers, first, [row_of_x], others)
+
+
+def _product(
+    w: Warp,
+    fmt: Format,
+    shape: tuple[int, int],
+    numbers: Sequence[Value],
+    first: Value,
+    rows_of_x: Sequence[Value],
+    args: Sequence[Value],
+) -> None:
+    """Some rows of the weight, which begins at row `first`, by rows of x."""
+    f = w.f
+    rows, columns = shape
+    groups, m = columns // GROUP, len(rows_of_x)
+    activations, units, sums, *planes, y = args
     # beyond the last row it is computed again, and not stored
-    row = [w.spread((n < rows).select(n, rows - 1)) for n in numbers]
-    total = [[w.spread(f.f32(0.0))] * m for _ in range(count)]
+    row = [w.spread(first + (n < rows).select(n, rows - 1)) for n in numbers]
+    total = [[w.spread(f.f32(0.0))] * m for _ in numbers]
     for start in range(0, groups, LANES):
         group, is_there = w.lane + start, None
         if start + LANES > groups:
             is_there = group < groups
             group = is_there.select(group, groups - 1)
         weights = [fmt.read(w, planes, r, group, groups) for r in row]
-        for i in range(m):
-            at = group + i * groups
+        for i, row_of_x in enumerate(rows_of_x):
+            at = group + w.spread(row_of_x * groups)
             words = [q for part in range(4) for q in w.load(I32, activations, at * 4 + part, 4)]
             (unit,) = w.load(I32, units, at)
             unit = unit.bits_as(total[0][i].type)
             halves = w.load(I32, sums, at, 2)
-            for r in range(count):
+            for r in range(len(numbers)):
                 added = weights[r].times(w, words, halves) * unit
                 if is_there is not None:
                     added = is_there.select(added, 0.0)
                 total[r][i] = total[r][i] + added
-    for r in range(count):
-        for i in range(m):
-            is_first = w.lane.equals(0) & w.spread(numbers[r] < rows)
-            w.store([w.sum(total[r][i])], y, w.spread(numbers[r] + i * rows), is_first)
+    for r, number in enumerate(numbers):
+        for i, row_of_x in enumerate(rows_of_x):
+            is_first = w.lane.equals(0) & w.spread(number < rows)
+            w.store([w.sum(total[r][i])], y, w.spread(number + row_of_x * rows), is_first)
 
 
 def emit_expand(
@@ -171,13 +203,44 @@ def emit_expand(
         args: Pointers: the planes of the weight, the result.
     """
     *planes, result = args
+    _expand(w, fmt, columns, part[1], w.f.i32(part[0]), is_fast, planes, result)
+
+
+def emit_expert_expand(
+    w: Warp,
+    fmt: Format,
+    shape: tuple[int, int],
+    part: tuple[int, int],
+    is_fast: bool,
+    args: Sequence[Value],
+) -> None:
+    """The same of one of several matrices that lie on top of each other.
+
+    Args:
+        shape: N, K of each.
+        args: The first is a pointer to the matrix's number, (1,) int32.
+    """
+    expert, *planes, result = args
+    first = w.uniform(I32, expert, w.f.i32(0)) * shape[0] + part[0]
+    _expand(w, fmt, shape[1], part[1], first, is_fast, planes, result)
+
+
+def _expand(
+    w: Warp,
+    fmt: Format,
+    columns: int,
+    rows: int,
+    first: Value,
+    is_fast: bool,
+    planes: Sequence[Value],
+    result: Value,
+) -> None:
     groups = columns // GROUP
-    first, rows = part
     number = w.spread(w.number * LANES) + w.lane
     is_there = number < rows * groups
     number = is_there.select(number, 0)
     row, group = number // groups, number % groups
-    weights = fmt.read(w, planes, row + first, group, groups)
+    weights = fmt.read(w, planes, row + w.spread(first), group, groups)
     values = weights.values()
     if is_fast:
         parts = [[_bits(v.to(F16)) for v in values]]

@@ -19,6 +19,8 @@ from phicore_jax.cuda.attention import Shape
 from phicore_jax.cuda.formats import FORMATS, GROUP
 from phicore_jax.cuda.linear import (
     emit_expand,
+    emit_expert_expand,
+    emit_expert_product,
     emit_product,
     emit_quantize,
     emit_quantize_gated,
@@ -27,6 +29,7 @@ from phicore_jax.cuda.linear import (
 )
 from phicore_jax.cuda.ptx import launch, launch_in_place
 from phicore_jax.cuda.warp import LANES
+from phicore_jax.experts import products_by_tiles
 from phicore_jax.own import OwnKernels, Source
 
 Array = Any
@@ -37,24 +40,31 @@ EXPANDED_BYTES = 64 << 20
 """Of a part of a matrix that is expanded at a time."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["planes"], meta_fields=["type", "columns"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["planes"],
+    meta_fields=["type", "columns", "count"],
+)
 @dataclass(frozen=True)
 class Planes:
-    """N rows of K values, as `formats` says.
+    """N rows of K values, or several such matrices on top of each other, as `formats` says.
 
     Attributes:
-        planes: Arrays whose first axis is N.
+        planes: Arrays whose first axis is that of rows.
         type: Of ggml.
         columns: K.
+        count: How many matrices.
     """
 
     planes: tuple[Array, ...]
     type: Type
     columns: int
+    count: int = 1
 
     @property
     def rows(self) -> int:
-        return int(self.planes[0].shape[0])
+        """N."""
+        return int(self.planes[0].shape[0]) // self.count
 
     def dense(self) -> Array:
         """The values, (N, K) float32."""
@@ -84,13 +94,17 @@ class CudaKernels(OwnKernels):
     def has_type(self, ggml_type: Type) -> bool:
         return ggml_type in FORMATS
 
+    def has_experts(self, ggml_type: Type) -> bool:
+        return ggml_type in FORMATS
+
     def has_cache(self, cache_type: str, tokens: int, dim: int) -> bool:
         return tokens == 1 and cache_type in attention.CACHE_TYPES and attention.has_dim(dim)
 
     def pack(self, tensors: Sequence[GGUFTensor], count: int = 1) -> Planes:
         data = [tensor.data for tensor in tensors]
         together = np.asarray(data[0]) if len(data) == 1 else np.concatenate(data)
-        return Planes(_planes(tensors[0].type, together), tensors[0].type, tensors[0].shape[1])
+        planes = _planes(tensors[0].type, together)
+        return Planes(planes, tensors[0].type, tensors[0].shape[1], count)
 
     def prepared(self, x: Array, source: Source | None) -> Integers | Array:
         if x.shape[0] > FEW_ROWS or x.shape[1] % GROUP:
@@ -101,12 +115,25 @@ class CudaKernels(OwnKernels):
         self, x: Any, w: Planes, experts: Array | None = None, *, is_fast: bool = False
     ) -> Array:
         if not isinstance(x, Integers):
-            return product_of_many(x, w, is_fast=is_fast)
+            if experts is None:
+                return product_of_many(x, w, is_fast=is_fast)
+            return products_by_tiles(
+                x,
+                experts,
+                w.count,
+                w.rows,
+                lambda some, number: product_of_many(some, w, number, is_fast=is_fast),
+            )
         m = x.rows
         constants = (FORMATS[w.type], (w.rows, w.columns), m)
         result = jax.ShapeDtypeStruct((m, w.rows), jnp.float32)
-        warps = -(-w.rows // rows_of_warp(m))
-        (y,) = launch(emit_product, constants, (*x.arrays, *w.planes), (result,), warps)
+        operands = (*x.arrays, *w.planes)
+        if experts is None:
+            warps = -(-w.rows // rows_of_warp(m))
+            (y,) = launch(emit_product, constants, operands, (result,), warps)
+        else:
+            operands, warps = (experts, *operands), m * -(-w.rows // rows_of_warp(1))
+            (y,) = launch(emit_expert_product, constants, operands, (result,), warps)
         return y
 
     def rows(self, index: Array, w: Planes) -> Array:
@@ -150,8 +177,12 @@ def _planes(ggml_type: Type, data: Array) -> tuple[Array, ...]:
     return FORMATS[ggml_type].planes(data)
 
 
-def product_of_many(x: Array, w: Planes, *, is_fast: bool) -> Array:
-    """(M, K) by N rows, which are expanded to numbers of 16 bits, some at a time: (M, N)."""
+def product_of_many(x: Array, w: Planes, number: Array | None = None, *, is_fast: bool) -> Array:
+    """(M, K) by N rows, which are expanded to numbers of 16 bits, some at a time: (M, N).
+
+    Args:
+        number: Of the matrix, an int32, if there are several.
+    """
     if is_fast:
         largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
         unit = jnp.where(largest > 0, largest, 1)
@@ -170,10 +201,17 @@ def product_of_many(x: Array, w: Planes, *, is_fast: bool) -> Array:
         count = min(most, w.rows - start)
         if found:  # one after the other, so that one part is in memory at a time
             left, planes, found[-1] = lax.optimization_barrier((left, planes, found[-1]))
-        constants = (FORMATS[w.type], w.columns, (start, count), is_fast)
         result = jax.ShapeDtypeStruct((count, width), dtype)
         warps = -(-count * w.columns // (GROUP * LANES))
-        (part,) = launch(emit_expand, constants, planes, (result,), warps)
+        rest = ((start, count), is_fast)
+        constants: tuple[Any, ...]
+        if number is None:
+            constants = (FORMATS[w.type], w.columns, *rest)
+            (part,) = launch(emit_expand, constants, planes, (result,), warps)
+        else:
+            constants = (FORMATS[w.type], (w.rows, w.columns), *rest)
+            operands = (number.reshape(1), *planes)
+            (part,) = launch(emit_expert_expand, constants, operands, (result,), warps)
         sums = (((1,), (1,)), ((), ()))
         found.append(lax.dot_general(left, part, sums, preferred_element_type=jnp.float32))
     y = found[0] if len(found) == 1 else jnp.concatenate(found, axis=1)
