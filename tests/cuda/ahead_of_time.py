@@ -82,6 +82,11 @@ class AheadOfTime(JaxBackend):
     def _put(self, x: np.ndarray) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
 
+    def _zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        if self._shared is not None:
+            return self._shared.zeros(shape, dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
+
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         jitted = self._jit(fn, donate)
         return lambda *args: jitted.lower(*args).compile()
@@ -94,14 +99,13 @@ class AbsentDevices(Devices):
         self.mesh = mesh
         self.mine = [*range(mesh.size)]
 
-    def put_shares(self, shares: Mapping[int, Any]) -> Any:
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        shape = (self.mesh.size * shape[0], *shape[1:])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-        def stacked(a: np.ndarray) -> Any:
-            shape = (self.mesh.size * a.shape[0], *a.shape[1:])
-            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=sharding)
-
-        return jax.tree.map(stacked, shares[0])
+    def put_shares(self, shares: Mapping[int, Any]) -> Any:
+        return jax.tree.map(lambda a: self.zeros(a.shape, a.dtype), shares[0])
 
 
 def main(path: str) -> None:

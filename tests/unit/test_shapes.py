@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from phicore.shapes import LOGITS_CHUNKS, PROMPT_CHUNKS, capacity_for, capacity_of_window, chunks
 
-SIZES = [PROMPT_CHUNKS, LOGITS_CHUNKS, (1, 32, 256, 2048)]  # the last are those of cards
+SIZES = [PROMPT_CHUNKS, LOGITS_CHUNKS, (1, 256, 2048)]  # the last are those of cards
 
 
 @given(length=st.integers(1, 5000), is_padded=st.booleans())

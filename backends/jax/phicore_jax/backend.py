@@ -42,11 +42,7 @@ CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 # In a call on a card, whose steps are so short that the host would not keep up.
 STEPS = 8
 # Few, since each is compiled, and large, since weights are expanded for each.
-CHUNKS = (1, 32, 256, 2048)
-# What XLA puts into a command buffer: its default, and sums over devices.
-COLLECTIVES = (
-    "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,COLLECTIVES"
-)
+CHUNKS = (1, 256, 2048)
 QUERIES = 256
 """Whose scores are in memory at a time."""
 
@@ -158,19 +154,22 @@ class JaxBackend(Backend):
         self.device_name = "cpu" if self.device.platform == "cpu" else _name(self.device)
         self._packing_device = self.device
         self._shared: Devices | None = None
-        if self.device.platform != "cpu":
-            self._set_for_cards()
         keep_compiled_programs()
         if kernels == "host":
             is_cpu = self.device.platform == "cpu"
             kernels, _ = find_kernels() if is_cpu else cuda.working_kernels(self.device)
         self._set_kernels(kernels)
+        if self.device.platform != "cpu":
+            self._set_for_cards()
 
     def _set_for_cards(self) -> None:
-        self.steps, self.prompt_chunks = STEPS, CHUNKS
+        self.prompt_chunks = CHUNKS
+        if self._kernels is not None:  # which were tried, in a loop
+            self.steps = STEPS
 
     def _set_kernels(self, kernels: OwnKernels | None) -> None:
         self._last: tuple[Array, Source] | None = None
+        self._grow: dict[int, Callable[[LayerCache], LayerCache]] = {}
         self._kernels = kernels
         if kernels is None:
             self.cache_types = ("f32", "f16", "i24", "i16", "q8_0")
@@ -270,10 +269,9 @@ class JaxBackend(Backend):
             self._last = None  # what is traced must not be kept
             return result
 
+        options = CPU_OPTIONS if is_cpu else cuda.OPTIONS
         if self._shared:
-            options = CPU_OPTIONS if is_cpu else {"xla_gpu_enable_command_buffer": COLLECTIVES}
             return self._shared.jit(traced, donate, options)
-        options = CPU_OPTIONS if is_cpu else {}
         return jax.jit(traced, donate_argnums=tuple(donate), compiler_options=options)
 
     def while_loop(
@@ -379,15 +377,21 @@ class JaxBackend(Backend):
         return cache
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        if self._shared is None:
-            return self._put(zeros(shape, dtype))
         with memory_errors():
-            return self._shared.put_shares({n: zeros(shape, dtype) for n in self._shared.mine})
+            if self._shared is not None:
+                return self._shared.zeros(shape, dtype)
+            if self.device.platform != "cpu":
+                return jnp.zeros(shape, dtype, device=self.device)
+        return self._put(zeros(shape, dtype))
 
     def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
         grow = partial(super().grow_cache, capacity=capacity)
-        with memory_errors():
-            return self.compile(grow)(cache) if self._shared else grow(cache)
+        if self._shared is None:
+            with memory_errors():
+                return grow(cache)
+        if capacity not in self._grow:
+            self._grow[capacity] = self.compile(grow)
+        return self._grow[capacity](cache)
 
     def shift_cache(self, cache: LayerCache, count: Array) -> LayerCache:
         def shift(a: Array, count: Array) -> Array:  # of one sequence: (K, S, ...)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -81,6 +82,11 @@ class Devices:
             return jax.device_put(x, sharding)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """As a share of each device."""
+        sharding = NamedSharding(self.mesh, P(AXIS))
+        return jnp.zeros((self.mesh.size * shape[0], *shape[1:]), dtype, device=sharding)
+
     def put_shares(self, shares: Mapping[int, Any]) -> Any:
         """What each device of this process is to have, by its number; trees of arrays."""
         devices = list(self.mesh.devices)
@@ -126,5 +132,8 @@ class Devices:
 
 
 def _spec(path: Sequence[Any], _: Any) -> P:
-    name = getattr(path[-1], "key", None) if path else None
-    return P(AXIS) if name in CACHE else P()
+    """Of a result: the cache is the first, or all there is."""
+    if not path:
+        return P()
+    is_first = len(path) == 1 or getattr(path[0], "idx", None) == 0
+    return P(AXIS) if is_first and getattr(path[-1], "key", None) in CACHE else P()

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from phicore_jax.cuda.runtime import CudaKernels
 
 
+# What XLA puts into a command buffer: its default, loops, and sums over devices. A loop is launched
+# as a whole then, and the host need not wait for each step; XLA's least size would leave it out.
+OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,"
+    "DYNAMIC_SLICE_FUSION,WHILE,COLLECTIVES",
+    "xla_gpu_graph_min_graph_size": 1,
+}
+
+
 @cache
 def find_kernels() -> tuple[CudaKernels | None, str]:
     """The kernels of cards, or None; and which they are, or why there are none."""
