@@ -12,8 +12,9 @@ is downloaded: the model has Phi-3-mini's sizes and random weights. Measured are
   bytes of weights it reads in a second, of more matrices than the caches hold;
 - attention of a token behind 64 and 3000 others, and how fast it reads the cache;
 - logits of a model of 4 layers against float32 on NumPy;
+- 200 tokens as `generate` writes them, greedy and drawn;
 - decoding behind 64 and 3000 tokens, of 1, 4 and 8 sequences at a time, several steps in a call as
-  `generate` does it, and for one sequence a step in a call;
+  `generate` does it, and for one sequence a step in a call (the models have a window of 2047);
 - prompts of 512 and 2048 tokens, exact and with `--fast-prefill`.
 
 Each figure is the median of several runs. What fails is told, and the rest is measured all the
@@ -44,6 +45,7 @@ import jax
 import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
+from jax import lax
 from phicore_jax import cuda
 from phicore_jax.backend import JaxBackend
 from phicore_jax.cuda import runtime
@@ -60,7 +62,9 @@ from phicore.timings import Timings
 
 TYPES = (Type.Q4_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K)
 REPETITIONS = 5
+INSIDE = 8  # times that something short is done in a call
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
+DRAWN = Sampling(temperature=0.7, top_k=40, top_p=0.95)
 CAPACITY = 4096
 
 Section = dict[str, Any]
@@ -111,15 +115,15 @@ class Benchmark:
             "jax": jax.__version__,
             "platform": device.client.platform_version,
             "python": platform.python_version(),
-            "kernels": cuda.find_kernels()[1] if self.is_card else "those of a CPU",
+            "kernels": cuda.working_kernels(device)[1] if self.is_card else "those of a CPU",
         }
 
     def bandwidth(self) -> Section:
         """Bytes per second of a copy, read and written."""
         size = 2**20 if self.is_small else 2**28
         x = self.ops.asarray(np.ones(size, np.float32))
-        copy = jax.jit(lambda x: x + 1)
-        return {"bytes_per_s": 2 * 4 * size / seconds(lambda: copy(x), 20)}
+        copies = jax.jit(lambda x: lax.fori_loop(0, INSIDE, lambda _, x: x + 1, x))
+        return {"bytes_per_s": INSIDE * 2 * 4 * size / seconds(lambda: copies(x))}
 
     # ---- kernels -----------------------------------------------------------------------------
 
@@ -142,21 +146,15 @@ class Benchmark:
         x = self._rng.standard_normal((m, columns)).astype(np.float32)
         on_device = self.ops.asarray(x)
 
-        def products(x: Array, weights: Sequence[Any]) -> Array:
-            for w in weights:  # each waits for the one before
-                x = x + 1e-30 * self.ops.linear(x, w)[:, :1]
-            return x
+        is_kernel = isinstance(self.ops._kernels, runtime.CudaKernels)
 
-        def without(x: Array, weights: Sequence[Any]) -> Array:
-            for _ in weights:
-                start = runtime.quantize(x)[1][:1, None] if self.is_card else x[:, :1]
-                x = x + 1e-30 * start
-            return x
+        def product(x: Array, w: Any) -> Array:
+            return self.ops.linear(x, w)[:, :1]
 
-        whole, rest = (
-            seconds(lambda f=f: f(on_device, weights)) / count
-            for f in (jax.jit(products), jax.jit(without))
-        )
+        def nothing(x: Array, _: Any) -> Array:
+            return runtime.quantize(x)[1][:1, None] if is_kernel else x[:, :1]
+
+        whole, rest = (self._chain(f, on_device, weights) for f in (product, nothing))
         few = min(rows, 1024)
         y = self.ops.to_numpy(self.ops.compile(self.ops.linear)(on_device, weights[0]))[:, :few]
         values = gguf.quants.dequantize(data[:few], ggml_type).astype(np.float64)
@@ -170,6 +168,21 @@ class Benchmark:
             "us_without": 1e6 * rest,
             "bytes_per_s": data.nbytes / (whole - rest) if whole > rest else None,
         }
+
+    @staticmethod
+    def _chain(f: Callable[[Array, Any], Array], x: Array, weights: Sequence[Any]) -> float:
+        """The time of f, of which each call waits for the one before."""
+
+        def all_weights(x: Array, weights: Sequence[Any]) -> Array:
+            for w in weights:
+                x = x + 1e-30 * f(x, w)
+            return x
+
+        def repeated(x: Array, weights: Sequence[Any]) -> Array:
+            return lax.fori_loop(0, INSIDE, lambda _, x: all_weights(x, weights), x)
+
+        run = jax.jit(repeated, keep_unused=True)
+        return seconds(lambda: run(x, weights)) / (INSIDE * len(weights))
 
     def _blocks(self, ggml_type: Type, rows: int, columns: int) -> np.ndarray:
         """Random rows of finite numbers."""
@@ -189,16 +202,19 @@ class Benchmark:
         caches = [self.ops.new_cache(1, heads, capacity, dim) for _ in range(layers)]
         q = self.ops.asarray(self._rng.standard_normal((1, heads, 1, dim)).astype(np.float32))
 
-        def run(q: Array, caches: Sequence[Any], positions: Array) -> Array:
+        def all_layers(q: Array, caches: Sequence[Any], positions: Array) -> Array:
             for cache in caches:
                 q = self.ops.attention(q, cache, positions, dim**-0.5, None)
             return q
+
+        def run(q: Array, caches: Sequence[Any], positions: Array) -> Array:
+            return lax.fori_loop(0, INSIDE, lambda _, q: all_layers(q, caches, positions), q)
 
         compiled, found = self.ops.compile(run), []
         row_bytes = sum(a.nbytes for a in caches[0].values()) / capacity
         for position in self._positions():
             at = self.ops.asarray(np.array([[position]], np.int32))
-            each = seconds(lambda at=at: compiled(q, caches, at)) / layers
+            each = seconds(lambda at=at: compiled(q, caches, at)) / (INSIDE * layers)
             found.append(
                 {
                     "position": position,
@@ -336,6 +352,23 @@ class Benchmark:
             "tokens_per_s": batch / step_s,
         }
 
+    def generate(self) -> list[Section]:
+        """As a user has it: from the engine, the numbers to draw with made on the host."""
+        engine, _ = self._model()
+        found = []
+        for name, sampling in (("greedy", GREEDY), ("drawn", DRAWN)):
+
+            def run(sampling: Sampling = sampling) -> Timings:
+                timings = Timings()
+                prompt = [5] * 16
+                list(engine.generate(prompt, sampling, limit=200, seed=1, timings=timings))
+                return timings
+
+            run()  # compiles
+            times = [run().decode_tokens_per_s for _ in range(REPETITIONS)]
+            found.append({"sampling": name, "tokens_per_s": statistics.median(times)})
+        return found
+
     def prompts(self) -> list[Section]:
         engine, _ = self._model()
         lengths = (32, 64) if self.is_small else (512, 2048)
@@ -376,8 +409,8 @@ class Benchmark:
 
 
 SECTIONS = (
-    *("about", "bandwidth", "products", "attention", "logits", "load", "decode", "prompts"),
-    "memory",
+    *("about", "bandwidth", "load", "decode", "generate", "prompts", "logits", "attention"),
+    *("products", "memory"),
 )
 
 
@@ -385,7 +418,8 @@ def markdown(found: dict[str, Any]) -> str:
     """What was found as tables."""
     about, copy = found.get("about", {}), found.get("bandwidth", {}).get("bytes_per_s")
     lines = [
-        f"{about.get('device')}, JAX {about.get('jax')}, Python {about.get('python')}; "
+        f"{about.get('device')}, JAX {about.get('jax')}, Python {about.get('python')}, kernels: "
+        f"{about.get('kernels')}; "
         + (f"a copy moves {copy / 1e12:.2f} TB/s" if copy else "bandwidth not measured"),
         "",
     ]
@@ -440,6 +474,11 @@ def markdown(found: dict[str, Any]) -> str:
                 ]
                 for d in found["decode"]
             ],
+        )
+    if found.get("generate"):
+        rows(
+            "200 tokens by `generate` | tokens/s",
+            [[g["sampling"], f"{g['tokens_per_s']:.0f}"] for g in found["generate"]],
         )
     if found.get("prompts"):
         rows(

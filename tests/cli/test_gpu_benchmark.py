@@ -20,7 +20,10 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_sections_are_measured_and_written(tmp_path: Path):
-    sections = ("about", "bandwidth", "attention", "logits", "load", "decode", "prompts", "memory")
+    sections = (
+        *("about", "bandwidth", "load", "decode", "generate", "prompts", "logits", "attention"),
+        "memory",
+    )
     done = run(tmp_path, "--device", "cpu", "--sections", ",".join(sections))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
@@ -30,7 +33,7 @@ def test_sections_are_measured_and_written(tmp_path: Path):
     assert {(d["batch"], d["position"]) for d in found["decode"]} == {
         (batch, position) for batch in (1, 4, 8) for position in (64, 200)
     }
-    assert all(row["tokens_per_s"] > 0 for row in found["decode"] + found["prompts"])
+    assert all(row["tokens_per_s"] > 0 for row in found["decode"] + found["generate"])
     tables = (tmp_path / "gpu.md").read_text()
     assert done.stdout.strip() == tables.strip()
     assert "| decode at position |" in tables
