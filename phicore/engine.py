@@ -460,8 +460,10 @@ class _Sequence:
         planned = len(prompt) + limit
         self._cache = _Cache(engine, len(prompt) + min(limit, EXPECTED_ANSWER), planned)
         self._only = engine.ops.asarray(np.zeros(1, np.int32))  # the index of a single token
-        padding = [-1] * (-len(ends) % 8 or 8 * (not ends))  # few shapes, since each is compiled
-        self._ends = engine.ops.asarray(np.array([*sorted(ends), *padding], np.int32))
+        room = -(-max(len(ends), 1) // 8) * 8  # few shapes, since each is compiled
+        padded = np.full(room, -1, np.int32)
+        padded[: len(ends)] = sorted(ends)
+        self._ends = engine.ops.asarray(padded)
         self._penalty = self._penalty_inputs(prompt, sampling, limit)
         self._draw = self._draw_inputs(sampling)
 

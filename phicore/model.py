@@ -376,6 +376,8 @@ def load(
     Raises:
         PhicoreError: One of its subclasses, with a line that says what is wrong and what to do.
     """
+    if not _is_integer(devices) or devices < 1:
+        raise ArgumentError(f"devices: expected 1 or more, got {devices!r}")
     plugins = Plugins()
     info = choose_backend(backend, plugins) if backend is not None else None
     reference = default_reference()[0] if ref is None else os.fspath(ref)

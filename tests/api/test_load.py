@@ -132,6 +132,18 @@ def test_device_that_does_not_exist(tiny: Path, backend_name: str) -> None:
         phicore.load(tiny, backend=backend_name, device="nonsense:7")
 
 
+@pytest.mark.parametrize("devices", [0, -1, 1.5, "2", True])
+def test_devices_outside_of_their_range(tiny: Path, devices: object) -> None:
+    with pytest.raises(ArgumentError, match="devices: expected 1 or more, got "):
+        phicore.load(tiny, "numpy", devices=devices)  # type: ignore[arg-type]
+
+
+def test_devices_of_a_backend_that_has_one(tiny: Path, backend_name: str) -> None:
+    """In a process that sees a single device."""
+    with pytest.raises(BackendError, match=r"^devices: "):
+        phicore.load(tiny, backend_name, device="cpu", devices=2)
+
+
 def test_unknown_architecture_names_the_file(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m.gguf", with_value("general.architecture", "mamba"))
     with pytest.raises(GGUFError, match=r"m\.gguf: general\.architecture: 'mamba'"):
