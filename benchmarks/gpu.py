@@ -1,4 +1,3 @@
-# ruff: noqa: E402 - phicore may have to be found first
 """How fast and how exact phicore is with JAX on a card: kernels, decoding, prompts, batches.
 
     python benchmarks/gpu.py --out results
@@ -40,25 +39,31 @@ ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("phicore_jax") is None:
     sys.path[:0] = [str(ROOT), str(ROOT / "backends" / "jax")]
 
-import gguf
-import jax
-import numpy as np
-from gguf import GGML_QUANT_SIZES
-from gguf import GGMLQuantizationType as Type
-from jax import lax
-from phicore_jax import cuda
-from phicore_jax.backend import JaxBackend
-from phicore_jax.cuda import runtime
+try:
+    import gguf
+    import jax
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES
+    from gguf import GGMLQuantizationType as Type
+    from jax import lax
+    from phicore_jax import cuda
+    from phicore_jax.backend import JaxBackend
+    from phicore_jax.cuda import runtime
 
-from phicore.architectures import architecture_of
-from phicore.engine import Engine
-from phicore.gguf.matrix import Matrix
-from phicore.gguf.reader import GGUFTensor, open_gguf
-from phicore.loader import load_params, vocab_size
-from phicore.protocol import Array, Backend
-from phicore.sampler import Sampling
-from phicore.synthetic import MODELS, synthetic_model
-from phicore.timings import Timings
+    from phicore.architectures import architecture_of
+    from phicore.config import Phi3Config
+    from phicore.engine import Engine
+    from phicore.errors import BackendError
+    from phicore.gguf.matrix import Matrix
+    from phicore.gguf.reader import GGUFTensor, open_gguf
+    from phicore.loader import load_params, vocab_size
+    from phicore.protocol import Array, Backend
+    from phicore.sampler import Sampling
+    from phicore.synthetic import MODELS, synthetic_model
+    from phicore.timings import Timings
+except ImportError as error:
+    name = error.name or error
+    sys.exit(f"gpu: {name} cannot be imported; install it, and what else the program names above")
 
 TYPES = (Type.Q4_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K)
 REPETITIONS = 5
@@ -105,7 +110,7 @@ class Benchmark:
         self.is_small = args.model == "tiny"
         self.ops = JaxBackend(args.device)
         self.is_card = self.ops.device.platform != "cpu"
-        self._loaded: tuple[Any, Any, int, float] | None = None
+        self._loaded: tuple[Engine, Phi3Config] | None = None
         self._rng = np.random.Generator(np.random.PCG64(1))
 
     def about(self) -> Section:
@@ -251,7 +256,7 @@ class Benchmark:
         found["decode"] = float(np.linalg.norm(step - first) / np.linalg.norm(first))
         return found
 
-    def _engine(self, ops: Backend, path: Path) -> tuple[Engine, Any, Any]:
+    def _engine(self, ops: Backend, path: Path) -> tuple[Engine, Phi3Config, Any]:
         with open_gguf(path) as file:
             architecture = architecture_of(file.metadata)
             config = architecture.config(file.metadata)
@@ -275,7 +280,7 @@ class Benchmark:
         engine, config, params = self._engine(self.ops, path)
         jax.block_until_ready(params)
         load_s = time.perf_counter() - started
-        self._loaded = engine, config, path.stat().st_size, load_s
+        self._loaded = engine, config
         started = time.perf_counter()
         list(engine.generate([1] * 16, GREEDY, limit=20, seed=0, timings=Timings()))
         first_s = time.perf_counter() - started
@@ -289,11 +294,11 @@ class Benchmark:
             "next_20_tokens_s": time.perf_counter() - started,
         }
 
-    def _model(self) -> tuple[Engine, Any]:
+    def _model(self) -> tuple[Engine, Phi3Config]:
         if self._loaded is None:
             self.load()
         assert self._loaded is not None
-        return self._loaded[0], self._loaded[1]
+        return self._loaded
 
     def decode(self) -> list[Section]:
         plan = [(self.ops.steps, batch) for batch in (1, 4, 8)]
@@ -509,7 +514,11 @@ def main() -> int:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of %(default)s")
     parser.add_argument("--out", type=Path, default=Path(), help="where results are written")
     args = parser.parse_args()
-    benchmark = Benchmark(args)
+    try:
+        benchmark = Benchmark(args)
+    except BackendError as error:
+        print(f"gpu: {error}", file=sys.stderr)
+        return 1
     if not benchmark.is_card and args.device != "cpu":
         print("gpu: JAX finds no card here; --device cpu tries the program", file=sys.stderr)
         return 1

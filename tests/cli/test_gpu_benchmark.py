@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,20 @@ def test_machine_without_a_card_is_told_so(tmp_path: Path):
     done = run(tmp_path)
     assert done.returncode == 1
     assert done.stderr == "gpu: JAX finds no card here; --device cpu tries the program\n"
+
+
+def test_device_that_is_not_there_is_told_in_a_line(tmp_path: Path):
+    done = run(tmp_path, "--device", "cuda:99")
+    assert done.returncode == 1
+    assert done.stderr.startswith("gpu: backend jax: no device 'cuda:99'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_package_that_is_missing_is_told_in_a_line(tmp_path: Path):
+    (tmp_path / "gguf.py").write_text("raise ImportError('no such package', name='gguf')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(PROGRAM), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("gpu: gguf cannot be imported; install it")
+    assert done.stderr.count("\n") == 1
