@@ -63,7 +63,7 @@ try:
     from phicore.timings import Timings
 except ImportError as error:
     name = error.name or error
-    sys.exit(f"gpu: {name} cannot be imported; install it, and what else the program names above")
+    sys.exit(f"gpu: {name} cannot be imported; install it (this file begins with what is needed)")
 
 TYPES = (Type.Q4_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K)
 REPETITIONS = 5
