@@ -150,6 +150,7 @@ def generate(
     console = Console()
     reference = model or console.default_model()
     with (
+        swallowed_interrupts() as swallowed,
         console.progress() as progress,  # also while the steps are compiled
         load(
             reference,
@@ -179,15 +180,14 @@ def generate(
         pieces: list[Piece] = []
         interrupted = False
         try:
-            with swallowed_interrupts() as swallowed:
-                for piece in generation:
-                    pieces.append(piece)
-                    if not as_json and piece.text:
-                        console.text_begins()
-                        sys.stdout.write(piece.text)
-                        sys.stdout.flush()
-                    if swallowed:
-                        raise KeyboardInterrupt
+            for piece in generation:
+                pieces.append(piece)
+                if not as_json and piece.text:
+                    console.text_begins()
+                    sys.stdout.write(piece.text)
+                    sys.stdout.flush()
+                if swallowed:
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             interrupted = True
         finally:
