@@ -50,13 +50,10 @@ try:
     from phicore_jax.backend import JaxBackend
     from phicore_jax.cuda import runtime
 
-    from phicore.architectures import architecture_of
-    from phicore.config import Phi3Config
     from phicore.engine import Engine
     from phicore.errors import BackendError
     from phicore.gguf.matrix import Matrix
     from phicore.gguf.reader import GGUFTensor, open_gguf
-    from phicore.loader import load_params, vocab_size
     from phicore.protocol import Array, Backend
     from phicore.sampler import Sampling
     from phicore.synthetic import MODELS, synthetic_model
@@ -110,7 +107,7 @@ class Benchmark:
         self.is_small = args.model == "tiny"
         self.ops = JaxBackend(args.device)
         self.is_card = self.ops.device.platform != "cpu"
-        self._loaded: tuple[Engine, Phi3Config] | None = None
+        self._loaded: Engine | None = None
         self._rng = np.random.Generator(np.random.PCG64(1))
 
     def about(self) -> Section:
@@ -240,7 +237,7 @@ class Benchmark:
         MODELS[name] = replace(MODELS[self.model], num_hidden_layers=4, vocab_size=4096)
         path = synthetic_model(name)
         ids = self._rng.integers(3, 4096, 40)
-        expected = self._engine(OnNumPy(), path)[0].logits(ids)
+        expected = self._engine(OnNumPy(), path).logits(ids)
         norm = np.linalg.norm(expected)
         found: Section = {}
         for is_fast in (False, True):
@@ -248,7 +245,7 @@ class Benchmark:
             if is_fast and not ops.has_fast_prefill:
                 continue
             ops.configure(fast_prefill=is_fast)
-            engine, _, _ = self._engine(ops, path)
+            engine = self._engine(ops, path)
             error = float(np.linalg.norm(engine.logits(ids) - expected) / norm)
             found["fast_prefill" if is_fast else "prefill"] = error
         first = expected[:1]
@@ -256,31 +253,18 @@ class Benchmark:
         found["decode"] = float(np.linalg.norm(step - first) / np.linalg.norm(first))
         return found
 
-    def _engine(self, ops: Backend, path: Path) -> tuple[Engine, Phi3Config, Any]:
+    def _engine(self, ops: Backend, path: Path) -> Engine:
         with open_gguf(path) as file:
-            architecture = architecture_of(file.metadata)
-            config = architecture.config(file.metadata)
-            params = load_params(ops, architecture, config, file, lambda *_: None)
-            size = vocab_size(file)
-        engine = Engine(
-            ops,
-            config,
-            params,
-            vocab_size=size,
-            context=config.max_position_embeddings,
-            progress=lambda *_: None,
-        )
-        return engine, config, params
+            return Engine.load(ops, file)
 
     def load(self) -> Section:
         """From a file in memory to the first token, a start and a warm one."""
         path = synthetic_model(self.model)
         path.read_bytes()
         started = time.perf_counter()
-        engine, config, params = self._engine(self.ops, path)
-        jax.block_until_ready(params)
+        engine = self._loaded = self._engine(self.ops, path)
+        jax.block_until_ready(engine.params)
         load_s = time.perf_counter() - started
-        self._loaded = engine, config
         started = time.perf_counter()
         list(engine.generate([1] * 16, GREEDY, limit=20, seed=0, timings=Timings()))
         first_s = time.perf_counter() - started
@@ -288,13 +272,13 @@ class Benchmark:
         list(engine.generate([1] * 16, GREEDY, limit=20, seed=0, timings=Timings()))
         return {
             "file_bytes": path.stat().st_size,
-            "weight_bytes": sum(a.nbytes for a in jax.tree.leaves(params)),
+            "weight_bytes": sum(a.nbytes for a in jax.tree.leaves(engine.params)),
             "load_s": load_s,
             "first_20_tokens_s": first_s,
             "next_20_tokens_s": time.perf_counter() - started,
         }
 
-    def _model(self) -> tuple[Engine, Phi3Config]:
+    def _model(self) -> Engine:
         if self._loaded is None:
             self.load()
         assert self._loaded is not None
@@ -312,8 +296,8 @@ class Benchmark:
 
     def _decode(self, batch: int, position: int, steps: int) -> Section:
         """Steps behind so many tokens; nothing of the cache beyond zeros matters for the time."""
-        engine, config = self._model()
-        ops, size = engine.ops, engine.vocab_size
+        engine = self._model()
+        config, ops, size = engine.config, engine.ops, engine.vocab_size
         # the same for each position, so that steps are compiled once
         capacity = engine.capacity_for(self._positions()[-1] + 300)
         heads, dim = config.num_key_value_heads, config.head_dim
@@ -359,7 +343,7 @@ class Benchmark:
 
     def generate(self) -> list[Section]:
         """As a user has it: from the engine, the numbers to draw with made on the host."""
-        engine, _ = self._model()
+        engine = self._model()
         found = []
         for name, sampling in (("greedy", GREEDY), ("drawn", DRAWN)):
 
@@ -375,7 +359,7 @@ class Benchmark:
         return found
 
     def prompts(self) -> list[Section]:
-        engine, _ = self._model()
+        engine = self._model()
         lengths = (32, 64) if self.is_small else (512, 2048)
         found = []
         for is_fast in (False, True):

@@ -2,8 +2,8 @@
 
 There is one compiled function, `step`: the graph, the head and the sampler on T new tokens. With
 the prompt's chunks it is prefill, with T = 1 it is decode. Where a call costs much, several decode
-steps are compiled as a loop. Chunks come in few sizes and the cache
-in few capacities, so that it is compiled a few times and not once per prompt length.
+steps are compiled as a loop. Chunks come in few sizes and the cache in few capacities, so that it
+is compiled a few times and not once per prompt length.
 """
 
 from __future__ import annotations
@@ -11,29 +11,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from phicore import graph, sampler
+from phicore.architectures import Architecture, architecture_of
 from phicore.config import Phi3Config
 from phicore.errors import ArgumentError, ContextError, PhicoreError
-from phicore.loader import Progress
-from phicore.logits import LogitsProcessor, needs_tokens
+from phicore.gguf.reader import GGUFFile
+from phicore.loader import Progress, load_params, vocab_size
+from phicore.logits import LogitsProcessor, check_same
 from phicore.protocol import Array, Backend, LayerCache, Params
 from phicore.rope import RopeFactors, is_long, rope_tables
 from phicore.sampler import Sampling
-from phicore.shapes import (
-    LOGITS_CHUNKS,
-    capacity_for,
-    capacity_of_window,
-    chunks,
-    power_of_two,
-)
+from phicore.sequence import SequenceCache, TokenSequence
+from phicore.shapes import LOGITS_CHUNKS, capacity_for, capacity_of_window, chunks
 from phicore.timings import Timings
-
-MIN_RECENT = 64
-EXPECTED_ANSWER = 512  # tokens that a new cache has room for at once, if so many are asked for
 
 Rope = tuple[Array, Array]
 Kinds = tuple[type[LogitsProcessor], ...]
@@ -66,6 +60,40 @@ class Engine:
         self._score = ops.compile(self.score_fn, donate=(1,))
         self._shift = ops.compile(self.shift_fn, donate=(0,))
 
+    @classmethod
+    def load(
+        cls,
+        ops: Backend,
+        file: GGUFFile,
+        architecture: Architecture | None = None,
+        *,
+        context: int | None = None,
+        progress: Progress = lambda *_: None,
+    ) -> Self:
+        """The engine of a file's model.
+
+        Args:
+            architecture: What reads the file; None takes the built-in one of its name.
+            context: How many positions at most; None takes all that the model knows.
+        Raises:
+            GGUFError: If the file is not understood.
+            ArgumentError: If the backend cannot hold such a model.
+        """
+        architecture = architecture or architecture_of(file.metadata)
+        config = architecture.config(file.metadata)
+        share = config.share(ops.devices)  # what can be wrong, before a long load
+        ops.new_cache(1, 1, 1, config.head_dim)  # a type may not have room for such heads
+        rope_factors = architecture.rope_factors(config, file)
+        return cls(
+            ops,
+            share,
+            load_params(ops, architecture, config, file, progress),
+            vocab_size=vocab_size(file),
+            context=config.max_position_embeddings if context is None else context,
+            progress=progress,
+            rope_factors=rope_factors,
+        )
+
     # ---- what is compiled ------------------------------------------------------------------
 
     def step_fn(
@@ -97,14 +125,14 @@ class Engine:
         logits = graph.logits(ops, params, hidden[:, 0, :])
         for kind, state in zip(kinds, states, strict=True):
             changed = kind.apply(ops, logits, state)
-            _check_same(f"{kind.__name__}.apply", {"scores": logits}, {"scores": changed})
+            check_same(f"{kind.__name__}.apply", {"scores": logits}, {"scores": changed})
             logits = changed
         token = xp.expand_dims(sampler.sample(ops, logits, penalty, draw), axis=1)
         position = xp.take_along_axis(positions, index, axis=1) + 1
         recent = xp.concat([penalty["recent"][:, 1:], token], axis=1)
         following = [k.advance(ops, s, token) for k, s in zip(kinds, states, strict=True)]
         for kind, old, new in zip(kinds, states, following, strict=True):
-            _check_same(f"{kind.__name__}.advance", old, new)
+            check_same(f"{kind.__name__}.advance", old, new)
         return cache, token, position, recent, following
 
     def steps_fn(
@@ -209,7 +237,7 @@ class Engine:
     ) -> Iterator[int]:
         """Yield `limit` tokens that follow the prompt, at most `room_after` it, or up to an end."""
         started = time.perf_counter()
-        sequence = _Sequence(
+        sequence = TokenSequence(
             self, prompt, sampling, processors, limit=limit, seed=seed, timings=timings, ends=ends
         )
         timings.prompt_tokens = len(prompt)
@@ -256,7 +284,7 @@ class Engine:
             ContextError: If the tokens are more than the context.
         """
         self._check_fits(tokens, 0)
-        cache = _Cache(self, len(tokens), len(tokens))
+        cache = SequenceCache(self, len(tokens), len(tokens))
         rows: np.ndarray | None = None
         for ids, positions, last in chunks(tokens, LOGITS_CHUNKS, is_padded=self.is_padded):
             cache.make_room(positions[0, 0], ids.shape[1])
@@ -328,7 +356,7 @@ class Engine:
     def window(self) -> int | None:
         return self.config.sliding_window
 
-    def call(self, fn: Any, cache: _Cache, args: tuple[Any, ...], timings: Timings) -> Any:
+    def call(self, fn: Any, cache: SequenceCache, args: tuple[Any, ...], timings: Timings) -> Any:
         """Call a compiled function; the first call with new shapes counts as compiling."""
         args = (self.params, cache.layers, cache.rope, *args)
         key = (fn, cache.capacity, *map(_shapes, args[3:]))
@@ -374,221 +402,6 @@ _NOT_FINITE = (
 _NO_TOKEN = (
     "no token can be chosen: the logits processors forbid all, or scores are not finite numbers"
 )
-
-
-class _Cache:
-    """The keys and values of a sequence, and the rotation of its positions.
-
-    It has room for all positions or, where the model has a window, for the window and a chunk
-    more: when it is full, those that no token will see again are forgotten, and the slots count
-    from a later position. Keys were rotated by their positions when they came, so nothing of them
-    has to change.
-
-    Attributes:
-        layers: What the graph takes.
-        rope: The tables of the positions that the slots are for.
-        first: The position in slot 0.
-    """
-
-    def __init__(self, engine: Engine, positions: int, planned: int) -> None:
-        self._engine = engine
-        # Decided once: a sequence that is to grow beyond the original context begins so.
-        self._is_long = engine.is_long(planned)
-        self.first = 0
-        self.capacity = engine.capacity_for(positions)
-        self.layers = engine.new_cache(self.capacity)
-        self._set_rope()
-
-    def _set_rope(self) -> None:
-        self.rope = self._engine.rope(self.first, self.capacity, self._is_long)
-
-    def make_room(self, start: int, count: int, position: Array = None) -> Array:
-        """See that `count` positions from `start` on have slots; all before them are there.
-
-        Args:
-            position: (B, 1) int32, of the next token, counted from `first`.
-        Returns:
-            It, counted from the new `first`.
-        """
-        engine, end = self._engine, int(start) + count - self.first
-        if end <= self.capacity:
-            return position
-        capacity = engine.capacity_for(end)
-        if capacity > self.capacity:
-            self.layers = [engine.ops.grow_cache(layer, capacity) for layer in self.layers]
-            self.capacity = capacity
-        if end > capacity:
-            assert engine.window is not None
-            unseen = int(start) - (engine.window - 1) - self.first
-            if position is None:
-                position = engine.ops.asarray(np.zeros((1, 1), np.int32))
-            self.layers, position = engine.shifted(self.layers, position, unseen)
-            self.first += unseen
-        self._set_rope()
-        return position
-
-
-class _Sequence:
-    """A sequence under way: its cache, and the arguments of its next step.
-
-    Attributes:
-        sampled: (1, N) int32, what the last call has sampled, perhaps not computed yet.
-        count: How many of them were wanted; beyond an end they mean nothing.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        processors: Sequence[LogitsProcessor],
-        *,
-        limit: int,
-        seed: int,
-        timings: Timings,
-        ends: Collection[int],
-    ) -> None:
-        self._engine = engine
-        self._processors = processors
-        self._kinds = tuple(type(p) for p in processors)
-        self._states = [self._arrays(p, p.start(prompt, engine.vocab_size)) for p in processors]
-        self.needs_tokens = any(map(needs_tokens, processors))
-        self._seed = seed
-        self._timings = timings
-        self._index = 0  # of the token that is sampled next
-        self._length = len(prompt)
-        planned = len(prompt) + limit
-        self._cache = _Cache(engine, len(prompt) + min(limit, EXPECTED_ANSWER), planned)
-        self._only = engine.ops.asarray(np.zeros(1, np.int32))  # the index of a single token
-        room = -(-max(len(ends), 1) // 8) * 8  # few shapes, since each is compiled
-        padded = np.full(room, -1, np.int32)
-        padded[: len(ends)] = sorted(ends)
-        self._ends = engine.ops.asarray(padded)
-        self._penalty = self._penalty_inputs(prompt, sampling, limit)
-        self._draw = self._draw_inputs(sampling)
-
-    def prefill(self, prompt: Sequence[int]) -> None:
-        """Fill the cache with the prompt, and sample the first token."""
-        asarray, engine = self._engine.ops.asarray, self._engine
-        penalty, states, done, token = self._penalty, self._states, 0, None
-        engine.progress("prompt", done, len(prompt))
-        sizes = engine.ops.prompt_chunks
-        for tokens, positions, last in chunks(prompt, sizes, is_padded=engine.is_padded):
-            # Every chunk samples a token; only the last one's counts.
-            self._penalty, self._states = penalty, states
-            self._cache.make_room(positions[0, 0], tokens.shape[1])
-            self._run(asarray(tokens), asarray(positions - self._cache.first), asarray(last))
-            if token is not None:  # that of the chunk before: it is in the cache when this is read
-                engine.ops.to_numpy(token)
-                engine.progress("prompt", done, len(prompt))
-            done, token = int(positions[0, last[0]]) + 1, self._token
-        self._index = 1
-
-    def decode(self, most: int) -> None:
-        """Run the last token, and sample the next ones: as many as a call does, `most` at most."""
-        steps = self._engine.ops.steps
-        count = 1 if self.needs_tokens else min(most, steps)
-        position = self._cache.make_room(self._length + self._index - 1, count, self._position)
-        if steps == 1:
-            self._run(self._token, position, self._only)
-        else:
-            self._run_steps(position, count)
-        self._index += count
-
-    def _run(self, tokens: Array, positions: Array, last: Array) -> None:
-        draw = None if self._draw is None else {**self._draw, "uniforms": self._uniforms(1)}
-        args = (tokens, positions, last, self._penalty, draw, self._states)
-        engine = self._engine
-        self._cache.layers, self._token, self._position, recent, self._states = engine.call(
-            engine.step(self._kinds), self._cache, args, self._timings
-        )
-        self._penalty = {**self._penalty, "recent": recent}
-        self.sampled, self.count = self._token, 1
-
-    def _run_steps(self, position: Array, count: int) -> None:
-        engine, draw = self._engine, self._draw
-        if draw is not None:
-            draw = {**draw, "uniforms": self._uniforms(count, engine.ops.steps)}
-        wanted = engine.ops.asarray(np.array([count], np.int32))
-        args = (self._token, position, self._penalty, draw, self._states, wanted, self._ends)
-        (
-            self._cache.layers,
-            self._token,
-            self._position,
-            recent,
-            self._states,
-            self.sampled,
-        ) = engine.call(engine.steps(self._kinds), self._cache, args, self._timings)
-        self._penalty = {**self._penalty, "recent": recent}
-        self.count = count
-
-    def _uniforms(self, count: int, room: int | None = None) -> Array:
-        """Numbers to draw with: (1, V), or (room, 1, V) of which `count` are used."""
-        size = self._engine.vocab_size
-        numbers = np.zeros((room or 1, size), np.float32)
-        for i in range(count):
-            numbers[i] = sampler.uniforms(self._seed, self._index + i, size)
-        return self._engine.ops.asarray(numbers if room is None else numbers[:, None])
-
-    def tell(self, token: int) -> None:
-        """Let processors that ask for it know the token that the next step begins with."""
-        if self.needs_tokens:
-            for number, processor in enumerate(self._processors):
-                old = self._states[number]
-                new = {**old, **self._arrays(processor, processor.update(token))}
-                _check_same(f"{type(processor).__name__}.update", old, new)
-                self._states[number] = new
-
-    def _arrays(
-        self, processor: LogitsProcessor, state: Mapping[str, np.ndarray]
-    ) -> dict[str, Array]:
-        """A state on the device. Not every library has numbers of 64 bits, and some cut them."""
-        for name, values in state.items():
-            if values.dtype.itemsize > 4:
-                raise PhicoreError(
-                    f"{type(processor).__name__}: {name!r} of its state is {values.dtype}, "
-                    "expected numbers of 32 bits or fewer"
-                )
-        return {name: self._engine.ops.asarray(values) for name, values in state.items()}
-
-    def _penalty_inputs(
-        self, prompt: Sequence[int], sampling: Sampling, limit: int
-    ) -> dict[str, Array]:
-        last_n = sampling.repeat_last_n if sampling.has_penalty else 0
-        if last_n < 0 or last_n > self._engine.context:
-            last_n = len(prompt) + limit
-        size = max(MIN_RECENT, power_of_two(last_n))
-        recent = np.full((1, size), -1, np.int32)
-        known = prompt[-size:]
-        recent[0, size - len(known) :] = known
-        return {
-            "recent": self._engine.ops.asarray(recent),
-            "last_n": self._engine.ops.asarray(np.array([last_n], np.int32)),
-            "repeat_penalty": self._floats(sampling.repeat_penalty),
-        }
-
-    def _draw_inputs(self, sampling: Sampling) -> dict[str, Array] | None:
-        if sampling.is_greedy:
-            return None
-        draw = {"temperature": self._floats(sampling.temperature)}
-        if sampling.has_filter:
-            draw["top_k"] = self._engine.ops.asarray(np.array([sampling.top_k], np.int32))
-            draw["top_p"] = self._floats(sampling.top_p)
-            draw["min_p"] = self._floats(sampling.min_p)
-        return draw
-
-    def _floats(self, value: float) -> Array:
-        return self._engine.ops.asarray(np.array([value], np.float32))
-
-
-def _check_same(what: str, old: Mapping[str, Array], new: Mapping[str, Array]) -> None:
-    """Refuse arrays of other names, shapes or dtypes than those they replace."""
-    kinds = [{name: (tuple(a.shape), a.dtype) for name, a in d.items()} for d in (old, new)]
-    for name in old.keys() | new.keys():
-        expected, found = (kind.get(name) for kind in kinds)
-        if expected != found:
-            said = [k and f"{k[1]} {list(k[0])}" for k in (expected, found)]
-            raise PhicoreError(f"{what}: {name}: expected {said[0]}, got {said[1]}")
 
 
 def _shapes(arg: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phicore.errors import ArgumentError
+from phicore.errors import ArgumentError, PhicoreError
 from phicore.protocol import Array, Backend
 
 if TYPE_CHECKING:
@@ -156,6 +156,16 @@ def _penalty(name: str, argument: str) -> AnswerPenalty:
     if not is_good:
         raise ArgumentError(f"{name}-penalty: expected a number, got {argument!r}")
     return AnswerPenalty(**{name: value})
+
+
+def check_same(what: str, old: Mapping[str, Array], new: Mapping[str, Array]) -> None:
+    """Refuse arrays of other names, shapes or dtypes than those they replace."""
+    kinds = [{name: (tuple(a.shape), a.dtype) for name, a in d.items()} for d in (old, new)]
+    for name in old.keys() | new.keys():
+        expected, found = (kind.get(name) for kind in kinds)
+        if expected != found:
+            said = [k and f"{k[1]} {list(k[0])}" for k in (expected, found)]
+            raise PhicoreError(f"{what}: {name}: expected {said[0]}, got {said[1]}")
 
 
 BUILT_IN = {

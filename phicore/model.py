@@ -20,7 +20,7 @@ from phicore.config import Phi3Config
 from phicore.engine import Engine
 from phicore.errors import ArgumentError, GGUFError, PhicoreError
 from phicore.gguf.reader import open_gguf
-from phicore.loader import Progress, load_params, vocab_size
+from phicore.loader import Progress, vocab_size
 from phicore.logits import LogitsProcessor
 from phicore.observers import Observers
 from phicore.plugins import Plugins, choose_backend
@@ -154,22 +154,12 @@ class Model:
                     f"the tokenizer {self.tokenizer.vocab_size} tokens"
                 )
             self.sampling = _recommended_sampling(self.metadata, file.path)
-            rope_factors = architecture.rope_factors(self.config, file)
-            self.config.share(ops.devices)  # before a long load
-            ops.new_cache(1, 1, 1, self.config.head_dim)  # a type may not have room for such heads
-            params = load_params(ops, architecture, self.config, file, progress)
+            self._engine: Engine | None = Engine.load(
+                ops, file, architecture, context=self.context, progress=progress
+            )
         self._ops = ops
         self._observers = observers
         self._processors = processors or {}
-        self._engine: Engine | None = Engine(
-            ops,
-            self.config.share(ops.devices),
-            params,
-            vocab_size=self.vocab_size,
-            context=self.context,
-            progress=progress,
-            rope_factors=rope_factors,
-        )
         self.load_s = time.perf_counter() - started
 
     @cached_property

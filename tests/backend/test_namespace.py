@@ -8,10 +8,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from phicore_array_api_strict.backend import ListedNames, StrictBackend
 
-from phicore.architectures import architecture_of
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
-from phicore.loader import load_params
 from phicore.protocol import DTYPES, FUNCTIONS, Backend
 from phicore.sampler import Sampling
 from phicore.testing.tiny_models import Tiny, write_model
@@ -56,11 +54,7 @@ def test_namespace_whole_generation_uses_exactly_the_listed_functions(tmp_path: 
 
 def generate(ops: StrictBackend, path: Path) -> None:
     with open_gguf(path) as file:
-        architecture = architecture_of(file.metadata)
-        config = architecture.config(file.metadata)
-        params = load_params(ops, architecture, config, file, quiet)
-        size = file.tensors["token_embd.weight"].shape[0]
-        engine = Engine(ops, config, params, vocab_size=size, context=300, progress=quiet)
+        engine = Engine.load(ops, file, context=300)
         sampling = Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01)
         prompt = [1 + i % 20 for i in range(254)]  # the answer needs a larger cache
         tokens = list(engine.generate(prompt, sampling, limit=4, seed=1, timings=Timings()))

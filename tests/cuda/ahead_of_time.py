@@ -34,10 +34,8 @@ from phicore_jax.backend import JaxBackend
 from phicore_jax.cuda import runtime
 from phicore_jax.parallel import AXIS, Devices
 
-from phicore.architectures import architecture_of
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
-from phicore.loader import load_params, vocab_size
 
 # What XLA asks of a card, as NVIDIA's data sheet of the H200 and CUDA's tables for sm_90 have it.
 H200 = """
@@ -121,20 +119,12 @@ def compiled(path: str, tokens: int, steps: int, devices: int = 1) -> dict[str, 
     ops = AheadOfTime(devices)
     ops.steps = steps
     with open_gguf(path) as file:
-        architecture = architecture_of(file.metadata)
-        config = architecture.config(file.metadata)
-        params = load_params(ops, architecture, config, file, lambda *_: None)
-        size = vocab_size(file)
-    engine = Engine(
-        ops,
-        config.share(devices),
-        params,
-        vocab_size=size,
-        context=512,
-        progress=lambda *_: None,
-    )
+        engine = Engine.load(ops, file, context=512)
+    params, size = engine.params, engine.vocab_size
     cache = engine.new_cache(512)
-    rope = tuple(ops.asarray(np.zeros((512, config.rotary_dim // 2), np.float32)) for _ in "ab")
+    rope = tuple(
+        ops.asarray(np.zeros((512, engine.config.rotary_dim // 2), np.float32)) for _ in "ab"
+    )
     ids, row = ops.asarray(np.zeros((1, tokens), np.int32)), ops.asarray(np.zeros(1, np.int32))
     number = ops.asarray(np.zeros(1, np.float32))
     recent = ops.asarray(np.zeros((1, 64), np.int32))

@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from phicore.architectures import architecture_of
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
-from phicore.loader import load_params
 from phicore.protocol import Array, Backend
 from phicore.sampler import Sampling
 from phicore.testing import tolerances
@@ -55,19 +53,7 @@ class Reference(Backend):
 
 def engine_of(ops: Backend, path: Path) -> Engine:
     with open_gguf(path) as file:
-        architecture = architecture_of(file.metadata)
-        config = architecture.config(file.metadata)
-        factors = architecture.rope_factors(config, file)
-        params = load_params(ops, architecture, config, file, lambda *_: None)
-    return Engine(
-        ops,
-        config.share(ops.devices),
-        params,
-        vocab_size=PHI3.vocab_size,
-        context=config.max_position_embeddings,
-        progress=lambda *_: None,
-        rope_factors=factors,
-    )
+        return Engine.load(ops, file)
 
 
 def text(engine: Engine, sampling: Sampling, seed: int = 1, limit: int = 24) -> list[int]:
