@@ -60,7 +60,7 @@ def is_affine(ggml_type: GGMLQuantizationType) -> bool:
 
 
 def codes(ggml_type: GGMLQuantizationType, data: Any) -> Any:
-    """The codes of quantized rows of a K-quant or Q4_0, (N, row bytes) uint8: (N, K) uint8.
+    """The codes of quantized rows of any such type but Q8_0, (N, row bytes) uint8: (N, K) uint8.
 
     Of arrays of any library that has NumPy's operators.
     """
@@ -114,21 +114,33 @@ def _q4_0_codes(b: Any) -> Any:
 
 
 def _q4_1(b: np.ndarray) -> Parts:
-    return _fields(b[:, 4:], 4), _f16(b, 0), _f16(b, 2)
+    return _q4_1_codes(b), _f16(b, 0), _f16(b, 2)
 
 
-def _high_bits(b: np.ndarray, start: int) -> np.ndarray:
+def _q4_1_codes(b: Any) -> Any:
+    return _fields(b[:, 4:], 4)
+
+
+def _high_bits(b: Any, start: int) -> Any:
     """Bit j of a 32-bit word is the fifth bit of code j: (blocks, 2, 16)."""
-    bits = np.unpackbits(b[:, start : start + 4], axis=1, bitorder="little")
+    bits = _fields(b[:, start : start + 4, None], 1)
     return bits.reshape(-1, 2, 16) << np.uint8(4)
 
 
 def _q5_0(b: np.ndarray) -> Parts:
-    return _fields(b[:, 6:], 4) | _high_bits(b, 2), _f16(b, 0), None
+    return _q5_0_codes(b), _f16(b, 0), None
+
+
+def _q5_0_codes(b: Any) -> Any:
+    return _fields(b[:, 6:], 4) | _high_bits(b, 2)
 
 
 def _q5_1(b: np.ndarray) -> Parts:
-    return _fields(b[:, 8:], 4) | _high_bits(b, 4), _f16(b, 0), _f16(b, 2)
+    return _q5_1_codes(b), _f16(b, 0), _f16(b, 2)
+
+
+def _q5_1_codes(b: Any) -> Any:
+    return _fields(b[:, 8:], 4) | _high_bits(b, 4)
 
 
 def _q8_0(b: np.ndarray) -> Parts:
@@ -220,6 +232,9 @@ _UNPACK: dict[GGMLQuantizationType, tuple[int, int, Callable[[np.ndarray], Parts
 AFFINE_TYPES = tuple(_UNPACK)
 _CODES: dict[GGMLQuantizationType, Callable[[Any], Any]] = {
     Type.Q4_0: _q4_0_codes,
+    Type.Q4_1: _q4_1_codes,
+    Type.Q5_0: _q5_0_codes,
+    Type.Q5_1: _q5_1_codes,
     Type.Q2_K: _q2_k_codes,
     Type.Q3_K: _q3_k_codes,
     Type.Q4_K: _q4_k_codes,

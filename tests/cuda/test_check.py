@@ -13,13 +13,12 @@ pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvm
 
 import jax
 from cuda import host
+from gguf import GGMLQuantizationType as Type
 from phicore_jax import cuda
 from phicore_jax.cuda import check, runtime
 
-WITH_RESULTS = (
-    *("product", "expand", "store", "attention", "combine", "quantize_normed", "quantize_gated"),
-    *("expert_product", "expert_expand"),
-)
+ALWAYS_TRIED = ("quantize_normed", "quantize_gated", "store", "attention", "combine")
+OF_A_TYPE = ("product", "expand", "expert_product", "expert_expand")
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +39,12 @@ def test_kernels_that_are_right_are_used(device: Any):
     kernels, about = cuda.working_kernels(device)
     assert isinstance(kernels, runtime.CudaKernels)
     assert about == "sm_75"
+    assert kernels.has_type(Type.Q4_K)
+    assert kernels.has_experts(Type.Q4_K)
+    assert not kernels.has_type(Type.F16)
 
 
-@pytest.mark.parametrize("kernel", WITH_RESULTS)
-def test_kernel_that_is_wrong_is_found(
-    device: Any, monkeypatch: pytest.MonkeyPatch, kernel: str, caplog: pytest.LogCaptureFixture
-):
+def let_it_be_wrong(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     def wrong(run: Any) -> Any:
         def launch(emit: Any, constants: Any, operands: Any, results: Any, warps: int) -> Any:
             found = run(emit, constants, operands, results, warps)
@@ -58,11 +57,32 @@ def test_kernel_that_is_wrong_is_found(
 
     for name in ("launch", "launch_in_place"):
         monkeypatch.setattr(runtime, name, wrong(getattr(host, name)))
+
+
+@pytest.mark.parametrize("kernel", ALWAYS_TRIED)
+def test_kernel_that_is_wrong_is_found(
+    device: Any, monkeypatch: pytest.MonkeyPatch, kernel: str, caplog: pytest.LogCaptureFixture
+):
+    let_it_be_wrong(monkeypatch, kernel)
     with caplog.at_level(logging.WARNING):
         kernels, about = cuda.working_kernels(device)
     assert kernels is None
     assert about.startswith("they do not work with this card: wrong results, by ")
     assert caplog.messages == [f"CUDA kernels: {about}; XLA computes instead"]
+
+
+@pytest.mark.parametrize("kernel", OF_A_TYPE)
+def test_type_whose_products_are_wrong_is_left_to_xla(
+    device: Any, monkeypatch: pytest.MonkeyPatch, kernel: str, caplog: pytest.LogCaptureFixture
+):
+    kernels, _ = cuda.working_kernels(device)
+    assert kernels is not None
+    let_it_be_wrong(monkeypatch, kernel)
+    with caplog.at_level(logging.WARNING):
+        assert not kernels.has_type(Type.Q2_K)
+        assert not kernels.has_experts(Type.Q2_K)
+    (message,) = caplog.messages
+    assert message.startswith("CUDA kernels for Q2_K: they do not work with this card: wrong")
 
 
 def test_kernels_that_cannot_run_are_told(monkeypatch: pytest.MonkeyPatch, device: Any):

@@ -102,7 +102,7 @@ def test_rows_are_multiplied_by_the_matrices_of_their_experts(
 def test_planes_take_hardly_more_than_the_file(ggml_type: Type):
     data = blocks(ggml_type, 4, 2048)
     planes = FORMATS[ggml_type].planes(jnp.asarray(data))
-    assert sum(plane.nbytes for plane in planes) <= 1.03 * data.nbytes
+    assert sum(plane.nbytes for plane in planes) <= 1.04 * data.nbytes
     assert all(len(plane) == 4 for plane in planes)
 
 

@@ -7,7 +7,6 @@ arrays. `check` tries them.
 
 from __future__ import annotations
 
-import logging
 import os
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -46,10 +45,7 @@ def working_kernels(device: Any) -> tuple[CudaKernels | None, str]:
     kernels, about = find_kernels()
     if kernels is None:
         return None, about
-    from phicore_jax.cuda.check import fault
+    from phicore_jax.cuda.check import TriedKernels, fault
 
-    if (found := fault(kernels, device)) is None:
-        return kernels, about
-    about = f"they do not work with this card: {found}"
-    logging.getLogger("phicore_jax").warning("CUDA kernels: %s; XLA computes instead", about)
-    return None, about
+    found = fault(device)
+    return (TriedKernels(device), about) if found is None else (None, found)

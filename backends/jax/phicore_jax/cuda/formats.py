@@ -5,8 +5,8 @@ that a lane loads 16 bytes at once, and scales as the file has them. So a matrix
 that it takes in the file, and loads are aligned. Code j of the four in quad q is byte j of a word:
 
     word q // 2, low or high nibble by q % 2      codes of 4 bits, and the low 4 of wider ones
-    word 0, bit 8 j + q                           the fifth bit
-    word q // 4, bits 8 j + 2 (q % 4) and + 1     the fifth and sixth bit
+    word 0, bit 8 j + q                           a single bit: the fifth, or Q3_K's third
+    word q // 4, bits 8 j + 2 (q % 4) and + 1     two bits: the fifth and sixth, or the low two
     word q                                        codes of 8 bits
 """
 
@@ -38,13 +38,13 @@ class Weights:
     Attributes:
         quads: Eight words of four codes.
         scales: Of the group, or of each half of it; float32.
-        bias: Of the group, or None.
+        biases: As many, or none.
         is_signed: Whether codes are signed bytes.
     """
 
     quads: Sequence[Value]
     scales: Sequence[Value]
-    bias: Value | None = None
+    biases: Sequence[Value] = ()
     offset: int = 0
     is_signed: bool = False
 
@@ -52,13 +52,13 @@ class Weights:
         """The 32 numbers, float32."""
         found = []
         for q, quad in enumerate(self.quads):
-            scale = self.scales[q * len(self.scales) // len(self.quads)]
+            part = q * len(self.scales) // len(self.quads)
             for i in range(4):
                 code = (quad << (24 - 8 * i)).sar(24) if self.is_signed else (quad >> 8 * i) & 255
                 if self.offset:
                     code = code - self.offset
-                value = code.to(F32) * scale
-                found.append(value if self.bias is None else value + self.bias)
+                value = code.to(F32) * self.scales[part]
+                found.append(value + self.biases[part] if self.biases else value)
         return found
 
     def times(self, w: Warp, activations: Sequence[Value], sums: Sequence[Value]) -> Value:
@@ -79,11 +79,13 @@ class Weights:
             dot = (upper << 8) + lower
             dots.append(dot - sums[half] * self.offset if self.offset else dot)
         if len(self.scales) == 1:
-            dots = [dots[0] + dots[1]]
-        products = [d.to(F32) * s for d, s in zip(dots, self.scales, strict=True)]
-        total = products[0] if len(products) == 1 else products[0] + products[1]
-        if self.bias is not None:
-            total = total + (sums[0] + sums[1]).to(F32) * self.bias
+            dots, sums = [dots[0] + dots[1]], [sums[0] + sums[1]]
+        terms = [d.to(F32) * s for d, s in zip(dots, self.scales, strict=True)]
+        if self.biases:
+            terms += [s.to(F32) * b for s, b in zip(sums, self.biases, strict=True)]
+        total, *others = terms
+        for term in others:
+            total = total + term
         return total
 
 
@@ -117,15 +119,15 @@ def nibbles(codes: Any) -> Any:
     return _words(low[..., 0, :] | low[..., 1, :] << 4)
 
 
-def fifth_bits(codes: Any) -> Any:
-    """(N, G) words."""
-    bits = (codes >> 4 & 1).reshape(codes.shape[0], -1, 8, 4)
+def single_bits(codes: Any, shift: int) -> Any:
+    """A bit of codes (N, K): (N, G) words."""
+    bits = (codes >> shift & 1).reshape(codes.shape[0], -1, 8, 4)
     return _words(_together(bits << np.arange(8, dtype=np.uint8).reshape(1, 1, 8, 1), axis=2))
 
 
-def upper_pairs(codes: Any) -> Any:
-    """(N, G, 2) words."""
-    bits = (codes >> 4 & 3).reshape(codes.shape[0], -1, 2, 4, 4)
+def pairs_of_bits(codes: Any, shift: int) -> Any:
+    """Two bits of codes (N, K): (N, G, 2) words."""
+    bits = (codes >> shift & 3).reshape(codes.shape[0], -1, 2, 4, 4)
     return _words(
         _together(bits << 2 * np.arange(4, dtype=np.uint8).reshape(1, 1, 1, 4, 1), axis=3)
     )
@@ -147,6 +149,16 @@ def read_nibbles(w: Warp, plane: Value, at: Value) -> list[Value]:
     return quads
 
 
+def read_bits(w: Warp, plane: Value, at: Value) -> list[Value]:
+    (word,) = w.load(I32, plane, at)
+    return [(word >> q) & 0x01010101 for q in range(8)]
+
+
+def read_pairs(w: Warp, plane: Value, at: Value) -> list[Value]:
+    words = w.load(I32, plane, at, 2)
+    return [(words[q // 4] >> 2 * (q % 4)) & 0x03030303 for q in range(8)]
+
+
 def bytes_of(words: Any) -> Any:
     """Words (..., n) as bytes (..., n, 4), by XLA."""
     return lax.bitcast_convert_type(words, jnp.uint8)
@@ -158,10 +170,28 @@ def codes_of_nibbles(words: Any) -> Any:
     return jnp.stack([found & 15, found >> 4], axis=-2).reshape(*words.shape[:2], GROUP)
 
 
+def codes_of_bits(words: Any) -> Any:
+    """The reverse of `single_bits`: (N, G, 32) uint8."""
+    shifts = jnp.arange(8, dtype=jnp.uint8).reshape(1, 1, 8, 1)
+    return (bytes_of(words)[:, :, None, :] >> shifts & 1).reshape(*words.shape, GROUP)
+
+
+def codes_of_pairs(words: Any) -> Any:
+    """The reverse of `pairs_of_bits`: (N, G, 32) uint8."""
+    shifts = 2 * jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 1, 4, 1)
+    return (bytes_of(words)[:, :, :, None, :] >> shifts & 3).reshape(*words.shape[:2], GROUP)
+
+
 def half(w: Warp, plane: Value, at: Value) -> Value:
     """A float16 of a plane of them."""
     (bits,) = w.load(I16, plane, at)
     return as_float(bits)
+
+
+def two_halves(w: Warp, plane: Value, at: Value) -> tuple[Value, Value]:
+    """Two float16 of a plane of words."""
+    (both,) = w.load(I32, plane, at)
+    return as_float(both.to(I16)), as_float((both >> 16).to(I16))
 
 
 def as_float(bits: Value) -> Value:
@@ -173,6 +203,12 @@ def as_float(bits: Value) -> Value:
 def numbers(halves: Any) -> Any:
     """The same by XLA."""
     return lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32)
+
+
+def two_numbers(words: Any) -> tuple[Any, Any]:
+    """Those of `two_halves`, by XLA."""
+    found = numbers(lax.bitcast_convert_type(words, jnp.uint16))
+    return found[..., 0], found[..., 1]
 
 
 # ---- types of ggml -------------------------------------------------------------------------------
@@ -189,10 +225,25 @@ def _u16(blocks: Any, start: int, count: int = 1) -> Any:
     return lax.bitcast_convert_type(pairs, jnp.uint16)
 
 
+def _u32(blocks: Any, start: int) -> Any:
+    """32 bits from a byte of each block on: (N, blocks)."""
+    return _words(blocks[..., start : start + 4])
+
+
+def _dense(codes: Any, scales: Any, biases: Any = None, offset: int = 0) -> Any:
+    """(N, K) float32 of codes (N, G, 32), and of scales and biases (N, G, 1 or 2)."""
+    values = codes.reshape(*scales.shape, -1).astype(jnp.float32) - offset
+    values = scales[..., None] * values
+    if biases is not None:
+        values = values + biases[..., None]
+    return values.reshape(len(codes), -1)
+
+
 class Q40(Format):
     """d * (code - 8)."""
 
     type, plane_count = Type.Q4_0, 2
+    offset = 8
 
     def planes(self, data: Any) -> tuple[Any, ...]:
         return nibbles(codes(self.type, data)), _u16(_blocks(self.type, data), 0)
@@ -200,14 +251,76 @@ class Q40(Format):
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
     ) -> Weights:
-        codes, d = planes
+        *planes, d = planes
         at = row * groups + group
-        return Weights(read_nibbles(w, codes, at), [half(w, d, at)], offset=8)
+        return Weights(self.quads(w, planes, at), [half(w, d, at)], offset=self.offset)
+
+    def quads(self, w: Warp, planes: Sequence[Value], at: Value) -> list[Value]:
+        """The codes of a group."""
+        return read_nibbles(w, planes[0], at)
 
     def dense(self, planes: Sequence[Any]) -> Any:
-        codes, d = planes
-        values = numbers(d)[..., None] * (codes_of_nibbles(codes).astype(jnp.float32) - 8)
-        return values.reshape(len(codes), -1)
+        *planes, d = planes
+        return _dense(self.codes(planes), numbers(d)[..., None], offset=self.offset)
+
+    def codes(self, planes: Sequence[Any]) -> Any:
+        """All codes, (N, G, 32), by XLA."""
+        return codes_of_nibbles(planes[0])
+
+
+class Q41(Q40):
+    """d * code + m."""
+
+    type = Type.Q4_1
+
+    def planes(self, data: Any) -> tuple[Any, ...]:
+        return nibbles(codes(self.type, data)), _u32(_blocks(self.type, data), 0)
+
+    def read(
+        self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
+    ) -> Weights:
+        *planes, both = planes
+        at = row * groups + group
+        d, m = two_halves(w, both, at)
+        return Weights(self.quads(w, planes, at), [d], [m])
+
+    def dense(self, planes: Sequence[Any]) -> Any:
+        *planes, both = planes
+        d, m = two_numbers(both)
+        return _dense(self.codes(planes), d[..., None], m[..., None])
+
+
+class FifthBit(Q40):
+    """Codes of 5 bits; mixed in before a type of 4 bits."""
+
+    plane_count = 3
+
+    def planes(self, data: Any) -> tuple[Any, ...]:
+        low, *others = super().planes(data)
+        return low, single_bits(codes(self.type, data), 4), *others
+
+    def quads(self, w: Warp, planes: Sequence[Value], at: Value) -> list[Value]:
+        low, high = planes
+        return [
+            quad | bit << 4
+            for quad, bit in zip(read_nibbles(w, low, at), read_bits(w, high, at), strict=True)
+        ]
+
+    def codes(self, planes: Sequence[Any]) -> Any:
+        low, high = planes
+        return codes_of_nibbles(low) | codes_of_bits(high) << 4
+
+
+class Q50(FifthBit):
+    """d * (code - 16)."""
+
+    type, offset = Type.Q5_0, 16
+
+
+class Q51(FifthBit, Q41):
+    """d * code + m."""
+
+    type = Type.Q5_1
 
 
 class Q80(Format):
@@ -231,10 +344,102 @@ class Q80(Format):
     def dense(self, planes: Sequence[Any]) -> Any:
         codes, d = planes
         integers = bytes_of(codes).astype(jnp.int8).reshape(*d.shape, GROUP)
-        return (numbers(d)[..., None] * integers.astype(jnp.float32)).reshape(len(codes), -1)
+        return _dense(integers, numbers(d)[..., None])
 
 
-class Q4K(Format):
+class Q2K(Format):
+    """d * scale * code - dmin * minimum: a scale and a minimum of 4 bits for 16 codes of 2."""
+
+    type, plane_count = Type.Q2_K, 3
+
+    def planes(self, data: Any) -> tuple[Any, ...]:
+        blocks = _blocks(self.type, data)
+        return pairs_of_bits(codes(self.type, data), 0), _u16(blocks, 0, 8), _u32(blocks, 80)
+
+    def read(
+        self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
+    ) -> Weights:
+        codes, factors, d = planes
+        at = row * groups + group
+        (fields,) = w.load(I16, factors, at)
+        numbers = [((fields >> shift) & 15).to(F32, signed=False) for shift in (0, 4, 8, 12)]
+        largest, least = two_halves(w, d, at >> 3)
+        scales = [largest * scale for scale in numbers[::2]]
+        biases = [(least * minimum) * -1.0 for minimum in numbers[1::2]]
+        return Weights(read_pairs(w, codes, at), scales, biases)
+
+    def dense(self, planes: Sequence[Any]) -> Any:
+        codes, factors, d = planes
+        d, dmin = (jnp.repeat(n, SUPER, axis=1)[..., None] for n in two_numbers(d))
+        fields = lax.bitcast_convert_type(factors, jnp.uint8)  # (N, G, 2)
+        scales = d * (fields & 15).astype(jnp.float32)
+        return _dense(codes_of_pairs(codes), scales, -(dmin * (fields >> 4).astype(jnp.float32)))
+
+
+class Q6K(Format):
+    """d * scale * (code - 32), with a scale of 8 bits for 16 codes."""
+
+    type, plane_count = Type.Q6_K, 4
+    offset = 32
+
+    def planes(self, data: Any) -> tuple[Any, ...]:
+        blocks, found = _blocks(self.type, data), codes(self.type, data)
+        return nibbles(found), pairs_of_bits(found, 4), _u16(blocks, 192, 8), _u16(blocks, 208)
+
+    def read(
+        self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
+    ) -> Weights:
+        low, high, scales, d = planes
+        at = row * groups + group
+        (pair,) = w.load(I16, scales, at)
+        largest = half(w, d, at >> 3)
+        both = [(pair << 8).sar(8).to(F32), pair.sar(8).to(F32)]
+        quads = self.quads(w, low, high, at)
+        return Weights(quads, [largest * scale for scale in both], offset=self.offset)
+
+    def quads(self, w: Warp, low: Value, high: Value, at: Value) -> list[Value]:
+        """The codes of a group."""
+        parts = zip(read_nibbles(w, low, at), read_pairs(w, high, at), strict=True)
+        return [quad | pair << 4 for quad, pair in parts]
+
+    def dense(self, planes: Sequence[Any]) -> Any:
+        low, high, scales, d = planes
+        integers = lax.bitcast_convert_type(scales, jnp.int8).astype(jnp.float32)  # (N, G, 2)
+        factors = jnp.repeat(numbers(d), SUPER, axis=1)[..., None] * integers
+        return _dense(self.codes(low, high), factors, offset=self.offset)
+
+    def codes(self, low: Any, high: Any) -> Any:
+        """All codes, (N, G, 32), by XLA."""
+        return codes_of_nibbles(low) | codes_of_pairs(high) << 4
+
+
+class Q3K(Q6K):
+    """d * scale * (code - 4), with a scale of 6 bits for 16 codes of 3."""
+
+    type, offset = Type.Q3_K, 4
+
+    def planes(self, data: Any) -> tuple[Any, ...]:
+        blocks, found = _blocks(self.type, data), codes(self.type, data)
+        low, high = blocks[..., 96:104], blocks[..., 104:108]
+        low = jnp.concatenate([low & 15, low >> 4], axis=-1)
+        high = jnp.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
+        scales = (low | high << 4) - 32  # as signed bytes
+        return (
+            pairs_of_bits(found, 0),
+            single_bits(found, 2),
+            _u16(scales, 0, 8),
+            _u16(blocks, 108),
+        )
+
+    def quads(self, w: Warp, low: Value, high: Value, at: Value) -> list[Value]:
+        parts = zip(read_pairs(w, low, at), read_bits(w, high, at), strict=True)
+        return [pair | bit << 2 for pair, bit in parts]
+
+    def codes(self, low: Any, high: Any) -> Any:
+        return codes_of_pairs(low) | codes_of_bits(high) << 2
+
+
+class Q4K(Q40):
     """d * scale * code - dmin * minimum: scales and minimums are integers of 6 bits."""
 
     type, plane_count = Type.Q4_K, 3
@@ -242,7 +447,7 @@ class Q4K(Format):
     def planes(self, data: Any) -> tuple[Any, ...]:
         blocks = _blocks(self.type, data)
         pairs = self.scale_pairs(blocks[..., 4:16])
-        return nibbles(codes(self.type, data)), pairs, _words(blocks[..., :4])
+        return nibbles(codes(self.type, data)), pairs, _u32(blocks, 0)
 
     @staticmethod
     def scale_pairs(packed: Any) -> Any:
@@ -257,92 +462,27 @@ class Q4K(Format):
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
     ) -> Weights:
-        codes, pairs, d = planes
+        *planes, pairs, d = planes
         at = row * groups + group
-        return Weights(read_nibbles(w, codes, at), *self._factors(w, pairs, d, at))
-
-    @staticmethod
-    def _factors(w: Warp, pairs: Value, d: Value, at: Value) -> tuple[list[Value], Value]:
-        (pair,), (both,) = w.load(I16, pairs, at), w.load(I32, d, at >> 3)
+        (pair,) = w.load(I16, pairs, at)
         scale, minimum = (pair & 255).to(F32, signed=False), (pair >> 8).to(F32, signed=False)
-        largest, least = as_float(both.to(I16)), as_float((both >> 16).to(I16))
-        return [largest * scale], (least * minimum) * -1.0
+        largest, least = two_halves(w, d, at >> 3)
+        return Weights(self.quads(w, planes, at), [largest * scale], [(least * minimum) * -1.0])
 
     def dense(self, planes: Sequence[Any]) -> Any:
-        codes, pairs, d = planes
-        return self._dense(codes_of_nibbles(codes), pairs, d)
-
-    @staticmethod
-    def _dense(codes: Any, pairs: Any, d: Any) -> Any:
-        d = jnp.repeat(numbers(lax.bitcast_convert_type(d, jnp.uint16)), SUPER, axis=1)
-        scale = d[..., 0] * (pairs & 255).astype(jnp.float32)
-        minimum = d[..., 1] * (pairs >> 8).astype(jnp.float32)
-        values = scale[..., None] * codes.astype(jnp.float32) - minimum[..., None]
-        return values.reshape(len(codes), -1)
+        *planes, pairs, d = planes
+        d, dmin = (jnp.repeat(n, SUPER, axis=1) for n in two_numbers(d))
+        scales = d * (pairs & 255).astype(jnp.float32)
+        biases = -(dmin * (pairs >> 8).astype(jnp.float32))
+        return _dense(self.codes(planes), scales[..., None], biases[..., None])
 
 
-class Q5K(Q4K):
+class Q5K(FifthBit, Q4K):
     """The same with codes of 5 bits."""
 
     type, plane_count = Type.Q5_K, 4
 
-    def planes(self, data: Any) -> tuple[Any, ...]:
-        low, pairs, d = super().planes(data)
-        return low, fifth_bits(codes(self.type, data)), pairs, d
 
-    def read(
-        self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
-    ) -> Weights:
-        low, high, pairs, d = planes
-        at = row * groups + group
-        (bits,) = w.load(I32, high, at)
-        quads = [
-            quad | ((bits >> q) & 0x01010101) << 4
-            for q, quad in enumerate(read_nibbles(w, low, at))
-        ]
-        return Weights(quads, *self._factors(w, pairs, d, at))
-
-    def dense(self, planes: Sequence[Any]) -> Any:
-        low, high, pairs, d = planes
-        shifts = jnp.arange(8, dtype=jnp.uint8).reshape(1, 1, 8, 1)
-        bits = bytes_of(high)[:, :, None, :] >> shifts & 1
-        codes = codes_of_nibbles(low) | bits.reshape(*high.shape, GROUP) << 4
-        return self._dense(codes, pairs, d)
-
-
-class Q6K(Format):
-    """d * scale * (code - 32), with a scale of 8 bits for 16 codes."""
-
-    type, plane_count = Type.Q6_K, 4
-
-    def planes(self, data: Any) -> tuple[Any, ...]:
-        blocks, found = _blocks(self.type, data), codes(self.type, data)
-        return nibbles(found), upper_pairs(found), _u16(blocks, 192, 8), _u16(blocks, 208)
-
-    def read(
-        self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
-    ) -> Weights:
-        low, high, scales, d = planes
-        at = row * groups + group
-        words = w.load(I32, high, at, 2)
-        quads = [
-            quad | ((words[q // 4] >> 2 * (q % 4)) & 0x03030303) << 4
-            for q, quad in enumerate(read_nibbles(w, low, at))
-        ]
-        (pair,) = w.load(I16, scales, at)
-        largest = half(w, d, at >> 3)
-        both = [(pair << 8).sar(8).to(F32), pair.sar(8).to(F32)]
-        return Weights(quads, [largest * scale for scale in both], offset=32)
-
-    def dense(self, planes: Sequence[Any]) -> Any:
-        low, high, scales, d = planes
-        shifts = 2 * jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 1, 4, 1)
-        bits = bytes_of(high)[:, :, :, None, :] >> shifts & 3
-        codes = codes_of_nibbles(low) | bits.reshape(*high.shape[:2], GROUP) << 4
-        integers = lax.bitcast_convert_type(scales, jnp.int8).astype(jnp.float32)  # (N, G, 2)
-        factors = jnp.repeat(numbers(d), SUPER, axis=1)[..., None] * integers
-        codes = codes.reshape(*factors.shape, GROUP // 2).astype(jnp.float32) - 32
-        return (factors[..., None] * codes).reshape(len(low), -1)
-
-
-FORMATS: dict[Type, Format] = {f.type: f for f in (Q40(), Q80(), Q4K(), Q5K(), Q6K())}
+FORMATS: dict[Type, Format] = {
+    f.type: f for f in (Q40(), Q41(), Q50(), Q51(), Q80(), Q2K(), Q3K(), Q4K(), Q5K(), Q6K())
+}
