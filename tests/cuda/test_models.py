@@ -30,8 +30,8 @@ TINY = Tiny(
 )
 MODELS = {
     "q4_k_m": (TINY, Q4_K_M),
-    "window": (replace(TINY, sliding_window=7), Type.Q8_0),
-    "experts": (replace(TINY, arch="phimoe", num_local_experts=3), Type.Q4_K),
+    "window": (replace(TINY, sliding_window=7), Type.Q4_1),
+    "experts": (replace(TINY, arch="phimoe", num_local_experts=3), Type.Q3_K),
 }
 
 
