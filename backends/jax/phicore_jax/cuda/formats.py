@@ -239,14 +239,50 @@ def _dense(codes: Any, scales: Any, biases: Any = None, offset: int = 0) -> Any:
     return values.reshape(len(codes), -1)
 
 
-class Q40(Format):
+class Nibbles(Format):
+    """Codes of 4 bits, in the first plane; behind it are scales and what else there is."""
+
+    def planes(self, data: Any) -> tuple[Any, ...]:
+        return nibbles(codes(self.type, data)), *self.factors(_blocks(self.type, data))
+
+    @abstractmethod
+    def factors(self, blocks: Any) -> tuple[Any, ...]:
+        """The other planes, of (N, blocks, bytes)."""
+
+    def quads(self, w: Warp, planes: Sequence[Value], at: Value) -> list[Value]:
+        """The codes of a group, of the planes that have them."""
+        return read_nibbles(w, planes[0], at)
+
+    def codes(self, planes: Sequence[Any]) -> Any:
+        """All codes, (N, G, 32), by XLA."""
+        return codes_of_nibbles(planes[0])
+
+
+class FifthBit(Nibbles):
+    """A bit more in the second plane; mixed in before a type of 4 bits."""
+
+    def planes(self, data: Any) -> tuple[Any, ...]:
+        low, *others = super().planes(data)
+        return low, single_bits(codes(self.type, data), 4), *others
+
+    def quads(self, w: Warp, planes: Sequence[Value], at: Value) -> list[Value]:
+        low, high = planes
+        parts = zip(read_nibbles(w, low, at), read_bits(w, high, at), strict=True)
+        return [quad | bit << 4 for quad, bit in parts]
+
+    def codes(self, planes: Sequence[Any]) -> Any:
+        low, high = planes
+        return codes_of_nibbles(low) | codes_of_bits(high) << 4
+
+
+class Q40(Nibbles):
     """d * (code - 8)."""
 
     type, plane_count = Type.Q4_0, 2
     offset = 8
 
-    def planes(self, data: Any) -> tuple[Any, ...]:
-        return nibbles(codes(self.type, data)), _u16(_blocks(self.type, data), 0)
+    def factors(self, blocks: Any) -> tuple[Any, ...]:
+        return (_u16(blocks, 0),)
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
@@ -255,26 +291,18 @@ class Q40(Format):
         at = row * groups + group
         return Weights(self.quads(w, planes, at), [half(w, d, at)], offset=self.offset)
 
-    def quads(self, w: Warp, planes: Sequence[Value], at: Value) -> list[Value]:
-        """The codes of a group."""
-        return read_nibbles(w, planes[0], at)
-
     def dense(self, planes: Sequence[Any]) -> Any:
         *planes, d = planes
         return _dense(self.codes(planes), numbers(d)[..., None], offset=self.offset)
 
-    def codes(self, planes: Sequence[Any]) -> Any:
-        """All codes, (N, G, 32), by XLA."""
-        return codes_of_nibbles(planes[0])
 
-
-class Q41(Q40):
+class Q41(Nibbles):
     """d * code + m."""
 
-    type = Type.Q4_1
+    type, plane_count = Type.Q4_1, 2
 
-    def planes(self, data: Any) -> tuple[Any, ...]:
-        return nibbles(codes(self.type, data)), _u32(_blocks(self.type, data), 0)
+    def factors(self, blocks: Any) -> tuple[Any, ...]:
+        return (_u32(blocks, 0),)
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
@@ -290,37 +318,17 @@ class Q41(Q40):
         return _dense(self.codes(planes), d[..., None], m[..., None])
 
 
-class FifthBit(Q40):
-    """Codes of 5 bits; mixed in before a type of 4 bits."""
-
-    plane_count = 3
-
-    def planes(self, data: Any) -> tuple[Any, ...]:
-        low, *others = super().planes(data)
-        return low, single_bits(codes(self.type, data), 4), *others
-
-    def quads(self, w: Warp, planes: Sequence[Value], at: Value) -> list[Value]:
-        low, high = planes
-        return [
-            quad | bit << 4
-            for quad, bit in zip(read_nibbles(w, low, at), read_bits(w, high, at), strict=True)
-        ]
-
-    def codes(self, planes: Sequence[Any]) -> Any:
-        low, high = planes
-        return codes_of_nibbles(low) | codes_of_bits(high) << 4
-
-
-class Q50(FifthBit):
+class Q50(FifthBit, Q40):
     """d * (code - 16)."""
 
-    type, offset = Type.Q5_0, 16
+    type, plane_count = Type.Q5_0, 3
+    offset = 16
 
 
 class Q51(FifthBit, Q41):
     """d * code + m."""
 
-    type = Type.Q5_1
+    type, plane_count = Type.Q5_1, 3
 
 
 class Q80(Format):
@@ -439,15 +447,13 @@ class Q3K(Q6K):
         return codes_of_pairs(low) | codes_of_bits(high) << 2
 
 
-class Q4K(Q40):
+class Q4K(Nibbles):
     """d * scale * code - dmin * minimum: scales and minimums are integers of 6 bits."""
 
     type, plane_count = Type.Q4_K, 3
 
-    def planes(self, data: Any) -> tuple[Any, ...]:
-        blocks = _blocks(self.type, data)
-        pairs = self.scale_pairs(blocks[..., 4:16])
-        return nibbles(codes(self.type, data)), pairs, _u32(blocks, 0)
+    def factors(self, blocks: Any) -> tuple[Any, ...]:
+        return self.scale_pairs(blocks[..., 4:16]), _u32(blocks, 0)
 
     @staticmethod
     def scale_pairs(packed: Any) -> Any:
