@@ -53,6 +53,7 @@ try:
     from phicore.engine import Engine
     from phicore.errors import BackendError
     from phicore.gguf.matrix import Matrix
+    from phicore.gguf.quants import AFFINE_TYPES
     from phicore.gguf.reader import GGUFTensor, open_gguf
     from phicore.protocol import Array, Backend
     from phicore.sampler import Sampling
@@ -63,6 +64,11 @@ except ImportError as error:
     sys.exit(f"gpu: {name} cannot be imported; install it (this file begins with what is needed)")
 
 TYPES = (Type.Q4_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K)
+# Bytes of a block where its scale is, and the minimum; else the scale comes first.
+SCALES_AT = {
+    **dict.fromkeys((Type.Q4_1, Type.Q5_1, Type.Q4_K, Type.Q5_K), (0, 2)),
+    **{Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q6_K: (208,)},
+}
 REPETITIONS = 5
 INSIDE = 8  # times that something short is done in a call
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
@@ -130,14 +136,11 @@ class Benchmark:
     # ---- kernels -----------------------------------------------------------------------------
 
     def products(self) -> list[Section]:
-        """Of the largest matrices of a layer."""
+        """Of the largest matrices of a layer; types that are rare, of one row."""
         shapes = [(256, 512)] if self.is_small else [(16384, 3072), (3072, 8192)]
-        return [
-            self._product(ggml_type, shape, m)
-            for ggml_type in TYPES
-            for shape in shapes
-            for m in (1, 4, 8)
-        ]
+        plan = [(ggml_type, shape, m) for ggml_type in TYPES for shape in shapes for m in (1, 4, 8)]
+        plan += [(ggml_type, shapes[0], 1) for ggml_type in AFFINE_TYPES if ggml_type not in TYPES]
+        return [self._product(*each) for each in plan]
 
     def _product(self, ggml_type: Type, shape: tuple[int, int], m: int) -> Section:
         rows, columns = shape
@@ -192,8 +195,7 @@ class Benchmark:
         count = rows * columns // block
         blocks = self._rng.integers(0, 256, (count, size), np.uint8)
         scale = np.float16(1e-3 * self._rng.uniform(0.5, 1.5, (count, 1)))
-        at = {Type.Q6_K: (208,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2)}.get(ggml_type, (0,))
-        for start in at:
+        for start in SCALES_AT.get(ggml_type, (0,)):
             blocks[:, start : start + 2] = scale.astype("<f2").view(np.uint8)
         return blocks.reshape(rows, -1)
 

@@ -23,7 +23,7 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def test_sections_are_measured_and_written(tmp_path: Path):
     sections = (
         *("about", "bandwidth", "load", "decode", "generate", "prompts", "logits", "attention"),
-        "memory",
+        *("products", "memory"),
     )
     done = run(tmp_path, "--device", "cpu", "--sections", ",".join(sections))
     assert done.returncode == 0, done.stderr
@@ -31,6 +31,7 @@ def test_sections_are_measured_and_written(tmp_path: Path):
     assert found["failed"] == {}
     assert [*found["seconds"]] == [*sections]
     assert found["logits"]["prefill"] < 1e-4
+    assert all(row["error"] < 1e-4 for row in found["products"])
     assert {(d["batch"], d["position"]) for d in found["decode"]} == {
         (batch, position) for batch in (1, 4, 8) for position in (64, 200)
     }
