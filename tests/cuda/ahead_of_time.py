@@ -1,5 +1,5 @@
 # ruff: noqa: E402 - JAX reads its settings when it is imported
-"""Compiles steps for an H200 without one, and prints what came of it as JSON.
+"""Compiles steps for an H200 and a T4 without one, and prints what came of it as JSON.
 
 XLA's compiler for NVIDIA's cards needs no card, only the packages `jax-cuda13-plugin`,
 `jax-cuda13-pjrt`, `nvidia-cuda-nvcc` and `nvidia-nvvm`. It is a program of its own, since JAX reads
@@ -27,17 +27,18 @@ os.environ["XLA_FLAGS"] = f"--xla_dump_to={dumps.name}"
 
 import jax
 import numpy as np
+from gguf import GGMLQuantizationType as Type
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from phicore_jax import cuda
 from phicore_jax.backend import JaxBackend
-from phicore_jax.cuda import runtime
+from phicore_jax.cuda import check, runtime
 from phicore_jax.parallel import AXIS, Devices
 
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
 
-# What XLA asks of a card, as NVIDIA's data sheet of the H200 and CUDA's tables for sm_90 have it.
+# What XLA asks of a card, as NVIDIA's data sheets and CUDA's tables for sm_90 and sm_75 have it.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -56,14 +57,32 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
+T4 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 1024
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_block: 49152 shared_memory_per_core: 65536
+  shared_memory_per_block_optin: 65536
+  core_count: 40 fpus_per_core: 64 clock_rate_ghz: 1.59
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 320000000000 l2_cache_size: 4194304 device_memory_size: 15655829504
+  cuda_compute_capability { major: 7 minor: 5 }
+  device_vendor: "NVIDIA Corporation" device_address_bits: 64
+  driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "Tesla T4"
+"""
 
 
 class AheadOfTime(JaxBackend):
     """JAX on cards that are not there: arrays are shapes, and a call compiles and runs nothing."""
 
-    def __init__(self, devices: int) -> None:
+    def __init__(self, devices: int, card: str) -> None:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=H200, topology=f"1x1x{devices}"
+            platform="cuda", target_config=card, topology=f"1x1x{devices}"
         )
         self.device = topology.devices[0]
         self._packing_device = None
@@ -110,13 +129,31 @@ def main(path: str) -> None:
     found = {"step": compiled(path, 1, 1), "steps": compiled(path, 1, 8)}
     found["prompt"] = compiled(path, 256, 1)
     found["shared_step"] = compiled(path, 1, 1, devices=2)
+    found["old_step"] = compiled(path, 1, 1, card=T4)
+    found["old_prompt"] = compiled(path, 256, 1, card=T4)
+    for card, name in ((H200, ""), (T4, "old_")):
+        for trial in (check.try_others, check.try_products, check.try_experts):
+            found[f"{name}{trial.__name__}"] = compiled_trial(trial, card)
     print(json.dumps(found))
 
 
-def compiled(path: str, tokens: int, steps: int, devices: int = 1) -> dict[str, Any]:
+def compiled_trial(trial: check.Trial, card: str) -> dict[str, Any]:
+    """What XLA makes of the program that tries kernels before they are used."""
+    ops = AheadOfTime(1, card)
+    operands = check.operands(Type.Q4_K)
+    operands = jax.tree.map(lambda a: ops._zeros(a.shape, a.dtype), operands)
+    before = set(Path(dumps.name).iterdir())
+    with jax.default_matmul_precision("highest"):
+        program = check.program(trial, cuda.OPTIONS).lower(*operands).compile()
+    return {"kernels": _kernels(program), "thunks": _thunks(before)}
+
+
+def compiled(
+    path: str, tokens: int, steps: int, devices: int = 1, card: str = H200
+) -> dict[str, Any]:
     """What XLA makes of a step of so many tokens, or of several of one."""
     runtime.EXPANDED_BYTES = 4 << 20  # so that these small matrices have several parts
-    ops = AheadOfTime(devices)
+    ops = AheadOfTime(devices, card)
     ops.steps = steps
     with open_gguf(path) as file:
         engine = Engine.load(ops, file, context=512)
@@ -139,19 +176,30 @@ def compiled(path: str, tokens: int, steps: int, devices: int = 1) -> dict[str, 
         program = engine.steps(())(*args)
     memory = program.memory_analysis()
     text = program.as_text()
-    dumped = sorted(set(Path(dumps.name).glob("*thunk_sequence*.txt")) - before)
     return {
         "cache_bytes": _bytes(cache),
         "weight_bytes": _bytes(params),
         "alias_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "kernels": dict(Counter(re.findall(r'backend_config=.*?\bname = "(\w+)"', text))),
+        "kernels": _kernels(program),
         "copies": [
             line.strip()[:160] for line in text.splitlines() if re.search(r"= \S+ copy\(", line)
         ],
         "sums": len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)),
-        "thunks": {path.name.split(".")[-2]: path.read_text() for path in dumped},
+        "thunks": _thunks(before),
     }
+
+
+def _kernels(program: Any) -> dict[str, int]:
+    """How often each of ours is launched."""
+    text = program.as_text()
+    return dict(Counter(re.findall(r'backend_config=.*?\bname = "(\w+)"', text)))
+
+
+def _thunks(before: set[Path]) -> dict[str, str]:
+    """What XLA has written of the last program, by the stage at which it did."""
+    dumped = sorted(set(Path(dumps.name).glob("*thunk_sequence*.txt")) - before)
+    return {path.name.split(".")[-2]: path.read_text() for path in dumped}
 
 
 def _bytes(tree: Any) -> int:

@@ -1,4 +1,4 @@
-"""Steps compiled for an H200 without one: what they hold, and how they are launched."""
+"""Steps compiled for an H200 and a T4 without one: what they hold, and how they are launched."""
 
 from __future__ import annotations
 
@@ -122,6 +122,20 @@ def test_step_that_two_cards_share_is_one_command_buffer_with_two_sums_a_layer(
     assert shared["sums"] == 2 * LAYERS
 
 
+def test_card_before_ampere_has_the_same_step(found: dict[str, Found]):
+    assert found["old_step"]["kernels"] == KERNELS
+    assert launches(found["old_step"]) == ["kCommandBuffer"]
+
+
+@pytest.mark.parametrize("card", ["", "old_"])
+def test_kernels_are_tried_in_the_way_in_which_they_are_used(found: dict[str, Found], card: str):
+    """In a loop that is all of a command buffer."""
+    trials = [found[f"{card}try_{name}"] for name in ("products", "experts", "others")]
+    assert [launches(trial) for trial in trials] == [["kCommandBuffer"]] * 3
+    tried = {name for trial in trials for name in trial["kernels"]}
+    assert tried == {*KERNELS, "expand", "expert_product", "expert_expand"}
+
+
 # ---- a prompt --------------------------------------------------------------------------------
 
 
@@ -133,3 +147,4 @@ def test_weights_are_expanded_a_part_at_a_time(found: dict[str, Found]):
     assert prompt["kernels"] == {"expand": parts * LAYERS, "product": 1, "quantize": 1}
     gate_up = 3 * 2 * 2 * 2048 * 1024
     assert prompt["temp_bytes"] < gate_up  # most of it scores of attention
+    assert found["old_prompt"]["kernels"] == prompt["kernels"]

@@ -17,6 +17,8 @@ from gguf import GGMLQuantizationType as Type
 from phicore_jax import cuda
 from phicore_jax.cuda import check, runtime
 
+from phicore.errors import BackendError
+
 ALWAYS_TRIED = ("quantize_normed", "quantize_gated", "store", "attention", "combine")
 OF_A_TYPE = ("product", "expand", "expert_product", "expert_expand")
 
@@ -79,10 +81,24 @@ def test_type_whose_products_are_wrong_is_left_to_xla(
     assert kernels is not None
     let_it_be_wrong(monkeypatch, kernel)
     with caplog.at_level(logging.WARNING):
-        assert not kernels.has_type(Type.Q2_K)
+        assert kernels.has_type(Type.Q2_K) == kernel.startswith("expert")
         assert not kernels.has_experts(Type.Q2_K)
     (message,) = caplog.messages
     assert message.startswith("CUDA kernels for Q2_K: they do not work with this card: wrong")
+
+
+def test_card_that_stopped_is_told(monkeypatch: pytest.MonkeyPatch, device: Any):
+    """No fallback helps then, in this process."""
+
+    def stopped(*_: Any) -> Any:
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    monkeypatch.setattr(runtime, "launch", stopped)
+    monkeypatch.setattr(check.jax, "device_put", stopped)
+    with pytest.raises(
+        BackendError, match=r"the card stopped .*; start again with PHICORE_KERNELS=0"
+    ):
+        cuda.working_kernels(device)
 
 
 def test_kernels_that_cannot_run_are_told(monkeypatch: pytest.MonkeyPatch, device: Any):

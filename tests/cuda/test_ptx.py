@@ -57,7 +57,7 @@ def kernels() -> Iterator[Kernel]:
             yield f"expert-expand-{name}-{is_fast}", emit_expert_expand, constants, planes + 2
     for cache_type in CACHE_TYPES:
         planes = 4 if cache_type == "i16" else 2
-        for dim in (64, 96, 128):
+        for dim in (64, 96, 128, 192, 256):
             name, shape = f"{cache_type}-{dim}", Shape(1, 32, 8, 4096, dim, cache_type)
             yield f"store-{name}", emit_store, (shape,), 3 + planes
             yield f"attention-{name}", emit_attention, (shape, 2047), 2 + planes + 2

@@ -24,7 +24,6 @@ CACHE_TYPES = ("i16", "f16", "f32")
 CHUNK = 8  # channels that a lane has next to each other
 QUAD = 4  # lanes of a key
 KEYS = LANES // QUAD  # of a warp at a time
-TOGETHER = 2  # of a group of lanes, loaded at once
 WARPS = 2048  # that a card is to have
 NOTHING = -1e30  # the largest score where there is none
 
@@ -44,13 +43,18 @@ class Shape:
     def splits(self) -> int:
         """Warps of a head: a power of two, up to 64."""
         wanted = max(1, WARPS // (self.batch * self.heads))
-        most = min(64, max(1, self.capacity // (KEYS * TOGETHER)), wanted)
+        most = min(64, max(1, self.capacity // (KEYS * self.together)), wanted)
         return power_of_two(most + 1) // 2
 
     @property
     def chunks(self) -> int:
         """Of a lane."""
         return self.dim // (CHUNK * QUAD)
+
+    @property
+    def together(self) -> int:
+        """Positions that a group of lanes loads at once; of large heads, registers run out."""
+        return 2 if self.dim <= 128 else 1
 
 
 def has_dim(dim: int) -> bool:
@@ -137,9 +141,9 @@ def emit_attention(w: Warp, shape: Shape, window: int | None, args: Sequence[Val
         values = [f.variable(zero) for _ in q]
         step = splits * KEYS
         start = (first + split * KEYS).to(I64)
-        with f.loop(last.to(I64) + 1, start, step * TOGETHER) as at:
+        with f.loop(last.to(I64) + 1, start, step * s.together) as at:
             keys = []
-            for i in range(TOGETHER):
+            for i in range(s.together):
                 position = w.spread(at.to(I32) + i * step) + group
                 is_seen = position <= w.spread(last)
                 row = w.spread(kv_head * s.capacity) + is_seen.select(position, w.spread(last))

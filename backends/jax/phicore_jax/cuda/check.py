@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from phicore import kv_cache
+from phicore.errors import BackendError
 from phicore.gguf.reader import GGUFTensor
 from phicore.testing.tiny_models import random_matrix
 from phicore_jax.cuda import OPTIONS
@@ -27,6 +28,20 @@ from phicore_jax.cuda.runtime import CudaKernels
 from phicore_jax.own import OwnKernels, Source
 
 Array = Any
+Caches = dict[str, dict[str, Array]]
+
+
+class Given(NamedTuple):
+    """What run `i` of a trial has: rows, a weight, numbers for attention, and caches so far."""
+
+    i: Array
+    x: Array
+    weight: Any
+    qkv: Array
+    caches: Caches
+
+
+Trial = Callable[[OwnKernels, Given], tuple[list[Array], Caches]]
 
 ROWS, COLUMNS = 35, 1280  # an odd number, and lanes with nothing to do
 EXPERTS = 5  # of 7 rows
@@ -43,82 +58,112 @@ class TriedKernels(CudaKernels):
     def has_type(self, ggml_type: Type) -> bool:
         return super().has_type(ggml_type) and fault(self._device, ggml_type) is None
 
-    has_experts = has_type
+    def has_experts(self, ggml_type: Type) -> bool:
+        is_there = self.has_type(ggml_type)
+        return is_there and fault(self._device, ggml_type, of_experts=True) is None
 
 
 @cache
-def fault(device: Any, ggml_type: Type | None = None) -> str | None:
+def fault(device: Any, ggml_type: Type | None = None, *, of_experts: bool = False) -> str | None:
     """What is wrong with the kernels for a type, or with all others; None if nothing is.
 
     It is logged as a warning, since a user would only find that all is slow.
+
+    Raises:
+        BackendError: If nothing works any more on the device.
     """
-    if (found := _fault(device, ggml_type)) is not None:
+    trial: Trial = try_others
+    if ggml_type is not None:
+        trial = try_experts if of_experts else try_products
+    if (found := _fault(device, trial, ggml_type or Type.Q8_0)) is not None:
         found = f"they do not work with this card: {found}"
         which = "CUDA kernels" if ggml_type is None else f"CUDA kernels for {ggml_type.name}"
         logging.getLogger("phicore_jax").warning("%s: %s; XLA computes instead", which, found)
     return found
 
 
-def _fault(device: Any, ggml_type: Type | None) -> str | None:
-    kernels = CudaKernels()
-    rng = np.random.Generator(np.random.PCG64(1))
+def _fault(device: Any, trial: Trial, ggml_type: Type) -> str | None:
+    options = {} if device.platform == "cpu" else OPTIONS
     try:
         with jax.default_device(device), jax.default_matmul_precision("highest"):
-            operands = [_weight(kernels, ggml_type or Type.Q8_0, rng)]
-            x = rng.standard_normal((9, COLUMNS)).astype(np.float32)
-            errors: Callable[..., Array] = _errors_of_products
-            if ggml_type is None:
-                errors = _errors
-                qkv = rng.standard_normal((3, BATCH, HEADS, CAPACITY, DIM)).astype(np.float32)
-                operands.append(qkv)
-            options = {} if device.platform == "cpu" else OPTIONS
-            worst_of_all = jax.jit(
-                partial(_worst, partial(errors, kernels)), compiler_options=options
-            )
-            worst = float(worst_of_all(np.int32(2), x, *operands))
+            worst = float(program(trial, options)(*operands(ggml_type)))
     except Exception as error:  # noqa: BLE001 - whatever XLA, LLVM or the driver say
+        _check_alive(device)
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None if worst < BOUND else f"wrong results, by {worst:.1e}"
 
 
-def _weight(kernels: OwnKernels, ggml_type: Type, rng: np.random.Generator) -> Any:
+def _check_alive(device: Any) -> None:
+    """After an access to memory that is not there, a card does nothing more for a process."""
+    try:
+        jax.block_until_ready(jax.device_put(np.ones(8, np.float32), device) + 1.0)
+    except Exception as error:
+        raise BackendError(
+            "jax: the card stopped when CUDA kernels were tried; start again with PHICORE_KERNELS=0"
+        ) from error
+
+
+def operands(ggml_type: Type) -> tuple[Any, ...]:
+    """What `program` takes: how many runs, rows of activations, numbers for attention, a weight."""
+    rng = np.random.Generator(np.random.PCG64(1))
     data = random_matrix(ggml_type, ROWS, COLUMNS, rng, 0.05).view(np.uint8)
-    return kernels.pack([GGUFTensor("weight", ggml_type, (ROWS, COLUMNS), data)])
+    weight = CudaKernels().pack([GGUFTensor("weight", ggml_type, (ROWS, COLUMNS), data)])
+    x = rng.standard_normal((9, COLUMNS)).astype(np.float32)
+    qkv = rng.standard_normal((3, BATCH, HEADS, CAPACITY, DIM)).astype(np.float32)
+    return np.int32(2), x, qkv, weight
 
 
-def _worst(errors: Callable[..., Array], count: Array, x: Array, *operands: Any) -> Array:
-    """The largest error of so many runs."""
+def program(trial: Trial, options: dict[str, Any]) -> Any:
+    """A trial as a compiled function."""
+    return jax.jit(partial(_worst, trial, CudaKernels()), compiler_options=options)
 
-    def run(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        i, worst = state
-        shift = 1e-3 * i.astype(jnp.float32)  # so that no run is like another
-        return i + 1, jnp.maximum(worst, jnp.max(errors(x + shift, *operands)))
 
-    first = (count * 0, jnp.float32(0))
+def _worst(
+    trial: Trial, kernels: OwnKernels, count: Array, x: Array, qkv: Array, weight: Any
+) -> Array:
+    """The largest error of so many runs; each goes on with the caches of the one before."""
+    caches = {name: _cache(name, qkv) for name in CACHE_TYPES} if trial is try_others else {}
+
+    def run(state: tuple[Array, Array, Caches]) -> tuple[Array, Array, Caches]:
+        i, worst, caches = state
+        shifted = x + 1e-3 * i.astype(jnp.float32)  # so that no run is like another
+        errors, caches = trial(kernels, Given(i, shifted, weight, qkv, caches))
+        return i + 1, jnp.maximum(worst, jnp.max(jnp.stack(errors))), caches
+
+    first = (count * 0, jnp.float32(0), caches)
     return jax.lax.while_loop(lambda state: state[0] < count, run, first)[1]
 
 
-def _errors_of_products(kernels: OwnKernels, x: Array, w: Any) -> Array:
-    """Relative ones, with one row, some and many; and where each row has its own matrix."""
-    found = []
+# ---- trials: relative errors of a run, and the caches as it leaves them -------------------------
+
+
+def try_products(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches]:
+    """With one row, some and many."""
+    found, x, w = [], given.x, given.weight
     values = w.dense()
-    for rows in (x[:1], x[:3], x):
+    for rows in (x[:1], x[:3], x[:8], x):
         for is_fast in (False, True) if len(rows) > 8 else (False,):
             y = kernels.linear(kernels.prepared(rows, None), w, is_fast=is_fast)
             found.append(_distance(y, rows @ values.T))
+    return found, given.caches
+
+
+def try_experts(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches]:
+    """Where each row has its own matrix; few rows and many."""
+    found, x, w = [], given.x, given.weight
     experts = jnp.array([4, 0, 3, 3, 1, 4, 0, 0, 2], jnp.int32)
     several = replace(w, count=EXPERTS)
-    matrices = values.reshape(EXPERTS, -1, COLUMNS)
+    matrices = w.dense().reshape(EXPERTS, -1, COLUMNS)
     for count in (2, 9):
         y = kernels.linear(kernels.prepared(x[:count], None), several, experts[:count])
         expected = jnp.einsum("mk,mnk->mn", x[:count], matrices[experts[:count]])
         found.append(_distance(y, expected))
-    return jnp.stack(found)
+    return found, given.caches
 
 
-def _errors(kernels: OwnKernels, x: Array, w: Any, qkv: Array) -> Array:
-    """Those of a norm's and a gate's result, and of attention."""
-    found = []
+def try_others(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches]:
+    """Integers of a norm's and a gate's result; storing a token, and its attention."""
+    found, x, w = [], given.x, given.weight
     scale, eps = jnp.linspace(0.5, 1.5, COLUMNS, dtype=jnp.float32), 1e-5
     root = jnp.sqrt(jnp.mean(x[:1] ** 2, axis=1, keepdims=True) + eps)
     gate_up = jnp.concatenate([x[:1], x[1:2]], axis=1)
@@ -129,30 +174,44 @@ def _errors(kernels: OwnKernels, x: Array, w: Any, qkv: Array) -> Array:
     for rows, source in made:
         y = kernels.linear(kernels.prepared(rows, source), w)
         found.append(_distance(y, rows @ w.dense().T))
+    caches = {}
     for cache_type in CACHE_TYPES:
-        found.append(_attention_error(kernels, cache_type, *qkv))
-    return jnp.stack(found)
+        error, caches[cache_type] = _try_attention(kernels, cache_type, given)
+        found.append(error)
+    return found, caches
 
 
-def _attention_error(kernels: OwnKernels, cache_type: str, q: Array, k: Array, v: Array) -> Array:
-    """Of a token whose row is stored first, in two sequences, one longer than the window."""
-    k, v, window = k[:, :KV_HEADS], v[:, :KV_HEADS], 700
-    stored = kv_cache.stored(jnp, k, v, cache_type)
-    positions = jnp.array([[7], [900]], jnp.int32)
-    at = positions[:, :, None, None]
-    k, v = (a.at[jnp.arange(BATCH), :, positions[:, 0]].set(3.0) for a in (k, v))
-    new = jnp.full((BATCH, KV_HEADS, 1, DIM), 3.0, jnp.float32)
+def _cache(cache_type: str, qkv: Array) -> dict[str, Array]:
+    return kv_cache.stored(jnp, qkv[1][:, :KV_HEADS], qkv[2][:, :KV_HEADS], cache_type)
+
+
+def _try_attention(
+    kernels: OwnKernels, cache_type: str, given: Given
+) -> tuple[Array, dict[str, Array]]:
+    """Of token i, whose row is stored first, in two sequences, one longer than the window."""
+    i, qkv, stored = given.i, given.qkv, given.caches[cache_type]
+    first = jnp.array([[7], [900]], jnp.int32)
+    positions, window = first + i, 700
+    new = jnp.full((BATCH, KV_HEADS, 1, DIM), 3.0, jnp.float32) + i.astype(jnp.float32)
     names = [n for n in ("k", "k_scale", "v", "v_scale") if n in stored]
     planes = kernels.store(new, new, positions, cache_type, [stored[n] for n in names])
     cache = dict(zip(names, planes, strict=True))
     scales = [cache[n] for n in ("k_scale", "v_scale") if n in cache]
-    q = q[:, :, :1] * DIM**-0.5
+    q = qkv[0][:, :, :1] * DIM**-0.5
     y = kernels.attention(q, positions, window, cache_type, cache["k"], cache["v"], *scales)
+
     group = HEADS // KV_HEADS
-    scores = q @ jnp.repeat(k, group, axis=1).swapaxes(2, 3)  # (B, H, 1, S)
-    j = jnp.arange(CAPACITY).reshape(1, 1, 1, -1)
+    j = jnp.arange(CAPACITY, dtype=jnp.int32).reshape(1, 1, -1, 1)
+    begin, at = first[:, :, None, None], positions[:, :, None, None]
+    rows = 3.0 + (j - begin).astype(jnp.float32)
+    k, v = (
+        jnp.repeat(jnp.where((j >= begin) & (j <= at), rows, a[:, :KV_HEADS]), group, axis=1)
+        for a in qkv[1:]
+    )
+    scores = q @ k.swapaxes(2, 3)  # (B, H, 1, S)
+    j = j.reshape(1, 1, 1, -1)
     scores = jnp.where((j <= at) & (j > at - window), scores, -jnp.inf)
-    return _distance(y, jax.nn.softmax(scores, axis=-1) @ jnp.repeat(v, group, axis=1))
+    return _distance(y, jax.nn.softmax(scores, axis=-1) @ v), cache
 
 
 def _distance(y: Array, expected: Array) -> Array:
