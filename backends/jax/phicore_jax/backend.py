@@ -444,7 +444,7 @@ class JaxBackend(Backend):
         """By tensor cores: each number as two of bfloat16, or as one of 11 bits."""
         if self.device.platform == "cpu":
             return None
-        if self.device.compute_capability.startswith("7."):  # Turing's know neither
+        if float(self.device.compute_capability) < 8:  # those before Ampere know neither
             return "highest"
         return "TF32_TF32_F32" if self.fast_prefill else "BF16_BF16_F32_X3"
 
