@@ -17,7 +17,7 @@ import sys
 import time
 
 import phicore
-from phicore.machine import cpu_name
+from phicore.lab.machine import cpu_name
 
 PROMPT = "Write a haiku about ice hockey, then explain it to a child in a hundred words."
 COLUMNS = {

@@ -50,15 +50,15 @@ try:
     from phicore_jax.backend import JaxBackend
     from phicore_jax.cuda import runtime
 
+    from phicore.backend import Array, Backend
     from phicore.engine import Engine
+    from phicore.engine.timings import Timings
     from phicore.errors import BackendError
     from phicore.gguf.matrix import Matrix
     from phicore.gguf.quants import AFFINE_TYPES
     from phicore.gguf.reader import GGUFTensor, open_gguf
-    from phicore.protocol import Array, Backend
-    from phicore.sampler import Sampling
-    from phicore.synthetic import MODELS, synthetic_model
-    from phicore.timings import Timings
+    from phicore.lab.synthetic import MODELS, synthetic_model
+    from phicore.network.sampler import Sampling
 except ImportError as error:
     name = error.name or error
     sys.exit(f"gpu: {name} cannot be imported; install it (this file begins with what is needed)")

@@ -43,13 +43,14 @@ from typing import Any
 import numpy as np
 from engines import PORTABLE_BUILD, Worker
 
-from phicore.bench import bytes_per_step
-from phicore.console import size, table
+from phicore.backend.host import cpu_count
+from phicore.cli.terminal import size, table
 from phicore.errors import PhicoreError
 from phicore.gguf.reader import open_gguf
-from phicore.machine import MemoryBandwidth, cpu_count, cpu_name
+from phicore.lab.bench import bytes_per_step
+from phicore.lab.machine import MemoryBandwidth, cpu_name
+from phicore.lab.synthetic import MODELS, synthetic_model
 from phicore.sources import resolve
-from phicore.synthetic import MODELS, synthetic_model
 
 START_PROMPT = 16
 FIDELITY_PROMPT = 100

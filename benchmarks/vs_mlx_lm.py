@@ -40,15 +40,15 @@ from phicore_mlx import affine, devices
 from phicore_mlx.affine import LAYOUTS
 
 import phicore
-from phicore.architectures import architecture_of
-from phicore.architectures.llama import rows_for_half_rotation
-from phicore.config import Phi3Config
-from phicore.console import size, table
+from phicore.cli.terminal import size, table
 from phicore.errors import PhicoreError
 from phicore.gguf.reader import GGUFFile, GGUFTensor, open_gguf
-from phicore.machine import cpu_name
+from phicore.lab.machine import cpu_name
+from phicore.lab.synthetic import MODELS, synthetic_model
+from phicore.network.architectures import architecture_of
+from phicore.network.architectures.llama import rows_for_half_rotation
+from phicore.network.config import Phi3Config
 from phicore.sources import resolve
-from phicore.synthetic import MODELS, synthetic_model
 
 FIDELITY_PROMPT = 100
 FIDELITY_BYTES = 1e9  # NumPy expands the weights to several times the size of the file

@@ -24,11 +24,11 @@ from phicore.errors import (
 )
 
 if TYPE_CHECKING:
-    from phicore.hookspecs import hookimpl
-    from phicore.logits import LogitsProcessor
     from phicore.model import Generation, Model, Piece, load
+    from phicore.network.processors import LogitsProcessor
+    from phicore.network.sampler import Sampling
     from phicore.plugins import BackendInfo
-    from phicore.sampler import Sampling
+    from phicore.plugins.hookspecs import hookimpl
 
 __all__ = [
     "ArgumentError",
@@ -52,11 +52,11 @@ __all__ = [
 _LAZY = {
     "BackendInfo": "phicore.plugins",
     "Generation": "phicore.model",
-    "LogitsProcessor": "phicore.logits",
+    "LogitsProcessor": "phicore.network.processors",
     "Model": "phicore.model",
     "Piece": "phicore.model",
-    "Sampling": "phicore.sampler",
-    "hookimpl": "phicore.hookspecs",
+    "Sampling": "phicore.network.sampler",
+    "hookimpl": "phicore.plugins.hookspecs",
     "load": "phicore.model",
 }
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,22 +14,24 @@ from typing import Any, Self
 
 import numpy as np
 
-from phicore.architectures import BUILT_IN, Architecture, architecture_of
-from phicore.chat import ChatTemplate, Message
-from phicore.config import Phi3Config
+from phicore.backend import Backend
 from phicore.engine import Engine
+from phicore.engine.timings import Timings
 from phicore.errors import ArgumentError, GGUFError, PhicoreError
 from phicore.gguf.reader import open_gguf
-from phicore.loader import Progress, vocab_size
-from phicore.logits import LogitsProcessor
-from phicore.observers import Observers
+from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
+from phicore.network.config import Phi3Config
+from phicore.network.processors import LogitsProcessor
+from phicore.network.sampler import Sampling
+from phicore.network.tensors import vocab_size
 from phicore.plugins import Plugins, choose_backend
-from phicore.protocol import Backend
-from phicore.sampler import Sampling
+from phicore.plugins.observers import Observers
+from phicore.progress import Progress
 from phicore.sources import ModelFiles, default_reference, resolve
-from phicore.stopping import StopStrings
-from phicore.timings import Timings
-from phicore.tokenizer import TextStream, Tokenizer
+from phicore.text.chat_template import ChatTemplate, Message
+from phicore.text.pieces import Piece, pieces
+from phicore.text.stop_strings import StopStrings
+from phicore.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray
 
@@ -42,23 +44,6 @@ SAMPLING_KEYS = {
     "repeat_penalty": "general.sampling.penalty_repeat",
     "repeat_last_n": "general.sampling.penalty_last_n",
 }
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One generated token.
-
-    Attributes:
-        text: The text that it completed: empty while a character, or what may be a stop string, is
-            incomplete, and for a token that prints nothing.
-        token_id: The token.
-        finish_reason: None, but on the last piece: "stop" (an end token or a stop string), "length"
-            (`max_tokens` are there) or "context" (the context is full).
-    """
-
-    text: str
-    token_id: int
-    finish_reason: str | None = None
 
 
 class Generation:
@@ -225,8 +210,7 @@ class Model:
             ArgumentError: For a value outside of its range.
             ContextError: If the prompt leaves no room in the context.
         """
-        if self._engine is None:
-            raise PhicoreError("the model is closed; load it again")
+        engine = self.engine
         chosen: dict[str, Any] = {
             "temperature": temperature,
             "top_k": top_k,
@@ -243,13 +227,13 @@ class Model:
             raise ArgumentError(f"seed: expected 0 to 2**64 - 1, got {seed!r}")
         max_tokens, seed = int(max_tokens), int(seed)
         ids = self.encode(prompt, system=system, raw=raw)
-        room = self._engine.room_after(ids)
+        room = engine.room_after(ids)
         limit, at_limit = (max_tokens, "length") if max_tokens <= room else (room, "context")
         if isinstance(processors, str) or not isinstance(processors, Sequence):
             raise ArgumentError(f"processors: expected a list of them, got {processors!r:.60}")
         timings = Timings()
         ends = frozenset() if ignore_eos else self.tokenizer.end_token_ids
-        tokens = self._engine.generate(
+        tokens = engine.generate(
             ids,
             sampling,
             limit=limit,
@@ -263,8 +247,8 @@ class Model:
         stream = self.tokenizer.stream(
             strip_space=None if self.tokenizer.is_control(ids[-1]) else False
         )
-        pieces = _pieces(tokens, limit, at_limit, ends, stream, StopStrings(stop))
-        return Generation(pieces, seed, ids, timings, self._observers)
+        found = pieces(tokens, limit, at_limit, ends, stream, StopStrings(stop))
+        return Generation(found, seed, ids, timings, self._observers)
 
     def _processor(self, processor: LogitsProcessor | str) -> LogitsProcessor:
         if isinstance(processor, LogitsProcessor):
@@ -282,6 +266,17 @@ class Model:
             raise PhicoreError(f"processor {name!r}: made {made!r:.60}, expected a LogitsProcessor")
         return made
 
+    @property
+    def engine(self) -> Engine:
+        """What runs the network; `phicore.lab` looks inside.
+
+        Raises:
+            PhicoreError: If the model is closed.
+        """
+        if self._engine is None:
+            raise PhicoreError("the model is closed; load it again")
+        return self._engine
+
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Scores of the next token after each of these tokens: (T, V) float32.
 
@@ -289,17 +284,7 @@ class Model:
             ArgumentError: If there is no token, or one outside of the vocabulary.
             ContextError: If they are more than the context.
         """
-        if self._engine is None:
-            raise PhicoreError("the model is closed; load it again")
-        return self._engine.logits(_checked_ids(token_ids, self.vocab_size))
-
-    def trace(self, token_ids: Sequence[int]) -> dict[str, np.ndarray]:
-        """What each operation of the network gives for some tokens, by name; see `tracing`."""
-        from phicore.tracing import trace
-
-        if self._engine is None:
-            raise PhicoreError("the model is closed; load it again")
-        return trace(self._engine, _checked_ids(token_ids, self.vocab_size))
+        return self.engine.logits(_checked_ids(token_ids, self.vocab_size))
 
     @property
     def device(self) -> str:
@@ -392,26 +377,6 @@ def load(
         architectures=plugins.architectures(),
         processors=plugins.logits_processors(),
     )
-
-
-def _pieces(
-    tokens: Iterator[int],
-    limit: int,
-    at_limit: str,
-    ends: frozenset[int],
-    stream: TextStream,
-    stops: StopStrings,
-) -> Iterator[Piece]:
-    """From tokens to text. The last piece carries whatever text was held back."""
-    for count, token in enumerate(tokens, start=1):
-        is_end = token in ends  # such a token prints nothing, even if the file calls it text
-        text = "" if is_end else stops.push(stream.push(token))
-        if is_end or stops.is_stopped or count == limit:
-            text += stops.push(stream.flush()) + stops.flush()
-            is_stopped = is_end or stops.is_stopped
-            yield Piece(text, token, "stop" if is_stopped else at_limit)
-            return
-        yield Piece(text, token)
 
 
 def _checked_context(context: int | None, config: Phi3Config) -> int:

@@ -7,9 +7,9 @@ import os
 import pytest
 from hypothesis import settings
 
+from phicore.backend import Backend
 from phicore.errors import BackendError
 from phicore.plugins import Plugins
-from phicore.protocol import Backend
 
 # JAX reads these when it is imported. An implicit cast or an implicit new axis is then an error.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,9 @@ from phicore.cli.options import (
     ModelOption,
     ThreadsOption,
     complete_synthetic,
+    model_or_default,
 )
+from phicore.cli.terminal import Console, size, table
 from phicore.errors import ArgumentError
 
 EXAMPLES = """
@@ -82,10 +84,9 @@ def bench(
         raise ArgumentError("--synthetic: is a model of its own; leave --model out")
     if as_json and markdown:
         raise ArgumentError("--markdown: not together with --json")
-    from phicore.bench import measure, plan, print_markdown, print_table
-    from phicore.console import Console
+    from phicore.lab.bench import measure, plan
+    from phicore.lab.synthetic import synthetic_model
     from phicore.model import load
-    from phicore.synthetic import synthetic_model
 
     rows = plan(n_prompt or ["512"], n_gen or ["64"], depth or ["0"])
     console = Console()
@@ -98,7 +99,7 @@ def bench(
         if synthetic is not None:
             reference = str(synthetic_model(synthetic, progress))
         else:
-            reference = model or console.default_model()
+            reference = model_or_default(model, console.say)
         with load(
             reference,
             backend,
@@ -115,6 +116,58 @@ def bench(
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=2))
     elif markdown:
-        print_markdown(found)
+        _print_markdown(found)
     else:
-        print_table(found)
+        _print_table(found)
+
+
+COLUMNS = ["test", "tokens/s", "min", "max", "weights, GB/s", "of memory"]
+
+
+def _print_table(found: dict[str, Any]) -> None:
+    """Print the figures, with a head that says of what."""
+    for title, text in _head(found):
+        print(f"{title:<10} {text}")
+    print()
+    table(COLUMNS, [_cells(row) for row in found["rows"]])
+
+
+def _print_markdown(found: dict[str, Any]) -> None:
+    """Print the figures as a table of GitHub's Markdown, with a line above it that says of what."""
+    print("; ".join(f"{title}: {text}" for title, text in _head(found)))
+    print()
+    for cells in [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, found["rows"])]:
+        print(f"| {' | '.join(cells)} |")
+
+
+def _head(found: dict[str, Any]) -> list[tuple[str, str]]:
+    weights = f"{found['weights'] / 1e6:.1f} M weights, {size(found['size_bytes'])}"
+    lines = [
+        ("model", f"{found['file']}, {weights}"),
+        ("backend", f"{found['backend']} ({found['backend_version']}) on {found['device']}"),
+        ("machine", f"{found['cpu']}, {found['cpus']} CPUs, Python {found['python']}"),
+    ]
+    if memory := found["memory_bandwidth"]:
+        lines.append(
+            (
+                "bandwidth",
+                f"{memory['median_gb_per_s']:.1f} GB/s (median; best {memory['best_gb_per_s']:.1f})"
+                f" read by {memory['threads']} threads",
+            )
+        )
+    peak = found["peak_memory_bytes"]
+    cost = f"load {found['load_s']:.2f} s, compile {found['compile_s']:.2f} s"
+    lines.append(("cost", cost if peak is None else f"{cost}, peak memory {size(peak)}"))
+    return [*lines, ("figures", f"medians of {found['repetitions']} runs after one to warm up")]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    gb_per_s, share = row["weights_gb_per_s"], row["share_of_bandwidth"]
+    return [
+        row["name"],
+        f"{row['tokens_per_s']:.2f}",
+        f"{row['min_tokens_per_s']:.2f}",
+        f"{row['max_tokens_per_s']:.2f}",
+        "-" if gb_per_s is None else f"{gb_per_s:.2f}",
+        "-" if share is None else f"{share:.0%}",
+    ]

@@ -35,7 +35,7 @@ def conformance(
 
     Needs phicore[testing]. The exit code is 1 if a test fails.
     """
-    from phicore.console import Console, table
+    from phicore.cli.terminal import Console, table
     from phicore.plugins import Plugins, choose_backend
     from phicore.testing.runner import parts_of, run
 

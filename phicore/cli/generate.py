@@ -20,9 +20,11 @@ from phicore.cli.options import (
     ModelOption,
     ThreadsOption,
     TokenizerOption,
+    model_or_default,
 )
+from phicore.cli.stdin import read_text
 from phicore.errors import ArgumentError
-from phicore.streams import read_text, swallowed_interrupts
+from phicore.lab.interrupts import swallowed_interrupts
 
 if TYPE_CHECKING:
     from phicore.model import Generation, Model, Piece
@@ -127,9 +129,9 @@ def generate(
     ] = True,
 ) -> None:
     """Generate text."""
-    from phicore.console import Console, stats_lines
-    from phicore.sampler import Sampling
-    from phicore.stopping import StopStrings
+    from phicore.cli.terminal import Console, stats_lines
+    from phicore.network.sampler import Sampling
+    from phicore.text.stop_strings import StopStrings
 
     text = read_text(prompt)
     options: dict[str, Any] = {
@@ -148,7 +150,7 @@ def generate(
     from phicore.model import load
 
     console = Console()
-    reference = model or console.default_model()
+    reference = model_or_default(model, console.say)
     with (
         swallowed_interrupts() as swallowed,
         console.progress() as progress,  # also while the steps are compiled

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections import Counter
+from typing import Annotated, Any
 
 import typer
 
-from phicore.cli.options import MODEL_HELP, JsonOption, ModelOption, TokenizerOption
-from phicore.streams import read_text
+from phicore.cli.options import (
+    MODEL_HELP,
+    JsonOption,
+    ModelOption,
+    TokenizerOption,
+    model_or_default,
+)
+from phicore.cli.stdin import read_text
+from phicore.cli.terminal import Console, size, table
 
 
 def inspect(
@@ -16,14 +24,13 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show the hyperparameters, tensors and tokenizer of a GGUF file."""
-    from phicore.console import Console
-    from phicore.inspection import inspect_model, print_inspection
+    from phicore.lab.inspection import inspect_model
 
-    found = inspect_model(ref or Console().default_model())
+    found = inspect_model(model_or_default(ref, Console().say))
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=2))
     else:
-        print_inspection(found)
+        _print_inspection(found)
 
 
 def tokenize(
@@ -38,11 +45,10 @@ def tokenize(
     as_json: JsonOption = False,
 ) -> None:
     """Show the tokens of a text: ids and pieces."""
-    from phicore.console import Console
-    from phicore.inspection import open_tokenizer
+    from phicore.lab.inspection import open_tokenizer
 
     text = read_text(text)
-    tok, template = open_tokenizer(model or Console().default_model(), tokenizer)
+    tok, template = open_tokenizer(model_or_default(model, Console().say), tokenizer)
     ids = tok.encode(template.render([{"role": "user", "content": text}]) if chat else text)
     if as_json:
         tokens = [{"id": i, "piece": _printable(tok.piece(i))} for i in ids]
@@ -55,3 +61,39 @@ def tokenize(
 def _printable(piece: str) -> str:
     """A piece on one line; bytes that are no UTF-8, and control characters, as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece)
+
+
+def _print_inspection(found: dict[str, Any]) -> None:
+    """Print it for people."""
+    bits = found["bits_per_weight"]
+    print(f"file             {found['file']}")
+    print(f"name             {_shown(found['name'])}")
+    print(f"architecture     {_shown(found['architecture'])}")
+    print(f"size             {size(found['size_bytes'])}")
+    print(f"weights          {found['weights'] / 1e6:.1f} M")
+    print(f"bits per weight  {f'{bits:.2f}' if bits else '-'}")
+    for title in ("hyperparameters", "tokenizer"):
+        print(f"\n{title}")
+        for key, value in found[title].items():
+            print(f"  {key:<32} {_shown(value)}")
+    types = Counter(t["type"] for t in found["tensors"])
+    print(f"\ntensors: {len(found['tensors'])} ({', '.join(f'{n} {t}' for t, n in types.items())})")
+    table(
+        ["name", "type", "shape", "bytes"],
+        [
+            [t["name"], t["type"], " x ".join(map(str, t["shape"])), str(t["size_bytes"])]
+            for t in found["tensors"]
+        ],
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value for people, on one line."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"  # files hold float32
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

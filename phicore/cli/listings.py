@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import typer
+
 from phicore.cli.options import JsonOption
 from phicore.errors import PhicoreError
 
 
-def plugins(as_json: JsonOption = False) -> None:
+def plugins(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the installed plugins, what they provide, and which cannot be used."""
-    from phicore.console import table
+    from phicore.cli.terminal import table
     from phicore.plugins import Plugins
 
     found = Plugins()
     cells: list[tuple[str, str, str | None, str]] = [
         (p.name, p.distribution, p.version, "; ".join(p.provides) or "provides nothing")
-        for p in found.installed()
+        for p in found.installed(taken=context.find_root().command.own)  # type: ignore[attr-defined]
     ]
     cells += [(p.name, p.distribution, None, f"not usable: {p.reason}") for p in found.broken]
     cells += [(name, owner, None, "switched off") for name, owner in found.disabled]
@@ -31,7 +33,7 @@ def plugins(as_json: JsonOption = False) -> None:
 
 def backends(as_json: JsonOption = False) -> None:
     """List the installed backends and whether they work here."""
-    from phicore.console import table
+    from phicore.cli.terminal import table
     from phicore.plugins import Plugins
 
     plugins = Plugins()
@@ -80,7 +82,7 @@ def backends(as_json: JsonOption = False) -> None:
 
 def models(as_json: JsonOption = False) -> None:
     """List the models with a short name and those in the Hub cache."""
-    from phicore.console import Console, size, table
+    from phicore.cli.terminal import Console, size, table
     from phicore.sources import default_reference, known_models
 
     known = known_models()

@@ -15,8 +15,8 @@ def new_backend(
     ] = Path(),
 ) -> None:
     """Write the skeleton of a backend: a plugin that computes on NumPy, with its tests."""
-    from phicore.console import Console
-    from phicore.new_backend import write_backend
+    from phicore.cli.terminal import Console
+    from phicore.lab.scaffold import write_backend
 
     for path in write_backend(name, into):
         print(path)

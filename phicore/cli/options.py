@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -9,6 +10,18 @@ import typer
 MODEL_HELP = (
     "A GGUF file, hf:owner/repo[:Q4_K_M], package:NAME or a name that `phicore models` lists."
 )
+
+
+def model_or_default(model: str | None, say: Callable[[str], None]) -> str:
+    """The model that was asked for; without one, say which is taken, and how to get Phi-3."""
+    if model is not None:
+        return model
+    from phicore.sources import default_reference
+
+    reference, why = default_reference()
+    hint = "" if reference == "phi-3-mini" else "; for Phi-3 itself: --model phi-3-mini"
+    say(f"model: {reference} ({why}){hint}")
+    return reference
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -27,7 +40,7 @@ def complete_backend(incomplete: str) -> list[str]:
 
 def complete_synthetic(incomplete: str) -> list[str]:
     """For the shell: the models of random weights."""
-    from phicore.synthetic import MODELS
+    from phicore.lab.synthetic import MODELS
 
     return [name for name in MODELS if name.startswith(incomplete)]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from phicore.cli.options import JsonOption, ModelOption
+from phicore.cli.options import JsonOption, ModelOption, model_or_default
 
 EXAMPLES = """
 \b
@@ -55,14 +55,14 @@ def parity(
 
     The exit code is 1 if one is further off than --max-error.
     """
-    from phicore.console import Console, table
-    from phicore.parity import PROMPTS
-    from phicore.parity import parity as run
+    from phicore.cli.terminal import Console, table
+    from phicore.lab.parity import PROMPTS
+    from phicore.lab.parity import parity as run
     from phicore.plugins import usable_backends
 
     names = backends.split(",") if backends else usable_backends()
     console = Console()
-    reference = model or console.default_model()
+    reference = model_or_default(model, console.say)
     with console.progress() as progress:
         found = run(
             reference,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from phicore.protocol import Backend
+from phicore.backend import Backend
 from phicore.testing.conformance import BackendConformance
 
 factory: Callable[[], Backend] | None = None

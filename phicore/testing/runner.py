@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phicore.backend import Backend
 from phicore.errors import PhicoreError
-from phicore.loader import Progress
-from phicore.protocol import Backend
+from phicore.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from unit.throwaway import Install, install
 
 import phicore
 from phicore.errors import GGUFError
-from phicore.inspection import inspect_model
+from phicore.lab.inspection import inspect_model
 from phicore.plugins import Plugins
 
 __all__ = ["install"]
@@ -19,7 +19,7 @@ __all__ = ["install"]
 TOKENS = [1, 40, 41, 42, 43]
 EXAONE = """
     from phicore import hookimpl
-    from phicore.architectures import Architecture
+    from phicore.network.architectures import Architecture
 
     class Exaone(Architecture):
         name = {name!r}

@@ -13,7 +13,7 @@ from unit.throwaway import Install, install
 
 import phicore
 from phicore import ArgumentError, LogitsProcessor, Model, PhicoreError
-from phicore.logits import AnswerPenalty, LogitBias
+from phicore.network.processors import AnswerPenalty, LogitBias
 from phicore.plugins import Plugins
 
 __all__ = ["install"]

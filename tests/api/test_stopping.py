@@ -9,7 +9,7 @@ from api.tiny_models import with_value, write_tiny
 
 import phicore
 from phicore import Model, Piece
-from phicore.stopping import StopStrings
+from phicore.text.stop_strings import StopStrings
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from conftest import ALL_BACKENDS, make_backend
 
-from phicore.protocol import Backend
+from phicore.backend import Backend
 
 VARIANTS = ("jax-xla", "jax-steps", "jax-avx2", "jax-generic") if "jax" in ALL_BACKENDS else ()
 """JAX as it is on other processors and on cards, and where its kernels cannot be used."""

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from phicore.backend import Backend, LayerCache
 from phicore.errors import BackendError
-from phicore.protocol import Backend, LayerCache
 from phicore.testing import oracle, tolerances
 from phicore.testing.compare import assert_close
 

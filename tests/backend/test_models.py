@@ -6,7 +6,7 @@ import pytest
 from backend.every import make_any
 from conftest import ALL_BACKENDS
 
-from phicore.protocol import Backend
+from phicore.backend import Backend
 from phicore.testing.conformance import ModelsConformance
 
 

@@ -8,12 +8,12 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from phicore_array_api_strict.backend import ListedNames, StrictBackend
 
+from phicore.backend import DTYPES, FUNCTIONS, Backend
 from phicore.engine import Engine
+from phicore.engine.timings import Timings
 from phicore.gguf.reader import open_gguf
-from phicore.protocol import DTYPES, FUNCTIONS, Backend
-from phicore.sampler import Sampling
+from phicore.network.sampler import Sampling
 from phicore.testing.tiny_models import Tiny, write_model
-from phicore.timings import Timings
 
 SMALL = Tiny(
     hidden_size=48,

@@ -10,10 +10,10 @@ import platformdirs
 import pytest
 from api.tiny_models import write_tiny
 
-from phicore import bench, machine
+from phicore.engine.timings import Timings
 from phicore.gguf.reader import open_gguf
-from phicore.synthetic import MODELS
-from phicore.timings import Timings
+from phicore.lab import bench, machine
+from phicore.lab.synthetic import MODELS
 
 QUICK = ("--synthetic", "tiny", "-b", "numpy", "-p", "8", "-n", "4", "-r", "2")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from phicore_numpy.backend import NumpyBackend
 
-from phicore.protocol import Array
+from phicore.backend import Array
 
 
 class Faulty(NumpyBackend):

@@ -14,7 +14,7 @@ import pytest
 from api.tiny_models import Edit, with_value, without, write_tiny
 
 import phicore as api
-from phicore import inspection
+from phicore.lab import inspection
 
 
 def test_inspect_shows_the_parts_of_a_file(phicore: Callable, tiny: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phicore import kv_cache
+from phicore.backend import cache_types
 from phicore.testing.compare import assert_close
 
 pytest.importorskip("jax", reason="the JAX backend is not installed")
@@ -35,7 +35,7 @@ def random(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 def filled(shape: Shape, k: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
     """A cache (B, K, S, D) as the kernels take it."""
-    stored = kv_cache.stored(np, k, v, shape.cache_type)
+    stored = cache_types.stored(np, k, v, shape.cache_type)
     return [np.array(stored[n]) for n in ("k", "k_scale", "v", "v_scale") if n in stored]
 
 
@@ -76,7 +76,7 @@ def expected(
     cache: list[np.ndarray],
     window: int | None = None,
 ) -> np.ndarray:
-    k, v = kv_cache.numbers(np, planes_by_name(shape, cache))
+    k, v = cache_types.numbers(np, planes_by_name(shape, cache))
     y = np.empty(q.shape)
     for b in range(shape.batch):
         last = positions[b]
@@ -173,7 +173,7 @@ def test_what_is_not_finite_is_not_stored_as_numbers():
     k[0, 0, 3], v[0, 1, 31] = np.nan, -np.inf
     cache = empty(shape)
     run(emit_store, (shape,), [k, v, np.zeros(1, np.int32), *cache], [], 4)
-    stored_k, stored_v = kv_cache.numbers(np, planes_by_name(shape, cache))
+    stored_k, stored_v = cache_types.numbers(np, planes_by_name(shape, cache))
     assert np.isnan(stored_k[0, 0, 0]).all()
     assert np.isfinite(stored_k[0, 1, 0]).all()
     assert np.isfinite(stored_v[0, 0, 0]).all()

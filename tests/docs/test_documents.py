@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from unit.throwaway import install
 
-from phicore import hookspecs
 from phicore.errors import SourceError
+from phicore.plugins import hookspecs
 from phicore.sources import resolve
 
 __all__ = ["install"]

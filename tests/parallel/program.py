@@ -37,9 +37,9 @@ import numpy as np
 from phicore_jax.backend import JaxBackend
 
 from phicore.engine import Engine
-from phicore.sampler import Sampling
+from phicore.engine.timings import Timings
+from phicore.network.sampler import Sampling
 from phicore.testing.conformance.models import DRAWN, PROMPT, engine_of
-from phicore.timings import Timings
 
 LONG = PROMPT * 12  # the cache grows behind it
 

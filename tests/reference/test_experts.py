@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from phicore.protocol import Backend
+from phicore.backend import Backend
 from phicore.testing.compare import relative_error
 from phicore.testing.conformance.models import Reference, engine_of
 from phicore.testing.tiny_models import Tiny, write_model

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phicore.sampler import Sampling
+from phicore.engine.timings import Timings
+from phicore.network.sampler import Sampling
 from phicore.testing import tiny_models
 from phicore.testing.compare import assert_close, relative_error
 from phicore.testing.conformance.models import engine_of
 from phicore.testing.tolerances import FLOAT32_LOGITS, SAME_GRAPH
-from phicore.timings import Timings
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "phi3.npz"
 CASES = {case.name: case for case in tiny_models.cases()}
@@ -88,7 +88,7 @@ def test_conversation_that_crosses_the_original_context_is_read_again(name, ops,
 @pytest.mark.parametrize("sizes", [(1,), (1, 7), (1, 64)], ids=str)
 def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, monkeypatch):
     """3000 tokens, one at a time or in chunks, through a cache that has room for 512."""
-    monkeypatch.setattr("phicore.engine.LOGITS_CHUNKS", sizes)
+    monkeypatch.setattr("phicore.engine.engine.LOGITS_CHUNKS", sizes)
     capacities = []
     for name in ("new_cache", "grow_cache"):
         method = getattr(ops, name)

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from phicore.errors import SourceError
-from phicore.hub import HubReference, _one_line_errors, choose, model_names, split_parts
+from phicore.sources.hub import HubReference, _one_line_errors, choose, model_names, split_parts
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from phicore import hub, sources
 from phicore.errors import SourceError
-from phicore.sources import (
+from phicore.sources import references
+from phicore.sources.references import (
     ALIASES,
     ModelFiles,
     config_path,
     default_reference,
+    hub,
     resolve,
     resolve_file,
     resolve_package,
@@ -237,7 +238,7 @@ def test_default_is_the_embedded_model_when_installed(config: Path) -> None:
 
 def test_default_is_phi_3_mini_otherwise(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text("other = 1\n")
-    monkeypatch.setitem(ALIASES, "smollm2", sources.Alias("package:no-such-thing"))
+    monkeypatch.setitem(ALIASES, "smollm2", references.Alias("package:no-such-thing"))
     assert default_reference() == ("phi-3-mini", "the default")
 
 

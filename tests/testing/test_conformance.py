@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from phicore_numpy.backend import NumpyBackend
 
+from phicore.backend import Array, Backend, LayerCache, Weight
 from phicore.errors import PhicoreError
 from phicore.gguf.matrix import Matrix
-from phicore.protocol import Array, Backend, LayerCache, Weight
 from phicore.testing import runner
 
 

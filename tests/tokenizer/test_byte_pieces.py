@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from phicore.errors import TokenizerError
-from phicore.tokenizer import Tokenizer
+from phicore.text.tokenizer import Tokenizer
 
 
 def test_byte_token_with_an_ordinary_spelling_is_an_error():

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from phicore.chat import PHI3_TEMPLATE, ChatTemplate, Message
 from phicore.errors import TokenizerError
 from phicore.gguf.reader import open_gguf
+from phicore.text.chat_template import PHI3_TEMPLATE, ChatTemplate, Message
 
 FOLDER = os.environ.get("PHICORE_TEST_DATA")
 VOCABULARY = (

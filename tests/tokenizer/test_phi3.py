@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from phicore.errors import TokenizerError
 from phicore.gguf.reader import open_gguf
-from phicore.tokenizer import Tokenizer
+from phicore.text.tokenizer import Tokenizer
 
 FOLDER = os.environ.get("PHICORE_TEST_DATA")
 VOCABULARY = (

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 from phicore.gguf.reader import open_gguf
-from phicore.tokenizer import Tokenizer
+from phicore.text.tokenizer import Tokenizer
 
 __all__ = ["pytestmark"]  # skips without the vocabulary
 

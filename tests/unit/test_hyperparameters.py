@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phicore.architectures import architecture_of
-from phicore.config import Phi3Config
 from phicore.errors import BackendError, GGUFError
+from phicore.network.architectures import architecture_of
+from phicore.network.config import Phi3Config
 
 PHI3 = {
     "general.architecture": "phi3",

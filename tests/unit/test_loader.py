@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from phicore.architectures import architecture_of
-from phicore.architectures.llama import rows_for_half_rotation
+from phicore.backend import Backend
 from phicore.errors import GGUFError
 from phicore.gguf.reader import GGUFFile, GGUFTensor, open_gguf
-from phicore.loader import load_params, vocab_size
-from phicore.protocol import Backend
+from phicore.network.architectures import architecture_of
+from phicore.network.architectures.llama import rows_for_half_rotation
+from phicore.network.tensors import vocab_size
+from phicore.network.weights import load_params
 from phicore.testing.tiny_models import Q4_K_M, Tiny, Types, write_model
 
 TINY = Tiny(vocab_size=40, max_position_embeddings=30)

@@ -70,7 +70,7 @@ def test_observers_see_an_error(install: Install, tiny: Path, monkeypatch: pytes
     with load(tiny, backend="numpy") as model:
         generation = model.generate([1, 2], max_tokens=9, **GREEDY)
         next(generation)
-        monkeypatch.setattr("phicore.graph.mlp", lambda *_: 1 / 0)
+        monkeypatch.setattr("phicore.network.graph.mlp", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generation.text()
     name, _, error = calls_of("throwaway_watcher")[-1]

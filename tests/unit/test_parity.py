@@ -11,9 +11,10 @@ from api.tiny_models import write_tiny
 from phicore_numpy.backend import NumpyBackend
 
 from phicore import load
+from phicore.backend import Array
 from phicore.errors import ArgumentError
-from phicore.parity import Reading, compare, first_part, parity, read_reference
-from phicore.protocol import Array
+from phicore.lab.parity import Reading, compare, first_part, parity, read_reference
+from phicore.lab.tracing import trace
 
 LOGITS = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], np.float32))
 REFERENCE = Reading("reference", [LOGITS], [[1, 2, 3]])
@@ -63,7 +64,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_trace_has_every_operation_in_order(tiny: Path, backend_name: str):
     with load(tiny, backend=backend_name) as model:
-        found = model.trace([1, 2, 3])
+        found = trace(model.engine, [1, 2, 3])
         logits = model.logits([1, 2, 3])
     layers = ["input_layernorm", "qkv_proj", "rope", "attention", "o_proj"]
     layers += ["post_attention_layernorm", "gate_up_proj", "swiglu", "down_proj"]
@@ -79,12 +80,12 @@ def test_trace_has_every_operation_in_order(tiny: Path, backend_name: str):
 def test_trace_of_a_tied_model_names_the_output(tmp_path: Path):
     path = write_tiny(tmp_path / "m.gguf", tie_word_embeddings=True)
     with load(path, backend="numpy") as model:
-        assert list(model.trace([1, 2]))[-1] == "embed_tokens (output)"
+        assert list(trace(model.engine, [1, 2]))[-1] == "embed_tokens (output)"
 
 
 def test_first_part_is_where_a_fault_was_planted(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     with load(tiny, backend="numpy") as model:
-        sound = model.trace([1, 2, 3, 4])
+        sound = trace(model.engine, [1, 2, 3, 4])
     calls = []
     swiglu = NumpyBackend.swiglu
 
@@ -94,7 +95,7 @@ def test_first_part_is_where_a_fault_was_planted(tiny: Path, monkeypatch: pytest
 
     monkeypatch.setattr(NumpyBackend, "swiglu", faulty)
     with load(tiny, backend="numpy") as model:
-        part = first_part(model.trace([1, 2, 3, 4]), sound, 1e-4)
+        part = first_part(trace(model.engine, [1, 2, 3, 4]), sound, 1e-4)
     assert part["operation"] == "layers.1.swiglu"
     assert part["errors"]["layers.1.gate_up_proj"] == 0
     assert part["errors"]["layers.1.swiglu"] == pytest.approx(0.01, rel=1e-3)

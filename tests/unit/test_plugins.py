@@ -10,9 +10,8 @@ from importlib.metadata import EntryPoint
 import pytest
 from unit.throwaway import Install, install
 
-from phicore import plugins
 from phicore.errors import BackendError, PhicoreError, SourceError
-from phicore.plugins import BackendInfo, Plugins, choose_backend
+from phicore.plugins import BackendInfo, Plugins, choose_backend, manager
 from phicore.sources import SCHEMES
 
 __all__ = ["install"]
@@ -30,14 +29,13 @@ GOOD = """
 @pytest.fixture
 def only_throwaways(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if nothing else were installed: other distributions' entry points are not found."""
-    from phicore import plugins
 
-    found = plugins.entry_points
+    found = manager.entry_points
 
     def ours(**arguments: str) -> list[object]:
         return [p for p in found(**arguments) if p.module.startswith("throwaway_")]
 
-    monkeypatch.setattr(plugins, "entry_points", ours)
+    monkeypatch.setattr(manager, "entry_points", ours)
 
 
 def refusal(name: str | None, plugins: Plugins) -> str:
@@ -372,7 +370,7 @@ def test_sources_without_plugins_are_the_built_in_ones():
 
 def test_plugins_two_entry_points_of_one_module_say_so(install: Install):
     install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1))
-    [point] = [p for p in plugins.entry_points(group="phicore") if p.name == "abacus"]
+    [point] = [p for p in manager.entry_points(group="phicore") if p.name == "abacus"]
     loaded = Plugins([point, EntryPoint("zither", point.value, "phicore")])
     assert list(loaded.backends()) == ["abacus"]
     [broken] = loaded.broken
@@ -412,7 +410,7 @@ HOOK = """
         ),
         (
             HOOK.format(hook="architectures", body="")
-            + "        from phicore.architectures import Architecture; register(Architecture())",
+            + "        from phicore.network.architectures import Architecture as A; register(A())",
             "AttributeError: ",
         ),
     ],
@@ -430,7 +428,7 @@ def test_plugins_fault_of_any_kind_is_that_plugin_s(install: Install, code: str,
 def test_plugins_two_entry_points_of_one_name_leave_the_first(install: Install):
     install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1))
     install("slide", "rule", GOOD.format(name="rule", protocol=1))
-    points = {p.name: p for p in plugins.entry_points(group="phicore")}
+    points = {p.name: p for p in manager.entry_points(group="phicore")}
     twin = EntryPoint("abacus", points["rule"].value, "phicore")
     vars(twin).update(dist=points["abacus"].dist)
     loaded = Plugins([points["abacus"], twin])

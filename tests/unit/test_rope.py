@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from phicore.architectures.phi3 import Phi3
-from phicore.architectures.phimoe import PhiMoE
-from phicore.config import Phi3Config
-from phicore.rope import is_long, longrope_scale, rope_tables
+from phicore.network.architectures.phi3 import Phi3
+from phicore.network.architectures.phimoe import PhiMoE
+from phicore.network.config import Phi3Config
+from phicore.network.rope import is_long, longrope_scale, rope_tables
 from phicore.testing import tolerances
 
 CONFIG = Phi3Config(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from phicore.errors import ArgumentError
-from phicore.sampler import Sampling, uniforms
+from phicore.network.sampler import Sampling, uniforms
 
 BAD = [
     ("temperature", -0.1, "temperature: expected 0 (greedy), or 1e-6 to 1e6, got -0.1"),

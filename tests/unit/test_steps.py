@@ -11,13 +11,13 @@ import pytest
 from conftest import BACKENDS, make_backend
 from gguf import GGMLQuantizationType as Type
 
+from phicore.backend import Array, Backend
 from phicore.engine import Engine
-from phicore.logits import LogitBias, LogitsProcessor
-from phicore.protocol import Array, Backend
-from phicore.sampler import Sampling
+from phicore.engine.timings import Timings
+from phicore.network.processors import LogitBias, LogitsProcessor
+from phicore.network.sampler import Sampling
 from phicore.testing.conformance.models import PHI3, Reference, engine_of
 from phicore.testing.tiny_models import write_model
-from phicore.timings import Timings
 
 TRACED = [name for name in ("numpy", "jax") if name in BACKENDS]
 DRAWN = Sampling(temperature=1.5, top_k=40, top_p=0.95, min_p=0.01, repeat_penalty=1.2)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phicore.errors import ArgumentError
-from phicore.stopping import StopStrings
+from phicore.text.stop_strings import StopStrings
 
 # Few letters, so that stop strings occur, overlap and begin again within themselves.
 texts = st.text("ab\n", max_size=12)

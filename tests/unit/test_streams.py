@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from phicore.streams import swallowed_interrupts
+from phicore.lab.interrupts import swallowed_interrupts
 
 
 @pytest.fixture(autouse=True)

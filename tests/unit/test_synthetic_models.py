@@ -12,8 +12,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 import phicore
-from phicore import synthetic
-from phicore.synthetic import MODELS, TensorSpec, synthetic_model
+from phicore.lab import synthetic
+from phicore.lab.synthetic import MODELS, TensorSpec, synthetic_model
 
 
 @pytest.fixture(autouse=True)

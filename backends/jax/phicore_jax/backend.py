@@ -22,11 +22,10 @@ import numpy as np
 import platformdirs
 from jax import lax
 
-from phicore import kv_cache
+from phicore.backend import Array, Backend, LayerCache, Weight, cache_types
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFTensor
-from phicore.protocol import Array, Backend, LayerCache, Weight
 from phicore_jax import cuda, expanded
 from phicore_jax.cache import CACHE_DTYPES, as_numbers, as_stored, put, zeros
 from phicore_jax.kernels import CACHE_ROWS, ROWS_OF_STRIP, find_kernels
@@ -368,8 +367,8 @@ class JaxBackend(Backend):
             if row_type == "i24":
                 width = 3 * head_dim
             elif row_type == "q8_0":
-                kv_cache.check_blocks(head_dim)
-                width = head_dim + 2 * (head_dim // kv_cache.BLOCK)
+                cache_types.check_blocks(head_dim)
+                width = head_dim + 2 * (head_dim // cache_types.BLOCK)
             shape = (batch, heads, capacity, width)
             cache[name] = self._zeros(shape, CACHE_DTYPES[row_type])
             if row_type in ("i24", "i16"):

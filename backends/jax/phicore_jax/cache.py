@@ -1,7 +1,7 @@
 """The cache by XLA: how rows of keys and values are stored, and put in place.
 
-Two types are not as in `phicore.kv_cache`: i24 keys have 24 bits, and a row of q8_0 has its scales
-behind it.
+Two types differ from `phicore.backend.cache_types`: i24 keys have 24 bits, and a row of q8_0 is
+followed by its scales.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from phicore import kv_cache
+from phicore.backend import cache_types
 
 Array = Any
 
@@ -38,11 +38,11 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def as_stored(x: Array, row_type: str) -> list[Array]:
     """Rows (..., D) as a cache holds them: numbers, and the scales of those that have some."""
     if row_type == "i24":
-        multiples, scales = kv_cache.multiples(jnp, x, 32767 * 256)
+        multiples, scales = cache_types.multiples(jnp, x, 32767 * 256)
         integers = multiples.astype(jnp.int32)
         high = ((integers + 128) >> 8).astype(jnp.int16)
         return [jnp.concatenate([as_bytes(high), integers.astype(jnp.int8)], axis=-1), scales]
-    rows, scales = kv_cache.stored_rows(jnp, x, row_type)
+    rows, scales = cache_types.stored_rows(jnp, x, row_type)
     if row_type == "q8_0":  # the scales of a row are behind it
         return [jnp.concatenate([rows, as_bytes(scales)], axis=-1)]
     return [rows] if scales is None else [rows, scales]
@@ -51,13 +51,13 @@ def as_stored(x: Array, row_type: str) -> list[Array]:
 def as_numbers(rows: Array, scales: Array | None) -> Array:
     """The reverse: (..., D) float32."""
     if rows.dtype == jnp.int8 and scales is None:
-        dim = rows.shape[-1] * kv_cache.BLOCK // (kv_cache.BLOCK + 2)
+        dim = rows.shape[-1] * cache_types.BLOCK // (cache_types.BLOCK + 2)
         rows, scales = rows[..., :dim], from_bytes(rows[..., dim:], jnp.float16)
     elif rows.dtype == jnp.int8:
         dim = rows.shape[-1] // 3
         high = from_bytes(rows[..., : 2 * dim], jnp.int16).astype(jnp.int32)
         rows = (high << 8) + rows[..., 2 * dim :].astype(jnp.int32)
-    return kv_cache.numbers_of_rows(jnp, rows, scales)
+    return cache_types.numbers_of_rows(jnp, rows, scales)
 
 
 def as_bytes(x: Array) -> Array:

@@ -34,7 +34,7 @@ class OwnKernels(ABC):
 
     Attributes:
         packed: The class of a matrix that `pack` has made.
-        cache_types: Those of `kv_cache` and i24, the default first.
+        cache_types: Those of `cache_types` and i24, the default first.
     """
 
     packed: type

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from phicore.backend.host import cpu_count
 from phicore.gguf.quants import affine
 from phicore.gguf.reader import GGUFTensor
-from phicore.machine import cpu_count
 
 Type = GGMLQuantizationType
 TILE_CODES = 1 << 20  # that a thread has unpacked at a time

@@ -20,12 +20,10 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from phicore import kv_cache
-from phicore.config import NUM_EXPERTS_PER_TOK
+from phicore.backend import NUM_EXPERTS_PER_TOK, Array, Backend, LayerCache, Weight, cache_types
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFTensor
-from phicore.protocol import Array, Backend, LayerCache, Weight
 from phicore_mlx import affine, blocks, devices, host, namespace
 from phicore_mlx.affine import LAYOUTS, Layout
 
@@ -317,7 +315,7 @@ class MlxBackend(Backend):
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
         # Taken out of what was handed over: an array is overwritten in place only if nobody else
         # refers to it.
-        new = kv_cache.stored(namespace, k, v, self.cache_type or self.cache_types[0])
+        new = cache_types.stored(namespace, k, v, self.cache_type or self.cache_types[0])
         return {name: _put(cache.pop(name), a, positions) for name, a in new.items()}
 
     def attention(
@@ -330,7 +328,7 @@ class MlxBackend(Backend):
         visible = j <= i if window is None else (j <= i) & (j > i - window)
         k, v = cache["k"], cache["v"]
         if self._streams is not None or "k_scale" in cache:  # a CPU is slow with 16 bits
-            k, v = kv_cache.numbers(namespace, cache)
+            k, v = cache_types.numbers(namespace, cache)
         y = mx.fast.scaled_dot_product_attention(q.astype(k.dtype), k, v, scale=scale, mask=visible)
         return y.astype(mx.float32)
 

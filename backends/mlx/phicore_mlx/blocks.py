@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from phicore.protocol import Array
+from phicore.backend import Array
 from phicore_mlx import devices
 
 Type = GGMLQuantizationType

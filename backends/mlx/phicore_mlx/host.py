@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from phicore.machine import cpu_count
-from phicore.protocol import Array, Backend, LayerCache
+from phicore.backend import Array, Backend, LayerCache
+from phicore.backend.host import cpu_count
 from phicore_mlx.affine import LAYOUTS, TILE_CODES, dequantized
 
 ROWS = 8

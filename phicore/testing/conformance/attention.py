@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from phicore.protocol import Backend, LayerCache
+from phicore.backend import Backend, LayerCache
 from phicore.testing import oracle, tolerances
 from phicore.testing.compare import assert_close
 from phicore.testing.conformance.base import Conformance

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from phicore.protocol import Backend
+from phicore.backend import Backend
 
 
 class Conformance:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from phicore.backend import Backend, LayerCache
 from phicore.errors import BackendError
-from phicore.protocol import Backend, LayerCache
 from phicore.testing import oracle, tolerances
 from phicore.testing.compare import assert_close, relative_error
 from phicore.testing.conformance.base import Conformance

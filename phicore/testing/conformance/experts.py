@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from phicore.backend import Backend
 from phicore.gguf.matrix import Matrix
-from phicore.graph import ROUTER_JITTER_NOISE, sparse_mixer
-from phicore.protocol import Backend
+from phicore.network.graph import ROUTER_JITTER_NOISE, sparse_mixer
 from phicore.testing import oracle
 from phicore.testing.compare import assert_close
 from phicore.testing.conformance.base import Conformance, examples

@@ -13,13 +13,13 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phicore import graph
-from phicore.architectures import architecture_of
-from phicore.config import Phi3Config
+from phicore.backend import Array, Backend, LayerCache, Params
 from phicore.gguf.reader import open_gguf
-from phicore.loader import load_params
-from phicore.protocol import Array, Backend, LayerCache, Params
-from phicore.rope import rope_tables
+from phicore.network import graph
+from phicore.network.architectures import architecture_of
+from phicore.network.config import Phi3Config
+from phicore.network.rope import rope_tables
+from phicore.network.weights import load_params
 from phicore.testing import tolerances
 from phicore.testing.compare import assert_close, relative_error
 from phicore.testing.conformance.base import Conformance, examples

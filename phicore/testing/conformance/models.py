@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from phicore.backend import Array, Backend
 from phicore.engine import Engine
+from phicore.engine.timings import Timings
 from phicore.gguf.reader import open_gguf
-from phicore.protocol import Array, Backend
-from phicore.sampler import Sampling
+from phicore.network.sampler import Sampling
 from phicore.testing import tolerances
 from phicore.testing.compare import assert_close
 from phicore.testing.conformance.base import Conformance
 from phicore.testing.tiny_models import Q4_K_M, Tiny, Types, write_model
-from phicore.timings import Timings
 
 PHI3 = Tiny(vocab_size=80, max_position_embeddings=400)
 MODELS: dict[str, tuple[Tiny, Types]] = {

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phicore.protocol import Array, Backend
+from phicore.backend import Array, Backend
 from phicore.testing import oracle, tolerances
 from phicore.testing.compare import assert_close
 from phicore.testing.conformance.base import Conformance

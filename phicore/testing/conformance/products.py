@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from phicore.backend import Array, Backend, Weight
 from phicore.gguf.quants import AFFINE_TYPES
-from phicore.protocol import Array, Backend, Weight
 from phicore.testing import oracle, tolerances
 from phicore.testing.compare import assert_close
 from phicore.testing.conformance.base import Conformance

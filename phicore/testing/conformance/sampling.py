@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from phicore import sampler
-from phicore.protocol import Backend
+from phicore.backend import Backend
+from phicore.network import sampler
 from phicore.testing.conformance.base import Conformance, examples
 
 V = 16

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phicore.protocol import Backend
+from phicore.backend import Backend
 from phicore.testing.conformance.base import Conformance, examples
 
 V = 13

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_strict
 import numpy as np
 
-from phicore.protocol import DTYPES, FUNCTIONS, Array, Backend
+from phicore.backend import DTYPES, FUNCTIONS, Array, Backend
 
 array_api_strict.set_array_api_strict_flags(api_version="2024.12")
 

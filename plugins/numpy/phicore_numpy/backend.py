@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from phicore import kv_cache
+from phicore.backend import Array, Backend, LayerCache, Weight, cache_types
 from phicore.gguf.matrix import Matrix
-from phicore.protocol import Array, Backend, LayerCache, Weight
 
 
 class NumpyBackend(Backend):
@@ -47,7 +46,7 @@ class NumpyBackend(Backend):
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
         rows = np.arange(positions.shape[0])[:, None]  # (B, 1), against (B, T)
-        new = kv_cache.stored(np, k, v, self.cache_type or self.cache_types[0])
+        new = cache_types.stored(np, k, v, self.cache_type or self.cache_types[0])
         for name, old in cache.items():
             old[rows, :, positions] = new[name].swapaxes(1, 2)
         return cache

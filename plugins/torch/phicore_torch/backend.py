@@ -15,12 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from phicore import kv_cache
+from phicore.backend import Array, Backend, LayerCache, Weight, cache_types
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.quants import affine, is_affine
 from phicore.gguf.reader import GGUFTensor
-from phicore.protocol import Array, Backend, LayerCache, Weight
 from phicore_torch import namespace
 
 
@@ -131,7 +130,7 @@ class TorchBackend(Backend):
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
         rows = torch.arange(positions.shape[0])[:, None]
-        new = kv_cache.stored(namespace, k, v, self.cache_type or self.cache_types[0])
+        new = cache_types.stored(namespace, k, v, self.cache_type or self.cache_types[0])
         for name, old in cache.items():
             old[rows, :, positions.long()] = new[name].swapaxes(1, 2)
         return cache
@@ -140,7 +139,7 @@ class TorchBackend(Backend):
         self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
     ) -> Array:
         live = int(positions.max()) + 1
-        k, v = kv_cache.numbers(namespace, {name: a[:, :, :live] for name, a in cache.items()})
+        k, v = cache_types.numbers(namespace, {name: a[:, :, :live] for name, a in cache.items()})
         i, j = positions[:, None, :, None], torch.arange(live)
         visible = j <= i if window is None else (j <= i) & (j > i - window)
         return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=True)

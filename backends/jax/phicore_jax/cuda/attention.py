@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phicore.shapes import power_of_two
+from phicore.backend.shapes import power_of_two
 from phicore_jax.cuda.formats import as_float
 from phicore_jax.cuda.warp import LANES, Warp
 from phicore_jax.kernels.attention import exp
@@ -97,7 +97,7 @@ def _store_row(
         largest, rest = f.absolute(x[0]), x[0] * 0.0
         for more in x[1:]:
             largest, rest = f.larger(largest, f.absolute(more)), rest + more * 0.0
-        # as `kv_cache.multiples`: what is not finite makes the scale NaN
+        # as `cache_types.multiples`: what is not finite makes the scale NaN
         scale = w.max(largest) / 32767.0 + w.sum(rest)
         w.store([scale], scales[0], w.spread(slot), w.lane.equals(0))
         divisor = (scale > 0.0).select(scale, 1.0)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from phicore import kv_cache
+from phicore.backend import cache_types
 from phicore.errors import BackendError
 from phicore.gguf.reader import GGUFTensor
 from phicore.testing.tiny_models import random_matrix
@@ -182,7 +182,7 @@ def try_others(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches]:
 
 
 def _cache(cache_type: str, qkv: Array) -> dict[str, Array]:
-    return kv_cache.stored(jnp, qkv[1][:, :KV_HEADS], qkv[2][:, :KV_HEADS], cache_type)
+    return cache_types.stored(jnp, qkv[1][:, :KV_HEADS], qkv[2][:, :KV_HEADS], cache_type)
 
 
 def _try_attention(

@@ -1,0 +1,12 @@
+"""What a backend may ask about the machine it runs on."""
+
+from __future__ import annotations
+
+import os
+
+
+def cpu_count() -> int:
+    """The CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""Looking at models and backends: benchmarks, parity, traces, inspection, and what they need."""

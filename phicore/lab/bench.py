@@ -1,0 +1,222 @@
+"""`phicore bench`: how fast a model reads prompts and generates tokens, and how far from the limit.
+
+Every figure is that of `Model.generate`, as a user has it: greedy, past end tokens, compiling not
+counted. Rows take turns, so that a slow minute of the machine hits all alike.
+
+To generate a token, all weights are read once, and a CPU cannot be faster at that than its memory.
+So the bandwidth of memory is measured too, in turn with the rows.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from phicore.backend import NUM_EXPERTS_PER_TOK
+from phicore.backend.host import cpu_count
+from phicore.engine.timings import Timings
+from phicore.errors import ArgumentError
+from phicore.gguf.reader import GGUFTensor, open_gguf
+from phicore.lab.interrupts import swallowed_interrupts
+from phicore.lab.machine import MemoryBandwidth, cpu_name
+from phicore.model import Model
+from phicore.plugins import Plugins
+from phicore.progress import Progress
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured: reading `n_prompt` tokens, or else generating `n_gen` after `depth` others.
+
+    A depth of 0 means one token, since there must be something to go on from.
+    """
+
+    n_prompt: int = 0
+    n_gen: int = 0
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """As llama-bench calls it."""
+        if self.n_prompt:
+            return f"pp{self.n_prompt}"
+        return f"tg{self.n_gen} @ d{self.depth}" if self.depth else f"tg{self.n_gen}"
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.n_prompt or max(self.depth, 1)
+
+    @property
+    def new_tokens(self) -> int:
+        """What `generate` is asked for: its first token comes with the prompt."""
+        return 1 + self.n_gen
+
+    def run(self, model: Model) -> Timings:
+        """Do it once. The prompt is random, the same each time."""
+        prompt = np.random.default_rng(0).integers(model.vocab_size, size=self.prompt_tokens)
+        generation = model.generate(
+            prompt,
+            max_tokens=self.new_tokens,
+            temperature=0,
+            repeat_penalty=1,
+            seed=0,
+            ignore_eos=True,
+        )
+        with swallowed_interrupts() as swallowed:
+            for _ in generation:
+                if swallowed:
+                    raise KeyboardInterrupt
+        return generation.timings
+
+
+def plan(n_prompt: Sequence[str], n_gen: Sequence[str], depth: Sequence[str]) -> list[Row]:
+    """The rows that the options ask for, each option a list of texts such as "128,512".
+
+    Raises:
+        ArgumentError: If one has anything but numbers, or there is nothing to measure.
+    """
+    prompts = _numbers("--n-prompt", n_prompt)
+    answers, depths = _numbers("--n-gen", n_gen), _numbers("--depth", depth)
+    rows = [Row(n_prompt=n) for n in prompts if n]
+    rows += [Row(n_gen=n, depth=d) for d in depths for n in answers if n]
+    if not rows:
+        raise ArgumentError("nothing to measure: --n-prompt and --n-gen are both 0")
+    return rows
+
+
+def _numbers(option: str, texts: Sequence[str]) -> list[int]:
+    """The numbers in an option's values, each once."""
+    found = [text.strip() for value in texts for text in value.split(",")]
+    for text in found:
+        if not (text.isascii() and text.isdigit()):
+            raise ArgumentError(f"{option}: expected 0 or more, such as 128,512; got {text!r}")
+    return list(dict.fromkeys(map(int, found)))
+
+
+def measure(
+    model: Model, rows: Sequence[Row], repetitions: int, progress: Progress
+) -> dict[str, Any]:
+    """Run each row once to warm up, then all of them in turn `repetitions` times.
+
+    Returns:
+        Plain data. `memory_bandwidth` is None unless the device is the CPU; `peak_memory_bytes` is
+        that of loading and the warm-up, before the array to measure the bandwidth with is there.
+    Raises:
+        ArgumentError: If a row needs more than the model's context.
+    """
+    for row in rows:
+        if (needed := row.prompt_tokens + row.new_tokens) > model.context:
+            raise ArgumentError(
+                f"{row.name}: needs a context of {needed} tokens, the model has {model.context}"
+            )
+    info = Plugins().backends()[model.backend]
+    runs, peak_memory_bytes, samples = _run_in_turn(
+        model, rows, repetitions, progress, with_bandwidth=model.device == "cpu"
+    )
+    memory = _bandwidth_figures(samples) if samples else None
+    with open_gguf(model.path) as file:
+        tensors, size_bytes = list(file.tensors.values()), file.size_bytes
+        weights, step_bytes = sum(t.n_elements for t in tensors), bytes_per_step(tensors)
+    return {
+        "model": model.reference,
+        "file": model.path.name,
+        "size_bytes": size_bytes,
+        "weights": weights,
+        "bytes_per_step": step_bytes,
+        "backend": info.name,
+        "backend_version": f"{info.distribution} {info.version}",
+        "device": model.device,
+        "cpu": cpu_name(),
+        "cpus": cpu_count(),
+        "python": platform.python_version(),
+        "load_s": model.load_s,
+        "compile_s": sum(t.compile_s for timings in runs for t in timings),
+        "peak_memory_bytes": peak_memory_bytes,
+        "memory_bandwidth": memory,
+        "repetitions": repetitions,
+        "rows": [
+            _row_figures(row, timings[1:], step_bytes, memory)
+            for row, timings in zip(rows, runs, strict=True)
+        ],
+    }
+
+
+def _run_in_turn(
+    model: Model,
+    rows: Sequence[Row],
+    repetitions: int,
+    progress: Progress,
+    *,
+    with_bandwidth: bool,
+) -> tuple[list[list[Timings]], int | None, list[float]]:
+    """The runs of each row, the warm-up first; peak memory after that; samples of the bandwidth."""
+    done, total = count(1), len(rows) * (1 + repetitions)
+
+    def run(row: Row) -> Timings:
+        timings = row.run(model)
+        progress("measuring", next(done), total)
+        return timings
+
+    progress("measuring", 0, total)
+    runs = [[run(row)] for row in rows]
+    peak_memory_bytes = model.peak_memory_bytes()
+    with MemoryBandwidth() if with_bandwidth else nullcontext() as bandwidth:
+        for _ in range(repetitions):
+            for row, timings in zip(rows, runs, strict=True):
+                if bandwidth is not None:
+                    bandwidth.sample()
+                timings.append(run(row))
+    return runs, peak_memory_bytes, bandwidth.samples if bandwidth is not None else []
+
+
+def bytes_per_step(tensors: Iterable[GGUFTensor]) -> int:
+    """What generating a token reads of the file's weights: all matrices but the embedding.
+
+    Of the embedding it is one row, unless it is the output matrix too; of the experts, two.
+    """
+    matrices = {}
+    for t in tensors:
+        if len(t.shape) == 2:
+            matrices[t.name] = t.size_bytes
+        elif len(t.shape) == 3:  # a matrix for each expert
+            matrices[t.name] = t.size_bytes * NUM_EXPERTS_PER_TOK // t.shape[0]
+    if "output.weight" in matrices:
+        matrices.pop("token_embd.weight", None)
+    return sum(matrices.values())
+
+
+def _bandwidth_figures(samples: Sequence[float]) -> dict[str, Any]:
+    return {
+        "median_gb_per_s": statistics.median(samples) / 1e9,
+        "best_gb_per_s": max(samples) / 1e9,
+        "threads": cpu_count(),
+    }
+
+
+def _row_figures(
+    row: Row, runs: Sequence[Timings], step_bytes: int, memory: dict[str, Any] | None
+) -> dict[str, Any]:
+    is_prompt = row.n_prompt > 0
+    speeds = [t.prompt_tokens_per_s if is_prompt else t.decode_tokens_per_s for t in runs]
+    median = statistics.median(speeds)
+    gb_per_s = None if is_prompt else median * step_bytes / 1e9
+    share = gb_per_s / memory["median_gb_per_s"] if gb_per_s is not None and memory else None
+    return {
+        "name": row.name,
+        "n_prompt": row.n_prompt,
+        "n_gen": row.n_gen,
+        "depth": row.depth,
+        "tokens_per_s": median,
+        "min_tokens_per_s": min(speeds),
+        "max_tokens_per_s": max(speeds),
+        "samples_tokens_per_s": speeds,
+        "weights_gb_per_s": gb_per_s,
+        "share_of_bandwidth": share,
+    }

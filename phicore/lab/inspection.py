@@ -1,0 +1,97 @@
+"""`phicore inspect` and `phicore tokenize`: looking at a file without loading its weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from phicore.errors import PhicoreError
+from phicore.gguf.reader import GGUFFile, open_gguf
+from phicore.network.architectures import architecture_of
+from phicore.plugins import Plugins
+from phicore.sources import ModelFiles, resolve
+from phicore.text.chat_template import ChatTemplate
+from phicore.text.tokenizer import Tokenizer
+
+
+def find(reference: str, tokenizer: str | None = None) -> ModelFiles:
+    """The files of a reference, with another tokenizer if one is given."""
+    return resolve(reference, tokenizer=tokenizer, schemes=Plugins().sources())
+
+
+def open_tokenizer(reference: str, tokenizer: str | None) -> tuple[Tokenizer, ChatTemplate]:
+    """The tokenizer and chat template of a model."""
+    files = find(reference, tokenizer)
+    with open_gguf(files.path) as file:
+        return _tokenizer(files, file), ChatTemplate.from_gguf(file.metadata)
+
+
+def inspect_model(reference: str) -> dict[str, Any]:
+    """What a file holds, as plain data. Parts that cannot be understood say why."""
+    files = find(reference)
+    with open_gguf(files.path) as file:
+        weights = sum(t.n_elements for t in file.tensors.values())
+        tensor_bytes = sum(t.size_bytes for t in file.tensors.values())
+        return {
+            "file": str(file.path),
+            "size_bytes": file.size_bytes,
+            "name": _plain(file.metadata.get("general.name")),
+            "architecture": _plain(file.metadata.get("general.architecture")),
+            "weights": weights,
+            "bits_per_weight": 8 * tensor_bytes / weights if weights else None,
+            "hyperparameters": _or_error(lambda: _hyperparameters(file)),
+            "tokenizer": _or_error(lambda: _tokenizer_summary(files, file)),
+            "metadata": {key: _plain(value) for key, value in file.metadata.items()},
+            "tensors": [
+                {
+                    "name": t.name,
+                    "type": t.type.name,
+                    "shape": list(t.shape),
+                    "size_bytes": t.size_bytes,
+                }
+                for t in file.tensors.values()
+            ],
+        }
+
+
+def _hyperparameters(file: GGUFFile) -> dict[str, Any]:
+    architecture = architecture_of(file.metadata, Plugins().architectures())
+    return asdict(architecture.config(file.metadata))
+
+
+def _or_error(read: Any) -> dict[str, Any]:
+    """What `read` gives, or why it gives nothing: a damaged part must not hide the others."""
+    try:
+        return read()
+    except PhicoreError as error:
+        return {"error": str(error)}
+
+
+def _tokenizer(files: ModelFiles, file: GGUFFile) -> Tokenizer:
+    return Tokenizer.of(files.tokenizer, file.metadata, explicit=files.tokenizer_is_given)
+
+
+def _tokenizer_summary(files: ModelFiles, file: GGUFFile) -> dict[str, Any]:
+    tokenizer = _tokenizer(files, file)
+    return {
+        "source": tokenizer.source,
+        "vocab_size": tokenizer.vocab_size,
+        "add_bos": tokenizer.add_bos,
+        "bos": None if tokenizer.bos_token_id is None else tokenizer.piece(tokenizer.bos_token_id),
+        "end": [tokenizer.piece(i) for i in sorted(tokenizer.end_token_ids)],
+        "chat_template": "tokenizer.chat_template" in file.metadata,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A metadata value for JSON; long arrays as their length, NaN and infinity as None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return f"array of {len(value)}" if len(value) > 16 else [_plain(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

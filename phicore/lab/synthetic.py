@@ -1,0 +1,258 @@
+"""Models of random weights, for measuring speed: the sizes and types of real ones, at once.
+
+How long a step takes depends on the shapes and types of the weights and not on their values, so a
+benchmark needs no download. Blocks of K-quants are written straight: random codes and sub-scales,
+with float16 scales that give weights the deviation Phi-3 was initialized with. So the numbers stay
+finite through all layers, and the text means nothing.
+
+The mix of types is llama.cpp's Q4_K_M for architecture `phi3`. Both phicore and llama.cpp read it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGML_QUANT_SIZES, LlamaFileType, TokenType
+from gguf import GGMLQuantizationType as Type
+
+from phicore.errors import ArgumentError, SourceError
+from phicore.progress import Progress
+
+VERSION = 1  # of what is written, in the names of files: another one is written afresh
+WEIGHT_STD = 0.02  # transformers' Phi3Config.initializer_range
+CONTEXT = 4096
+SLIDING_WINDOW = 2047
+POOL_BLOCKS = 65537  # a prime above all numbers of rows: no two rows of a matrix are the same
+
+# Byte offsets of the float16 scale and minimum of a block, and the minimum that centres the values
+# if the scale is 1. Source: ggml-common.h, block_q4_K, block_q5_K and block_q6_K.
+_SCALES: dict[Type, tuple[int, int | None, float]] = {
+    Type.Q4_K: (0, 2, 7.5),
+    Type.Q5_K: (0, 2, 15.5),
+    Type.Q6_K: (208, None, 0.0),
+}
+
+_CONTROL = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+_RESERVED = 64  # ids at the end of the vocabulary, as in Phi-3's: the tokens above, and padding
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
+    "{% endfor %}{{ '<|assistant|>\\n' }}"
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a file: rows of `shape[-1]` values."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: Type
+
+    @property
+    def size_bytes(self) -> int:
+        block_size, block_bytes = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block_size * block_bytes
+
+
+@dataclass(frozen=True)
+class SyntheticModel:
+    """The sizes of a `phi3` model. Names are those of transformers' `Phi3Config`."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int = 32064
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def tensors(self) -> Iterator[TensorSpec]:
+        """Every tensor, in file order, with its type in the recipe Q4_K_M.
+
+        Source: llama.cpp, `llama_tensor_get_type`: fused queries, keys and values are Q5_K; the
+        last matrix of the first and last eighth of the layers, and of every third one between them,
+        is Q6_K.
+        """
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        layers = self.num_hidden_layers
+        qkv = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        eighth = layers // 8
+        yield TensorSpec("token_embd.weight", (self.vocab_size, hidden), Type.Q4_K)
+        for i in range(layers):
+            is_finer = i < eighth or i >= 7 * layers // 8 or (i - eighth) % 3 == 2
+            down = Type.Q6_K if is_finer else Type.Q4_K
+            yield TensorSpec(f"blk.{i}.attn_norm.weight", (hidden,), Type.F32)
+            yield TensorSpec(f"blk.{i}.attn_qkv.weight", (qkv, hidden), Type.Q5_K)
+            yield TensorSpec(f"blk.{i}.attn_output.weight", (hidden, hidden), Type.Q4_K)
+            yield TensorSpec(f"blk.{i}.ffn_norm.weight", (hidden,), Type.F32)
+            yield TensorSpec(f"blk.{i}.ffn_up.weight", (2 * intermediate, hidden), Type.Q4_K)
+            yield TensorSpec(f"blk.{i}.ffn_down.weight", (hidden, intermediate), down)
+        yield TensorSpec("output_norm.weight", (hidden,), Type.F32)
+        yield TensorSpec("output.weight", (self.vocab_size, hidden), Type.Q6_K)
+
+
+MODELS = {
+    "phi-3-mini": SyntheticModel(32, 3072, 8192, 32, 32),
+    "phi-3-medium": SyntheticModel(40, 5120, 17920, 40, 10),
+    "tiny": SyntheticModel(2, 256, 512, 4, 4, vocab_size=1024),
+}
+
+
+def synthetic_model(name: str, progress: Progress = lambda *_: None) -> Path:
+    """The file of a model of `MODELS`, in the user's cache; written if it is not there.
+
+    Raises:
+        ArgumentError: If there is no such model.
+        SourceError: If the disk has no room for it, or it cannot be written.
+    """
+    if name not in MODELS:
+        raise ArgumentError(f"no synthetic model {name!r}; there are: {', '.join(MODELS)}")
+    import platformdirs
+
+    folder = platformdirs.user_cache_path("phicore") / "synthetic"
+    path = folder / f"{name}-q4_k_m-{VERSION}.gguf"
+    if path.is_file():
+        return path
+    partial = folder / f".{path.name}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_room(folder, sum(t.size_bytes for t in MODELS[name].tensors()))
+        try:
+            write_model(partial, name, progress)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return path
+
+
+def _check_room(folder: Path, size_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < 1.01 * size_bytes:  # and some for the metadata
+        raise SourceError(
+            f"{folder}: the model needs {size_bytes / 1e9:.2f} GB, the disk has "
+            f"{free / 1e9:.2f} GB free; make room for it"
+        )
+
+
+def write_model(path: Path, name: str, progress: Progress = lambda *_: None) -> None:
+    """Write a model of `MODELS` to a GGUF file, one tensor after another."""
+    model = MODELS[name]
+    rng = np.random.default_rng(0)
+    tensors = list(model.tensors())
+    pools = {t: _random_blocks(t, rng) for t in _SCALES}
+    writer = gguf.GGUFWriter(path, "phi3")
+    try:
+        _add_config(writer, name, model)
+        _add_vocabulary(writer, model.vocab_size)
+        for tensor in tensors:
+            dtype = np.dtype(np.float32)  # what the writer calls a shape in values, not in bytes
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, dtype, tensor.size_bytes, raw_dtype=tensor.type
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        done, total = 0, sum(tensor.size_bytes for tensor in tensors)
+        for tensor in tensors:
+            if tensor.type == Type.F32:
+                data = np.ones(tensor.shape, np.float32)  # a norm, as initialized
+            else:
+                pool = np.roll(pools[tensor.type], rng.integers(POOL_BLOCKS), axis=0)
+                data = np.resize(pool, tensor.size_bytes)
+            writer.write_tensor_data(data)
+            done += tensor.size_bytes
+            progress(f"writing {name}", done, total)
+    finally:
+        writer.close()
+
+
+def _random_blocks(data_type: Type, rng: np.random.Generator) -> np.ndarray:
+    """Valid blocks with values of mean 0 and deviation `WEIGHT_STD`: (POOL_BLOCKS, bytes) uint8.
+
+    Codes and sub-scales are random bits; scales lie between half and one and a half times the mean.
+    """
+    at, at_min, centre = _SCALES[data_type]
+    shape = POOL_BLOCKS, GGML_QUANT_SIZES[data_type][1]
+    blocks = rng.integers(0, 256, shape, np.uint8)
+
+    def set_scales(scale: np.ndarray | float) -> None:
+        for offset, factor in ((at, 1.0), (at_min, centre)):
+            if offset is not None:
+                values = np.broadcast_to(np.float16(scale * factor), (POOL_BLOCKS, 1))
+                blocks[:, offset : offset + 2] = values.astype("<f2").view(np.uint8)
+
+    set_scales(1.0)
+    spread = gguf.quants.dequantize(blocks[:1024], data_type).std()
+    set_scales(WEIGHT_STD / spread * rng.uniform(0.5, 1.5, (POOL_BLOCKS, 1)))
+    return blocks
+
+
+def _add_config(writer: gguf.GGUFWriter, name: str, model: SyntheticModel) -> None:
+    writer.add_name(f"phi3 {name}, random weights")  # llama.cpp knows Phi-3's tokenizer by "phi3"
+    writer.add_context_length(CONTEXT)
+    writer.add_rope_scaling_orig_ctx_len(CONTEXT)
+    writer.add_embedding_length(model.hidden_size)
+    writer.add_feed_forward_length(model.intermediate_size)
+    writer.add_block_count(model.num_hidden_layers)
+    writer.add_head_count(model.num_attention_heads)
+    writer.add_head_count_kv(model.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_sliding_window(SLIDING_WINDOW)
+    writer.add_file_type(LlamaFileType.MOSTLY_Q4_K_M)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+    """Write a SentencePiece vocabulary in Phi-3's order: bytes, made-up words, control tokens."""
+    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    words = list(itertools.islice(_words(), size - 3 - 256 - _RESERVED))
+    padding = [f"<|placeholder{i + 1}|>" for i in range(_RESERVED - len(_CONTROL))]
+    pieces = ["<unk>", "<s>", "</s>", *byte_pieces, *words, *_CONTROL, *padding]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces)
+    # An earlier piece is merged first; a control token is never merged.
+    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(size - 259)])
+    writer.add_token_types(
+        [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+        + [TokenType.BYTE] * 256
+        + [TokenType.NORMAL] * len(words)
+        + [TokenType.CONTROL] * _RESERVED
+    )
+    writer.add_bos_token_id(pieces.index("<s>"))
+    writer.add_eos_token_id(pieces.index("<|endoftext|>"))
+    writer.add_unk_token_id(pieces.index("<unk>"))
+    writer.add_pad_token_id(pieces.index("<|endoftext|>"))
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(_CHAT_TEMPLATE)
+
+
+def _words() -> Iterator[str]:
+    """Distinct pieces without end: characters, then words of one syllable, of two, and so on.
+
+    Each but a character is two earlier ones joined, so merging in pairs reaches it.
+    """
+    yield from "▁" + string.ascii_letters + string.digits + string.punctuation
+    syllables = [c + v for c in "bcdfghjklmnpqrstvwxz" for v in "aeiou"]
+    for count in itertools.count(1):
+        for parts in itertools.product(syllables, repeat=count):
+            word = "".join(parts)
+            yield from (word, f"▁{word}")

@@ -1,0 +1,83 @@
+"""What each operation of the network gives, on any backend, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from phicore.backend import Array, Backend, Params
+from phicore.engine import Engine
+from phicore.network import graph
+
+OPERATIONS = (
+    *("embedding", "linear", "expert_linear", "rms_norm", "layer_norm"),
+    *("rope", "attention", "swiglu"),
+)
+"""What is recorded: all that the graph asks of a backend and that gives one array."""
+
+
+def trace(engine: Engine, tokens: Sequence[int]) -> dict[str, np.ndarray]:
+    """Run some tokens, at most 256, through the network in one step.
+
+    Returns:
+        The results of its operations in their order, by the name of the weight they use or, of
+        those that use none, by layer and operation: `layers.0.qkv_proj`, `layers.0.attention`.
+    """
+    ops = engine.ops
+    names: list[str] = []
+
+    def run(params: Params, cache: Any, rope: Any, tokens: Array, positions: Array) -> list[Array]:
+        recorder = _Recorder(ops, params)
+        recording = cast(Backend, recorder)
+        hidden, _ = graph.forward(recording, engine.config, params, rope, tokens, positions, cache)
+        graph.logits(recording, params, hidden)
+        names[:] = list(recorder.found)
+        return list(recorder.found.values())
+
+    ids = np.array([tokens], np.int32)
+    positions = np.arange(len(tokens), dtype=np.int32)[None]
+    capacity = engine.capacity_for(len(tokens))
+    rope = engine.rope(0, capacity, engine.is_long(len(tokens)))
+    arguments = (engine.new_cache(capacity), rope, ops.asarray(ids), ops.asarray(positions))
+    arrays = ops.compile(run)(engine.params, *arguments)
+    return {name: ops.to_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+
+class _Recorder:
+    """A backend that keeps the results of its operations."""
+
+    def __init__(self, ops: Backend, params: Params) -> None:
+        self._ops = ops
+        self._names = {id(weight): name for name, weight in _weights(params)}
+        self._layer = ""
+        self.found: dict[str, Array] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._ops, name)
+        return self._recording(name, attribute) if name in OPERATIONS else attribute
+
+    def _recording(self, operation: str, call: Callable[..., Array]) -> Callable[..., Array]:
+        def recorded(*args: Any) -> Array:
+            result = call(*args)
+            used = [self._names[id(arg)] for arg in args if id(arg) in self._names]
+            name = used[0] if used else f"{self._layer}{operation}"
+            if name.startswith("layers."):
+                self._layer = ".".join(name.split(".")[:2]) + "."
+            # a tied embedding is used twice
+            self.found[name if name not in self.found else f"{name} (output)"] = result
+            return result
+
+        return recorded
+
+
+def _weights(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, value in params.items():
+        if name == "layers":
+            for number, layer in enumerate(value):
+                found += _weights(layer, f"layers.{number}.")
+        else:
+            found.append((prefix + name, value))
+    return found

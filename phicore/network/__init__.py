@@ -1,0 +1,1 @@
+"""The network: its hyperparameters, its graph, its sampler, and how files become its parameters."""

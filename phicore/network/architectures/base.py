@@ -1,0 +1,291 @@
+"""What an architecture is: how a file's keys and tensors become those of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from phicore.backend import Params
+from phicore.errors import GGUFError
+from phicore.gguf.matrix import Split
+from phicore.gguf.reader import GGUFFile, GGUFTensor
+from phicore.network.architectures.hyperparameters import Hyperparameters, short
+from phicore.network.config import Phi3Config
+from phicore.network.rope import RopeFactors
+from phicore.network.tensors import Tensors
+
+# Name here (as in the reference's configuration): GGUF key after the architecture's name.
+KEYS: Mapping[str, str] = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "rotary_dim": "rope.dimension_count",
+    "head_dim": "attention.key_length",
+    "sliding_window": "attention.sliding_window",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "attention_factor": "rope.scaling.attn_factor",
+}
+# Keys that change nothing here.
+HARMLESS = frozenset(
+    {
+        "vocab_size",
+        "tensor_data_layout",
+        "rope.scaling.finetuned",
+        "attention.value_length",  # checked against the key length
+    }
+)
+# Keys that must have one of these values to change nothing.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (1.0,),
+    "rope.scale_linear": (1.0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+}
+
+
+class Architecture:
+    """Files with one value of `general.architecture`.
+
+    A new one is a subclass with a name, and with whatever differs from the commonest layout, which
+    this is: separate matrices for queries, keys, values, gate and up, no biases, the channels i and
+    i + D/2 of a head rotated together. A file's values are not computed with here: whole rows are
+    moved, so that weights stay quantized.
+    """
+
+    name: str
+    """The value of `general.architecture`."""
+    keys: Mapping[str, str] = KEYS
+    """The hyperparameters that are read."""
+    harmless: frozenset[str] = HARMLESS
+    """Keys that change nothing. Any other that is not read is an error: it might change the
+    computation, and no text is better than wrong text."""
+    neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL
+    """Keys that change nothing if they have one of these values."""
+    rotates_partly: bool = False
+    """Whether `rope.dimension_count` may be less than the head size."""
+    may_tie_embeddings: bool = True
+    """Whether a file may leave out `output.weight`, and use the embedding in its place."""
+    rope_tensors: tuple[str, ...] = ("rope_freqs.weight",)
+    """What rotary frequencies are divided by, if a file has them."""
+
+    # ---- hyperparameters -------------------------------------------------------------------
+
+    def config(self, metadata: Mapping[str, Any]) -> Phi3Config:
+        """Read and check the hyperparameters.
+
+        Raises:
+            GGUFError: For a missing, malformed or inconsistent key, and for one that is not known.
+        """
+        self._refuse_unknown(metadata)
+        read = Hyperparameters(self.name, self.keys, metadata)
+        heads = read.integer("num_attention_heads")
+        hidden_size = read.integer("hidden_size")
+        if hidden_size % heads and "head_dim" not in read:
+            raise GGUFError(
+                f"{read.key('hidden_size')}: {hidden_size} is not a multiple of "
+                f"{read.key('num_attention_heads')} {heads}"
+            )
+        head_dim = read.integer("head_dim", hidden_size // heads)
+        kv_heads = read.integer("num_key_value_heads", heads)
+        context = read.integer("max_position_embeddings")
+        window = read.integer("sliding_window", self.default_window(read), minimum=0)
+        config = Phi3Config(
+            architecture=self.name,
+            hidden_size=hidden_size,
+            intermediate_size=read.integer("intermediate_size"),
+            num_hidden_layers=read.integer("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=context,
+            rms_norm_eps=read.number("rms_norm_eps"),
+            rope_theta=read.number("rope_theta", 10000.0),
+            rotary_dim=read.integer("rotary_dim", head_dim),
+            sliding_window=window if 0 < window < context else None,
+            original_max_position_embeddings=(
+                read.integer("original_max_position_embeddings")
+                if "original_max_position_embeddings" in read
+                else None
+            ),
+            attention_factor=(
+                read.number("attention_factor") if "attention_factor" in read else None
+            ),
+            num_local_experts=self.experts(read),
+        )
+        self._check(config, read)
+        return config
+
+    def default_window(self, read: Hyperparameters) -> int:
+        """The sliding window of a file that does not say; 0: none."""
+        return 0
+
+    def experts(self, read: Hyperparameters) -> int:
+        """How many experts a layer has; 0: it has one `mlp`."""
+        return 0
+
+    def _refuse_unknown(self, metadata: Mapping[str, Any]) -> None:
+        known = {*self.keys.values(), *self.harmless}
+        for key, value in metadata.items():
+            name = key.removeprefix(f"{self.name}.")
+            if name == key or name in known:
+                continue
+            if name not in self.neutral:
+                raise GGUFError(f"{key}: this hyperparameter is not supported")
+            allowed = self.neutral[name]
+            if not isinstance(value, (str, int, float)) or value not in allowed:
+                raise GGUFError(
+                    f"{key}: {short(value)} is not supported (supported: "
+                    f"{' or '.join(map(str, allowed))})"
+                )
+
+    def _check(self, config: Phi3Config, read: Hyperparameters) -> None:
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        if heads % kv_heads:
+            raise GGUFError(
+                f"{read.key('num_attention_heads')}: {heads} is not a multiple of "
+                f"{read.key('num_key_value_heads')} {kv_heads}"
+            )
+        rotary_dim, head_dim = config.rotary_dim, config.head_dim
+        if rotary_dim % 2 or rotary_dim > head_dim:
+            raise GGUFError(
+                f"{read.key('rotary_dim')}: expected an even number up to the head size "
+                f"{head_dim}, found {rotary_dim}"
+            )
+        if rotary_dim != head_dim and not self.rotates_partly:
+            raise GGUFError(
+                f"{read.key('rotary_dim')}: {rotary_dim} of {head_dim} channels: "
+                "partial rotation is not supported for this architecture"
+            )
+        key = f"{self.name}.attention.value_length"
+        value_length = read.metadata.get(key, head_dim)
+        if not isinstance(value_length, int) or value_length != head_dim:
+            raise GGUFError(
+                f"{key}: expected the key length {head_dim}, found {short(value_length)}"
+            )
+
+    # ---- rotation --------------------------------------------------------------------------
+
+    def rope_factors(self, config: Phi3Config, file: GGUFFile) -> RopeFactors | None:
+        """What the file's rotary frequencies are divided by; None if it says nothing of it.
+
+        Raises:
+            GGUFError: If the factors are misshapen or no positive numbers, or the hyperparameters
+                ask for some that are not there.
+        """
+        if config.attention_factor not in (None, 1):
+            raise GGUFError(
+                f"{file.path.name}: {self.name}.rope.scaling.attn_factor: "
+                f"{config.attention_factor} is not supported (supported: 1)"
+            )
+        found = [name for name in self.rope_tensors if name in file.tensors]
+        if not found:
+            return None
+        (factors,) = (self.factors(name, config, file) for name in found)
+        return RopeFactors(factors, factors)
+
+    @staticmethod
+    def factors(name: str, config: Phi3Config, file: GGUFFile) -> np.ndarray:
+        """A tensor of rotary factors: (R,) float32.
+
+        Raises:
+            GGUFError: If it is missing, misshapen or not of positive numbers.
+        """
+        where = f"{file.path.name}: tensor {name!r}"
+        if name not in file.tensors:
+            raise GGUFError(f"{where} is missing")
+        shape = (config.rotary_dim // 2,)
+        if file.tensors[name].shape != shape:
+            raise GGUFError(
+                f"{where}: expected shape {list(shape)} by the hyperparameters, "
+                f"found {list(file.tensors[name].shape)}"
+            )
+        values = file.tensors[name].dequantize()
+        if not (np.isfinite(values) & (values > 0)).all():
+            raise GGUFError(f"{where}: expected positive numbers")
+        return values
+
+    # ---- tensors ---------------------------------------------------------------------------
+
+    def params(self, config: Phi3Config, tensors: Tensors) -> Params:
+        """The parameters of the graph, from all of a file's tensors.
+
+        Returns:
+            `embed_tokens`, `lm_head` (absent when it is tied to the embedding), `norm`, and
+            `layers`, a list with one dictionary a layer; and the biases that such models have.
+        Raises:
+            GGUFError: For a missing or misshapen tensor, or a type that cannot be read.
+        """
+        e, v = config.hidden_size, tensors.vocab_size
+        params: dict[str, Any] = {
+            "embed_tokens": tensors.matrix("token_embd.weight", v, e),
+            "layers": [
+                self.layer(config, tensors, f"blk.{n}") for n in range(config.num_hidden_layers)
+            ],
+            "norm": tensors.vector({"output_norm.weight": e}),
+        }
+        if "output.weight" in tensors or not self.may_tie_embeddings:
+            split = Split((v,), is_gathered=True)
+            params["lm_head"] = tensors.matrix("output.weight", v, e, split)
+        return params
+
+    def layer(self, config: Phi3Config, tensors: Tensors, blk: str) -> dict[str, Any]:
+        """One layer, whose tensors have names that begin with `blk`."""
+        e = config.hidden_size
+        return {
+            "input_layernorm": tensors.vector({f"{blk}.attn_norm.weight": e}),
+            **self.attention(config, tensors, blk),
+            "post_attention_layernorm": tensors.vector({f"{blk}.ffn_norm.weight": e}),
+            **self.mlp(config, tensors, blk),
+        }
+
+    def attention(self, config: Phi3Config, tensors: Tensors, blk: str) -> dict[str, Any]:
+        """`qkv_proj` and `o_proj`, and their biases."""
+        q_size = config.num_attention_heads * config.head_dim
+        return {
+            "qkv_proj": tensors.load(
+                "qkv_proj",
+                *self.qkv(config, tensors, blk),
+                split=Split(tuple(qkv_rows(config).values())),
+            ),
+            "o_proj": tensors.matrix(
+                f"{blk}.attn_output.weight", config.hidden_size, q_size, Split()
+            ),
+        }
+
+    def qkv(self, config: Phi3Config, tensors: Tensors, blk: str) -> list[GGUFTensor]:
+        """The parts of `qkv_proj`: queries above keys above values."""
+        return [
+            tensors.take(f"{blk}.attn_{part}.weight", rows, config.hidden_size)
+            for part, rows in qkv_rows(config).items()
+        ]
+
+    def mlp(self, config: Phi3Config, tensors: Tensors, blk: str) -> dict[str, Any]:
+        """`gate_up_proj` and `down_proj`; or a router and experts."""
+        e, f = config.hidden_size, config.intermediate_size
+        return {
+            "gate_up_proj": tensors.load(
+                "gate_up_proj", *self.gate_up(config, tensors, blk), split=Split((f, f))
+            ),
+            "down_proj": tensors.matrix(f"{blk}.ffn_down.weight", e, f, Split()),
+        }
+
+    def gate_up(self, config: Phi3Config, tensors: Tensors, blk: str) -> list[GGUFTensor]:
+        """The parts of `gate_up_proj`: gate above up."""
+        e, f = config.hidden_size, config.intermediate_size
+        return [tensors.take(f"{blk}.ffn_{part}.weight", f, e) for part in ("gate", "up")]
+
+
+def qkv_rows(config: Phi3Config) -> dict[str, int]:
+    """How many rows queries, keys and values have."""
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    return {"q": q, "k": kv, "v": kv}

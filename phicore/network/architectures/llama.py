@@ -1,0 +1,33 @@
+"""Llama, Mistral and SmolLM: queries and keys in the row order of interleaved rotation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from phicore.gguf.reader import GGUFTensor
+from phicore.network.architectures.base import Architecture
+from phicore.network.config import Phi3Config
+from phicore.network.tensors import Tensors
+
+
+class Llama(Architecture):
+    """Separate matrices; the rows of queries and keys are put back in order."""
+
+    name = "llama"
+
+    def qkv(self, config: Phi3Config, tensors: Tensors, blk: str) -> list[GGUFTensor]:
+        q, k, v = super().qkv(config, tensors, blk)
+        return [
+            rows_for_half_rotation(q, config.num_attention_heads),
+            rows_for_half_rotation(k, config.num_key_value_heads),
+            v,
+        ]
+
+
+def rows_for_half_rotation(tensor: GGUFTensor, heads: int) -> GGUFTensor:
+    """Undo the row order that interleaved rotation wants: channels i and i + D/2 apart again.
+
+    Source: `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py, whose inverse this is.
+    """
+    rows = tensor.data.reshape(heads, -1, 2, tensor.data.shape[-1])  # (heads, D/2, 2, bytes)
+    return replace(tensor, data=rows.swapaxes(1, 2).reshape(tensor.data.shape))

@@ -1,0 +1,25 @@
+"""Qwen2 and Qwen2.5: biases of queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phicore.network.architectures.base import Architecture, qkv_rows
+from phicore.network.config import Phi3Config
+from phicore.network.tensors import Tensors
+
+
+class Qwen2(Architecture):
+    """Separate matrices, with biases."""
+
+    name = "qwen2"
+    rope_tensors = ()
+
+    def attention(self, config: Phi3Config, tensors: Tensors, blk: str) -> dict[str, Any]:
+        return super().attention(config, tensors, blk) | qkv_bias(config, tensors, blk)
+
+
+def qkv_bias(config: Phi3Config, tensors: Tensors, blk: str) -> dict[str, Any]:
+    """The biases of queries, keys and values, one after the other."""
+    sizes = {f"{blk}.attn_{part}.bias": rows for part, rows in qkv_rows(config).items()}
+    return {"qkv_proj_bias": tensors.vector(sizes, is_split=True)}

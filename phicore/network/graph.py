@@ -1,0 +1,173 @@
+"""The Phi-3 network, once, for every backend.
+
+Abdin et al., "Phi-3 Technical Report" (2024); the same computation as transformers' `Phi3Model` and
+`PhimoeModel`. Axes as in `protocol.py`.
+
+`params` has the names of the reference's weights. A name with `_bias` behind it is that of a bias,
+where a model has one; where `router` is, layers have experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phicore.backend import NUM_EXPERTS_PER_TOK, Array, Backend, LayerCache, Params
+from phicore.network.config import Phi3Config
+
+NAMES = ("embed_tokens", "layers", "norm", "lm_head")
+LAYER_NAMES = (
+    *("input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm"),
+    *("gate_up_proj", "down_proj", "router", "experts_gate_up_proj", "experts_down_proj"),
+)
+WITHOUT_BIAS = {"embed_tokens", "layers", "router", "experts_gate_up_proj", "experts_down_proj"}
+
+ROUTER_JITTER_NOISE = 0.01  # of every `phimoe` model; the files do not have it
+
+
+def forward(
+    ops: Backend,
+    config: Phi3Config,
+    params: Params,
+    rope: tuple[Array, Array],
+    tokens: Array,
+    positions: Array,
+    cache: list[LayerCache],
+) -> tuple[Array, list[LayerCache]]:
+    """Run new tokens through all the layers.
+
+    Args:
+        rope: Cosine and sine tables, (S, R) float32, S the cache's capacity.
+        tokens: (B, T) int32.
+        positions: (B, T) int32, consecutive in each row and below the cache's capacity. A row may
+            end in padding: tokens at the positions that follow, whose results mean nothing and
+            whose cache entries nobody sees before they are written again.
+        cache: one per layer, holding the positions before these.
+    Returns:
+        The last hidden states, (B, T, E), and the cache with the new positions.
+    """
+    x = ops.embedding(tokens, params["embed_tokens"])
+    rope = rope_at(ops, rope, positions)
+    new_cache = []
+    for layer, layer_cache in zip(params["layers"], cache, strict=True):
+        x, layer_cache = decoder_layer(ops, config, layer, x, positions, rope, layer_cache)
+        new_cache.append(layer_cache)
+    return norm(ops, config, params, "norm", x), new_cache
+
+
+def logits(ops: Backend, params: Params, hidden: Array) -> Array:
+    """Scores of the next token: (..., E) gives (..., V) float32."""
+    return linear(ops, params, "lm_head" if "lm_head" in params else "embed_tokens", hidden)
+
+
+def linear(ops: Backend, params: Params, name: str, x: Array) -> Array:
+    """x @ weight.T + bias: (..., K) gives (..., N)."""
+    y, bias = ops.linear(x, params[name]), params.get(f"{name}_bias")
+    return y if bias is None else y + ops.xp.broadcast_to(bias, y.shape)
+
+
+def norm(ops: Backend, config: Phi3Config, params: Params, name: str, x: Array) -> Array:
+    """RMSNorm or, with a bias, LayerNorm of (..., E)."""
+    eps, bias = config.rms_norm_eps, params.get(f"{name}_bias")
+    if bias is None:
+        return ops.rms_norm(x, params[name], eps)
+    return ops.layer_norm(x, params[name], bias, eps)
+
+
+def rope_at(ops: Backend, rope: tuple[Array, Array], positions: Array) -> tuple[Array, Array]:
+    """Rows of the cosine and sine tables: (B, T) gives two of (B, T, R)."""
+    xp = ops.xp
+
+    def rows(table: Array) -> Array:
+        picked = xp.take(table, xp.reshape(positions, (-1,)), axis=0)
+        return xp.reshape(picked, (*positions.shape, table.shape[1]))
+
+    return rows(rope[0]), rows(rope[1])
+
+
+def decoder_layer(
+    ops: Backend,
+    config: Phi3Config,
+    layer: Params,
+    x: Array,
+    positions: Array,
+    rope: tuple[Array, Array],
+    cache: LayerCache,
+) -> tuple[Array, LayerCache]:
+    """x + attention(norm(x)), then x + mlp(norm(x)); x is (B, T, E)."""
+    h = norm(ops, config, layer, "input_layernorm", x)
+    h, cache = attention(ops, config, layer, h, positions, rope, cache)
+    x = x + h
+    h = norm(ops, config, layer, "post_attention_layernorm", x)
+    feed_forward = experts if "router" in layer else mlp
+    return x + feed_forward(ops, layer, h), cache
+
+
+def attention(
+    ops: Backend,
+    config: Phi3Config,
+    layer: Params,
+    x: Array,
+    positions: Array,
+    rope: tuple[Array, Array],
+    cache: LayerCache,
+) -> tuple[Array, LayerCache]:
+    """Grouped-query self-attention with rotary positions, causal, optionally in a window."""
+    xp = ops.xp
+    b, t, _ = x.shape
+    h, k, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    qkv = xp.reshape(linear(ops, layer, "qkv_proj", x), (b, t, h + 2 * k, d))
+    rotated = ops.rope(qkv[:, :, : h + k, :], *rope)
+    query = xp.permute_dims(rotated[:, :, :h, :], (0, 2, 1, 3))  # (B, H, T, D)
+    key = xp.permute_dims(rotated[:, :, h:, :], (0, 2, 1, 3))  # (B, K, T, D)
+    value = xp.permute_dims(qkv[:, :, h + k :, :], (0, 2, 1, 3))  # (B, K, T, D)
+
+    cache = ops.update_cache(cache, key, value, positions)
+    out = ops.attention(query, cache, positions, d**-0.5, config.sliding_window)
+    out = xp.reshape(xp.permute_dims(out, (0, 2, 1, 3)), (b, t, h * d))
+    return linear(ops, layer, "o_proj", out), cache
+
+
+def mlp(ops: Backend, layer: Params, x: Array) -> Array:
+    """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+    gate_up = linear(ops, layer, "gate_up_proj", x)
+    return linear(ops, layer, "down_proj", ops.swiglu(gate_up))
+
+
+def experts(ops: Backend, layer: Params, x: Array) -> Array:
+    """The sum of two experts' `mlp`, which the router chooses and weighs for each token."""
+    xp = ops.xp
+    flat = xp.reshape(x, (-1, x.shape[-1]))  # (M, E)
+    chosen, weights = sparse_mixer(xp, ops.linear(flat, layer["router"]))
+    m, a = chosen.shape
+    rows = xp.broadcast_to(xp.expand_dims(flat, axis=1), (m, a, flat.shape[1]))
+    rows, chosen = xp.reshape(rows, (m * a, -1)), xp.reshape(chosen, (-1,))
+    h = ops.swiglu(ops.expert_linear(rows, chosen, layer["experts_gate_up_proj"]))
+    y = ops.expert_linear(h, chosen, layer["experts_down_proj"])
+    y = xp.reshape(y, (m, a, -1)) * xp.expand_dims(weights, axis=2)
+    return xp.reshape(xp.sum(y, axis=1), x.shape)
+
+
+def sparse_mixer(xp: Any, scores: Array) -> tuple[Array, Array]:
+    """Which two experts each token goes to, and their weights, which need not sum to 1.
+
+    Liu et al., "GRIN: GRadient-INformed MoE" (2024); transformers' `sparsemixer` in inference. Each
+    is the best of those that are left, weighed by its share of the softmax of those near to it.
+
+    Args:
+        scores: (M, X) float32.
+    Returns:
+        (M, 2) int32 and (M, 2) float32.
+    """
+    numbers = xp.arange(scores.shape[1], dtype=xp.int32)[None, :]
+    left, chosen, weights = scores, [], []
+    for _ in range(NUM_EXPERTS_PER_TOK):
+        best = xp.max(left, axis=1, keepdims=True)
+        index = xp.astype(xp.argmax(left, axis=1, keepdims=True), xp.int32)
+        distance = best - scores
+        is_near = distance <= 2 * ROUTER_JITTER_NOISE * xp.maximum(xp.abs(scores), best)
+        power = xp.exp(xp.where(is_near, left, -float("inf")) - best)
+        weights.append(1 / xp.sum(power, axis=1, keepdims=True))
+        chosen.append(index)
+        left = xp.where(numbers == index, -float("inf"), left)
+    return xp.concat(chosen, axis=1), xp.concat(weights, axis=1)

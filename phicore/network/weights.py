@@ -1,0 +1,38 @@
+"""From a GGUF file's tensors to the parameters of the graph, on a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from phicore.backend import Backend, Params
+from phicore.errors import GGUFError
+from phicore.gguf.reader import GGUFFile
+from phicore.network import graph
+from phicore.network.architectures import Architecture
+from phicore.network.config import Phi3Config
+from phicore.network.tensors import Tensors
+from phicore.progress import Progress
+
+
+def load_params(
+    ops: Backend, architecture: Architecture, config: Phi3Config, file: GGUFFile, progress: Progress
+) -> Params:
+    """Load every tensor of the file; see `Architecture.params`.
+
+    Raises:
+        GGUFError: For a missing, surplus or misshapen tensor, or a type that cannot be read.
+    """
+    tensors = Tensors(ops, file, progress, used=architecture.rope_tensors)
+    params = architecture.params(config, tensors)
+    tensors.check_all_read()
+    _check_names(architecture.name, params, graph.NAMES)
+    for layer in params["layers"]:
+        _check_names(architecture.name, layer, graph.LAYER_NAMES)
+    return params
+
+
+def _check_names(name: str, params: Params, known: Sequence[str]) -> None:
+    """Refuse parameters that the graph would not read: the network would be another."""
+    biases = {f"{known_name}_bias" for known_name in known if known_name not in graph.WITHOUT_BIAS}
+    if unknown := sorted(params.keys() - {*known, *biases}):
+        raise GGUFError(f"architecture {name}: the graph has no {', '.join(unknown)}")

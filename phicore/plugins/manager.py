@@ -1,0 +1,449 @@
+"""Finding plugins: distributions with an entry point in the group `phicore`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import pluggy
+
+from phicore.errors import BackendError, PhicoreError, SourceError
+from phicore.plugins import builtin, hookspecs
+from phicore.plugins.observers import Observers
+
+if TYPE_CHECKING:
+    from phicore.backend import Backend
+    from phicore.network.architectures import Architecture
+    from phicore.plugins.hookspecs import CreateProcessor
+    from phicore.sources import ModelFiles
+
+GROUP = "phicore"
+OWN = {"phicore-jax", "phicore-mlx", "phicore-numpy"}
+"""The distributions that are kept when plugins are switched off."""
+DISABLE = "PHICORE_DISABLE_PLUGINS"
+"""Names of plugins or distributions, with commas between them; `*` is all but our own."""
+# Tried in this order when no backend is asked for; others come after, by name.
+PREFERRED_BACKENDS = (
+    ("mlx", "jax", "numpy") if sys.platform == "darwin" else ("jax", "mlx", "numpy")
+)
+
+
+T = TypeVar("T")
+
+
+class Owner(NamedTuple):
+    """A plugin, and the distribution that it comes from."""
+
+    name: str
+    distribution: str
+    version: str
+
+
+Registered = dict[str, tuple[Owner, T]]
+"""Things by name, each with the plugin that has registered it."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """A backend that some installed distribution provides. Making one imports no tensor library."""
+
+    name: str
+    distribution: str
+    version: str
+    _create: Callable[[str | None], Backend] = field(repr=False)
+    _devices: Callable[[], list[str]] = field(repr=False)
+    _notes: Callable[[], str] | None = field(repr=False, default=None)
+
+    def devices(self) -> list[str]:
+        """The devices it can use here; imports its library.
+
+        Raises:
+            BackendError: If it cannot be used, with the reason.
+        """
+        return self._guarded(lambda: list(self._devices()))
+
+    def notes(self) -> str:
+        """What it says of itself on this machine, perhaps nothing; imports its library.
+
+        Raises:
+            BackendError: If it cannot be used, with the reason.
+        """
+        return self._guarded(self._notes) if self._notes is not None else ""
+
+    def create(self, device: str | None = None) -> Backend:
+        """The backend on a device, or on the best one there is.
+
+        Raises:
+            BackendError: If it cannot be used, or the device cannot, with the reason.
+        """
+        return self._guarded(self._create, device)
+
+    def _guarded(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except PhicoreError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise BackendError(f"backend {self.name}: not usable: {_reason(error)}") from error
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A plugin, or a backend of one, that cannot be used."""
+
+    name: str
+    distribution: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """An installed plugin, and what it registers: `backend jax`, `sources hf, file`."""
+
+    name: str
+    distribution: str
+    version: str
+    provides: tuple[str, ...]
+
+
+class Plugins:
+    """The installed plugins, and what they register. Nothing is kept between two of these."""
+
+    def __init__(self, points: list[EntryPoint] | None = None) -> None:
+        self.manager = pluggy.PluginManager("phicore")
+        self.manager.add_hookspecs(hookspecs)
+        self.broken: list[BrokenPlugin] = []
+        self.disabled: list[tuple[str, str]] = []
+        self._owners: dict[int, Owner] = {}
+        self.manager.register(builtin, name="phicore:built-in")
+        self._owners[id(builtin)] = Owner("built-in", "phicore", version("phicore"))
+        points = list(entry_points(group=GROUP)) if points is None else points
+        off = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
+        for point in sorted(points, key=lambda p: p.name):
+            distribution = point.dist.name if point.dist else "?"
+            is_off = {point.name, distribution} & off or ("*" in off and distribution not in OWN)
+            if is_off:
+                self.disabled.append((point.name, distribution))
+            else:
+                self._load(point)
+
+    def _load(self, point: EntryPoint) -> None:
+        dist = point.dist
+        owner = Owner(point.name, dist.name if dist else "?", dist.version if dist else "?")
+        name = f"{owner.distribution}:{owner.name}"
+        is_registered = False
+        try:
+            plugin = point.load()
+            if (other := self._owners.get(id(plugin))) is not None:
+                reason = f"{point.value} is loaded already, as {other.name} of {other.distribution}"
+                self._report(owner.name, owner.distribution, f"{reason}; one must go")
+                return
+            self.manager.register(plugin, name=name)
+            is_registered = True
+            self.manager.check_pending()  # a misspelt hook would otherwise be silently dead
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not stop the rest
+            self._report(owner.name, owner.distribution, _reason(error))
+            if is_registered:
+                self.manager.unregister(name=name)
+            return
+        self._owners[id(plugin)] = owner
+
+    def backends(self) -> dict[str, BackendInfo]:
+        """Backends by name, the preferred ones first.
+
+        What is not usable is in `broken`: backends for another protocol, and all that claim a name
+        that another one claims.
+        """
+        from phicore.backend import VERSION  # imports NumPy, which help need not wait for
+
+        found: dict[str, BackendInfo] = {}
+        claims: dict[str, list[str]] = {}
+        for plugin, owner in self._plugins():
+
+            def register(
+                name: str,
+                *,
+                create: Callable[[str | None], Backend],
+                devices: Callable[[], list[str]],
+                protocol: int,
+                notes: Callable[[], str] | None = None,
+                owner: Owner = owner,
+            ) -> None:
+                if protocol != VERSION:
+                    reason = f"made for version {protocol} of the protocol, phicore has {VERSION}"
+                    fix = f"install a {owner.distribution} that fits"
+                    self._report(name, owner.distribution, f"{reason}; {fix}")
+                    return
+                claims.setdefault(name, []).append(owner.distribution)
+                found[name] = BackendInfo(
+                    name, owner.distribution, owner.version, create, devices, notes
+                )
+
+            self._call(plugin, owner, "phicore_register_backends", register)
+        for name, owners in claims.items():
+            if len(owners) > 1:
+                del found[name]
+                for owner_name in owners:
+                    others = f"claimed by two distributions, {' and '.join(owners)}"
+                    self._report(name, owner_name, f"{others}; uninstall one")
+        rank = {name: i for i, name in enumerate(PREFERRED_BACKENDS)}
+        return {n: found[n] for n in sorted(found, key=lambda n: (rank.get(n, len(rank)), n))}
+
+    def sources(self) -> dict[str, Callable[[str], ModelFiles]]:
+        """What resolves a model reference, by scheme."""
+        return _values(self._sources())
+
+    def architectures(self) -> dict[str, Architecture]:
+        """Architectures by the name that files give."""
+        return _values(self._architectures())
+
+    def logits_processors(self) -> dict[str, CreateProcessor]:
+        """What makes a logits processor of an argument, by name."""
+        return _values(self._logits_processors())
+
+    def commands(self, taken: Collection[str] = ()) -> dict[str, Callable[..., None]]:
+        """Functions that run commands, by name.
+
+        Args:
+            taken: Names that no plugin can claim.
+        """
+        return _values(self._commands(taken))
+
+    def _sources(self) -> Registered[Callable[[str], ModelFiles]]:
+        def entry(
+            owner: Owner, scheme: str, *, resolve: Callable[[str], ModelFiles]
+        ) -> tuple[str, Callable[[str], ModelFiles]]:
+            is_own = owner.distribution == "phicore"
+            return scheme, resolve if is_own else _guarded_source(resolve, owner.distribution)
+
+        return self._registered("phicore_register_sources", "model source", entry)
+
+    def _architectures(self) -> Registered[Architecture]:
+        from phicore.network.architectures import Architecture  # imports NumPy
+
+        def entry(owner: Owner, architecture: Architecture) -> tuple[str, Architecture]:
+            if not isinstance(architecture, Architecture):
+                raise TypeError(f"expected an Architecture, got {architecture!r:.60}")
+            return architecture.name, architecture
+
+        return self._registered("phicore_register_architectures", "architecture", entry)
+
+    def _logits_processors(self) -> Registered[CreateProcessor]:
+        def entry(
+            owner: Owner, name: str, *, create: CreateProcessor
+        ) -> tuple[str, CreateProcessor]:
+            return name, create
+
+        return self._registered("phicore_register_logits_processors", "logits processor", entry)
+
+    def _commands(self, taken: Collection[str]) -> Registered[Callable[..., None]]:
+        def entry(
+            owner: Owner, name: str, function: Callable[..., None]
+        ) -> tuple[str, Callable[..., None]]:
+            if not callable(function):
+                raise TypeError(f"command {name!r}: expected a function, got {function!r:.60}")
+            return name, function
+
+        return self._registered("phicore_register_commands", "command", entry, taken)
+
+    def _registered(
+        self,
+        hook: str,
+        what: str,
+        entry: Callable[..., tuple[str, T]],
+        taken: Collection[str] = (),
+    ) -> Registered[T]:
+        """What plugins register in a hook, with its owner. A name is the first one's to claim it.
+
+        Args:
+            hook: Its name.
+            what: What is registered, for messages.
+            entry: Called with the owner and what `register` was called with; gives name and value.
+            taken: Names that nobody can claim.
+        """
+        found: Registered[T] = {}
+        for plugin, owner in self._plugins():
+
+            def register(*args: Any, owner: Owner = owner, **kwargs: Any) -> None:
+                name, value = entry(owner, *args, **kwargs)
+                if not isinstance(name, str) or not name:
+                    raise TypeError(f"the name of a {what} is {name!r}, expected a string")
+                if name in found or name in taken:
+                    reason = f"the {what} {name!r} exists already"
+                    self._report(owner.name, owner.distribution, reason)
+                    return
+                found[name] = owner, value
+
+            self._call(plugin, owner, hook, register)
+        return found
+
+    def observers(self) -> Observers | None:
+        """Those that watch generations; None if there are none."""
+        hooks = {
+            name: getattr(self.manager.hook, name).get_hookimpls()
+            for name in (
+                "phicore_generation_started",
+                "phicore_piece_generated",
+                "phicore_generation_ended",
+            )
+        }
+        return Observers(hooks) if any(hooks.values()) else None
+
+    def installed(self, taken: Collection[str] = ()) -> list[PluginInfo]:
+        """The plugins that were loaded, by name, with what they register.
+
+        Args:
+            taken: Names of commands that no plugin can claim.
+        """
+        kinds: list[tuple[str, Iterable[tuple[str, str]]]] = [
+            ("backend", [(i.name, i.distribution) for i in self.backends().values()]),
+            ("source", _owned(self._sources())),
+            ("architecture", _owned(self._architectures())),
+            ("logits processor", _owned(self._logits_processors())),
+            ("command", _owned(self._commands(taken))),
+        ]
+        provides: dict[str, list[str]] = {}
+        for kind, found in kinds:
+            names: dict[str, list[str]] = {}
+            for name, distribution in found:
+                names.setdefault(distribution, []).append(name)
+            for distribution, own in names.items():
+                text = f"{kind}{'s' * (len(own) > 1)} {', '.join(own)}"
+                provides.setdefault(distribution, []).append(text)
+        if (observers := self.observers()) is not None:
+            for plugin_name in observers.names:
+                provides.setdefault(plugin_name.partition(":")[0], []).append("observer")
+        return [
+            PluginInfo(*owner, tuple(provides.get(owner.distribution, [])))
+            for owner in sorted(self._owners.values())
+        ]
+
+    def blame(self, error: BaseException) -> str | None:
+        """The plugin whose code has raised an error, with the line; None if it is phicore's own."""
+        owners = [
+            (_home(plugin), owner)
+            for plugin, owner in self._plugins()
+            if owner.distribution not in {"phicore", *OWN}
+        ]
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            for home, owner in owners:
+                if home is not None and Path(frame.filename).is_relative_to(home):
+                    where = f"{Path(frame.filename).name}, line {frame.lineno}"
+                    return f"{owner.distribution} failed: {_reason(error)} ({where})"
+        return None
+
+    def _report(self, name: str, distribution: str, reason: str) -> None:
+        broken = BrokenPlugin(name, distribution, reason)
+        if broken not in self.broken:  # a hook may be called again
+            self.broken.append(broken)
+
+    def _plugins(self) -> list[tuple[object, Owner]]:
+        return [
+            (plugin, self._owners[id(plugin)])
+            for _, plugin in self.manager.list_name_plugin()
+            if plugin is not None
+        ]
+
+    def _call(self, plugin: Any, owner: Owner, hook: str, register: Callable[..., None]) -> None:
+        """Call one plugin's hook, so that a failure is that plugin's alone."""
+        others = [p for p, _ in self._plugins() if p is not plugin]
+        try:
+            self.manager.subset_hook_caller(hook, others)(register=register)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not stop the rest
+            self._report(owner.name, owner.distribution, _reason(error))
+
+
+def _home(plugin: object) -> Path | None:
+    """The file of a plugin's module, or the folder of its package."""
+    name = getattr(plugin, "__name__" if isinstance(plugin, ModuleType) else "__module__", "")
+    file = getattr(sys.modules.get(str(name).partition(".")[0]), "__file__", None)
+    if file is None:
+        return None
+    path = Path(file)
+    return path.parent if path.stem == "__init__" else path
+
+
+def _owned(registered: Registered[Any]) -> list[tuple[str, str]]:
+    """Each name with the distribution that has registered it."""
+    return [(name, owner.distribution) for name, (owner, _) in registered.items()]
+
+
+def _values(registered: Registered[T]) -> dict[str, T]:
+    return {name: value for name, (_, value) in registered.items()}
+
+
+def usable_backends() -> list[str]:
+    """The names of the installed backends that work here."""
+    names = []
+    for info in Plugins().backends().values():
+        with suppress(BackendError):
+            info.devices()
+            names.append(info.name)
+    return names
+
+
+def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:
+    """The backend of a name, or the first that is usable here for None.
+
+    Raises:
+        BackendError: If it is not installed, or none is.
+    """
+    backends = plugins.backends()
+    broken = {b.name: b for b in plugins.broken}
+    if name is not None:
+        if name in backends:
+            return backends[name]
+        if name in broken:
+            raise BackendError(
+                f"backend {name!r}: {broken[name].distribution} is not usable: "
+                f"{broken[name].reason}"
+            )
+        raise BackendError(
+            f"no backend {name!r}; installed: {', '.join(backends) or 'none'}; "
+            f"a backend comes with its package, such as phicore-{name}"
+        )
+    reasons = []
+    for info in backends.values():
+        try:
+            info.devices()
+        except BackendError as error:
+            reasons.append(str(error))
+        else:
+            return info
+    if reasons:
+        raise BackendError(f"no usable backend: {'; '.join(reasons)}")
+    raise BackendError("no backend is installed; install one, such as phicore-jax")
+
+
+def _guarded_source(
+    resolve: Callable[[str], ModelFiles], distribution: str
+) -> Callable[[str], ModelFiles]:
+    """The same function, with a failure of the plugin as a SourceError that names it."""
+    from phicore.sources import ModelFiles
+
+    def guarded(reference: str) -> ModelFiles:
+        try:
+            files = resolve(reference)
+        except PhicoreError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise SourceError(f"{reference}: {distribution} failed: {_reason(error)}") from error
+        if not isinstance(files, ModelFiles):
+            found = type(files).__name__
+            raise SourceError(f"{reference}: {distribution} gave {found}, expected ModelFiles")
+        return files
+
+    return guarded
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,336 @@
+"""Text to token ids and back, from the metadata of a GGUF file or from a tokenizer.json.
+
+The `tokenizers` library splits and merges (`vocabulary.py` translates a GGUF file for it); this
+module adds the tokens that begin and end a text, and turns ids back into text as they come.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from gguf.constants import TokenType
+
+from phicore.errors import TokenizerError
+from phicore.text.tokenizer_json import check_pieces, library_errors, read_json
+from phicore.text.vocabulary import (
+    BYTE_PIECE,
+    END_PIECES,
+    SENTENCEPIECE_IDS,
+    byte_level_backend,
+    metadata_value,
+    piece_bytes,
+    read_pieces,
+    required_pieces,
+    sentencepiece_backend,
+    special_token_id,
+)
+
+_END_NAMES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+
+
+class Tokenizer:
+    """A vocabulary, and the rules that split text into its tokens.
+
+    Make one with `from_gguf` or `from_file`. Calls do not change it, so threads can share it.
+
+    Attributes:
+        vocab_size: Number of ids, V; every id is in [0, V).
+        add_bos: Whether `encode` puts the BOS token in front when it is not told.
+        bos_token_id: The token that begins a text, or None.
+        eos_token_id: The token that ends a text, or None.
+        end_token_ids: Every token that ends a generation.
+        source: Where the rules came from: "GGUF (llama)", "GGUF (gpt2, smollm)" or a path; if
+            a tokenizer.json was there and not taken, why.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        pieces: Sequence[str],
+        types: Sequence[int],
+        *,
+        metadata: Mapping[str, Any],
+        byte_level: bool,
+        strip_space: bool,
+        add_bos: bool,
+        bos_token_id: int | None = None,
+        source: str,
+    ) -> None:
+        """Put the parts together; `add_bos` and `bos_token_id` hold where the metadata is silent.
+
+        Args:
+            backend: Encodes; its special tokens are the control tokens.
+            pieces: The V spellings, by id.
+            types: The V values of `gguf.TokenType`.
+            metadata: The GGUF metadata, for special ids.
+            byte_level: Whether pieces spell bytes as GPT-2 does, or spaces as SentencePiece does.
+            strip_space: Whether `encode` puts a space in front, so that `decode` takes one away.
+        """
+        self._backend = backend
+        self._plain = _without_special(backend)
+        self._pieces = pieces
+        self._types = types
+        self._byte_level = byte_level
+        self._strip_space = strip_space
+        self.vocab_size = len(pieces)
+        self.source = source
+        names = ("bos", *_END_NAMES)
+        ids = {name: special_token_id(metadata, name, self.vocab_size) for name in names}
+        self.bos_token_id = bos_token_id if ids["bos"] is None else ids["bos"]
+        self.eos_token_id = ids["eos"]
+        ends = [ids[name] for name in _END_NAMES] + [self.token_id(piece) for piece in END_PIECES]
+        self.end_token_ids = frozenset(id for id in ends if id is not None)
+        self.add_bos = metadata_value(metadata, "tokenizer.ggml.add_bos_token", bool, add_bos)
+        if self.add_bos and self.bos_token_id is None:
+            raise TokenizerError(
+                "tokenizer.ggml.bos_token_id: expected an id, since the model wants a BOS token "
+                "in front of a text; found none"
+            )
+
+    @classmethod
+    def of(
+        cls, path: Path | None, metadata: Mapping[str, Any], *, explicit: bool = False
+    ) -> Tokenizer:
+        """The tokenizer of a model: its tokenizer.json if it has one, else the GGUF file's own.
+
+        Args:
+            path: The tokenizer.json.
+            metadata: The GGUF metadata.
+            explicit: Whether the user named the tokenizer.json. One that merely was found gives
+                way to the GGUF file's own tokenizer when it cannot be used; `source` tells.
+        Raises:
+            TokenizerError: As `from_file` and `from_gguf` do.
+        """
+        if path is None:
+            return cls.from_gguf(metadata)
+        try:
+            return cls.from_file(path, metadata)
+        except TokenizerError as error:
+            if explicit:
+                raise
+            try:
+                tokenizer = cls.from_gguf(metadata)
+            except TokenizerError:
+                raise error from None
+            tokenizer.source += f" instead of {error}"
+            return tokenizer
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """Build the tokenizer that a GGUF file describes.
+
+        Args:
+            metadata: GGUF key to value; arrays of numbers may be lists or numpy arrays.
+        Raises:
+            TokenizerError: If a key is missing, does not fit the others, or names a kind of
+                tokenizer that phicore does not have.
+        """
+        model = metadata_value(metadata, "tokenizer.ggml.model", str)
+        if model not in ("llama", "gpt2"):
+            raise TokenizerError(
+                f"tokenizer.ggml.model: {model!r} is not supported (supported: gpt2, llama); "
+                "give the model's tokenizer.json"
+            )
+        pieces, types = read_pieces(metadata)
+        pre = metadata_value(metadata, "tokenizer.ggml.pre", str, "default")
+        is_llama = model == "llama"
+        if is_llama:
+            metadata = SENTENCEPIECE_IDS | dict(metadata)
+            space_prefix = metadata_value(metadata, "tokenizer.ggml.add_space_prefix", bool, True)
+            backend = sentencepiece_backend(metadata, pieces, types, space_prefix)
+        else:
+            space_prefix = False
+            backend = byte_level_backend(metadata, pieces, types, pre)
+        return cls(
+            backend,
+            pieces,
+            types,
+            metadata=metadata,
+            byte_level=not is_llama,
+            strip_space=space_prefix,
+            add_bos=is_llama or pre == "llama-bpe",
+            source="GGUF (llama)" if is_llama else f"GGUF (gpt2, {pre})",
+        )
+
+    @classmethod
+    def from_file(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+        """Read a tokenizer.json of Hugging Face for the model that `metadata` describes.
+
+        The file says how text is split; the metadata says which tokens begin and end it.
+
+        Raises:
+            TokenizerError: If the file cannot be read, has other tokens than the model, or is
+                of a kind whose tokens cannot be printed one by one.
+        """
+        with library_errors(f"{path}: not a tokenizer.json"):
+            return cls._from_file(path, metadata)
+
+    @classmethod
+    def _from_file(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+        backend = read_json(path)
+        decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
+        steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
+        if not steps.keys() & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            raise TokenizerError(
+                f"{path}: decoder: expected ByteLevel, ByteFallback or Metaspace, found "
+                f"{decoder['type']}; leave the file out to use the GGUF file's own tokenizer"
+            )
+        byte_level = "ByteLevel" in steps
+        metaspace = steps.get("Metaspace", {"prepend_scheme": "never"})
+
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        required = required_pieces(metadata)
+        check_pieces(path, vocabulary, added, required)
+        # Ids that the file lacks print nothing.
+        pieces = [""] * max(len(required), *(id + 1 for id in vocabulary.values()), 0)
+        types = [int(TokenType.NORMAL)] * len(pieces)
+        for piece, id in vocabulary.items():
+            pieces[id] = piece
+            if not byte_level and BYTE_PIECE.fullmatch(piece):
+                types[id] = int(TokenType.BYTE)
+        for id, token in added.items():
+            control = token.special or token.content in END_PIECES
+            types[id] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
+
+        plain = backend.encode("a", add_special_tokens=False).ids
+        first = backend.encode("a", add_special_tokens=True).ids[:1]
+        adds_bos = first != plain[:1]
+        return cls(
+            backend,
+            pieces,
+            types,
+            metadata=metadata,
+            byte_level=byte_level,
+            strip_space="Strip" in steps or metaspace["prepend_scheme"] != "never",
+            add_bos=adds_bos,
+            bos_token_id=first[0] if adds_bos else None,
+            source=str(path),
+        )
+
+    def encode(
+        self, text: str, *, add_bos: bool | None = None, parse_special: bool = True
+    ) -> list[int]:
+        """Turn text into token ids.
+
+        A byte that a byte-level vocabulary has no token for is left out, as in `tokenizers` and
+        llama.cpp; such are control characters that its training text did not have.
+
+        Args:
+            text: Any valid Unicode text.
+            add_bos: Whether the ids begin with BOS; it is never doubled. None: `self.add_bos`.
+            parse_special: Whether spellings such as "<|end|>" become their control tokens; when
+                not, they are ordinary text. Tokens that the vocabulary's maker defined as text
+                (type 4) are matched either way.
+        Raises:
+            TokenizerError: If the text has lone surrogates, BOS is asked for and there is none, or
+                the tokenizer.json has rules that fail on the text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"text: expected valid Unicode, found {text[error.start]!r} at {error.start}"
+            ) from error
+        backend = self._backend if parse_special else self._plain
+        with library_errors(f"text: {self.source} cannot split it"):
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        if self.add_bos if add_bos is None else add_bos:
+            if self.bos_token_id is None:
+                raise TokenizerError("add_bos: this vocabulary has no BOS token; leave it out")
+            if ids[:1] != [self.bos_token_id]:
+                ids.insert(0, self.bos_token_id)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Turn token ids into text; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: Tokens of this vocabulary.
+            skip_special: Whether control tokens print nothing, or their spelling.
+        Raises:
+            TokenizerError: If an id is out of range.
+        """
+        stream = TextStream(self.token_bytes if skip_special else self._spelling, self._strip_space)
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    def stream(self, *, strip_space: bool | None = None) -> TextStream:
+        """Begin to turn ids into text one by one; the parts add up to what `decode` returns.
+
+        Args:
+            strip_space: Whether to drop the space that `encode` puts in front of a text. None:
+                as `decode` does. False is for ids that continue a text.
+        """
+        strip = self._strip_space if strip_space is None else strip_space
+        return TextStream(self.token_bytes, strip)
+
+    def piece(self, id: int) -> str:
+        """The vocabulary's spelling of a token, such as "▁Hello", "<0x0A>" or "Ġthe"."""
+        return self._pieces[self._check(id)]
+
+    def token_id(self, piece: str) -> int | None:
+        """The token with exactly this spelling, or None."""
+        return self._backend.token_to_id(piece)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token prints, perhaps a part of a character; none if it is control."""
+        return b"" if self.is_control(id) else self._spelling(id)
+
+    def is_control(self, id: int) -> bool:
+        """Whether a token is a sign to the model, such as "<|end|>" or "<unk>", and not text."""
+        return self._types[self._check(id)] in (TokenType.CONTROL, TokenType.UNKNOWN)
+
+    def _spelling(self, id: int) -> bytes:
+        piece = self._pieces[self._check(id)]
+        return piece_bytes(piece, self._types[id], byte_level=self._byte_level)
+
+    def _check(self, id: int) -> int:
+        if not 0 <= id < self.vocab_size:
+            raise TokenizerError(f"token id: expected 0 to {self.vocab_size - 1}, found {id}")
+        return id
+
+
+class TextStream:
+    """Turns token ids into text as they come: whole characters only, each of them once."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], strip_space: bool) -> None:
+        """Read bytes with `token_bytes`; drop a space in front of them if `strip_space`."""
+        self._token_bytes = token_bytes
+        self._strip_space = strip_space
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """The text that this token completes; "" while its last character is incomplete.
+
+        Raises:
+            TokenizerError: If the id is out of range.
+        """
+        data = self._token_bytes(id)
+        if data and self._strip_space:
+            data = data.removeprefix(b" ")
+            self._strip_space = False
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an incomplete character, or ""."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, for text in which control tokens are not looked for.
+
+    A second object, since the library keeps the choice in the object and threads may share it.
+    The model behind both is one; added tokens get the same ids when added in the same order.
+    """
+    plain = tokenizers.Tokenizer(backend.model)
+    plain.normalizer = backend.normalizer
+    plain.pre_tokenizer = backend.pre_tokenizer
+    added = sorted(backend.get_added_tokens_decoder().items())
+    plain.add_tokens([token for _, token in added])
+    plain.encode_special_tokens = True
+    return plain
