@@ -7,8 +7,7 @@ Standard output carries what was asked for and nothing else; the rest goes to st
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import cached_property, wraps
+from functools import cached_property
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +19,7 @@ from phicore.cli.conformance import conformance
 from phicore.cli.generate import EXAMPLES as GENERATE
 from phicore.cli.generate import generate
 from phicore.cli.inspect import inspect, tokenize
-from phicore.cli.listings import backends, models, plugins
+from phicore.cli.listings import as_command, backends, models, plugins
 from phicore.cli.new_backend import new_backend
 from phicore.cli.parity import EXAMPLES as PARITY
 from phicore.cli.parity import parity
@@ -29,17 +28,11 @@ from phicore.cli.parity import parity
 class WithPlugins(typer.core.TyperGroup):
     """phicore's commands, and those of plugins after them."""
 
-    @property
-    def own(self) -> list[str]:
-        """The names of phicore's commands."""
-        return list(self.commands)
-
     @cached_property
     def _of_plugins(self) -> dict[str, Any]:
         from phicore.plugins import Plugins
 
-        found = Plugins().commands(taken=self.own)
-        return {name: _as_command(name, function) for name, function in found.items()}
+        return Plugins().commands(as_command, taken=list(self.commands))
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *sorted(self._of_plugins)]
@@ -47,18 +40,6 @@ class WithPlugins(typer.core.TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         own = super().get_command(ctx, cmd_name)
         return own if own is not None else self._of_plugins.get(cmd_name)
-
-
-def _as_command(name: str, function: Callable[..., None]) -> Any:
-    """A plugin's function as typer has commands."""
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        function(*args, **kwargs)  # what it returns is no exit code
-
-    single = typer.Typer(rich_markup_mode=None, add_completion=False)
-    single.command(name)(run)
-    return typer.main.get_command(single)
 
 
 app = typer.Typer(

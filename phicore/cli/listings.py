@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import typer
@@ -11,15 +13,28 @@ from phicore.cli.options import JsonOption
 from phicore.errors import PhicoreError
 
 
+def as_command(name: str, function: Callable[..., None]) -> Any:
+    """A plugin's function as typer has commands."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        function(*args, **kwargs)  # what it returns is no exit code
+
+    single = typer.Typer(rich_markup_mode=None, add_completion=False)
+    single.command(name)(run)
+    return typer.main.get_command(single)
+
+
 def plugins(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the installed plugins, what they provide, and which cannot be used."""
     from phicore.cli.terminal import table
     from phicore.plugins import Plugins
 
     found = Plugins()
+    own = list(context.find_root().command.commands)  # type: ignore[attr-defined]
     cells: list[tuple[str, str, str | None, str]] = [
         (p.name, p.distribution, p.version, "; ".join(p.provides) or "provides nothing")
-        for p in found.installed(taken=context.find_root().command.own)  # type: ignore[attr-defined]
+        for p in found.installed(as_command, taken=own)
     ]
     cells += [(p.name, p.distribution, None, f"not usable: {p.reason}") for p in found.broken]
     cells += [(name, owner, None, "switched off") for name, owner in found.disabled]

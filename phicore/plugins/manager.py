@@ -51,6 +51,14 @@ Registered = dict[str, tuple[Owner, T]]
 """Things by name, each with the plugin that has registered it."""
 
 
+MakeCommand = Callable[[str, Callable[..., None]], Any]
+"""What makes a command of its name and of the function that runs it."""
+
+
+def _as_is(name: str, function: Callable[..., None]) -> Any:
+    return function
+
+
 @dataclass(frozen=True)
 class BackendInfo:
     """A backend that some installed distribution provides. Making one imports no tensor library."""
@@ -209,13 +217,15 @@ class Plugins:
         """What makes a logits processor of an argument, by name."""
         return _values(self._logits_processors())
 
-    def commands(self, taken: Collection[str] = ()) -> dict[str, Callable[..., None]]:
-        """Functions that run commands, by name.
+    def commands(self, make: MakeCommand = _as_is, taken: Collection[str] = ()) -> dict[str, Any]:
+        """What `make` makes of the commands that plugins register, by name.
 
         Args:
+            make: Called with a command's name and function. What it raises is told as the plugin's
+                failure.
             taken: Names that no plugin can claim.
         """
-        return _values(self._commands(taken))
+        return _values(self._commands(make, taken))
 
     def _sources(self) -> Registered[Callable[[str], ModelFiles]]:
         def entry(
@@ -244,13 +254,11 @@ class Plugins:
 
         return self._registered("phicore_register_logits_processors", "logits processor", entry)
 
-    def _commands(self, taken: Collection[str]) -> Registered[Callable[..., None]]:
-        def entry(
-            owner: Owner, name: str, function: Callable[..., None]
-        ) -> tuple[str, Callable[..., None]]:
+    def _commands(self, make: MakeCommand, taken: Collection[str]) -> Registered[Any]:
+        def entry(owner: Owner, name: str, function: Callable[..., None]) -> tuple[str, Any]:
             if not callable(function):
                 raise TypeError(f"command {name!r}: expected a function, got {function!r:.60}")
-            return name, function
+            return name, make(name, function)
 
         return self._registered("phicore_register_commands", "command", entry, taken)
 
@@ -297,18 +305,20 @@ class Plugins:
         }
         return Observers(hooks) if any(hooks.values()) else None
 
-    def installed(self, taken: Collection[str] = ()) -> list[PluginInfo]:
+    def installed(
+        self, make: MakeCommand = _as_is, taken: Collection[str] = ()
+    ) -> list[PluginInfo]:
         """The plugins that were loaded, by name, with what they register.
 
         Args:
-            taken: Names of commands that no plugin can claim.
+            make, taken: As for `commands`.
         """
         kinds: list[tuple[str, Iterable[tuple[str, str]]]] = [
             ("backend", [(i.name, i.distribution) for i in self.backends().values()]),
             ("source", _owned(self._sources())),
             ("architecture", _owned(self._architectures())),
             ("logits processor", _owned(self._logits_processors())),
-            ("command", _owned(self._commands(taken))),
+            ("command", _owned(self._commands(make, taken))),
         ]
         provides: dict[str, list[str]] = {}
         for kind, found in kinds:
