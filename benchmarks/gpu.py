@@ -50,15 +50,14 @@ try:
     from phicore_jax.backend import JaxBackend
     from phicore_jax.cuda import runtime
 
-    from phicore.backend import Array, Backend
-    from phicore.engine import Engine
-    from phicore.engine.timings import Timings
+    from phicore.backend import Array, Backend, BackendOptions
+    from phicore.engine import Engine, Request, Timings
     from phicore.errors import BackendError
     from phicore.gguf.matrix import Matrix
     from phicore.gguf.quants import AFFINE_TYPES
     from phicore.gguf.reader import GGUFTensor, open_gguf
     from phicore.lab.synthetic import MODELS, synthetic_model
-    from phicore.network.sampler import Sampling
+    from phicore.network.sampling import Sampling
 except ImportError as error:
     name = error.name or error
     sys.exit(f"gpu: {name} cannot be imported; install it (this file begins with what is needed)")
@@ -111,7 +110,7 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.model = args.device, args.model
         self.is_small = args.model == "tiny"
-        self.ops = JaxBackend(args.device)
+        self.ops = JaxBackend(BackendOptions(device=args.device))
         self.is_card = self.ops.device.platform != "cpu"
         self._loaded: Engine | None = None
         self._rng = np.random.Generator(np.random.PCG64(1))
@@ -243,10 +242,9 @@ class Benchmark:
         norm = np.linalg.norm(expected)
         found: Section = {}
         for is_fast in (False, True):
-            ops = JaxBackend(self.device)
-            if is_fast and not ops.has_fast_prefill:
+            if is_fast and not self.ops.capabilities.has_fast_prefill:
                 continue
-            ops.configure(fast_prefill=is_fast)
+            ops = JaxBackend(BackendOptions(device=self.device, fast_prefill=is_fast))
             engine = self._engine(ops, path)
             error = float(np.linalg.norm(engine.logits(ids) - expected) / norm)
             found["fast_prefill" if is_fast else "prefill"] = error
@@ -268,10 +266,10 @@ class Benchmark:
         jax.block_until_ready(engine.params)
         load_s = time.perf_counter() - started
         started = time.perf_counter()
-        list(engine.generate([1] * 16, GREEDY, limit=20, seed=0, timings=Timings()))
+        list(engine.generate(Request([1] * 16, GREEDY, max_tokens=20)))
         first_s = time.perf_counter() - started
         started = time.perf_counter()
-        list(engine.generate([1] * 16, GREEDY, limit=20, seed=0, timings=Timings()))
+        list(engine.generate(Request([1] * 16, GREEDY, max_tokens=20)))
         return {
             "file_bytes": path.stat().st_size,
             "weight_bytes": sum(a.nbytes for a in jax.tree.leaves(engine.params)),
@@ -287,8 +285,9 @@ class Benchmark:
         return self._loaded
 
     def decode(self) -> list[Section]:
-        plan = [(self.ops.steps, batch) for batch in (1, 4, 8)]
-        if self.ops.steps > 1:
+        steps = self.ops.capabilities.steps
+        plan = [(steps, batch) for batch in (1, 4, 8)]
+        if steps > 1:
             plan.append((1, 1))
         return [
             self._decode(batch, position, steps)
@@ -301,12 +300,12 @@ class Benchmark:
         engine = self._model()
         config, ops, size = engine.config, engine.ops, engine.vocab_size
         # the same for each position, so that steps are compiled once
-        capacity = engine.capacity_for(self._positions()[-1] + 300)
+        capacity = engine.new_cache(self._positions()[-1] + 300).capacity
         heads, dim = config.num_key_value_heads, config.head_dim
         layers = range(config.num_hidden_layers)
         caches = [ops.new_cache(batch, heads, capacity, dim) for _ in layers]
         position = min(position, capacity - 200)  # a window holds no more
-        rope = engine.rope(0, capacity, is_long=False)
+        tables = engine.tables.until(capacity, is_long=False)
 
         def rows(x: float, dtype: Any) -> Array:
             return ops.asarray(np.full(batch, x, dtype))
@@ -319,17 +318,20 @@ class Benchmark:
             "last_n": rows(0, np.int32),
             "repeat_penalty": rows(1, np.float32),
         }
-        count, ends = (ops.asarray(np.array([n], np.int32)) for n in (steps, -1))
+        place = {"first": rows(0, np.int32), "rope_start": rows(0, np.int32)}
+        count = ops.asarray(np.array([steps], np.int32))
+        ends = ops.asarray(np.full((batch, 8), -1, np.int32))
         calls, times = max(1, 32 // steps), []
         for _ in range(REPETITIONS + 1):  # the first compiles
             started = time.perf_counter()
             for _ in range(calls):
                 if steps == 1:
-                    fn, args = engine.step(()), (token, at, rows(0, np.int32), penalty, None, [])
-                    caches, token, at, recent, _ = fn(engine.params, caches, rope, *args)
+                    fn = engine.steps.step(())
+                    args = (token, at, rows(0, np.int32), penalty, None, [])
                 else:
-                    fn, args = engine.steps(()), (token, at, penalty, None, [], count, ends)
-                    caches, token, at, recent, _, _ = fn(engine.params, caches, rope, *args)
+                    fn, args = engine.steps.steps(()), (token, at, penalty, None, [], count, ends)
+                result = fn(engine.params, caches, tables, place, *args)
+                caches, token, at = result[:3]
             tokens = ops.to_numpy(token)
             times.append(time.perf_counter() - started)
             at = ops.asarray(np.full((batch, 1), position, np.int32))
@@ -350,10 +352,10 @@ class Benchmark:
         for name, sampling in (("greedy", GREEDY), ("drawn", DRAWN)):
 
             def run(sampling: Sampling = sampling) -> Timings:
-                timings = Timings()
-                prompt = [5] * 16
-                list(engine.generate(prompt, sampling, limit=200, seed=1, timings=timings))
-                return timings
+                sequence = engine.add(Request([5] * 16, sampling, max_tokens=200, seed=1))
+                while engine.step([sequence])[0].finish_reason is None:
+                    pass
+                return sequence.timings
 
             run()  # compiles
             times = [run().decode_tokens_per_s for _ in range(REPETITIONS)]
@@ -365,11 +367,11 @@ class Benchmark:
         lengths = (32, 64) if self.is_small else (512, 2048)
         found = []
         for is_fast in (False, True):
-            if is_fast and not self.ops.has_fast_prefill:
+            if is_fast and not self.ops.capabilities.has_fast_prefill:
                 continue
-            self.ops.fast_prefill = is_fast
+            ops = JaxBackend(BackendOptions(device=self.device, fast_prefill=is_fast))
             engine = Engine(
-                self.ops,
+                ops,
                 engine.config,
                 engine.params,
                 vocab_size=engine.vocab_size,
@@ -380,8 +382,7 @@ class Benchmark:
                 ids = self._rng.integers(3, engine.vocab_size, length).tolist()
 
                 def first(ids: list[int] = ids, engine: Engine = engine) -> list[int]:
-                    timings = Timings()
-                    return list(engine.generate(ids, GREEDY, limit=1, seed=0, timings=timings))
+                    return list(engine.generate(Request(ids, GREEDY, max_tokens=1)))
 
                 each = seconds(first, 3)
                 found.append(
@@ -392,7 +393,6 @@ class Benchmark:
                         "tokens_per_s": length / each,
                     }
                 )
-        self.ops.fast_prefill = False
         return found
 
     def memory(self) -> Section:

@@ -26,7 +26,7 @@ from phicore.errors import (
 if TYPE_CHECKING:
     from phicore.model import Generation, Model, Piece, load
     from phicore.network.processors import LogitsProcessor
-    from phicore.network.sampler import Sampling
+    from phicore.network.sampling import Sampling
     from phicore.plugins import BackendInfo
     from phicore.plugins.hookspecs import hookimpl
 
@@ -55,7 +55,7 @@ _LAZY = {
     "LogitsProcessor": "phicore.network.processors",
     "Model": "phicore.model",
     "Piece": "phicore.model",
-    "Sampling": "phicore.network.sampler",
+    "Sampling": "phicore.network.sampling",
     "hookimpl": "phicore.plugins.hookspecs",
     "load": "phicore.model",
 }

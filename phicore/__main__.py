@@ -32,9 +32,9 @@ def main() -> NoReturn:
         code = cli.app(standalone_mode=False, prog_name="phicore")
         sys.stdout.flush()
     except ArgumentError as error:
-        code = _fail(str(error) if _fault(error) else _with_option(str(error)), 2)
+        code = _fail(error.worded(str if _fault(error) else _as_option), 2)
     except PhicoreError as error:
-        code = _fail(str(error), error.exit_code)
+        code = _fail(error.worded(_as_option), error.exit_code)
     except typer.TyperException as error:
         code = _fail_usage(error)
     except (KeyboardInterrupt, typer.Abort):
@@ -87,11 +87,13 @@ def _fail_usage(error: typer.TyperException) -> int:
     return _fail(f"{message}; see {command} --help", error.exit_code)
 
 
-def _with_option(message: str) -> str:
-    """Name the option where the library's message begins with the argument."""
-    name, colon, rest = message.partition(":")
-    is_option = name in cli.generate.__annotations__ and name != "prompt"
-    return f"--{name.replace('_', '-')}{colon}{rest}" if is_option else message
+def _as_option(parameter: str) -> str:
+    """A parameter as the command line spells it: --top-k, where it is an option of some command."""
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for each in (option for command in commands.values() for option in command.params):
+        if each.name == parameter and each.opts[0].startswith("--"):
+            return each.opts[0]
+    return parameter
 
 
 def _discard_stdout() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,22 +14,23 @@ from typing import Any, Self
 
 import numpy as np
 
-from phicore.backend import Backend
-from phicore.engine import Engine
-from phicore.engine.timings import Timings
+from phicore.backend import Backend, BackendOptions
+from phicore.engine import Engine, Request
+from phicore.engine import Sequence as EngineSequence
+from phicore.engine.request import is_integer
 from phicore.errors import ArgumentError, GGUFError, PhicoreError
 from phicore.gguf.reader import open_gguf
 from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
 from phicore.network.config import Phi3Config
 from phicore.network.processors import LogitsProcessor
-from phicore.network.sampler import Sampling
+from phicore.network.sampling import Sampling
 from phicore.network.tensors import vocab_size
 from phicore.plugins import Plugins, choose_backend
 from phicore.plugins.observers import Observers
-from phicore.progress import Progress
+from phicore.progress import Progress, silent
 from phicore.sources import ModelFiles, default_reference, resolve
 from phicore.text.chat_template import ChatTemplate, Message
-from phicore.text.pieces import Piece, pieces
+from phicore.text.pieces import Piece, Pieces
 from phicore.text.stop_strings import StopStrings
 from phicore.text.tokenizer import Tokenizer
 
@@ -57,16 +58,19 @@ class Generation:
 
     def __init__(
         self,
-        pieces: Iterator[Piece],
-        seed: int,
-        prompt_ids: list[int],
-        timings: Timings,
+        engine: Engine,
+        sequence: EngineSequence,
+        pieces: Pieces,
         observers: Observers | None = None,
     ) -> None:
-        self._pieces = pieces if observers is None else observers.watch(self, pieces)
-        self.seed = seed
-        self.prompt_ids = prompt_ids
-        self.timings = timings
+        assert sequence.request.seed is not None, "filled in by Request"
+        self.seed = sequence.request.seed
+        self.prompt_ids = list(sequence.request.prompt_ids)
+        self.timings = sequence.timings
+        found = _pieces(engine, sequence, pieces)
+        self._pieces = found if observers is None else observers.watch(self, found)
+        # One that is never begun, and never closed, leaves the engine when it is collected.
+        weakref.finalize(self, engine.abort, sequence).atexit = False
 
     def __iter__(self) -> Self:
         return self
@@ -87,6 +91,21 @@ class Generation:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _pieces(engine: Engine, sequence: EngineSequence, pieces: Pieces) -> Iterator[Piece]:
+    """Step a sequence until it finishes, or its text meets a stop string."""
+    try:
+        while True:
+            for output in engine.step([sequence]):
+                for number, token in enumerate(output.tokens, start=1):
+                    is_last = number == len(output.tokens)
+                    piece = pieces.push(token, output.finish_reason if is_last else None)
+                    yield piece
+                    if piece.finish_reason is not None:
+                        return
+    finally:
+        engine.abort(sequence)
 
 
 class Model:
@@ -140,7 +159,7 @@ class Model:
                 )
             self.sampling = _recommended_sampling(self.metadata, file.path)
             self._engine: Engine | None = Engine.load(
-                ops, file, architecture, context=self.context, progress=progress
+                ops, file, architecture, self.config, context=self.context, progress=progress
             )
         self._ops = ops
         self._observers = observers
@@ -164,7 +183,7 @@ class Model:
         if isinstance(prompt, str):
             if raw:
                 if system is not None:
-                    raise ArgumentError("system: a raw prompt has no system message")
+                    raise ArgumentError("a raw prompt has no system message", parameter="system")
                 return self.tokenizer.encode(prompt)
             prompt = [{"role": "user", "content": prompt}]
             if system is not None:
@@ -175,92 +194,84 @@ class Model:
             return self.tokenizer.encode(self.chat_template.render(prompt))  # type: ignore[arg-type]
         return _checked_ids(prompt, self.vocab_size)
 
-    def generate(
+    def request(
         self,
         prompt: Prompt,
         *,
         max_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repeat_penalty: float | None = None,
-        repeat_last_n: int | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         system: str | None = None,
         raw: bool = False,
         processors: Sequence[LogitsProcessor | str] = (),
-    ) -> Generation:
+        **sampling: Any,
+    ) -> Request:
+        """Make the request that `generate` makes of the same arguments, and check it."""
+        known = {field.name for field in fields(Sampling)}
+        if unknown := sampling.keys() - known:
+            raise ArgumentError(
+                f"there is no such parameter; those of sampling are {', '.join(sorted(known))}",
+                parameter=min(unknown),
+            )
+        if isinstance(processors, str) or not isinstance(processors, Sequence):
+            raise ArgumentError(parameter="processors", expected="a list", got=processors)
+        chosen = {name: value for name, value in sampling.items() if value is not None}
+        return Request(
+            self.encode(prompt, system=system, raw=raw),
+            replace(self.sampling, **chosen),
+            max_tokens=max_tokens,
+            seed=seed,
+            ends=frozenset() if ignore_eos else self.tokenizer.end_token_ids,
+            stop=stop,
+            processors=[self._processor(p) for p in processors],
+        )
+
+    def generate(self, prompt: Prompt | Request, **options: Any) -> Generation:
         """Generate what follows a prompt.
 
         Args:
-            prompt, system, raw: As for `encode`.
-            max_tokens: How many tokens at most.
-            temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n: As for `Sampling`;
-                None takes the model's own `sampling`.
-            seed: 0 to 2**64 - 1; the same seed gives the same tokens, on every backend. None takes
-                a random one.
-            stop: Strings that end the text, which does not hold them.
+            prompt: As for `encode`; or a request, which takes no options.
+            max_tokens: How many tokens at most; 256 if it is not given.
+            temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n: As for `Sampling`; None
+                takes the model's own `sampling`.
+            seed: 0 to 2**64 - 1; the same seed gives the same tokens on every backend. None takes a
+                random one.
+            stop: A string or strings that end the text, which does not hold them.
             ignore_eos: Go on after end tokens.
-            processors: Change the scores, one after the other, before a token is chosen: objects,
-                each for one generation, or `NAME=ARGUMENT` as on the command line.
+            system, raw: As for `encode`.
+            processors: What changes the scores before a token is chosen, one after the other:
+                objects, or `NAME=ARGUMENT` as on the command line.
         Raises:
             ArgumentError: For a value outside of its range.
             ContextError: If the prompt leaves no room in the context.
         """
         engine = self.engine
-        chosen: dict[str, Any] = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repeat_penalty": repeat_penalty,
-            "repeat_last_n": repeat_last_n,
-        }
-        sampling = replace(self.sampling, **{k: v for k, v in chosen.items() if v is not None})
-        if not _is_integer(max_tokens) or max_tokens < 1:
-            raise ArgumentError(f"max_tokens: expected 1 or more, got {max_tokens!r}")
-        seed = secrets.randbits(32) if seed is None else seed
-        if not _is_integer(seed) or not 0 <= seed < 2**64:
-            raise ArgumentError(f"seed: expected 0 to 2**64 - 1, got {seed!r}")
-        max_tokens, seed = int(max_tokens), int(seed)
-        ids = self.encode(prompt, system=system, raw=raw)
-        room = engine.room_after(ids)
-        limit, at_limit = (max_tokens, "length") if max_tokens <= room else (room, "context")
-        if isinstance(processors, str) or not isinstance(processors, Sequence):
-            raise ArgumentError(f"processors: expected a list of them, got {processors!r:.60}")
-        timings = Timings()
-        ends = frozenset() if ignore_eos else self.tokenizer.end_token_ids
-        tokens = engine.generate(
-            ids,
-            sampling,
-            limit=limit,
-            seed=seed,
-            timings=timings,
-            processors=[self._processor(p) for p in processors],
-            ends=ends,
-        )
+        if isinstance(prompt, Request):
+            if options:
+                raise ArgumentError("a request has its own options", parameter=min(options))
+            request = prompt
+        else:
+            request = self.request(prompt, **options)
+        sequence = engine.add(request)
         # A tokenizer that puts a space before every text must not lose the one before a word that
         # goes on from the prompt's last.
-        stream = self.tokenizer.stream(
-            strip_space=None if self.tokenizer.is_control(ids[-1]) else False
-        )
-        found = pieces(tokens, limit, at_limit, ends, stream, StopStrings(stop))
-        return Generation(found, seed, ids, timings, self._observers)
+        is_new = self.tokenizer.is_control(request.prompt_ids[-1])
+        stream = self.tokenizer.stream(strip_space=None if is_new else False)
+        pieces = Pieces(stream, StopStrings(request.stop), request.ends)
+        return Generation(engine, sequence, pieces, self._observers)
 
     def _processor(self, processor: LogitsProcessor | str) -> LogitsProcessor:
         if isinstance(processor, LogitsProcessor):
             return processor
         if not isinstance(processor, str):
-            raise ArgumentError(
-                f"processor: expected a LogitsProcessor or NAME=ARGUMENT, got {processor!r:.60}"
-            )
+            expected = "a LogitsProcessor or NAME=ARGUMENT"
+            raise ArgumentError(parameter="processor", expected=expected, got=processor)
         name, _, argument = processor.partition("=")
         if name not in self._processors:
             known = ", ".join(self._processors)
-            raise ArgumentError(f"processor: expected one of {known}; got {name!r}")
+            expected = f"one of {known}"
+            raise ArgumentError(parameter="processor", expected=expected, got=name)
         made = self._processors[name](argument, self)
         if not isinstance(made, LogitsProcessor):
             raise PhicoreError(f"processor {name!r}: made {made!r:.60}, expected a LogitsProcessor")
@@ -289,7 +300,7 @@ class Model:
     @property
     def device(self) -> str:
         """The name of the backend's device."""
-        return self._ops.device_name
+        return self._ops.capabilities.device
 
     def peak_memory_bytes(self) -> int | None:
         """The most memory that the process, or the device, has used so far."""
@@ -314,17 +325,11 @@ class Model:
 def load(
     ref: str | os.PathLike[str] | None = None,
     backend: str | None = None,
-    device: str | None = None,
-    ctx: int | None = None,
     *,
+    ctx: int | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
-    cache_type: str | None = None,
-    fast_prefill: bool = False,
-    dtype: str | None = None,
-    compact: bool = False,
-    threads: int | None = None,
-    devices: int = 1,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Model:
     """Load a model.
 
@@ -332,47 +337,34 @@ def load(
         ref: A path, `hf:owner/repo[:Q4_K_M]`, `package:NAME`, an alias such as `phi-3-mini`, or
             None for the default model.
         backend: The name of an installed backend; None takes the preferred one that works here.
-        device: A device of the backend, such as `cpu` or `cuda:1`; None takes the best one.
-        ctx: How many tokens a prompt and what follows it may have; None is as many as the model
+        ctx: How many tokens a prompt and its answer may have together; None is as many as the model
             was made for.
         tokenizer: A tokenizer.json to use instead of the model's own.
-        cache_type: How keys and values are stored: `f32`, `f16`, `bf16`, or integers with scales,
-            `i24`, `i16` or `q8_0` (docs/models.md has the error of each). None is the backend's
-            default.
-        fast_prefill: Read prompts faster, with a relative error of up to 1.3e-2 in the logits.
-        dtype: What prompts are multiplied in: `float32`, and on some devices `float16` or
-            `bfloat16`. None is the backend's default.
-        compact: Round the scales of quantized weights to float16, where the backend keeps them in
-            float32: an error of 2e-4 in weights that take a sixth less memory.
-        threads: How many threads compute, where the backend can be told; None is its default.
-        devices: How many devices share the model, `device` and those after it.
         progress: Called with (what, done, total) while weights are loaded, steps are compiled and
             a prompt is read.
+        options: The fields of `BackendOptions`: `device`, `devices`, `cache_type`, `dtype`,
+            `fast_prefill`, `compact`, `threads`.
     Raises:
         PhicoreError: One of its subclasses, with a line that says what is wrong and what to do.
     """
-    if not _is_integer(devices) or devices < 1:
-        raise ArgumentError(f"devices: expected 1 or more, got {devices!r}")
+    known = {field.name for field in fields(BackendOptions)}
+    if unknown := options.keys() - known:
+        raise ArgumentError(
+            f"there is no such parameter; those of a backend are {', '.join(sorted(known))}",
+            parameter=min(unknown),
+        )
+    chosen = BackendOptions(**options)
     plugins = Plugins()
     info = choose_backend(backend, plugins) if backend is not None else None
     reference = default_reference()[0] if ref is None else os.fspath(ref)
     files = resolve(reference, tokenizer=tokenizer, schemes=plugins.sources())
     info = info or choose_backend(None, plugins)  # imports the libraries it tries
-    ops = info.create(device)
-    ops.configure(
-        cache_type=cache_type,
-        fast_prefill=fast_prefill,
-        threads=threads,
-        dtype=dtype,
-        compact=compact,
-        **({"devices": devices} if devices != 1 else {}),
-    )
     return Model(
         files,
-        ops,
+        info.create(chosen),
         backend=info.name,
         context=ctx,
-        progress=progress or (lambda *_: None),
+        progress=progress or silent,
         observers=plugins.observers(),
         architectures=plugins.architectures(),
         processors=plugins.logits_processors(),
@@ -383,27 +375,27 @@ def _checked_context(context: int | None, config: Phi3Config) -> int:
     most = config.max_position_embeddings
     if context is None:
         return most
-    if not _is_integer(context) or not 1 <= context <= most:
-        raise ArgumentError(f"ctx: expected 1 to {most}, the model's context; got {context!r}")
+    if not is_integer(context) or not 1 <= context <= most:
+        raise ArgumentError(
+            parameter="ctx", expected=f"1 to {most}, the model's context", got=context
+        )
     return int(context)
 
 
 def _checked_ids(ids: Any, vocab_size: int) -> list[int]:
-    expected = "prompt: expected a string, messages or token ids"
+    expected = "a string, messages or token ids"
     if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
-        raise ArgumentError(f"{expected}; got {ids!r:.40}")
+        raise ArgumentError(parameter="prompt", expected=expected, got=ids)
     checked = []
     for i in ids:
-        if not _is_integer(i):
-            raise ArgumentError(f"{expected}; found {i!r} in the list")
+        if not is_integer(i):
+            raise ArgumentError(
+                f"expected {expected}; found {i!r} in the list", parameter="prompt", got=i
+            )
         if not 0 <= i < vocab_size:
             raise ArgumentError(f"token id {i}: expected 0 to {vocab_size - 1}")
         checked.append(int(i))
     return checked
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _recommended_sampling(metadata: Mapping[str, Any], path: Path) -> Sampling:
@@ -411,5 +403,4 @@ def _recommended_sampling(metadata: Mapping[str, Any], path: Path) -> Sampling:
     try:
         return Sampling(**found)
     except ArgumentError as error:
-        name = str(error).split(":")[0]
-        raise GGUFError(f"{path.name}: {SAMPLING_KEYS[name]}: {error}") from None
+        raise GGUFError(f"{path.name}: {SAMPLING_KEYS[error.parameter or '']}: {error}") from None

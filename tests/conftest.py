@@ -7,7 +7,7 @@ import os
 import pytest
 from hypothesis import settings
 
-from phicore.backend import Backend
+from phicore.backend import DEFAULTS, Backend, BackendOptions
 from phicore.errors import BackendError
 from phicore.plugins import Plugins
 
@@ -38,13 +38,13 @@ BACKENDS = tuple(name for name in ALL_BACKENDS if name != "array-api-strict")
 """Those without the slow one, which is for the tests of the protocol alone."""
 
 
-def make_backend(name: str) -> Backend:
+def make_backend(name: str, options: BackendOptions = DEFAULTS) -> Backend:
     """A backend on its best device. Where its library does not work the test is skipped, in CI not.
 
     A backend whose package is not installed is not in `BACKENDS` at all.
     """
     try:
-        return Plugins().backends()[name].create()
+        return Plugins().backends()[name].create(options)
     except BackendError as error:
         if os.environ.get("CI"):
             raise

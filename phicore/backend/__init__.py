@@ -3,26 +3,46 @@
 This room knows nothing of the network, the engine or the text; it imports `phicore.gguf` alone.
 """
 
-from phicore.backend.protocol import (
-    DTYPES,
-    FUNCTIONS,
-    NUM_EXPERTS_PER_TOK,
-    VERSION,
-    Array,
-    Backend,
-    LayerCache,
-    Params,
-    Weight,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phicore.backend.options import DEFAULTS, SIMPLEST, BackendOptions, Capabilities
+
+if TYPE_CHECKING:
+    from phicore.backend.protocol import (
+        DTYPES,
+        FUNCTIONS,
+        NUM_EXPERTS_PER_TOK,
+        VERSION,
+        Array,
+        Backend,
+        LayerCache,
+        Params,
+        Weight,
+    )
 
 __all__ = [
+    "DEFAULTS",
     "DTYPES",
     "FUNCTIONS",
     "NUM_EXPERTS_PER_TOK",
+    "SIMPLEST",
     "VERSION",
     "Array",
     "Backend",
+    "BackendOptions",
+    "Capabilities",
     "LayerCache",
     "Params",
     "Weight",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the protocol, and NumPy with it, when a name is used: help texts need only options."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from phicore.backend import protocol
+
+    return getattr(protocol, name)

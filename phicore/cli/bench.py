@@ -7,19 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from phicore.backend.options import BackendOptions
 from phicore.cli.options import (
     BackendOption,
-    CacheTypeOption,
-    CompactOption,
-    DeviceOption,
-    DevicesOption,
-    DtypeOption,
-    FastPrefillOption,
     JsonOption,
     ModelOption,
-    ThreadsOption,
     complete_synthetic,
     model_or_default,
+    takes,
 )
 from phicore.cli.terminal import Console, size, table
 from phicore.errors import ArgumentError
@@ -33,7 +28,9 @@ Examples:
 """
 
 
+@takes("backend_options", BackendOptions)
 def bench(
+    *,
     model: ModelOption = None,
     synthetic: Annotated[
         str | None,
@@ -45,7 +42,6 @@ def bench(
         ),
     ] = None,
     backend: BackendOption = None,
-    device: DeviceOption = None,
     n_prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,20 +66,15 @@ def bench(
             "--repetitions", "-r", metavar="N", min=1, help="Runs of each, after one to warm up."
         ),
     ] = 5,
-    cache_type: CacheTypeOption = None,
-    fast_prefill: FastPrefillOption = False,
-    dtype: DtypeOption = None,
-    compact: CompactOption = False,
-    threads: ThreadsOption = None,
-    devices: DevicesOption = 1,
+    backend_options: dict[str, Any],
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
     """Measure how fast prompts are read and tokens generated."""
     if model is not None and synthetic is not None:
-        raise ArgumentError("--synthetic: is a model of its own; leave --model out")
+        raise ArgumentError("it is a model of its own; leave --model out", parameter="synthetic")
     if as_json and markdown:
-        raise ArgumentError("--markdown: not together with --json")
+        raise ArgumentError("not together with --json", parameter="markdown")
     from phicore.lab.bench import measure, plan
     from phicore.lab.synthetic import synthetic_model
     from phicore.model import load
@@ -100,18 +91,7 @@ def bench(
             reference = str(synthetic_model(synthetic, progress))
         else:
             reference = model_or_default(model, console.say)
-        with load(
-            reference,
-            backend,
-            device,
-            cache_type=cache_type,
-            fast_prefill=fast_prefill,
-            dtype=dtype,
-            compact=compact,
-            threads=threads,
-            devices=devices,
-            progress=show,
-        ) as loaded:
+        with load(reference, backend, progress=show, **backend_options) as loaded:
             found = measure(loaded, rows, repetitions, progress)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=2))

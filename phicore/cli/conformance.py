@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phicore.cli.options import BackendOption, DeviceOption, JsonOption
+if TYPE_CHECKING:
+    from phicore.backend import Backend
+
+from phicore.backend.options import BackendOptions
+from phicore.cli.options import BackendOption, JsonOption
 
 EXAMPLES = """
 \b
@@ -19,7 +24,10 @@ Examples:
 
 def conformance(
     backend: BackendOption = None,
-    device: DeviceOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A device of the backend, such as cpu, cuda:1 or metal."),
+    ] = None,
     keyword: Annotated[
         str,
         typer.Option(
@@ -40,11 +48,15 @@ def conformance(
     from phicore.testing.runner import parts_of, run
 
     info = choose_backend(backend, Plugins())
-    info.create(device)  # an error is told before the tests begin
+    info.create(BackendOptions(device=device))  # an error is told before the tests begin
+
+    def make(options: BackendOptions) -> Backend:
+        return info.create(replace(options, device=device))
+
     console = Console()
     with console.progress() as progress:
         results = run(
-            lambda: info.create(device),
+            make,
             keyword=keyword,
             stop_at_first=stop_at_first,
             progress=progress,

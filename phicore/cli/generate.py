@@ -8,23 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phicore.backend.options import BackendOptions
 from phicore.cli.options import (
     BackendOption,
-    CacheTypeOption,
-    CompactOption,
-    DeviceOption,
-    DevicesOption,
-    DtypeOption,
-    FastPrefillOption,
     JsonOption,
     ModelOption,
-    ThreadsOption,
     TokenizerOption,
     model_or_default,
+    takes,
 )
 from phicore.cli.stdin import read_text
 from phicore.errors import ArgumentError
 from phicore.lab.interrupts import swallowed_interrupts
+from phicore.network.sampling import Sampling
 
 if TYPE_CHECKING:
     from phicore.model import Generation, Model, Piece
@@ -41,7 +37,10 @@ Examples:
 """
 
 
+@takes("sampling", Sampling, else_of="the model's")
+@takes("backend_options", BackendOptions)
 def generate(
+    *,
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -53,7 +52,6 @@ def generate(
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     backend: BackendOption = None,
-    device: DeviceOption = None,
     system: Annotated[
         str | None, typer.Option("--system", "-s", metavar="TEXT", help="A system message.")
     ] = None,
@@ -66,28 +64,7 @@ def generate(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="How many tokens at most.")
     ] = 256,
-    temperature: Annotated[
-        float | None,
-        typer.Option("--temperature", "-t", help="0 is greedy. [the model's, else 0.7]"),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Only the k most probable tokens. [the model's, else all]")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Only the most probable tokens that hold p. [the model's, else 1]"),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Only tokens with this share of the best one's. [the model's, else 0]"),
-    ] = None,
-    repeat_penalty: Annotated[
-        float | None, typer.Option(help="1 is none. [the model's, else 1.1]")
-    ] = None,
-    repeat_last_n: Annotated[
-        int | None,
-        typer.Option(help="How far back the penalty looks; -1 is all. [the model's, else 64]"),
-    ] = None,
+    sampling: dict[str, Any],
     seed: Annotated[
         int | None,
         typer.Option(
@@ -117,12 +94,7 @@ def generate(
             help="Tokens that prompt and answer may have. [as many as the model allows]",
         ),
     ] = None,
-    cache_type: CacheTypeOption = None,
-    fast_prefill: FastPrefillOption = False,
-    dtype: DtypeOption = None,
-    compact: CompactOption = False,
-    threads: ThreadsOption = None,
-    devices: DevicesOption = 1,
+    backend_options: dict[str, Any],
     as_json: JsonOption = False,
     stats: Annotated[
         bool, typer.Option("--stats/--no-stats", help="Print figures on standard error.")
@@ -130,22 +102,15 @@ def generate(
 ) -> None:
     """Generate text."""
     from phicore.cli.terminal import Console, stats_lines
-    from phicore.network.sampler import Sampling
-    from phicore.text.stop_strings import StopStrings
+    from phicore.engine import Request
 
     text = read_text(prompt)
-    options: dict[str, Any] = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repeat_penalty": repeat_penalty,
-        "repeat_last_n": repeat_last_n,
-    }
-    Sampling(**{k: v for k, v in options.items() if v is not None})  # before a long load
-    StopStrings(stop or [])
+    given = {name: value for name, value in sampling.items() if value is not None}
+    # Checked before a long load; the model's own request is made when its tokenizer is there.
+    Request([0], Sampling(**given), max_tokens=max_tokens, seed=seed, stop=stop or ())
+    BackendOptions(**backend_options)
     if raw and system is not None:
-        raise ArgumentError("--system: a raw prompt has no system message")
+        raise ArgumentError("a raw prompt has no system message", parameter="system")
 
     from phicore.model import load
 
@@ -157,16 +122,10 @@ def generate(
         load(
             reference,
             backend,
-            device,
-            ctx,
+            ctx=ctx,
             tokenizer=tokenizer,
-            cache_type=cache_type,
-            fast_prefill=fast_prefill,
-            dtype=dtype,
-            compact=compact,
-            threads=threads,
-            devices=devices,
             progress=progress,
+            **backend_options,
         ) as loaded,
     ):
         generation = loaded.generate(
@@ -177,7 +136,7 @@ def generate(
             system=system,
             raw=raw,
             processors=processor or [],
-            **options,
+            **sampling,
         )
         pieces: list[Piece] = []
         interrupted = False

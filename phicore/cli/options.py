@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Annotated
+from dataclasses import Field, fields
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
@@ -45,6 +48,58 @@ def complete_synthetic(incomplete: str) -> list[str]:
     return [name for name in MODELS if name.startswith(incomplete)]
 
 
+def takes(
+    parameter: str, settings: type, *, else_of: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of some settings, in place of one parameter.
+
+    Args:
+        parameter: The command's parameter. It gets the values by name.
+        settings: A dataclass of `phicore.settings.setting` fields.
+        else_of: Whose values are taken when an option is not given, such as "the model's"; it is
+            None then. Otherwise the fields' defaults are taken.
+    """
+
+    def decorated(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def command(**arguments: Any) -> None:
+            values = {each.name: arguments.pop(each.name) for each in fields(settings)}
+            function(**arguments, **{parameter: values})
+
+        signature = inspect.signature(function, eval_str=True)
+        found: list[inspect.Parameter] = []
+        for each in signature.parameters.values():
+            if each.name == parameter:
+                found += [_option(field, else_of) for field in fields(settings)]
+            else:
+                found.append(each)
+        command.__signature__ = signature.replace(parameters=found)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in found}
+        return command
+
+    return decorated
+
+
+def _option(field: Field[Any], else_of: str) -> inspect.Parameter:
+    """The option of a field of settings."""
+    about, kind = field.metadata, {"int": int, "float": float, "bool": bool, "str": str}
+    base: Any = kind[str(field.type).partition(" | ")[0]]
+    default, help = field.default, about["help"]
+    shown = about["shown_default"]
+    if else_of:
+        default, shown = None, f"{else_of}, else {field.default:g}"
+    if shown is not None:
+        help = f"{help} [{shown}]"
+    flags = [f"--{field.name.replace('_', '-')}"] + ([about["flag"]] if about["flag"] else [])
+    option = typer.Option(
+        *flags, help=help, metavar=about["metavar"], show_default=base is not bool and shown is None
+    )
+    kind_or_none: Any = base if default is not None else base | None
+    annotation: Any = Annotated[kind_or_none, option]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(field.name, keyword, default=default, annotation=annotation)
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", metavar="REF", help=MODEL_HELP, autocompletion=complete_model),
@@ -58,42 +113,6 @@ BackendOption = Annotated[
         help="One that `phicore backends` lists.",
         autocompletion=complete_backend,
     ),
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="A device of the backend, such as cpu or cuda:1."),
-]
-CacheTypeOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TYPE",
-        help="How keys and values are stored: f32, f16, bf16, i24, i16 or q8_0. "
-        "[the backend's default]",
-    ),
-]
-FastPrefillOption = Annotated[
-    bool,
-    typer.Option("--fast-prefill", help="Read prompts faster, as exactly as llama.cpp does."),
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TYPE",
-        help="What prompts are multiplied in: float32, or float16 or bfloat16 on a GPU. "
-        "[the backend's default]",
-    ),
-]
-CompactOption = Annotated[
-    bool,
-    typer.Option("--compact", help="Round the scales of quantized weights to save memory."),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="Threads that compute. [one for each processor]"),
-]
-DevicesOption = Annotated[
-    int,
-    typer.Option(metavar="N", min=1, help="How many devices share the model: cards, with JAX."),
 ]
 TokenizerOption = Annotated[
     str | None,

@@ -1,5 +1,8 @@
-"""Running the network: sequences, the steps that are compiled, and their time."""
+"""Running the network: requests, sequences, the steps that are compiled, and their time."""
 
 from phicore.engine.engine import Engine
+from phicore.engine.request import Request
+from phicore.engine.sequence import Output, Sequence
+from phicore.engine.timings import Timings
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Output", "Request", "Sequence", "Timings"]

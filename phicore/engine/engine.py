@@ -1,42 +1,60 @@
-"""Time: filling the cache with a prompt, then one token after another.
+"""The engine: it takes requests in, and runs them one step after the other.
 
-There is one compiled function, `step`: the graph, the head and the sampler on T new tokens. With
-the prompt's chunks it is prefill, with T = 1 it is decode. Where a call costs much, several decode
-steps are compiled as a loop. Chunks come in few sizes and the cache in few capacities, so that it
-is compiled a few times and not once per prompt length.
+The scheduler of many sequences is yet to come: each sequence has slots of its own, and a step runs
+every sequence it is asked for as a batch of one.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Self
+import itertools
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Tokens
+from typing import Self
 
 import numpy as np
 
-from phicore.backend import Array, Backend, LayerCache, Params
-from phicore.engine.sequence import SequenceCache, TokenSequence
-from phicore.engine.shapes import LOGITS_CHUNKS, capacity_for, capacity_of_window, chunks
+from phicore.backend import Array, Backend, Params
+from phicore.engine.chunks import (
+    LOGITS_CHUNKS,
+    capacity_for,
+    capacity_of_window,
+    chunk_at,
+    chunks,
+)
+from phicore.engine.compiled import Compiled
+from phicore.engine.request import Request
+from phicore.engine.rope_tables import RopeTables
+from phicore.engine.sequence import Output, Sequence
+from phicore.engine.slots import Cache, Slots
+from phicore.engine.steps import Steps
 from phicore.engine.timings import Timings
 from phicore.errors import ArgumentError, ContextError, PhicoreError
 from phicore.gguf.reader import GGUFFile
-from phicore.network import graph, sampler
+from phicore.network import sampler
 from phicore.network.architectures import Architecture, architecture_of
 from phicore.network.config import Phi3Config
-from phicore.network.processors import LogitsProcessor, check_same
-from phicore.network.rope import RopeFactors, is_long, rope_tables
-from phicore.network.sampler import Sampling
+from phicore.network.rope import RopeFactors
 from phicore.network.tensors import vocab_size
 from phicore.network.weights import load_params
-from phicore.progress import Progress
+from phicore.progress import Progress, silent
 
-Rope = tuple[Array, Array]
-Kinds = tuple[type[LogitsProcessor], ...]
+EXPECTED_ANSWER = 512
+"""A new cache has slots for this many tokens of an answer, if so many are asked for."""
 
 
 class Engine:
-    """Runs one model on one backend. Holds no state of a sequence: several may run at a time."""
+    """Runs one model on one backend.
+
+    Attributes:
+        ops: The backend.
+        config: The hyperparameters of the network that one device computes.
+        params: The weights.
+        vocab_size: V.
+        context: How many tokens a prompt and its answer may have together.
+        progress: Called while steps are compiled and prompts are read.
+        steps: The compiled steps.
+        tables: The rotary tables.
+    """
 
     def __init__(
         self,
@@ -55,12 +73,11 @@ class Engine:
         self.params = params
         self.context = context
         self.progress = progress
-        self._called: set[Any] = set()
-        self._rope_factors = rope_factors
-        self._rope_tables: dict[tuple[int, bool], Rope] = {}
-        self._compiled: dict[tuple[Any, Kinds], Callable[..., Any]] = {}
-        self._score = ops.compile(self.score_fn, donate=(1,))
-        self._shift = ops.compile(self.shift_fn, donate=(0,))
+        self.steps = Compiled(ops, Steps(ops, config), params, progress)
+        self.tables = RopeTables(ops, config, rope_factors)
+        self._sequences: list[Sequence] = []
+        self._slots: dict[int, Slots] = {}
+        self._numbers = itertools.count()
 
     @classmethod
     def load(
@@ -68,23 +85,25 @@ class Engine:
         ops: Backend,
         file: GGUFFile,
         architecture: Architecture | None = None,
+        config: Phi3Config | None = None,
         *,
         context: int | None = None,
-        progress: Progress = lambda *_: None,
+        progress: Progress = silent,
     ) -> Self:
-        """The engine of a file's model.
+        """Load a file's model.
 
         Args:
             architecture: What reads the file; None takes the built-in one of its name.
-            context: How many positions at most; None takes all that the model knows.
+            config: What the architecture read from the file's metadata; None reads it.
+            context: How many tokens at most; None takes as many as the model was made for.
         Raises:
             GGUFError: If the file is not understood.
-            ArgumentError: If the backend cannot hold such a model.
+            BackendError: If the backend cannot hold such a model.
         """
         architecture = architecture or architecture_of(file.metadata)
-        config = architecture.config(file.metadata)
-        share = config.share(ops.devices)  # what can be wrong, before a long load
-        ops.new_cache(1, 1, 1, config.head_dim)  # a type may not have room for such heads
+        config = config or architecture.config(file.metadata)
+        share = config.share(ops.options.devices)  # what can be wrong, before a long load
+        ops.new_cache(1, 1, 1, config.head_dim)  # a cache type may not hold such heads
         rope_factors = architecture.rope_factors(config, file)
         return cls(
             ops,
@@ -96,305 +115,290 @@ class Engine:
             rope_factors=rope_factors,
         )
 
-    # ---- what is compiled ------------------------------------------------------------------
+    # ---- sequences -------------------------------------------------------------------------
 
-    def step_fn(
-        self,
-        kinds: Kinds,
-        params: Params,
-        cache: list[LayerCache],
-        rope: Rope,
-        tokens: Array,
-        positions: Array,
-        last: Array,
-        penalty: dict[str, Array],
-        draw: dict[str, Array] | None,
-        states: list[Mapping[str, Array]],
-    ) -> tuple[list[LayerCache], Array, Array, Array, list[Mapping[str, Array]]]:
-        """Run tokens (B, T), and sample what follows the one at index `last` (B,) of each row.
-
-        Args:
-            kinds: The logits processors, which are compiled into it.
-            states: Theirs.
-        Returns:
-            The cache; the tokens and positions of the next step, (B, 1); its `recent` and states.
-        """
-        ops, xp = self.ops, self.ops.xp
-        hidden, cache = graph.forward(ops, self.config, params, rope, tokens, positions, cache)
-        index = last[:, None]  # (B, 1)
-        shape = (hidden.shape[0], 1, hidden.shape[2])
-        hidden = xp.take_along_axis(hidden, xp.broadcast_to(index[:, :, None], shape), axis=1)
-        logits = graph.logits(ops, params, hidden[:, 0, :])
-        for kind, state in zip(kinds, states, strict=True):
-            changed = kind.apply(ops, logits, state)
-            check_same(f"{kind.__name__}.apply", {"scores": logits}, {"scores": changed})
-            logits = changed
-        token = xp.expand_dims(sampler.sample(ops, logits, penalty, draw), axis=1)
-        position = xp.take_along_axis(positions, index, axis=1) + 1
-        recent = xp.concat([penalty["recent"][:, 1:], token], axis=1)
-        following = [k.advance(ops, s, token) for k, s in zip(kinds, states, strict=True)]
-        for kind, old, new in zip(kinds, states, following, strict=True):
-            check_same(f"{kind.__name__}.advance", old, new)
-        return cache, token, position, recent, following
-
-    def steps_fn(
-        self,
-        kinds: Kinds,
-        params: Params,
-        cache: list[LayerCache],
-        rope: Rope,
-        token: Array,
-        position: Array,
-        penalty: dict[str, Array],
-        draw: dict[str, Array] | None,
-        states: list[Mapping[str, Array]],
-        count: Array,
-        ends: Array,
-    ) -> tuple[list[LayerCache], Array, Array, Array, list[Mapping[str, Array]], Array]:
-        """Decode steps one after the other, N at most, until every row has ended.
-
-        Args:
-            token, position: (B, 1), of the first.
-            draw: With numbers for each of them, `uniforms` (N, B, V).
-            count: (1,) int32, how many are wanted.
-            ends: (any,) int32, the tokens that end a row; so does one that is no number.
-        Returns:
-            What `step_fn` does, of the last one; and what each sampled, (B, N).
-        """
-        ops, xp = self.ops, self.ops.xp
-        only = position[:, 0] * 0
-        slots = xp.arange(ops.steps, dtype=xp.int32)[None, :]
-
-        def goes_on(state: dict[str, Any]) -> Array:
-            token = state["token"]
-            has_ended = (token == ends[None, :]) | (token < 0)  # (B, any)
-            rows_left = 1 - xp.max(xp.astype(has_ended, xp.int32), axis=1)
-            return (state["index"] < count) & (xp.max(rows_left, axis=0, keepdims=True) > 0)
-
-        def step(state: dict[str, Any]) -> dict[str, Any]:
-            index, numbers = state["index"], draw
-            if draw is not None:
-                numbers = {**draw, "uniforms": xp.take(draw["uniforms"], index, axis=0)[0, :, :]}
-            cache, token, position, recent, states = self.step_fn(
-                kinds,
-                params,
-                state["cache"],
-                rope,
-                state["token"],
-                state["position"],
-                only,
-                {**penalty, "recent": state["recent"]},
-                numbers,
-                state["states"],
-            )
-            return {
-                "cache": cache,
-                "token": token,
-                "position": position,
-                "recent": recent,
-                "states": states,
-                "index": index + 1,
-                "tokens": xp.where(slots == index[:, None], token, state["tokens"]),
-            }
-
-        first = {
-            "cache": cache,
-            "token": token,
-            "position": position,
-            "recent": penalty["recent"],
-            "states": states,
-            "index": count * 0,
-            "tokens": xp.broadcast_to(token, (token.shape[0], ops.steps)),
-        }
-        s = ops.while_loop(goes_on, step, first)
-        names = ("cache", "token", "position", "recent", "states", "tokens")
-        return tuple(s[name] for name in names)
-
-    def score_fn(
-        self, params: Params, cache: list[LayerCache], rope: Rope, tokens: Array, positions: Array
-    ) -> tuple[list[LayerCache], Array]:
-        """The cache, and the logits (B, T, V) of all tokens."""
-        ops = self.ops
-        hidden, cache = graph.forward(ops, self.config, params, rope, tokens, positions, cache)
-        return cache, graph.logits(ops, params, hidden)
-
-    def shift_fn(
-        self, cache: list[LayerCache], position: Array, count: Array
-    ) -> tuple[list[LayerCache], Array]:
-        """Forget the first `count` (B,) positions; `position` (B, 1) is counted without them."""
-        return [self.ops.shift_cache(layer, count) for layer in cache], position - count[:, None]
-
-    # ---- what the model calls --------------------------------------------------------------
-
-    def generate(
-        self,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        *,
-        limit: int,
-        seed: int,
-        timings: Timings,
-        processors: Sequence[LogitsProcessor] = (),
-        ends: Collection[int] = (),
-    ) -> Iterator[int]:
-        """Yield `limit` tokens that follow the prompt, at most `room_after` it, or up to an end."""
-        started = time.perf_counter()
-        sequence = TokenSequence(
-            self, prompt, sampling, processors, limit=limit, seed=seed, timings=timings, ends=ends
-        )
-        timings.prompt_tokens = len(prompt)
-        sequence.prefill(prompt)
-        done = 0
-        while True:
-            tokens, count = sequence.sampled, sequence.count
-            left = limit - done - count
-            # One call ahead where the library works in the background; but the first token does
-            # not wait for the decode step to be compiled.
-            is_ahead = self.ops.asynchronous and done > 0 and not sequence.needs_tokens
-            if is_ahead and left:
-                sequence.decode(left)
-            for value in self.read(tokens)[:count]:
-                if value < 0:
-                    raise PhicoreError(_NO_TOKEN if processors else _NOT_FINITE)
-                sequence.tell(value)
-                timings.count_token(time.perf_counter() - started)
-                if done == 0:
-                    self.progress("prompt", len(prompt), len(prompt))
-                done += 1
-                yield value
-                if value in ends:
-                    return
-            if not left:
-                return
-            if not is_ahead:
-                sequence.decode(left)
-
-    def room_after(self, prompt: Sequence[int]) -> int:
-        """How many tokens can follow a prompt; at least one.
+    def add(self, request: Request) -> Sequence:
+        """Take a request in. It takes no memory of the device until it is stepped.
 
         Raises:
-            ContextError: If it leaves no room.
-            ArgumentError: If it has no tokens.
+            ArgumentError: If the prompt has a token outside of the vocabulary.
+            ContextError: If the prompt leaves no room for an answer.
         """
-        self._check_fits(prompt, 1)
-        return self.context - len(prompt)
+        self._check_fits(request.prompt_ids, 1)
+        room = self.context - len(request.prompt_ids)
+        limit, at_limit = request.max_tokens, "length"
+        if limit > room:
+            limit, at_limit = room, "context"
+        is_long = self.tables.is_long(len(request.prompt_ids) + limit)
+        sequence = Sequence(request, limit, at_limit, is_long)
+        self._sequences.append(sequence)
+        return sequence
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Scores of the next token after each token: (T, V) float32.
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence and free its slots. One that has ended already stays as it is."""
+        if sequence in self._sequences:
+            self._sequences.remove(sequence)
+        if sequence.slot is not None:
+            del self._slots[sequence.slot]
+            sequence.slot = None
 
+    def step(self, sequences: Iterable[Sequence] | None = None) -> list[Output]:
+        """Do a step of some sequences, or of all: read a chunk of the prompt, or decode.
+
+        Returns:
+            What each sequence gained; a sequence that finishes has ended.
         Raises:
-            ContextError: If the tokens are more than the context.
+            PhicoreError: If no token can be chosen for a sequence.
         """
-        self._check_fits(tokens, 0)
-        cache = SequenceCache(self, len(tokens), len(tokens))
-        rows: np.ndarray | None = None
-        for ids, positions, last in chunks(tokens, LOGITS_CHUNKS, is_padded=self.is_padded):
-            cache.make_room(positions[0, 0], ids.shape[1])
-            args = (self.ops.asarray(ids), self.ops.asarray(positions - cache.first))
-            cache.layers, logits = self.call(self._score, cache, args, Timings())
-            found = self.ops.to_numpy(logits)[0, : last[0] + 1]
-            if rows is None:
-                rows = np.empty((len(tokens), found.shape[1]), np.float32)
-            rows[positions[0, : last[0] + 1]] = found
-        assert rows is not None
-        return rows
+        outputs = []
+        for sequence in list(self._sequences if sequences is None else sequences):
+            if sequence.slot is None:
+                self._place(sequence)
+            if sequence.is_prompt_read:
+                output = self._decode(sequence)
+            else:
+                output = self._read_chunk(sequence)
+            outputs.append(output)
+            if output.finish_reason is not None:
+                self.abort(sequence)
+        return outputs
 
-    # ---- helpers ---------------------------------------------------------------------------
+    def generate(self, request: Request) -> Iterator[int]:
+        """Add a request and step it until it finishes: the tokens of its answer."""
+        sequence = self.add(request)
+        try:
+            while True:
+                for output in self.step([sequence]):
+                    yield from output.tokens
+                    if output.finish_reason is not None:
+                        return
+        finally:
+            self.abort(sequence)
 
-    def _check_fits(self, prompt: Sequence[int], answer: int) -> None:
-        if not len(prompt):
-            raise ArgumentError("prompt: expected at least one token, got none")
+    def _check_fits(self, prompt: Tokens[int], answer: int) -> None:
+        for token in prompt:
+            if not 0 <= token < self.vocab_size:
+                raise ArgumentError(f"token id {token}: expected 0 to {self.vocab_size - 1}")
         if len(prompt) + answer > self.context:
             raise ContextError(
                 f"the prompt has {len(prompt)} tokens and the context holds {self.context}, "
-                "the answer included; shorten the prompt or raise the context"
+                "the answer included; shorten the prompt or raise the context",
+                expected=f"{self.context - answer} tokens or fewer",
+                got=len(prompt),
             )
 
-    def read(self, tokens: Array) -> list[int]:
-        """Those of a call, -1 where it found no finite scores to choose by; waits for it."""
-        return [int(token) for token in self.ops.to_numpy(tokens)[0]]
+    # ---- one sequence ----------------------------------------------------------------------
 
-    def step(self, kinds: Kinds) -> Callable[..., Any]:
-        """The compiled `step_fn` with these logits processors."""
-        return self._compile(self.step_fn, kinds)
+    def _place(self, sequence: Sequence) -> None:
+        """Give a sequence that waited its slots."""
+        request = sequence.request
+        positions = len(request.prompt_ids) + min(sequence.limit, EXPECTED_ANSWER)
+        sequence.timings.start(len(request.prompt_ids))
+        self.progress("prompt", 0, len(request.prompt_ids))
+        slots = Slots.of(
+            self.new_cache(positions, sequence.is_long),
+            [request],
+            [sequence.limit],
+            vocab_size=self.vocab_size,
+            context=self.context,
+        )
+        sequence.slot = next(self._numbers)
+        self._slots[sequence.slot] = slots
 
-    def steps(self, kinds: Kinds) -> Callable[..., Any]:
-        """The compiled `steps_fn`."""
-        return self._compile(self.steps_fn, kinds)
+    def _slots_of(self, sequence: Sequence) -> Slots:
+        assert sequence.slot is not None, "a sequence is placed before it is computed"
+        return self._slots[sequence.slot]
 
-    def _compile(self, fn: Callable[..., Any], kinds: Kinds) -> Callable[..., Any]:
-        key = (fn.__name__, kinds)
-        if key not in self._compiled:
-            self._compiled[key] = self.ops.compile(partial(fn, kinds), donate=(1,))
-        return self._compiled[key]
+    def _read_chunk(self, sequence: Sequence) -> Output:
+        """Read a chunk of the prompt. Every chunk samples a token; only the last one's counts."""
+        slots, prompt = self._slots_of(sequence), sequence.request.prompt_ids
+        sizes = self.ops.capabilities.prompt_chunks
+        chunk = chunk_at(prompt, sequence.computed, sizes, is_padded=self.is_padded)
+        before, state = slots.token, (slots.penalty, slots.states)
+        self._run(sequence, chunk.tokens, chunk.positions, chunk.last)
+        if before is not None:  # then the chunk before is in the cache
+            self.ops.to_numpy(before)
+            self.progress("prompt", sequence.computed, len(prompt))
+        sequence.computed = chunk.end
+        if sequence.is_prompt_read:
+            sequence.sampled = 1
+            slots.pending.append((slots.token, 1))
+        else:
+            slots.penalty, slots.states = state
+        return Output(sequence)
 
-    def capacity_for(self, positions: int) -> int:
-        """Slots of a cache for so many positions: no more than the window needs."""
-        window = self.config.sliding_window
-        capacity = capacity_for(positions)
-        if window is None:
-            return capacity
-        return min(capacity, capacity_of_window(window, self.ops.prompt_chunks[-1]))
+    def _decode(self, sequence: Sequence) -> Output:
+        """Read the tokens of a call; where the library works in the background, one call ahead."""
+        slots = self._slots_of(sequence)
+        if not slots.pending:
+            self._start_decode(sequence)
+        # The first token does not wait until the decode step is compiled.
+        needs_tokens = any(p.needs_tokens for p in sequence.request.processors)
+        if self.ops.capabilities.asynchronous and sequence.answer and not needs_tokens:
+            self._start_decode(sequence)
+        tokens, count = slots.pending.pop(0)
+        found: list[int] = []
+        finish_reason = None
+        for value in self.ops.to_numpy(tokens)[0, :count].tolist():
+            if value < 0:
+                processors = sequence.request.processors
+                raise PhicoreError(_NO_TOKEN if processors else _NOT_FINITE)
+            slots.tell(value)
+            sequence.timings.count_token()
+            if not sequence.answer:
+                prompt = len(sequence.request.prompt_ids)
+                self.progress("prompt", prompt, prompt)
+            sequence.answer.append(value)
+            found.append(value)
+            if value in sequence.request.ends:
+                finish_reason = "stop"
+                break
+        if finish_reason is None and len(sequence.answer) == sequence.limit:
+            finish_reason = sequence.at_limit
+        return Output(sequence, tuple(found), finish_reason)
 
-    def new_cache(self, capacity: int) -> list[LayerCache]:
-        c = self.config
-        return [
-            self.ops.new_cache(1, c.num_key_value_heads, capacity, c.head_dim)
-            for _ in range(c.num_hidden_layers)
-        ]
+    def _start_decode(self, sequence: Sequence) -> None:
+        """Start a call that runs the last token and samples the next ones, if any are wanted."""
+        if not sequence.left:
+            return
+        slots, steps = self._slots_of(sequence), self.ops.capabilities.steps
+        needs_tokens = any(p.needs_tokens for p in sequence.request.processors)
+        count = 1 if needs_tokens else min(sequence.left, steps)
+        if steps == 1:
+            self._run(sequence, slots.token, slots.position, slots.only)
+            slots.pending.append((slots.token, 1))
+        else:
+            self._run_steps(sequence, count)
+        sequence.computed += count
+        sequence.sampled += count
 
-    def shifted(
-        self, layers: list[LayerCache], position: Array, count: int
-    ) -> tuple[list[LayerCache], Array]:
-        """See `shift_fn`."""
-        return self._shift(layers, position, self.ops.asarray(np.array([count], np.int32)))
+    def _run(
+        self,
+        sequence: Sequence,
+        tokens: Array | np.ndarray,
+        positions: Array | np.ndarray,
+        last: Array | np.ndarray,
+    ) -> None:
+        """Run tokens (1, T) of a sequence from its first that is not computed, and sample one."""
+        slots, asarray = self._slots_of(sequence), self.ops.asarray
+        self._make_room(slots.cache, sequence.computed, tokens.shape[1])
+        draw = slots.draw and {**slots.draw, "uniforms": self._uniforms(sequence)}
+        if isinstance(tokens, np.ndarray):
+            tokens, positions, last = asarray(tokens), asarray(positions), asarray(last)
+        end = sequence.computed + tokens.shape[1]
+        (
+            slots.cache.layers,
+            slots.token,
+            slots.position,
+            recent,
+            slots.states,
+        ) = self.steps.run(
+            self.steps.step(slots.kinds),
+            slots.cache,
+            self.tables.until(end, sequence.is_long),
+            (tokens, positions, last, slots.penalty, draw, slots.states),
+            sequence.timings,
+        )
+        slots.penalty = {**slots.penalty, "recent": recent}
+
+    def _run_steps(self, sequence: Sequence, count: int) -> None:
+        """Run the last token of a sequence and sample `count` tokens in one call."""
+        slots = self._slots_of(sequence)
+        self._make_room(slots.cache, sequence.computed, count)
+        steps = self.ops.capabilities.steps
+        draw = slots.draw and {**slots.draw, "uniforms": self._uniforms(sequence, count, steps)}
+        wanted = self.ops.asarray(np.array([count], np.int32))
+        (
+            slots.cache.layers,
+            slots.token,
+            slots.position,
+            recent,
+            slots.states,
+            tokens,
+        ) = self.steps.run(
+            self.steps.steps(slots.kinds),
+            slots.cache,
+            self.tables.until(sequence.computed + count, sequence.is_long),
+            (slots.token, slots.position, slots.penalty, draw, slots.states, wanted, slots.ends),
+            sequence.timings,
+        )
+        slots.penalty = {**slots.penalty, "recent": recent}
+        slots.pending.append((tokens, count))
+
+    def _uniforms(self, sequence: Sequence, count: int = 1, room: int | None = None) -> Array:
+        """Random numbers for the next tokens: (1, V), or (room, 1, V) of which `count` are used."""
+        seed, size = sequence.request.seed, self.vocab_size
+        assert seed is not None, "filled in by Request"
+        numbers = np.zeros((room or 1, size), np.float32)
+        for i in range(count):
+            numbers[i] = sampler.uniforms(seed, sequence.sampled + i, size)
+        return self.ops.asarray(numbers if room is None else numbers[:, None])
+
+    # ---- logits ----------------------------------------------------------------------------
+
+    def logits(self, tokens: Tokens[int]) -> np.ndarray:
+        """Compute the scores of the next token after each token: (T, V) float32.
+
+        Raises:
+            ArgumentError: If there is no token, or one outside of the vocabulary.
+            ContextError: If there are more tokens than the context holds.
+        """
+        if not len(tokens):
+            raise ArgumentError("expected at least one token, got none", parameter="prompt")
+        self._check_fits(tokens, 0)
+        is_long = self.tables.is_long(len(tokens))
+        cache = self.new_cache(len(tokens), is_long)
+        rows = None
+        for chunk in chunks(tokens, LOGITS_CHUNKS, is_padded=self.is_padded):
+            self._make_room(cache, chunk.start, chunk.size)
+            cache.layers, logits = self.steps.run(
+                self.steps.score(),
+                cache,
+                self.tables.until(chunk.start + chunk.size, is_long),
+                (self.ops.asarray(chunk.tokens), self.ops.asarray(chunk.positions)),
+                Timings(),
+            )
+            found = self.ops.to_numpy(logits)[0, : chunk.end - chunk.start]
+            if rows is None:
+                rows = np.empty((len(tokens), found.shape[1]), np.float32)
+            rows[chunk.start : chunk.end] = found
+        assert rows is not None
+        return rows
+
+    # ---- caches ----------------------------------------------------------------------------
 
     @property
     def is_padded(self) -> bool:
-        """Whether chunks are to have few sizes, since each is compiled."""
-        return self.ops.compiles and self.ops.compiled_tokens is None
+        """Whether chunks have few sizes, since each is compiled."""
+        ops = self.ops.capabilities
+        return ops.compiles and ops.compiled_tokens is None
 
-    @property
-    def window(self) -> int | None:
-        return self.config.sliding_window
+    def new_cache(self, positions: int, is_long: bool = False) -> Cache:
+        """An empty cache of one row, with slots for this many tokens."""
+        c, capacity = self.config, self._capacity_for(positions)
+        layers = [
+            self.ops.new_cache(1, c.num_key_value_heads, capacity, c.head_dim)
+            for _ in range(c.num_hidden_layers)
+        ]
+        return Cache(self.ops, layers, capacity, np.array([self.tables.start(is_long)], np.int32))
 
-    def call(self, fn: Any, cache: SequenceCache, args: tuple[Any, ...], timings: Timings) -> Any:
-        """Call a compiled function; the first call with new shapes counts as compiling."""
-        args = (self.params, cache.layers, cache.rope, *args)
-        key = (fn, cache.capacity, *map(_shapes, args[3:]))
-        most, tokens = self.ops.compiled_tokens, args[3]
-        is_compiled = self.ops.compiles and (most is None or tokens.shape[1] <= most)
-        if not is_compiled or key in self._called:
-            return fn(*args)
-        self.progress("compiling", 0, 1)
-        started = time.perf_counter()
-        result = fn(*args)
-        timings.compile_s += time.perf_counter() - started
-        self._called.add(key)
-        self.progress("compiling", 1, 1)
-        return result
+    def _capacity_for(self, positions: int) -> int:
+        """Slots for this many tokens, and no more than the window needs."""
+        window, capacity = self.config.sliding_window, capacity_for(positions)
+        if window is None:
+            return capacity
+        return min(capacity, capacity_of_window(window, self.ops.capabilities.prompt_chunks[-1]))
 
-    def is_long(self, length: int) -> bool:
-        """Whether a sequence of this length, prompt and answer, rotates by the long factors."""
-        return self._rope_factors is not None and is_long(self.config, length)
-
-    def rope(self, first: int, count: int, is_long: bool) -> Rope:
-        """The rotary tables of `count` positions from `first` on."""
-        if first:  # not kept: a sequence gets there once
-            return self._rope(first, count, is_long)
-        key = (count, is_long)
-        if key not in self._rope_tables:
-            self._rope_tables[key] = self._rope(first, count, is_long)
-        return self._rope_tables[key]
-
-    def _rope(self, first: int, count: int, is_long: bool) -> Rope:
-        factors, scale = None, 1.0
-        if self._rope_factors is not None:
-            factors = self._rope_factors.long if is_long else self._rope_factors.short
-            scale = self._rope_factors.scale
-        positions = np.arange(first, first + count)
-        cos, sin = rope_tables(self.config, positions, factors, scale)
-        return self.ops.asarray(cos), self.ops.asarray(sin)
+    def _make_room(self, cache: Cache, start: int, count: int) -> None:
+        """See that `count` tokens from position `start` on have slots."""
+        starts = np.array([start], np.int32)
+        if not cache.lacks(starts, count):
+            return
+        cache.grow(self._capacity_for(start + count - int(cache.first.min())))
+        if cache.lacks(starts, count):
+            assert self.config.sliding_window is not None, "a cache without a window grows"
+            counts = cache.unseen(starts, count, self.config.sliding_window)
+            cache.freed(self.steps.shift(cache.layers, counts), counts)
 
 
 _NOT_FINITE = (
@@ -404,12 +408,3 @@ _NOT_FINITE = (
 _NO_TOKEN = (
     "no token can be chosen: the logits processors forbid all, or scores are not finite numbers"
 )
-
-
-def _shapes(arg: Any) -> Any:
-    """What a compiler specializes on: shapes, and which parts of the sampler there are."""
-    if isinstance(arg, list):
-        return tuple(map(_shapes, arg))
-    if isinstance(arg, dict):
-        return tuple((name, tuple(value.shape)) for name, value in sorted(arg.items()))
-    return None if arg is None else tuple(arg.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 
@@ -19,8 +20,17 @@ class Timings:
     first_token_s: float = 0.0
     """From the start to the first token, compiling included."""
 
-    def count_token(self, since_start_s: float) -> None:
-        """A token is there; what was compiled so far is in `compile_s` already."""
+    def __post_init__(self) -> None:
+        self._started = 0.0
+
+    def start(self, prompt_tokens: int) -> None:
+        """Begin to count."""
+        self.prompt_tokens = prompt_tokens
+        self._started = time.perf_counter()
+
+    def count_token(self) -> None:
+        """Count a token; the time that was spent compiling so far is in `compile_s` already."""
+        since_start_s = time.perf_counter() - self._started
         if self.generated_tokens == 0:
             self.first_token_s = since_start_s
             self.prompt_s = since_start_s - self.compile_s

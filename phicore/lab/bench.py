@@ -82,21 +82,23 @@ def plan(n_prompt: Sequence[str], n_gen: Sequence[str], depth: Sequence[str]) ->
     Raises:
         ArgumentError: If one has anything but numbers, or there is nothing to measure.
     """
-    prompts = _numbers("--n-prompt", n_prompt)
-    answers, depths = _numbers("--n-gen", n_gen), _numbers("--depth", depth)
+    prompts = _numbers("n_prompt", n_prompt)
+    answers, depths = _numbers("n_gen", n_gen), _numbers("depth", depth)
     rows = [Row(n_prompt=n) for n in prompts if n]
     rows += [Row(n_gen=n, depth=d) for d in depths for n in answers if n]
     if not rows:
-        raise ArgumentError("nothing to measure: --n-prompt and --n-gen are both 0")
+        raise ArgumentError("nothing to measure: n-prompt and n-gen are both 0")
     return rows
 
 
-def _numbers(option: str, texts: Sequence[str]) -> list[int]:
+def _numbers(parameter: str, texts: Sequence[str]) -> list[int]:
     """The numbers in an option's values, each once."""
     found = [text.strip() for value in texts for text in value.split(",")]
     for text in found:
         if not (text.isascii() and text.isdigit()):
-            raise ArgumentError(f"{option}: expected 0 or more, such as 128,512; got {text!r}")
+            raise ArgumentError(
+                parameter=parameter, expected="0 or more, such as 128,512", got=text
+            )
     return list(dict.fromkeys(map(int, found)))
 
 

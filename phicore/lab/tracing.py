@@ -10,6 +10,7 @@ import numpy as np
 from phicore.backend import Array, Backend, Params
 from phicore.engine import Engine
 from phicore.network import graph
+from phicore.network.rope import rope_at
 
 OPERATIONS = (
     *("embedding", "linear", "expert_linear", "rms_norm", "layer_norm"),
@@ -28,19 +29,20 @@ def trace(engine: Engine, tokens: Sequence[int]) -> dict[str, np.ndarray]:
     ops = engine.ops
     names: list[str] = []
 
-    def run(params: Params, cache: Any, rope: Any, tokens: Array, positions: Array) -> list[Array]:
+    def run(params: Params, cache: Any, rope: Any, tokens: Array, slots: Array) -> list[Array]:
         recorder = _Recorder(ops, params)
         recording = cast(Backend, recorder)
-        hidden, _ = graph.forward(recording, engine.config, params, rope, tokens, positions, cache)
+        hidden, _ = graph.forward(recording, engine.config, params, rope, tokens, slots, cache)
         graph.logits(recording, params, hidden)
         names[:] = list(recorder.found)
         return list(recorder.found.values())
 
-    ids = np.array([tokens], np.int32)
-    positions = np.arange(len(tokens), dtype=np.int32)[None]
-    capacity = engine.capacity_for(len(tokens))
-    rope = engine.rope(0, capacity, engine.is_long(len(tokens)))
-    arguments = (engine.new_cache(capacity), rope, ops.asarray(ids), ops.asarray(positions))
+    ids, slots = np.array([tokens], np.int32), np.arange(len(tokens), dtype=np.int32)[None]
+    is_long = engine.tables.is_long(len(tokens))
+    tables, start = engine.tables.until(len(tokens), is_long), engine.tables.start(is_long)
+    rope = rope_at(ops.xp, tables, ops.asarray(slots + np.int32(start)))
+    cache = engine.new_cache(len(tokens), is_long)
+    arguments = (cache.layers, rope, ops.asarray(ids), ops.asarray(slots))
     arrays = ops.compile(run)(engine.params, *arguments)
     return {name: ops.to_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
@@ -53,6 +55,14 @@ class _Recorder:
         self._names = {id(weight): name for name, weight in _weights(params)}
         self._layer = ""
         self.found: dict[str, Array] = {}
+
+    # Fused operations are taken apart, so that each of their parts is recorded.
+
+    def rms_norm_linear(self, *args: Any) -> Array:
+        return Backend.rms_norm_linear(cast(Backend, self), *args)
+
+    def swiglu_linear(self, *args: Any) -> Array:
+        return Backend.swiglu_linear(cast(Backend, self), *args)
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._ops, name)

@@ -1,10 +1,10 @@
 """The Phi-3 network, once, for every backend.
 
 Abdin et al., "Phi-3 Technical Report" (2024); the same computation as transformers' `Phi3Model` and
-`PhimoeModel`. Axes as in `protocol.py`.
+`PhimoeModel`. The axes are named as in `protocol.py`.
 
-`params` has the names of the reference's weights. A name with `_bias` behind it is that of a bias,
-where a model has one; where `router` is, layers have experts.
+`params` has the names of the reference's weights. A name that ends in `_bias` is a bias, where a
+model has one. A layer with a `router` has experts in place of one `mlp`.
 """
 
 from __future__ import annotations
@@ -30,26 +30,25 @@ def forward(
     params: Params,
     rope: tuple[Array, Array],
     tokens: Array,
-    positions: Array,
+    slots: Array,
     cache: list[LayerCache],
 ) -> tuple[Array, list[LayerCache]]:
     """Run new tokens through all the layers.
 
     Args:
-        rope: Cosine and sine tables, (S, R) float32, S the cache's capacity.
+        rope: Cosines and sines, (B, T, R) float32, of the angles of the tokens' positions.
         tokens: (B, T) int32.
-        positions: (B, T) int32, consecutive in each row and below the cache's capacity. A row may
-            end in padding: tokens at the positions that follow, whose results mean nothing and
-            whose cache entries nobody sees before they are written again.
-        cache: one per layer, holding the positions before these.
+        slots: (B, T) int32, the slots of the cache that the tokens take, consecutive in each row.
+            A row may end in padding: tokens whose results mean nothing and whose cache entries
+            nobody sees before they are written again.
+        cache: One for each layer. It holds the tokens before these.
     Returns:
-        The last hidden states, (B, T, E), and the cache with the new positions.
+        The last hidden states, (B, T, E), and the cache with the new tokens.
     """
     x = ops.embedding(tokens, params["embed_tokens"])
-    rope = rope_at(ops, rope, positions)
     new_cache = []
     for layer, layer_cache in zip(params["layers"], cache, strict=True):
-        x, layer_cache = decoder_layer(ops, config, layer, x, positions, rope, layer_cache)
+        x, layer_cache = decoder_layer(ops, config, layer, x, rope, slots, layer_cache)
         new_cache.append(layer_cache)
     return norm(ops, config, params, "norm", x), new_cache
 
@@ -61,27 +60,31 @@ def logits(ops: Backend, params: Params, hidden: Array) -> Array:
 
 def linear(ops: Backend, params: Params, name: str, x: Array) -> Array:
     """x @ weight.T + bias: (..., K) gives (..., N)."""
-    y, bias = ops.linear(x, params[name]), params.get(f"{name}_bias")
+    return with_bias(ops, params, name, ops.linear(x, params[name]))
+
+
+def with_bias(ops: Backend, params: Params, name: str, y: Array) -> Array:
+    """The product of a matrix, plus its bias if it has one."""
+    bias = params.get(f"{name}_bias")
     return y if bias is None else y + ops.xp.broadcast_to(bias, y.shape)
 
 
 def norm(ops: Backend, config: Phi3Config, params: Params, name: str, x: Array) -> Array:
-    """RMSNorm or, with a bias, LayerNorm of (..., E)."""
+    """RMSNorm over (..., E); LayerNorm where the norm has a bias."""
     eps, bias = config.rms_norm_eps, params.get(f"{name}_bias")
     if bias is None:
         return ops.rms_norm(x, params[name], eps)
     return ops.layer_norm(x, params[name], bias, eps)
 
 
-def rope_at(ops: Backend, rope: tuple[Array, Array], positions: Array) -> tuple[Array, Array]:
-    """Rows of the cosine and sine tables: (B, T) gives two of (B, T, R)."""
-    xp = ops.xp
-
-    def rows(table: Array) -> Array:
-        picked = xp.take(table, xp.reshape(positions, (-1,)), axis=0)
-        return xp.reshape(picked, (*positions.shape, table.shape[1]))
-
-    return rows(rope[0]), rows(rope[1])
+def norm_linear(
+    ops: Backend, config: Phi3Config, params: Params, norm_name: str, name: str, x: Array
+) -> Array:
+    """linear(norm(x)): (..., E) gives (..., N)."""
+    if f"{norm_name}_bias" in params:
+        return linear(ops, params, name, norm(ops, config, params, norm_name, x))
+    y = ops.rms_norm_linear(x, params[norm_name], config.rms_norm_eps, params[name])
+    return with_bias(ops, params, name, y)
 
 
 def decoder_layer(
@@ -89,17 +92,15 @@ def decoder_layer(
     config: Phi3Config,
     layer: Params,
     x: Array,
-    positions: Array,
     rope: tuple[Array, Array],
+    slots: Array,
     cache: LayerCache,
 ) -> tuple[Array, LayerCache]:
     """x + attention(norm(x)), then x + mlp(norm(x)); x is (B, T, E)."""
-    h = norm(ops, config, layer, "input_layernorm", x)
-    h, cache = attention(ops, config, layer, h, positions, rope, cache)
+    h, cache = attention(ops, config, layer, x, rope, slots, cache)
     x = x + h
-    h = norm(ops, config, layer, "post_attention_layernorm", x)
     feed_forward = experts if "router" in layer else mlp
-    return x + feed_forward(ops, layer, h), cache
+    return x + feed_forward(ops, config, layer, x), cache
 
 
 def attention(
@@ -107,36 +108,39 @@ def attention(
     config: Phi3Config,
     layer: Params,
     x: Array,
-    positions: Array,
     rope: tuple[Array, Array],
+    slots: Array,
     cache: LayerCache,
 ) -> tuple[Array, LayerCache]:
-    """Grouped-query self-attention with rotary positions, causal, optionally in a window."""
+    """Grouped-query self-attention of norm(x): rotary positions, causal, optionally in a window."""
     xp = ops.xp
     b, t, _ = x.shape
     h, k, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
-    qkv = xp.reshape(linear(ops, layer, "qkv_proj", x), (b, t, h + 2 * k, d))
+    qkv = norm_linear(ops, config, layer, "input_layernorm", "qkv_proj", x)
+    qkv = xp.reshape(qkv, (b, t, h + 2 * k, d))
     rotated = ops.rope(qkv[:, :, : h + k, :], *rope)
     query = xp.permute_dims(rotated[:, :, :h, :], (0, 2, 1, 3))  # (B, H, T, D)
     key = xp.permute_dims(rotated[:, :, h:, :], (0, 2, 1, 3))  # (B, K, T, D)
     value = xp.permute_dims(qkv[:, :, h + k :, :], (0, 2, 1, 3))  # (B, K, T, D)
 
-    cache = ops.update_cache(cache, key, value, positions)
-    out = ops.attention(query, cache, positions, d**-0.5, config.sliding_window)
+    cache = ops.update_cache(cache, key, value, slots)
+    out = ops.attention(query, cache, slots, d**-0.5, config.sliding_window)
     out = xp.reshape(xp.permute_dims(out, (0, 2, 1, 3)), (b, t, h * d))
     return linear(ops, layer, "o_proj", out), cache
 
 
-def mlp(ops: Backend, layer: Params, x: Array) -> Array:
-    """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
-    gate_up = linear(ops, layer, "gate_up_proj", x)
-    return linear(ops, layer, "down_proj", ops.swiglu(gate_up))
+def mlp(ops: Backend, config: Phi3Config, layer: Params, x: Array) -> Array:
+    """down(silu(gate(norm(x))) * up(norm(x))), with gate and up in one matrix."""
+    gate_up = norm_linear(ops, config, layer, "post_attention_layernorm", "gate_up_proj", x)
+    down = ops.swiglu_linear(gate_up, layer["down_proj"])
+    return with_bias(ops, layer, "down_proj", down)
 
 
-def experts(ops: Backend, layer: Params, x: Array) -> Array:
-    """The sum of two experts' `mlp`, which the router chooses and weighs for each token."""
+def experts(ops: Backend, config: Phi3Config, layer: Params, x: Array) -> Array:
+    """The sum of two experts' `mlp`; the router chooses and weighs them for each token."""
     xp = ops.xp
+    x = norm(ops, config, layer, "post_attention_layernorm", x)
     flat = xp.reshape(x, (-1, x.shape[-1]))  # (M, E)
     chosen, weights = sparse_mixer(xp, ops.linear(flat, layer["router"]))
     m, a = chosen.shape
@@ -149,10 +153,12 @@ def experts(ops: Backend, layer: Params, x: Array) -> Array:
 
 
 def sparse_mixer(xp: Any, scores: Array) -> tuple[Array, Array]:
-    """Which two experts each token goes to, and their weights, which need not sum to 1.
+    """Choose two experts for each token, and their weights, which need not sum to 1.
 
-    Liu et al., "GRIN: GRadient-INformed MoE" (2024); transformers' `sparsemixer` in inference. Each
-    is the best of those that are left, weighed by its share of the softmax of those near to it.
+    Each choice is the best expert that is left. Its weight is its share of the softmax over the
+    experts whose scores are near to it.
+
+    Source: Liu et al., "GRIN: GRadient-INformed MoE" (2024); transformers' `sparsemixer`.
 
     Args:
         scores: (M, X) float32.

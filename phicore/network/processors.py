@@ -18,16 +18,17 @@ from phicore.errors import ArgumentError, PhicoreError
 
 
 class LogitsProcessor(ABC):
-    """Changes scores in one generation. A new one is a subclass that has `apply`.
+    """Changes the scores in one generation. A new one is a subclass that has `apply`.
 
     A generation calls `start` once; then for every token `apply` and `advance`, on the device, and
-    `update`, on the host. All states of a generation have the same names, shapes and dtypes, none
-    of 64 bits, and no method changes an array that it is handed. One that has `update` serves one
-    generation.
+    `update`, on the host. On the host a state is that of one sequence; on the device it is that of
+    B sequences: the same arrays with an axis of B in front. All states of a generation have the
+    same names, shapes and dtypes, none of 64 bits, and no method changes an array that it is
+    handed. A processor that has `update` serves one generation.
     """
 
     def start(self, prompt: Sequence[int], vocab_size: int) -> Mapping[str, np.ndarray]:
-        """The state for the first token.
+        """Return the state for the first token, without an axis of B.
 
         Args:
             prompt: Token ids.
@@ -38,31 +39,32 @@ class LogitsProcessor(ABC):
     @classmethod
     @abstractmethod
     def apply(cls, ops: Backend, logits: Array, state: Mapping[str, Array]) -> Array:
-        """New scores. A compiler traces it, so it must not look at values.
+        """Return new scores. A compiler traces this, so it must not look at values.
 
         Args:
-            logits: (1, V) float32.
+            logits: (B, V) float32.
+            state: Arrays (B, ...).
         Returns:
-            The same shape; -infinity for a token that must not come.
+            (B, V) float32; -infinity for a token that must not come.
         """
 
     @classmethod
     def advance(cls, ops: Backend, state: Mapping[str, Array], token: Array) -> Mapping[str, Array]:
-        """The state after a token, (1, 1) int32. A compiler traces it too."""
+        """Return the state after a token, (B, 1) int32. A compiler traces this, too."""
         return state
 
     def update(self, token: int) -> Mapping[str, np.ndarray]:
-        """What of the state only the host can tell, after a token: replaces those of these names.
+        """Return what only the host can tell of the state after a token, without an axis of B.
 
-        With a processor that overrides this, a step does not begin before the last one's token is
-        known, as it otherwise may.
+        The arrays replace those of the same names. With a processor that overrides this, a step
+        waits until the last one's token is known.
         """
         return {}
 
-
-def needs_tokens(processor: LogitsProcessor) -> bool:
-    """Whether `update` must be called."""
-    return type(processor).update is not LogitsProcessor.update
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether `update` must be called."""
+        return type(self).update is not LogitsProcessor.update
 
 
 LARGEST = 1e30
@@ -80,11 +82,11 @@ class LogitBias(LogitsProcessor):
         self._biases = dict(biases)
 
     def start(self, prompt: Sequence[int], vocab_size: int) -> Mapping[str, np.ndarray]:
-        bias = np.zeros((1, vocab_size), np.float32)
+        bias = np.zeros(vocab_size, np.float32)
         for token, value in self._biases.items():
             if not 0 <= token < vocab_size:
                 raise ArgumentError(f"logit-bias: token id {token}: expected 0 to {vocab_size - 1}")
-            bias[0, token] = value
+            bias[token] = value
         return {"bias": bias}
 
     @classmethod
@@ -124,10 +126,10 @@ class AnswerPenalty(LogitsProcessor):
         self._factors = {"frequency": frequency, "presence": presence}
 
     def start(self, prompt: Sequence[int], vocab_size: int) -> Mapping[str, np.ndarray]:
-        counts = np.zeros((1, vocab_size), np.float32)
+        counts = np.zeros(vocab_size, np.float32)
         return {
             "counts": counts,
-            **{name: np.array([[f]], np.float32) for name, f in self._factors.items()},
+            **{name: np.array([f], np.float32) for name, f in self._factors.items()},
         }
 
     @classmethod

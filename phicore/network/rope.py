@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log, sqrt
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class RopeFactors:
 
 
 def is_long(config: Phi3Config, length: int) -> bool:
-    """Whether a sequence that is planned to be so long rotates by the long factors."""
+    """Whether a sequence that is planned to be so long is rotated by the long factors."""
     original = config.original_max_position_embeddings
     return original is not None and length > original
 
@@ -68,3 +69,13 @@ def rope_tables(
     if scale != 1:
         cos, sin = cos * scale, sin * scale
     return cos.astype(np.float32), sin.astype(np.float32)
+
+
+def rope_at(xp: Any, tables: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
+    """Look up rows (B, T) int32 of two tables (P, R): cosines and sines, (B, T, R)."""
+
+    def picked(table: Any) -> Any:
+        found = xp.take(table, xp.reshape(rows, (-1,)), axis=0)
+        return xp.reshape(found, (*rows.shape, table.shape[1]))
+
+    return picked(tables[0]), picked(tables[1])

@@ -12,70 +12,14 @@ chance to differ (docs/architecture.md has what was measured).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 
 import numpy as np
 
 from phicore.backend import Array, Backend
-from phicore.errors import ArgumentError
 
 ONE = 2**30  # probability 1 as a count; the sum over a vocabulary stays below 2**31
 ALL = 2**31 - 1  # a count that no vocabulary has
 BLOCK = 64  # of tokens; divides the vocabularies of Phi-3, Phi-4-mini and SmolLM2
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. The defaults are those of the command line.
-
-    Attributes:
-        temperature: 0 is greedy; otherwise logits are divided by it.
-        top_k: Keep the k most probable tokens; 0 keeps all. Ties with the last are kept.
-        top_p: Keep the most probable tokens until they hold this probability; 1 keeps all.
-        min_p: Keep tokens that have at least this share of the most probable one's probability.
-        repeat_penalty: Positive logits of recent tokens are divided by it, negative multiplied.
-        repeat_last_n: How many recent tokens (prompt included) are penalized; 0 none, -1 all.
-    """
-
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repeat_penalty: float = 1.1
-    repeat_last_n: int = 64
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = (int, np.integer) if field.type == "int" else (int, float, np.number)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise ArgumentError(f"{field.name}: expected {field.type}, got {value!r}")
-        # The bounds of temperature and penalty keep them, and what they divide, in float32.
-        is_good = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
-        _check("temperature", self.temperature, is_good, "0 (greedy), or 1e-6 to 1e6")
-        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (all) to 2**31 - 1")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
-        is_good = 1e-6 <= self.repeat_penalty <= 1e6
-        _check("repeat_penalty", self.repeat_penalty, is_good, "1e-6 to 1e6")
-        _check("repeat_last_n", self.repeat_last_n, self.repeat_last_n >= -1, "-1 (all) or more")
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def has_filter(self) -> bool:
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
-    @property
-    def has_penalty(self) -> bool:
-        return self.repeat_penalty != 1 and self.repeat_last_n != 0
-
-
-def _check(name: str, value: float, is_good: bool, allowed: str) -> None:
-    if not is_good:
-        raise ArgumentError(f"{name}: expected {allowed}, got {value}")
 
 
 def uniforms(seed: int, step: int, size: int) -> np.ndarray:

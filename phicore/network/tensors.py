@@ -97,7 +97,7 @@ class Tensors:
         tensors = [self.take(name, size) for name, size in sizes.items()]
         self._count(*tensors)
         values = [tensor.dequantize() for tensor in tensors]
-        if is_split and self._ops.devices > 1:
+        if is_split and self._ops.options.devices > 1:
             return self._ops.asarray_of_shares(values)
         return self._ops.asarray(np.concatenate(values))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import pluggy
 
 if TYPE_CHECKING:
-    from phicore.backend import Backend
+    from phicore.backend import Backend, BackendOptions
     from phicore.engine.timings import Timings
     from phicore.network.architectures import Architecture
     from phicore.network.config import Phi3Config
@@ -56,7 +56,7 @@ class RegisterBackend(Protocol):
         self,
         name: str,
         *,
-        create: Callable[[str | None], Backend],
+        create: Callable[[BackendOptions], Backend],
         devices: Callable[[], list[str]],
         protocol: int,
         notes: Callable[[], str] | None = None,
@@ -64,12 +64,12 @@ class RegisterBackend(Protocol):
         """
         Args:
             name: What `--backend` takes.
-            create: Makes the backend on a device, or on the best one for None. The tensor library
-                is imported in here, not before; what it raises is shown as the reason why the
-                backend cannot be used.
-            devices: The names that `create` takes on this machine.
+            create: Makes the backend with the options that a user chose. The tensor library is
+                imported in here, not before; what it raises is shown as the reason why the backend
+                cannot be used.
+            devices: Names the devices of this machine that the backend can use.
             protocol: The version of the tensor protocol that the backend was written for, as a
-                number: `phicore.backend.VERSION` then. It is not used with another.
+                number: what `phicore.backend.VERSION` was then. It is used with no other version.
             notes: What `phicore backends` says beside "usable", such as which kernels are in use.
         """
 

@@ -20,7 +20,7 @@ from phicore.plugins import builtin, hookspecs
 from phicore.plugins.observers import Observers
 
 if TYPE_CHECKING:
-    from phicore.backend import Backend
+    from phicore.backend import Backend, BackendOptions
     from phicore.network.architectures import Architecture
     from phicore.plugins.hookspecs import CreateProcessor
     from phicore.sources import ModelFiles
@@ -66,7 +66,7 @@ class BackendInfo:
     name: str
     distribution: str
     version: str
-    _create: Callable[[str | None], Backend] = field(repr=False)
+    _create: Callable[[BackendOptions], Backend] = field(repr=False)
     _devices: Callable[[], list[str]] = field(repr=False)
     _notes: Callable[[], str] | None = field(repr=False, default=None)
 
@@ -86,13 +86,16 @@ class BackendInfo:
         """
         return self._guarded(self._notes) if self._notes is not None else ""
 
-    def create(self, device: str | None = None) -> Backend:
-        """The backend on a device, or on the best one there is.
+    def create(self, options: BackendOptions | None = None) -> Backend:
+        """Make the backend, with its defaults for None.
 
         Raises:
-            BackendError: If it cannot be used, or the device cannot, with the reason.
+            BackendError: If the backend, the device or another option cannot be used, with the
+                reason.
         """
-        return self._guarded(self._create, device)
+        from phicore.backend import DEFAULTS  # imports NumPy, which a list need not wait for
+
+        return self._guarded(self._create, DEFAULTS if options is None else options)
 
     def _guarded(self, call: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -179,7 +182,7 @@ class Plugins:
             def register(
                 name: str,
                 *,
-                create: Callable[[str | None], Backend],
+                create: Callable[[BackendOptions], Backend],
                 devices: Callable[[], list[str]],
                 protocol: int,
                 notes: Callable[[], str] | None = None,

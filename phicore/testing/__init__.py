@@ -4,8 +4,8 @@
 
     class TestMine(BackendConformance):
         @classmethod
-        def make_backend(cls):
-            return MyBackend()
+        def make_backend(cls, options):
+            return MyBackend(options)
 
 Every operation is compared with float64 over many shapes, every quantization type with the gguf
 package, whole models with the protocol's defaults on NumPy; and the laws that the engine relies on

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from phicore.backend import Backend
+from phicore.backend import Backend, BackendOptions
 from phicore.testing.conformance import BackendConformance
 
-factory: Callable[[], Backend] | None = None
+factory: Callable[[BackendOptions], Backend] | None = None
 
 
 class TestBackend(BackendConformance):
     @classmethod
-    def make_backend(cls) -> Backend:
+    def make_backend(cls, options: BackendOptions) -> Backend:
         assert factory is not None, "set by runner.run"
-        return factory()
+        return factory(options)

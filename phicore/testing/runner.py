@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phicore.backend import Backend
+from phicore.backend import Backend, BackendOptions
 from phicore.errors import PhicoreError
 from phicore.progress import Progress
 
@@ -30,7 +30,7 @@ class Result:
 
 
 def run(
-    make: Callable[[], Backend],
+    make: Callable[[BackendOptions], Backend],
     *,
     keyword: str = "",
     stop_at_first: bool = False,
@@ -40,7 +40,7 @@ def run(
     """Run the kit.
 
     Args:
-        make: Gives a new backend at each call.
+        make: Makes a new backend at each call.
         keyword: Only tests whose names or parts fit this expression, as for `pytest -k`.
         stop_at_first: Run no more tests after one that fails.
         failed: Called with each result that is a failure, when it is known.

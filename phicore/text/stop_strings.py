@@ -10,12 +10,8 @@ from phicore.errors import ArgumentError
 class StopStrings:
     """Passes text on, up to the first stop string, and holds back what may be the start of one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        if isinstance(stops, str):
-            stops = [stops]
-        if not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops):
-            raise ArgumentError(f"stop: expected strings of at least one character, got {stops!r}")
-        self._stops = tuple(stops)
+    def __init__(self, stops: str | Sequence[str]) -> None:
+        self._stops = checked_stops(stops)
         self._held = ""
         self.is_stopped = False
 
@@ -36,6 +32,20 @@ class StopStrings:
         """What was held back, now that nothing follows."""
         text, self._held = self._held, ""
         return text
+
+
+def checked_stops(stops: str | Sequence[str]) -> tuple[str, ...]:
+    """One stop string, or several, as a tuple.
+
+    Raises:
+        ArgumentError: If one is empty or no string.
+    """
+    if isinstance(stops, str):
+        stops = [stops]
+    if not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops):
+        expected = "strings of at least one character"
+        raise ArgumentError(parameter="stop", expected=expected, got=stops)
+    return tuple(stops)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -53,7 +53,7 @@ def test_closed_model_says_so(tiny: Path) -> None:
 
 @pytest.mark.parametrize("ctx", [0, -1, 321, 2.5, True, "9"])
 def test_ctx_outside_of_its_range(tiny: Path, ctx: object) -> None:
-    with pytest.raises(ArgumentError, match="ctx: expected 1 to 320, the model's context; got "):
+    with pytest.raises(ArgumentError, match="ctx: expected 1 to 320, the model's context, got "):
         phicore.load(tiny, backend="numpy", ctx=ctx)
 
 
@@ -134,7 +134,7 @@ def test_device_that_does_not_exist(tiny: Path, backend_name: str) -> None:
 
 @pytest.mark.parametrize("devices", [0, -1, 1.5, "2", True])
 def test_devices_outside_of_their_range(tiny: Path, devices: object) -> None:
-    with pytest.raises(ArgumentError, match="devices: expected 1 or more, got "):
+    with pytest.raises(ArgumentError, match=r"^devices: expected (int|1 or more), got "):
         phicore.load(tiny, "numpy", devices=devices)  # type: ignore[arg-type]
 
 

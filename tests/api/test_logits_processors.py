@@ -34,7 +34,7 @@ class Dictated(LogitsProcessor):
         self.told: list[int] = []
 
     def start(self, prompt: Sequence[int], vocab_size: int) -> Mapping[str, np.ndarray]:
-        return {"token": np.array([[self._tokens.pop(0)]], np.int32)}
+        return {"token": np.array([self._tokens.pop(0)], np.int32)}
 
     @classmethod
     def apply(cls, ops: Any, logits: Any, state: Any) -> Any:
@@ -44,7 +44,7 @@ class Dictated(LogitsProcessor):
 
     def update(self, token: int) -> Mapping[str, np.ndarray]:
         self.told.append(token)
-        return {"token": np.array([[self._tokens.pop(0)]], np.int32)} if self._tokens else {}
+        return {"token": np.array([self._tokens.pop(0)], np.int32)} if self._tokens else {}
 
 
 def test_bias_makes_a_token_come_or_stay_away(on_backend: Model):
@@ -105,14 +105,14 @@ class Narrow(LogitsProcessor):
 
     def start(self, prompt: Sequence[int], vocab_size: int) -> Mapping[str, np.ndarray]:
         dtype = np.int64 if self._fault == "wide" else np.float32
-        return {"n": np.zeros((1, 1), dtype)}
+        return {"n": np.zeros(1, dtype)}
 
     @classmethod
     def apply(cls, ops: Any, logits: Any, state: Any) -> Any:
         return logits
 
     def update(self, token: int) -> Mapping[str, np.ndarray]:
-        return {"m" if self._fault == "name" else "n": np.zeros((1, 2), np.float32)}
+        return {"m" if self._fault == "name" else "n": np.zeros(2, np.float32)}
 
 
 class FewScores(LogitsProcessor):
@@ -155,7 +155,7 @@ def test_arrays_of_another_kind_are_refused(on_backend: Model, processor: Any, m
 
 def test_list_of_processors_is_needed(model: Model):
     for wrong in ("logit-bias=1:2", LogitBias({})):
-        with pytest.raises(ArgumentError, match="processors: expected a list of them, got "):
+        with pytest.raises(ArgumentError, match="processors: expected a list, got "):
             model.generate(PROMPT, processors=wrong)
 
 
@@ -192,7 +192,7 @@ def test_by_name(model: Model, processor: str, same: LogitsProcessor):
         ("frequency-penalty=nan", "frequency-penalty: expected a number, got 'nan'"),
         (
             "nope=1",
-            "processor: expected one of logit-bias, frequency-penalty, presence-penalty; "
+            "processor: expected one of logit-bias, frequency-penalty, presence-penalty, "
             "got 'nope'",
         ),
         (3, "processor: expected a LogitsProcessor or NAME=ARGUMENT, got 3"),
@@ -218,8 +218,8 @@ def test_processor_of_a_plugin(install: Install, tmp_path: Path):
                                 if model.tokenizer.piece(i) == piece]
 
             def start(self, prompt, vocab_size):
-                mask = np.full((1, vocab_size), -np.inf, np.float32)
-                mask[0, self.token] = 0
+                mask = np.full(vocab_size, -np.inf, np.float32)
+                mask[self.token] = 0
                 return {"mask": mask}
 
             @classmethod

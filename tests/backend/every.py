@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from conftest import ALL_BACKENDS, make_backend
 
-from phicore.backend import Backend
+from phicore.backend import DEFAULTS, Backend, BackendOptions
+from phicore.testing.conformance.base import Make
 
 VARIANTS = ("jax-xla", "jax-steps", "jax-avx2", "jax-generic") if "jax" in ALL_BACKENDS else ()
 """JAX as it is on other processors and on cards, and where its kernels cannot be used."""
 
 
-def make_any(name: str) -> Backend:
+def make_any(name: str, options: BackendOptions = DEFAULTS) -> Backend:
     if name not in VARIANTS:
-        return make_backend(name)
+        return make_backend(name, options)
     from phicore_jax.backend import JaxBackend
 
     kernels = None
     if name == "jax-steps":
-        ops = JaxBackend("cpu", kernels=None)
-        ops.steps = 5
-        return ops
+        return JaxBackend(replace(options, device="cpu"), kernels=None, steps=5)
     if name != "jax-xla":
         pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
         from kernels.made import kernels_of
@@ -32,7 +31,7 @@ def make_any(name: str) -> Backend:
         if target not in supported_targets():
             pytest.skip(f"this processor cannot run {target} code")
         kernels = kernels_of(target)
-    return JaxBackend("cpu", kernels=kernels)
+    return JaxBackend(replace(options, device="cpu"), kernels=kernels)
 
 
 class EveryBackend:
@@ -40,5 +39,5 @@ class EveryBackend:
 
     @pytest.fixture(scope="class", params=[*ALL_BACKENDS, *VARIANTS])
     @classmethod
-    def make(cls, request: pytest.FixtureRequest) -> Callable[[], Backend]:
-        return lambda: make_any(request.param)
+    def make(cls, request: pytest.FixtureRequest) -> Make:
+        return lambda options: make_any(request.param, options)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from phicore.backend import Backend, LayerCache
+from phicore.backend import Backend, BackendOptions, LayerCache
 from phicore.errors import BackendError
 from phicore.testing import oracle, tolerances
 from phicore.testing.compare import assert_close
@@ -47,9 +47,7 @@ def make(variant: str, cache_type: str) -> Backend:
         if target not in supported_targets():
             pytest.skip(f"this processor cannot run {target} code")
         kernels = kernels_of(target)
-    ops = JaxBackend("cpu", kernels=kernels)
-    ops.configure(cache_type=cache_type)
-    return ops
+    return JaxBackend(BackendOptions(device="cpu", cache_type=cache_type), kernels=kernels)
 
 
 @cache
@@ -317,8 +315,9 @@ def test_shift_cache_moves_numbers_with_their_units(
 
 def test_cache_of_another_type_is_an_error(variant: str):
     ops = make(variant, "f32")
-    names = ", ".join(ops.cache_types)
-    with pytest.raises(BackendError, match=rf"^cache type 'q8': this backend has {names}$"):
-        ops.configure(cache_type="q8")
-    assert set(ops.cache_types) == set(ERRORS)
-    assert ops.cache_type == "f32"
+    names = ops.capabilities.cache_types
+    expected = rf"^cache_type: expected {', '.join(names)} on this device, got 'q8'$"
+    with pytest.raises(BackendError, match=expected):
+        make(variant, "q8")
+    assert set(names) == set(ERRORS)
+    assert ops.options.cache_type == "f32"

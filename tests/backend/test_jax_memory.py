@@ -17,7 +17,9 @@ def test_products_keep_at_most_two_expanded_matrices_at_a_time(rows: int):
     """Once, XLA:CPU expanded every matrix of the model before it began with the first product."""
     from phicore_jax.backend import CPU_OPTIONS, JaxBackend
 
-    ops = JaxBackend("cpu", kernels=None)
+    from phicore.backend import BackendOptions
+
+    ops = JaxBackend(BackendOptions(device="cpu"), kernels=None)
     rng = np.random.default_rng(0)
     weights = [
         ops.load_weight(oracle.matrix([Type.Q4_K], [SIZE], SIZE, rng)) for _ in range(LAYERS)

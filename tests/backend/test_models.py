@@ -1,17 +1,15 @@
 """The conformance kit's models, on every installed backend."""
 
-from collections.abc import Callable
-
 import pytest
 from backend.every import make_any
 from conftest import ALL_BACKENDS
 
-from phicore.backend import Backend
 from phicore.testing.conformance import ModelsConformance
+from phicore.testing.conformance.base import Make
 
 
 class TestModels(ModelsConformance):
     @pytest.fixture(scope="class", params=ALL_BACKENDS)
     @classmethod
-    def make(cls, request: pytest.FixtureRequest) -> Callable[[], Backend]:
-        return lambda: make_any(request.param)
+    def make(cls, request: pytest.FixtureRequest) -> Make:
+        return lambda options: make_any(request.param, options)

@@ -9,10 +9,9 @@ from gguf import GGMLQuantizationType as Type
 from phicore_array_api_strict.backend import ListedNames, StrictBackend
 
 from phicore.backend import DTYPES, FUNCTIONS, Backend
-from phicore.engine import Engine
-from phicore.engine.timings import Timings
+from phicore.engine import Engine, Request
 from phicore.gguf.reader import open_gguf
-from phicore.network.sampler import Sampling
+from phicore.network.sampling import Sampling
 from phicore.testing.tiny_models import Tiny, write_model
 
 SMALL = Tiny(
@@ -57,7 +56,7 @@ def generate(ops: StrictBackend, path: Path) -> None:
         engine = Engine.load(ops, file, context=300)
         sampling = Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01)
         prompt = [1 + i % 20 for i in range(254)]  # the answer needs a larger cache
-        tokens = list(engine.generate(prompt, sampling, limit=4, seed=1, timings=Timings()))
+        tokens = list(engine.generate(Request(prompt, sampling, max_tokens=4, seed=1)))
         engine.logits(prompt[:3])
     assert len(tokens) == 4
     assert all(0 <= t < SMALL.vocab_size for t in tokens)

@@ -91,7 +91,7 @@ def test_no_command_shows_the_help(phicore) -> None:
 
 
 def test_devices_of_a_backend_that_has_one(fails) -> None:
-    assert fails("--devices", "2", "Hello") == "devices: this backend computes on one"
+    assert fails("--devices", "2", "Hello") == "--devices: this backend computes on one device"
 
 
 # ---- the prompt ------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_prompt_longer_than_the_context(fails) -> None:
 
 def test_context_larger_than_the_models(fails) -> None:
     message = fails("--ctx", 1000, "Hello", code=2)
-    assert message == "--ctx: expected 1 to 320, the model's context; got 1000"
+    assert message == "--ctx: expected 1 to 320, the model's context, got 1000"
 
 
 # ---- the model -------------------------------------------------------------------------------

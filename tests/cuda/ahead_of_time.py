@@ -31,10 +31,11 @@ from gguf import GGMLQuantizationType as Type
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from phicore_jax import cuda
-from phicore_jax.backend import JaxBackend
+from phicore_jax.backend import CHUNKS, JaxBackend
 from phicore_jax.cuda import check, runtime
 from phicore_jax.parallel import AXIS, Devices
 
+from phicore.backend import Backend, BackendOptions, Capabilities
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
 
@@ -80,21 +81,31 @@ device_description_str: "Tesla T4"
 class AheadOfTime(JaxBackend):
     """JAX on cards that are not there: arrays are shapes, and a call compiles and runs nothing."""
 
-    def __init__(self, devices: int, card: str) -> None:
+    def __init__(self, devices: int, card: str, steps: int = 1) -> None:
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=card, topology=f"1x1x{devices}"
         )
         self.device = topology.devices[0]
         self._packing_device = None
-        self.devices, self._shared = devices, None
+        self._shared, self._grow = None, {}
         mesh = Mesh(np.array(topology.devices), (AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec())
         if devices > 1:
             self._shared = AbsentDevices(mesh)
         kernels, about = cuda.find_kernels()
         assert kernels is not None, about
-        self._set_kernels(kernels)
-        self._set_for_cards()
+        self._kernels = kernels
+        capabilities = Capabilities(
+            device="cuda",
+            has_devices=True,
+            compiles=True,
+            asynchronous=True,
+            steps=steps,
+            prompt_chunks=CHUNKS,
+            cache_types=kernels.cache_types,
+            has_fast_prefill=kernels.has_fast_products,
+        )
+        Backend.__init__(self, BackendOptions(devices=devices), capabilities)
 
     def _put(self, x: np.ndarray) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
@@ -153,15 +164,12 @@ def compiled(
 ) -> dict[str, Any]:
     """What XLA makes of a step of so many tokens, or of several of one."""
     runtime.EXPANDED_BYTES = 4 << 20  # so that these small matrices have several parts
-    ops = AheadOfTime(devices, card)
-    ops.steps = steps
+    ops = AheadOfTime(devices, card, steps)
     with open_gguf(path) as file:
         engine = Engine.load(ops, file, context=512)
     params, size = engine.params, engine.vocab_size
-    cache = engine.new_cache(512)
-    rope = tuple(
-        ops.asarray(np.zeros((512, engine.config.rotary_dim // 2), np.float32)) for _ in "ab"
-    )
+    held = engine.new_cache(512)
+    cache, tables = held.layers, engine.tables.until(512, is_long=False)
     ids, row = ops.asarray(np.zeros((1, tokens), np.int32)), ops.asarray(np.zeros(1, np.int32))
     number = ops.asarray(np.zeros(1, np.float32))
     recent = ops.asarray(np.zeros((1, 64), np.int32))
@@ -169,11 +177,13 @@ def compiled(
     draw = {"temperature": number, "uniforms": ops.asarray(np.zeros((1, size), np.float32))}
     before = set(Path(dumps.name).iterdir())
     if steps == 1:
-        program = engine.step(())(params, cache, rope, ids, ids, row, penalty, draw, [])
+        args = (params, cache, tables, held.place, ids, ids, row, penalty, draw, [])
+        program = engine.steps.step(())(*args)
     else:
         draw["uniforms"] = ops.asarray(np.zeros((steps, 1, size), np.float32))
-        args = (params, cache, rope, ids, ids, penalty, draw, [], row, row)
-        program = engine.steps(())(*args)
+        ends = ops.asarray(np.zeros((1, 8), np.int32))
+        args = (params, cache, tables, held.place, ids, ids, penalty, draw, [], row, ends)
+        program = engine.steps.steps(())(*args)
     memory = program.memory_analysis()
     text = program.as_text()
     return {

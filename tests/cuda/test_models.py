@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvm
 from cuda import host
 from phicore_jax.backend import JaxBackend
 from phicore_jax.cuda import runtime
+
+from phicore.backend import BackendOptions
 
 TINY = Tiny(
     hidden_size=256,
@@ -36,12 +40,16 @@ MODELS = {
 
 
 @pytest.fixture
-def ops(monkeypatch: pytest.MonkeyPatch) -> JaxBackend:
+def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., JaxBackend]:
+    """What makes a backend with kernels of GPUs that run on this processor."""
     monkeypatch.setattr(runtime, "launch", host.launch)
     monkeypatch.setattr(runtime, "launch_in_place", host.launch_in_place)
-    ops = JaxBackend("cpu", kernels=runtime.CudaKernels())
-    ops.steps = 4
-    return ops
+
+    def made(**options: Any) -> JaxBackend:
+        chosen = BackendOptions(device="cpu", **options)
+        return JaxBackend(chosen, kernels=runtime.CudaKernels(), steps=4)
+
+    return made
 
 
 @pytest.mark.parametrize(
@@ -55,9 +63,9 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> JaxBackend:
     ],
 )
 def test_logits_and_text_are_those_of_the_reference(
-    ops: JaxBackend, tmp_path: Path, name: str, cache_type: str
+    make: Callable[..., JaxBackend], tmp_path: Path, name: str, cache_type: str
 ):
-    ops.configure(cache_type=cache_type)
+    ops = make(cache_type=cache_type)
     tiny, types = MODELS[name]
     path = write_model(tmp_path / "m.gguf", tiny, types, tokenizer=False)
     engine, reference = engine_of(ops, path), engine_of(Reference(), path)
@@ -72,8 +80,8 @@ def test_logits_and_text_are_those_of_the_reference(
         assert text(engine, DRAWN, limit=10) == expected
 
 
-def test_fast_prefill_is_as_exact_as_it_says(ops: JaxBackend, tmp_path: Path):
-    ops.configure(fast_prefill=True)
+def test_fast_prefill_is_as_exact_as_it_says(make: Callable[..., JaxBackend], tmp_path: Path):
+    ops = make(fast_prefill=True)
     path = write_model(tmp_path / "m.gguf", TINY, Q4_K_M, tokenizer=False)
     logits = engine_of(Reference(), path).logits(PROMPT)
     error = relative_error(engine_of(ops, path).logits(PROMPT), logits)

@@ -18,6 +18,7 @@ from phicore_jax.kernels.lang import Module, Target
 from phicore_jax.kernels.linear import Product
 from phicore_jax.kernels.runtime import Kernels
 
+from phicore.backend import BackendOptions
 from phicore.testing.compare import assert_close
 
 # ---- results -------------------------------------------------------------------------------
@@ -60,8 +61,7 @@ def test_caches_and_attention_of_all_targets_agree(
     places = np.arange(50, dtype=np.int32)[None]
     found = []
     for each in (kernels, kernels_of(BEST)):
-        ops = JaxBackend("cpu", kernels=each)
-        ops.configure(cache_type=cache_type)
+        ops = JaxBackend(BackendOptions(device="cpu", cache_type=cache_type), kernels=each)
 
         def run(empty, k, v, qs, ops=ops):
             held = ops.update_cache(empty, k, v, places)

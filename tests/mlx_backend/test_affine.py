@@ -16,6 +16,7 @@ from phicore_mlx import affine
 from phicore_mlx.affine import LAYOUTS
 from phicore_mlx.backend import MlxBackend, _dequantized
 
+from phicore.backend import BackendOptions
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.quants import AFFINE_TYPES
 from phicore.gguf.reader import GGUFTensor
@@ -94,8 +95,7 @@ def test_bits_per_weight_are_those_in_memory(ggml_type: Type, rng: np.random.Gen
 
 @each_type
 def test_compact_scales_cost_what_the_documentation_says(ggml_type: Type, rng: np.random.Generator):
-    ops = MlxBackend("cpu")
-    ops.configure(compact=True)
+    ops = MlxBackend(BackendOptions(device="cpu", compact=True))
     tensor = random_tensor(ggml_type, 64, 2048, rng)
     rows = ops.to_numpy(
         ops.embedding(mx.arange(64)[None], ops.load_weight(Matrix("w", (tensor,))))

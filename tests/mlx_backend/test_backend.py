@@ -19,6 +19,7 @@ from phicore_mlx.affine import LAYOUTS
 from phicore_mlx.backend import MlxBackend
 
 import phicore
+from phicore.backend import BackendOptions
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 from phicore.testing import tiny_models
@@ -32,7 +33,7 @@ CACHE = (1, 8, 2048, 64)  # 4 MiB of keys, and of values
 
 @pytest.fixture
 def ops() -> MlxBackend:
-    return MlxBackend("cpu")
+    return MlxBackend(BackendOptions(device="cpu"))
 
 
 # ---- products ------------------------------------------------------------------------------
@@ -181,8 +182,7 @@ def test_compact_weights_take_less_memory_and_answer_nearly_alike(tmp_path: Path
 
 
 def test_compact_keeps_scales_that_float16_cannot_hold(rng: np.random.Generator):
-    ops = MlxBackend("cpu")
-    ops.configure(compact=True)
+    ops = MlxBackend(BackendOptions(device="cpu", compact=True))
     tensor = edges(Type.Q4_K, rng)  # scales up to 63 * 65504
     (part,) = ops.load_weight(Matrix("w", (tensor,)))
     assert part["scales"].dtype == mx.float32
@@ -193,21 +193,24 @@ def test_compact_keeps_scales_that_float16_cannot_hold(rng: np.random.Generator)
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"dtype": "float16"}, "dtype 'float16': this backend has float32, on this device"),
-        ({"cache_type": "bf16"}, "cache type 'bf16': this backend has f32, f16, i16, q8_0"),
-        ({"fast_prefill": True}, "fast prefill: this backend has only the exact one"),
+        ({"dtype": "float16"}, "dtype: expected float32 on this device, got 'float16'"),
+        (
+            {"cache_type": "bf16"},
+            "cache_type: expected f32, f16, i16, q8_0 on this device, got 'bf16'",
+        ),
+        ({"fast_prefill": True}, "fast_prefill: this backend has only the exact products"),
         ({"threads": 2}, "threads: this backend's library decides"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_a_cpu_cannot_do_is_an_error(choice: dict, message: str, ops: MlxBackend):
+def test_what_a_cpu_cannot_do_is_an_error(choice: dict, message: str):
     with pytest.raises(BackendError, match=f"^{message}"):
-        ops.configure(**choice)
+        MlxBackend(BackendOptions(device="cpu", **choice))
 
 
 def test_compact_is_an_error_for_other_backends():
-    with pytest.raises(BackendError, match=r"^compact weights: this backend has only the exact"):
-        Reference().configure(compact=True)
+    with pytest.raises(BackendError, match=r"^compact: this backend has only exact weights"):
+        Reference(BackendOptions(compact=True))
 
 
 # ---- errors --------------------------------------------------------------------------------

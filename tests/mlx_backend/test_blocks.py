@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from mlx_backend.test_affine import edges, random_tensor, values
 from phicore_mlx import blocks, devices
 
+from phicore.backend import BackendOptions
 from phicore.gguf.reader import GGUFTensor
 from phicore.testing.compare import assert_close
 from phicore.testing.tolerances import PRODUCT
@@ -129,8 +130,7 @@ def test_kernels_on_the_gpu_equal_the_portable_form(
     results = []
     for is_usable in (True, False):
         monkeypatch.setattr(blocks, "is_usable", lambda t, found=is_usable: found)
-        ops = MlxBackend()
-        ops.configure(dtype="float32")
+        ops = MlxBackend(BackendOptions(dtype="float32"))
         weight = ops.load_weight(Matrix("w", (tensor,)))
         results.append(ops.to_numpy(ops.linear(ops.asarray(x), weight)))
         assert ("blocks" in weight[0]) == is_usable

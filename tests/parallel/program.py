@@ -36,23 +36,21 @@ from pathlib import Path
 import numpy as np
 from phicore_jax.backend import JaxBackend
 
-from phicore.engine import Engine
-from phicore.engine.timings import Timings
-from phicore.network.sampler import Sampling
+from phicore.backend import BackendOptions
+from phicore.engine import Engine, Request
+from phicore.network.sampling import Sampling
 from phicore.testing.conformance.models import DRAWN, PROMPT, engine_of
 
 LONG = PROMPT * 12  # the cache grows behind it
 
 
 def engine(devices: int) -> Engine:
-    ops = JaxBackend("cpu")
-    ops.steps = args.steps
-    ops.configure(cache_type=args.cache_type, devices=devices)
-    return engine_of(ops, Path(args.model))
+    options = BackendOptions(device="cpu", cache_type=args.cache_type, devices=devices)
+    return engine_of(JaxBackend(options, steps=args.steps), Path(args.model))
 
 
 def text(engine: Engine, sampling: Sampling, prompt: list[int], limit: int) -> list[int]:
-    return list(engine.generate(prompt, sampling, limit=limit, seed=1, timings=Timings()))
+    return list(engine.generate(Request(prompt, sampling, max_tokens=limit, seed=1)))
 
 
 one, many = engine(1), engine(args.devices)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phicore.engine.timings import Timings
-from phicore.network.sampler import Sampling
+from phicore.engine import Request
+from phicore.network.sampling import Sampling
 from phicore.testing import tiny_models
 from phicore.testing.compare import assert_close, relative_error
 from phicore.testing.conformance.models import engine_of
@@ -50,7 +50,7 @@ def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
     engine = engine_of(ops, CASES[name].write(tmp_path / "tiny.gguf"))
 
     tokens = engine.generate(
-        golden()["token_ids"].tolist(), GREEDY, limit=len(expected), seed=0, timings=Timings()
+        Request(golden()["token_ids"].tolist(), GREEDY, max_tokens=len(expected), seed=0)
     )
 
     assert list(tokens) == expected
@@ -60,11 +60,12 @@ def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatc
     """With an original context of 32: 24 tokens and 8 more are short, 24 and 9 more are long."""
     engine = engine_of(ops, CASES["short_factors"].write(tmp_path / "tiny.gguf"))
     chosen = []
-    monkeypatch.setattr(engine, "is_long", lambda n: chosen.append(n > 32) or n > 32)
+    is_long = engine.tables.is_long
+    monkeypatch.setattr(engine.tables, "is_long", lambda n: chosen.append(is_long(n)) or is_long(n))
     prompt = golden()["token_ids"].tolist()
     starts = []
     for limit in (8, 9):
-        tokens = engine.generate(prompt, GREEDY, limit=limit, seed=0, timings=Timings())
+        tokens = engine.generate(Request(prompt, GREEDY, max_tokens=limit, seed=0))
         starts.append(list(tokens)[:8])
     assert chosen == [False, True]
     assert starts[0] == golden()["short_factors/greedy_ids"].tolist()
@@ -78,7 +79,7 @@ def test_conversation_that_crosses_the_original_context_is_read_again(name, ops,
     conversation = golden()["token_ids"].tolist()
     short = engine.logits(conversation[:12])
     for turn in (4, 12):  # 4 + 8 and 12 + 4 tokens are within it
-        list(engine.generate(conversation[:turn], GREEDY, limit=4, seed=0, timings=Timings()))
+        list(engine.generate(Request(conversation[:turn], GREEDY, max_tokens=4, seed=0)))
 
     assert_close(engine.logits(conversation), golden()[f"{name}/logits"], FLOAT32_LOGITS)
     assert relative_error(short, golden()[f"{name}/logits"][:12]) > 1e-2  # otherwise rotated
@@ -112,7 +113,5 @@ def test_greedy_tokens_far_beyond_the_window_equal_transformers(ops, tmp_path):
     engine = engine_of(ops, tiny_models.windowed().write(tmp_path / "tiny.gguf"))
     ids, expected = (golden()[f"windowed/{name}"].tolist() for name in ("token_ids", "greedy_ids"))
     for count in (len(ids), len(ids) - 1500):  # no layer of two sees more than 126 tokens back
-        tokens = engine.generate(
-            ids[-count:], GREEDY, limit=len(expected), seed=0, timings=Timings()
-        )
+        tokens = engine.generate(Request(ids[-count:], GREEDY, max_tokens=len(expected), seed=0))
         assert list(tokens) == expected

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from phicore_numpy.backend import NumpyBackend
 
-from phicore.backend import Array, Backend, LayerCache, Weight
+from phicore.backend import Array, Backend, BackendOptions, LayerCache, Weight
 from phicore.errors import PhicoreError
 from phicore.gguf.matrix import Matrix
 from phicore.testing import runner
@@ -35,44 +35,44 @@ class MaskWithoutSelf(NumpyBackend):
     """A token does not see itself, but for the first."""
 
     def attention(
-        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+        self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
     ) -> Array:
-        return super().attention(q, cache, np.maximum(positions - 1, 0), scale, window)
+        return super().attention(q, cache, np.maximum(slots - 1, 0), scale, window)
 
 
 class WindowOneWider(NumpyBackend):
     def attention(
-        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+        self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
     ) -> Array:
-        return super().attention(q, cache, positions, scale, None if window is None else window + 1)
+        return super().attention(q, cache, slots, scale, None if window is None else window + 1)
 
 
 class HalfPrecisionAttention(NumpyBackend):
     """The softmax, and what it weighs, in float16."""
 
     def attention(
-        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+        self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
     ) -> Array:
-        y = super().attention(q, cache, positions, scale, window)
+        y = super().attention(q, cache, slots, scale, window)
         return y.astype(np.float16).astype(np.float32)
 
 
 class AttentionWithoutScale(NumpyBackend):
     def attention(
-        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+        self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
     ) -> Array:
-        return super().attention(q, cache, positions, 1.0, window)
+        return super().attention(q, cache, slots, 1.0, window)
 
 
 class KeysOfTheNextHead(NumpyBackend):
     """Query heads share key heads in turns instead of in groups."""
 
     def attention(
-        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+        self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
     ) -> Array:
         heads, kv_heads = q.shape[1], cache["k"].shape[1]
         order = np.arange(heads).reshape(-1, kv_heads).T.ravel()
-        y = super().attention(q[:, order], cache, positions, scale, window)
+        y = super().attention(q[:, order], cache, slots, scale, window)
         return y[:, np.argsort(order)]
 
 
@@ -94,6 +94,17 @@ class UpBeforeGate(NumpyBackend):
         return super().swiglu(np.concatenate(np.split(gate_up, 2, axis=-1)[::-1], axis=-1))
 
 
+class FusedGateUpBeforeGate(NumpyBackend):
+    def swiglu_linear(self, gate_up: Array, weight: Weight) -> Array:
+        swapped = np.concatenate(np.split(gate_up, 2, axis=-1)[::-1], axis=-1)
+        return super().swiglu_linear(swapped, weight)
+
+
+class FusedNormWithoutWeight(NumpyBackend):
+    def rms_norm_linear(self, x: Array, norm: Array, eps: float, weight: Weight) -> Array:
+        return super().rms_norm_linear(x, np.ones_like(norm), eps, weight)
+
+
 class NormWithoutEpsilon(NumpyBackend):
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         return super().rms_norm(x, weight, 1e-12)
@@ -102,9 +113,9 @@ class NormWithoutEpsilon(NumpyBackend):
 class CacheOneLate(NumpyBackend):
     """Writes new positions one slot later, if there is one."""
 
-    def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+    def update_cache(self, cache: LayerCache, k: Array, v: Array, slots: Array) -> LayerCache:
         last = cache["k"].shape[2] - 1
-        return super().update_cache(cache, k, v, np.minimum(positions + 1, last))
+        return super().update_cache(cache, k, v, np.minimum(slots + 1, last))
 
 
 class ExpertsByRank(NumpyBackend):
@@ -141,6 +152,8 @@ FAULTS = {
     KeysOfTheNextHead: "test_attention_",
     DroppedScales: "test_linear_and_embedding_one_part_equal_float64[Q4_0]",
     UpBeforeGate: "test_swiglu_equals_float64",
+    FusedGateUpBeforeGate: "test_fused_",
+    FusedNormWithoutWeight: "test_fused_",
     NormWithoutEpsilon: "test_rms_norm_equals_float64",
     CacheOneLate: "test_update_cache_",
     ExpertsByRank: "test_expert_linear_",
@@ -187,7 +200,7 @@ def test_an_expression_that_fits_nothing_is_an_error():
 
 
 def test_a_backend_that_cannot_be_made_fails_each_test():
-    def make() -> Backend:
+    def make(options: BackendOptions) -> Backend:
         raise RuntimeError("no device")
 
     results = runner.run(make, keyword="rope_equals")

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint
 import pytest
 from unit.throwaway import Install, install
 
+from phicore.backend import BackendOptions
 from phicore.errors import BackendError, PhicoreError, SourceError
 from phicore.plugins import BackendInfo, Plugins, choose_backend, manager
 from phicore.sources import SCHEMES
@@ -21,7 +22,7 @@ GOOD = """
 
     @hookimpl
     def phicore_register_backends(register):
-        register({name!r}, create=lambda device=None: (device, "made"),
+        register({name!r}, create=lambda options: (options.threads, "made"),
                  devices=lambda: ["cpu"], protocol={protocol})
 """
 
@@ -46,7 +47,7 @@ def refusal(name: str | None, plugins: Plugins) -> str:
 
 def test_backends_installed_distribution_is_found(install: Install):
     before = list(Plugins().backends())
-    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1), version="3.1")
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=2), version="3.1")
     plugins = Plugins()
     backends = plugins.backends()
     assert set(backends) == {*before, "abacus"}
@@ -54,7 +55,7 @@ def test_backends_installed_distribution_is_found(install: Install):
     info = choose_backend("abacus", plugins)
     assert (info.name, info.distribution, info.version) == ("abacus", "phicore-abacus", "3.1")
     assert info.devices() == ["cpu"]
-    assert info.create("beads") == ("beads", "made")
+    assert info.create(BackendOptions(threads=3)) == (3, "made")
     assert plugins.broken == []
 
 
@@ -68,7 +69,7 @@ def test_backends_one_distribution_may_register_several(install: Install):
         @hookimpl
         def phicore_register_backends(register):
             for name in ("zig", "zag"):
-                register(name, create=lambda device: name, devices=list, protocol=1)
+                register(name, create=lambda options: name, devices=list, protocol=2)
         """,
     )
     assert list(Plugins().backends())[-2:] == ["zag", "zig"]
@@ -76,7 +77,7 @@ def test_backends_one_distribution_may_register_several(install: Install):
 
 def test_plugins_two_of_them_share_nothing(install: Install):
     before = Plugins()
-    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1))
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=2))
     assert "abacus" not in before.backends()
     assert "abacus" in Plugins().backends()
 
@@ -85,9 +86,9 @@ def test_backends_one_name_from_two_distributions_is_neither_s_and_both_are_name
     install: Install,
 ):
     before = list(Plugins().backends())
-    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1))
-    install("quipu", "knots", GOOD.format(name="abacus", protocol=1))
-    install("slide", "rule", GOOD.format(name="rule", protocol=1))
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=2))
+    install("quipu", "knots", GOOD.format(name="abacus", protocol=2))
+    install("slide", "rule", GOOD.format(name="rule", protocol=2))
     plugins = Plugins()
     for _ in range(2):  # it is told once
         assert list(plugins.backends()) == [*before, "rule"]
@@ -101,13 +102,13 @@ def test_backends_one_name_from_two_distributions_is_neither_s_and_both_are_name
 
 def test_backends_for_another_protocol_is_listed_and_stops_nothing(install: Install):
     before = list(Plugins().backends())
-    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=99))
-    install("slide", "rule", GOOD.format(name="rule", protocol=1))
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1))
+    install("slide", "rule", GOOD.format(name="rule", protocol=2))
     plugins = Plugins()
     assert list(plugins.backends()) == [*before, "rule"]
     assert refusal("abacus", plugins) == (
-        "backend 'abacus': phicore-abacus is not usable: made for version 99 of the protocol, "
-        "phicore has 1; install a phicore-abacus that fits"
+        "backend 'abacus': phicore-abacus is not usable: made for version 1 of the protocol, "
+        "phicore has 2; install a phicore-abacus that fits"
     )
 
 
@@ -119,7 +120,7 @@ def test_backends_without_a_protocol_is_broken(install: Install):
 
 
 def test_installed_says_what_each_plugin_provides(install: Install):
-    install("phicore-abacus", "beads", GOOD.format(name="abacus", protocol=1), version="3.1")
+    install("phicore-abacus", "beads", GOOD.format(name="abacus", protocol=2), version="3.1")
     found = {info.name: info for info in Plugins().installed()}
     assert found["beads"].distribution == "phicore-abacus"
     assert (found["beads"].version, found["beads"].provides) == ("3.1", ("backend abacus",))
@@ -139,8 +140,8 @@ def test_installed_says_what_each_plugin_provides(install: Install):
 def test_plugins_can_be_switched_off(
     install: Install, monkeypatch: pytest.MonkeyPatch, value: str, left: set[str]
 ):
-    install("phicore-abacus", "beads", GOOD.format(name="abacus", protocol=1))
-    install("slide", "rule", GOOD.format(name="rule", protocol=1))
+    install("phicore-abacus", "beads", GOOD.format(name="abacus", protocol=2))
+    install("slide", "rule", GOOD.format(name="rule", protocol=2))
     monkeypatch.setenv("PHICORE_DISABLE_PLUGINS", value)
     plugins = Plugins()
     assert set(plugins.backends()) & {"abacus", "numpy", "rule"} == left
@@ -167,9 +168,9 @@ def test_backends_misspelt_hook_is_broken_and_stops_nothing(install: Install):
     install(
         "phicore-abacus",
         "abacus",
-        GOOD.format(name="abacus", protocol=1).replace("_backends", "_backend"),
+        GOOD.format(name="abacus", protocol=2).replace("_backends", "_backend"),
     )
-    install("phicore-zither", "zither", GOOD.format(name="zither", protocol=1))  # loaded after it
+    install("phicore-zither", "zither", GOOD.format(name="zither", protocol=2))  # loaded after it
     plugins = Plugins()
     assert "zither" in plugins.backends()
     [broken] = plugins.broken
@@ -182,7 +183,7 @@ def test_backends_hook_with_an_unknown_argument_is_broken(install: Install):
     install(
         "phicore-abacus",
         "abacus",
-        GOOD.format(name="abacus", protocol=1).replace("(register)", "(reg)"),
+        GOOD.format(name="abacus", protocol=2).replace("(register)", "(reg)"),
     )
     plugins = Plugins()
     assert "abacus" not in plugins.backends()
@@ -221,7 +222,7 @@ def test_backend_whose_library_is_missing_is_listed_and_says_why_when_used(insta
             def library(device=None):
                 import beads_and_wire
 
-            register("abacus", create=library, devices=library, protocol=1)
+            register("abacus", create=library, devices=library, protocol=2)
         """,
     )
     info = choose_backend("abacus", Plugins())
@@ -241,14 +242,14 @@ def test_backend_own_error_is_passed_on_as_it_is(install: Install):
 
         @hookimpl
         def phicore_register_backends(register):
-            def create(device):
+            def create(options):
                 raise BackendError("backend abacus: no device 'x' (available: cpu)")
 
-            register("abacus", create=create, devices=list, protocol=1)
+            register("abacus", create=create, devices=list, protocol=2)
         """,
     )
     with pytest.raises(BackendError, match=r"^backend abacus: no device 'x' \(available: cpu\)$"):
-        choose_backend("abacus", Plugins()).create("x")
+        choose_backend("abacus", Plugins()).create()
 
 
 def test_choose_backend_unknown_name_lists_those_installed():
@@ -267,19 +268,19 @@ def test_choose_backend_nothing_installed_says_what_to_install():
 
 @pytest.mark.usefixtures("only_throwaways")
 def test_choose_backend_no_name_takes_the_first_usable_one(install: Install):
-    broken = GOOD.format(name="abacus", protocol=1).replace('lambda: ["cpu"]', "lambda: 1 / 0")
+    broken = GOOD.format(name="abacus", protocol=2).replace('lambda: ["cpu"]', "lambda: 1 / 0")
     install("phicore-abacus", "abacus", broken)
     assert refusal(None, Plugins()) == (
         "no usable backend: backend abacus: not usable: ZeroDivisionError: division by zero"
     )
-    install("phicore-zither", "zither", GOOD.format(name="zither", protocol=1))
+    install("phicore-zither", "zither", GOOD.format(name="zither", protocol=2))
     assert choose_backend(None, Plugins()).name == "zither"
 
 
 @pytest.mark.usefixtures("only_throwaways")
 def test_backends_preferred_ones_come_first(install: Install):
     for name in ("abacus", "numpy", "jax"):
-        install(f"throwaway-{name}", name, GOOD.format(name=name, protocol=1))
+        install(f"throwaway-{name}", name, GOOD.format(name=name, protocol=2))
     assert list(Plugins().backends()) == ["jax", "numpy", "abacus"]
 
 
@@ -369,7 +370,7 @@ def test_sources_without_plugins_are_the_built_in_ones():
 
 
 def test_plugins_two_entry_points_of_one_module_say_so(install: Install):
-    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1))
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=2))
     [point] = [p for p in manager.entry_points(group="phicore") if p.name == "abacus"]
     loaded = Plugins([point, EntryPoint("zither", point.value, "phicore")])
     assert list(loaded.backends()) == ["abacus"]
@@ -417,7 +418,7 @@ HOOK = """
 )
 def test_plugins_fault_of_any_kind_is_that_plugin_s(install: Install, code: str, reason: str):
     install("slide", "rule", code)
-    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1))
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=2))
     plugins = Plugins()
     assert "abacus" in [info.name for info in plugins.installed()]
     assert [b.distribution for b in plugins.broken] == ["slide"]
@@ -426,8 +427,8 @@ def test_plugins_fault_of_any_kind_is_that_plugin_s(install: Install, code: str,
 
 
 def test_plugins_two_entry_points_of_one_name_leave_the_first(install: Install):
-    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=1))
-    install("slide", "rule", GOOD.format(name="rule", protocol=1))
+    install("phicore-abacus", "abacus", GOOD.format(name="abacus", protocol=2))
+    install("slide", "rule", GOOD.format(name="rule", protocol=2))
     points = {p.name: p for p in manager.entry_points(group="phicore")}
     twin = EntryPoint("abacus", points["rule"].value, "phicore")
     vars(twin).update(dist=points["abacus"].dist)
@@ -437,7 +438,7 @@ def test_plugins_two_entry_points_of_one_name_leave_the_first(install: Install):
 
 
 def test_blame_is_for_the_plugin_whose_code_it_was(install: Install):
-    install("model", "model", GOOD.format(name="model", protocol=1))  # as a module of phicore's
+    install("model", "model", GOOD.format(name="model", protocol=2))  # as a module of phicore's
     install("slide", "rule", HOOK.format(hook="sources", body="pass") + "    def fail(): 1 / 0")
     loaded = Plugins()
     with pytest.raises(PhicoreError) as own:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from phicore.errors import ArgumentError
-from phicore.network.sampler import Sampling, uniforms
+from phicore.network.sampler import uniforms
+from phicore.network.sampling import Sampling
 
 BAD = [
     ("temperature", -0.1, "temperature: expected 0 (greedy), or 1e-6 to 1e6, got -0.1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from conftest import BACKENDS, make_backend
 from gguf import GGMLQuantizationType as Type
 
 from phicore.backend import Array, Backend
-from phicore.engine import Engine
-from phicore.engine.timings import Timings
+from phicore.engine import Engine, Request
 from phicore.network.processors import LogitBias, LogitsProcessor
-from phicore.network.sampler import Sampling
+from phicore.network.sampling import Sampling
 from phicore.testing.conformance.models import PHI3, Reference, engine_of
 from phicore.testing.tiny_models import write_model
 
@@ -31,7 +31,7 @@ class Follow(LogitsProcessor):
         self._last = 0
 
     def start(self, prompt: Any, vocab_size: int) -> dict[str, np.ndarray]:
-        return {"last": np.array([prompt[-1]], np.int32)}
+        return {"last": np.array(prompt[-1], np.int32)}
 
     @staticmethod
     def apply(ops: Backend, scores: Array, state: Any) -> Array:
@@ -39,7 +39,7 @@ class Follow(LogitsProcessor):
         return ops.xp.where(ids == state["last"][:, None] + 1, scores + 100.0, scores)
 
     def update(self, token: int) -> dict[str, np.ndarray]:
-        return {"last": np.array([token], np.int32)}
+        return {"last": np.array(token, np.int32)}
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +51,22 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engines(request: pytest.FixtureRequest, path: Path) -> Callable[[int], Engine]:
     def make(steps: int) -> Engine:
         ops = make_backend(request.param)
-        ops.steps = steps
+        ops.capabilities = replace(ops.capabilities, steps=steps)
         return engine_of(ops, path)
 
     return make
 
 
 def tokens(engine: Engine, sampling: Sampling = DRAWN, **options: Any) -> list[int]:
-    options = {"limit": 23, "seed": 7} | options
-    return list(engine.generate(PROMPT, sampling, timings=Timings(), **options))
+    options = {"max_tokens": 23, "seed": 7} | options
+    return list(engine.generate(Request(PROMPT, sampling, **options)))
 
 
 @pytest.mark.parametrize("limit", [1, 2, 9, 23])
 def test_tokens_are_those_of_single_steps(engines: Callable[[int], Engine], limit: int):
     one, many = engines(1), engines(4)
     for sampling in (Sampling(temperature=0), DRAWN):
-        assert tokens(many, sampling, limit=limit) == tokens(one, sampling, limit=limit)
+        assert tokens(many, sampling, max_tokens=limit) == tokens(one, sampling, max_tokens=limit)
 
 
 def test_computing_ends_with_an_end_token(engines: Callable[[int], Engine]):
@@ -80,15 +80,16 @@ def test_computing_ends_with_an_end_token(engines: Callable[[int], Engine]):
 
 def test_steps_after_an_end_are_not_run(path: Path):
     ops = Reference()
-    ops.steps = 8
+    ops.capabilities = replace(ops.capabilities, steps=8)
     engine = engine_of(ops, path)
-    ran, step_fn = [], engine.step_fn
+    pure = engine.steps.pure
+    ran, step = [], pure.step
 
     def counted(*args: Any) -> Any:
         ran.append(1)
-        return step_fn(*args)
+        return step(*args)
 
-    engine.step_fn = counted  # type: ignore[method-assign]
+    pure.step = counted  # type: ignore[method-assign]
     all_tokens = tokens(engine)
     end = all_tokens[5]
     ran.clear()
@@ -101,11 +102,11 @@ def test_processors_keep_their_state(engines: Callable[[int], Engine]):
     for make in (lambda: LogitBias({5: 3.0}), Follow):
         processed = [tokens(engine, processors=[make()]) for engine in (one, many)]
         assert processed[0] == processed[1]
-    assert tokens(many, processors=[Follow()], limit=6) == [6, 7, 8, 9, 10, 11]
+    assert tokens(many, processors=[Follow()], max_tokens=6) == [6, 7, 8, 9, 10, 11]
 
 
 def test_a_call_has_no_more_steps_than_are_left(engines: Callable[[int], Engine]):
     """The last fills the context, whose cache has no slot more."""
     one, many = engines(1), engines(8)
     limit = one.context - len(PROMPT)
-    assert tokens(many, limit=limit) == tokens(one, limit=limit)
+    assert tokens(many, max_tokens=limit) == tokens(one, max_tokens=limit)

@@ -5,10 +5,10 @@ from phicore import hookimpl
 
 @hookimpl
 def phicore_register_backends(register):  # type: ignore[no-untyped-def]
-    def create(device: str | None = None):  # type: ignore[no-untyped-def]
+    def create(options):  # type: ignore[no-untyped-def]
         from phicore_jax.backend import JaxBackend
 
-        return JaxBackend(device)
+        return JaxBackend(options)
 
     def devices() -> list[str]:
         from phicore_jax.backend import device_names
@@ -26,4 +26,4 @@ def phicore_register_backends(register):  # type: ignore[no-untyped-def]
             said += f"; CUDA kernels: {about}" if on_card else f"; no CUDA kernels ({about})"
         return said
 
-    register("jax", create=create, devices=devices, notes=notes, protocol=1)
+    register("jax", create=create, devices=devices, notes=notes, protocol=2)

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -22,7 +21,16 @@ import numpy as np
 import platformdirs
 from jax import lax
 
-from phicore.backend import Array, Backend, LayerCache, Weight, cache_types
+from phicore.backend import (
+    DEFAULTS,
+    Array,
+    Backend,
+    BackendOptions,
+    Capabilities,
+    LayerCache,
+    Weight,
+    cache_types,
+)
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFTensor
@@ -30,7 +38,7 @@ from phicore_jax import cuda, expanded
 from phicore_jax.cache import CACHE_DTYPES, as_numbers, as_stored, put, zeros
 from phicore_jax.kernels import CACHE_ROWS, ROWS_OF_STRIP, find_kernels
 from phicore_jax.own import OwnKernels, Source
-from phicore_jax.parallel import Devices, Share
+from phicore_jax.parallel import Devices, ShardedCache, Share
 
 # XLA's other orders compute whatever does not depend on the input first: here every expanded weight
 # of the model, all alive at once. In this order memory stays small and warm, and prefill takes half
@@ -38,12 +46,13 @@ from phicore_jax.parallel import Devices, Share
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-# In a call on a card, whose steps are so short that the host would not keep up.
 STEPS = 8
-# Few, since each is compiled, and large, since weights are expanded for each.
+"""Decode steps in a call on a GPU, whose steps are too short for the host to keep up."""
 CHUNKS = (1, 256, 2048)
+"""Sizes of a prompt's chunks on a GPU: few, since each is compiled, and large, since the weights
+are expanded for each chunk."""
 QUERIES = 256
-"""Whose scores are in memory at a time."""
+"""How many queries' scores are in memory at a time."""
 
 
 def device_names() -> list[str]:
@@ -136,54 +145,54 @@ class JaxBackend(Backend):
     """JAX on one device, or on several that share the model.
 
     Args:
-        device: Its name; None is the best one.
-        kernels: Our own: "host" are those that fit this device; None is XLA alone.
+        options: What the user chose.
+        kernels: The kernels to use. "host" takes those that fit the device; None leaves everything
+            to XLA.
+        steps: How many decode steps a compiled call runs. None takes what suits the device.
     """
 
     xp = jnp
-    compiles = True
-    asynchronous = True
 
     def __init__(
         self,
-        device: str | None = None,
+        options: BackendOptions = DEFAULTS,
         kernels: OwnKernels | Literal["host"] | None = "host",
+        steps: int | None = None,
     ) -> None:
-        self.device = find_device(device)
-        self.device_name = "cpu" if self.device.platform == "cpu" else _name(self.device)
-        self._packing_device = self.device
-        self._shared: Devices | None = None
+        self.device = find_device(options.device)
+        is_cpu = self.device.platform == "cpu"
         keep_compiled_programs()
         if kernels == "host":
-            is_cpu = self.device.platform == "cpu"
             kernels, _ = find_kernels() if is_cpu else cuda.working_kernels(self.device)
-        self._set_kernels(kernels)
-        if self.device.platform != "cpu":
-            self._set_for_cards()
-
-    def _set_for_cards(self) -> None:
-        self.prompt_chunks = CHUNKS
-        if self._kernels is not None:  # which were tried, in a loop
-            self.steps = STEPS
-
-    def _set_kernels(self, kernels: OwnKernels | None) -> None:
-        self._last: tuple[Array, Source] | None = None
-        self._grow: dict[int, Callable[[LayerCache], LayerCache]] = {}
         self._kernels = kernels
-        if kernels is None:
-            self.cache_types = ("f32", "f16", "i24", "i16", "q8_0")
-        else:
-            self.cache_types = kernels.cache_types
-            self.has_fast_prefill = kernels.has_fast_products
-            self.linear_error = 3e-5
-
-    def configure(self, *, threads: int | None = None, devices: int = 1, **choices: Any) -> None:
-        if devices != 1:
-            self._shared, self.devices = Devices(self.device, devices), devices
-        if self._kernels is not None and threads is not None and self._kernels.has_threads:
-            self._kernels.set_threads(threads)
-            threads = None
-        super().configure(threads=threads, **choices)
+        if steps is None:  # kernels of GPUs were tried in a loop; nothing else was
+            steps = 1 if is_cpu or kernels is None else STEPS
+        capabilities = Capabilities(
+            device="cpu" if is_cpu else _name(self.device),
+            has_devices=True,
+            compiles=True,
+            asynchronous=True,
+            steps=steps,
+            cache_types=("f32", "f16", "i24", "i16", "q8_0"),
+        )
+        if not is_cpu:
+            capabilities = replace(capabilities, prompt_chunks=CHUNKS)
+        if kernels is not None:
+            capabilities = replace(
+                capabilities,
+                cache_types=kernels.cache_types,
+                has_fast_prefill=kernels.has_fast_products,
+                has_threads=kernels.has_threads,
+                linear_error=3e-5,
+            )
+        super().__init__(options, capabilities)
+        self._packing_device = self.device
+        self._grow: dict[int, Callable[[LayerCache], LayerCache]] = {}
+        self._shared: Devices | None = None
+        if options.devices != 1:
+            self._shared = Devices(self.device, options.devices)
+        if kernels is not None and options.threads is not None:
+            kernels.set_threads(options.threads)
 
     def asarray(self, x: np.ndarray) -> Array:
         return self._put(np.array(x))
@@ -199,7 +208,7 @@ class JaxBackend(Backend):
         return self._shared.put_shares({n: shares[n] for n in self._shared.mine})
 
     def _cut(self, vector: np.ndarray) -> list[np.ndarray]:
-        return np.split(vector, self.devices)
+        return np.split(vector, self.options.devices)
 
     def to_numpy(self, x: Array) -> np.ndarray:
         with memory_errors():
@@ -217,7 +226,7 @@ class JaxBackend(Backend):
         return Share(parts, is_sum=split.sections is None, is_all=split.is_gathered)
 
     def _share(self, matrix: Matrix, number: int) -> Matrix:
-        return matrix.share(number, self.devices)
+        return matrix.share(number, self.options.devices)
 
     def _packed(self, matrix: Matrix) -> list[Any]:
         packed: list[Any] = []
@@ -264,9 +273,7 @@ class JaxBackend(Backend):
         def traced(*args: Any) -> Any:
             # A GPU would multiply float32 with the 11 bits of TF32; a CPU multiplies it as it is.
             with jax.default_matmul_precision(None if is_cpu else "highest"):
-                result = fn(*args)
-            self._last = None  # what is traced must not be kept
-            return result
+                return fn(*args)
 
         options = CPU_OPTIONS if is_cpu else cuda.OPTIONS
         if self._shared:
@@ -284,18 +291,23 @@ class JaxBackend(Backend):
         return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
 
     def linear(self, x: Array, weight: Weight) -> Array:
-        source = self._source_of(x)
+        return self._linear(x, weight)
+
+    def _linear(self, x: Array, weight: Weight, source: Source | None = None) -> Array:
         y = self._products(x.reshape(-1, x.shape[-1]), weight, source=source)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def _made(self, y: Array, source: Source) -> Array:
-        """Remember what y was made of, until the next product: it may then not be needed itself."""
-        self._last = y, source
-        return y
+    def rms_norm_linear(self, x: Array, norm: Array, eps: float, weight: Weight) -> Array:
+        source = None if self._has_rowwise else Source("rms_norm", (x, norm), eps)
+        return self._linear(self.rms_norm(x, norm, eps), weight, source)
 
-    def _source_of(self, x: Array) -> Source | None:
-        last, self._last = self._last, None
-        return last[1] if last is not None and last[0] is x else None
+    def swiglu_linear(self, gate_up: Array, weight: Weight) -> Array:
+        source = None if self._has_rowwise else Source("swiglu", (gate_up,))
+        return self._linear(self.swiglu(gate_up), weight, source)
+
+    @property
+    def _has_rowwise(self) -> bool:
+        return self._kernels is not None and self._kernels.has_rowwise
 
     def expert_linear(self, x: Array, experts: Array, weight: Weight) -> Array:
         return self._products(x, weight, experts)
@@ -316,7 +328,9 @@ class JaxBackend(Backend):
 
         def product(part: Any) -> Array:
             if self._kernels is not None and isinstance(part, self._kernels.packed):
-                return self._kernels.linear(prepared, part, experts, is_fast=self.fast_prefill)
+                return self._kernels.linear(
+                    prepared, part, experts, is_fast=self.options.fast_prefill
+                )
             if experts is None:
                 return expanded.product(x, part)
             return expanded.expert_product(x, experts, part)
@@ -344,25 +358,21 @@ class JaxBackend(Backend):
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         if self._kernels is None or not self._kernels.has_rowwise:
-            y = super().rms_norm(x, weight, eps)
-            return self._made(y, Source("rms_norm", (x, weight), eps))
+            return super().rms_norm(x, weight, eps)
         return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
 
     def swiglu(self, gate_up: Array) -> Array:
         if self._kernels is None or not self._kernels.has_rowwise:
-            return self._made(super().swiglu(gate_up), Source("swiglu", (gate_up,)))
+            return super().swiglu(gate_up)
         y = self._kernels.swiglu(gate_up.reshape(-1, gate_up.shape[-1]))
         return y.reshape(*gate_up.shape[:-1], -1)
 
     # ---- cache -----------------------------------------------------------------------------
     # k and v are rows; integers are multiples of k_scale and v_scale.
 
-    def _cache_type(self) -> str:
-        return self.cache_type or self.cache_types[0]
-
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
-        cache: LayerCache = {}
-        for name, row_type in zip(("k", "v"), CACHE_ROWS[self._cache_type()], strict=True):
+        cache: LayerCache = {} if self._shared is None else ShardedCache()
+        for name, row_type in zip(("k", "v"), CACHE_ROWS[self._cache_type], strict=True):
             width = head_dim
             if row_type == "i24":
                 width = 3 * head_dim
@@ -384,7 +394,9 @@ class JaxBackend(Backend):
         return self._put(zeros(shape, dtype))
 
     def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
-        grow = partial(super().grow_cache, capacity=capacity)
+        def grow(cache: LayerCache) -> LayerCache:
+            return type(cache)(super(JaxBackend, self).grow_cache(cache, capacity))
+
         if self._shared is None:
             with memory_errors():
                 return grow(cache)
@@ -396,43 +408,41 @@ class JaxBackend(Backend):
         def shift(a: Array, count: Array) -> Array:  # of one sequence: (K, S, ...)
             return lax.dynamic_slice_in_dim(jnp.concatenate([a, a], axis=1), count, a.shape[1], 1)
 
-        return {name: jax.vmap(shift)(a, count) for name, a in cache.items()}
+        return type(cache)({name: jax.vmap(shift)(a, count) for name, a in cache.items()})
 
-    def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+    def update_cache(self, cache: LayerCache, k: Array, v: Array, slots: Array) -> LayerCache:
         names = [n for n in ("k", "k_scale", "v", "v_scale") if n in cache]
         old = [cache[name] for name in names]
-        if self._kernels is not None and self._kernels.has_cache(self._cache_type(), *k.shape[2:]):
-            stored = self._kernels.store(k, v, positions, self._cache_type(), old)
+        if self._kernels is not None and self._kernels.has_cache(self._cache_type, *k.shape[2:]):
+            stored = self._kernels.store(k, v, slots, self._cache_type, old)
         else:
-            types = CACHE_ROWS[self._cache_type()]
+            types = CACHE_ROWS[self._cache_type]
             pairs = zip((k, v), types, strict=True)
             new = [part for x, row_type in pairs for part in as_stored(x, row_type)]
-            start = positions[:, 0]
+            start = slots[:, 0]
             stored = [put(o, n, start) for o, n in zip(old, new, strict=True)]
-        return dict(zip(names, stored, strict=True))
+        return type(cache)(zip(names, stored, strict=True))
 
     def attention(
-        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+        self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
     ) -> Array:
         scales = [cache[n] for n in ("k_scale", "v_scale") if n in cache]
-        if self._kernels is not None and self._kernels.has_cache(self._cache_type(), *q.shape[2:]):
+        if self._kernels is not None and self._kernels.has_cache(self._cache_type, *q.shape[2:]):
             arrays = (cache["k"], cache["v"], *scales)
-            return self._kernels.attention(
-                q * scale, positions, window, self._cache_type(), *arrays
-            )
+            return self._kernels.attention(q * scale, slots, window, self._cache_type, *arrays)
         numbers = {n: as_numbers(cache[n], cache.get(f"{n}_scale")) for n in ("k", "v")}
 
-        def default(q: Array, numbers: LayerCache, positions: Array) -> Array:
+        def default(q: Array, numbers: LayerCache, slots: Array) -> Array:
             with jax.default_matmul_precision(self._attention_precision):
-                return super(JaxBackend, self).attention(q, numbers, positions, scale, window)
+                return super(JaxBackend, self).attention(q, numbers, slots, scale, window)
 
         tokens = q.shape[2]
         if tokens <= QUERIES or tokens % QUERIES:
-            return default(q, numbers, positions)
+            return default(q, numbers, slots)
 
         def some(start: Array) -> Array:
             part = lax.dynamic_slice_in_dim(q, start, QUERIES, axis=2)
-            at = lax.dynamic_slice_in_dim(positions, start, QUERIES, axis=1)
+            at = lax.dynamic_slice_in_dim(slots, start, QUERIES, axis=1)
             return default(part, numbers, at)
 
         parts = lax.map(some, jnp.arange(0, tokens, QUERIES, dtype=jnp.int32))  # (n, B, H, ., D)
@@ -445,7 +455,7 @@ class JaxBackend(Backend):
             return None
         if float(self.device.compute_capability) < 8:  # those before Ampere know neither
             return "highest"
-        return "TF32_TF32_F32" if self.fast_prefill else "BF16_BF16_F32_X3"
+        return "TF32_TF32_F32" if self.options.fast_prefill else "BF16_BF16_F32_X3"
 
     def contains(self, ids: Array, size: int) -> Array:
         ids = jnp.where(ids < 0, size, ids)  # a negative index would count from the end

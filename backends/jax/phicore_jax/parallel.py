@@ -25,8 +25,20 @@ from phicore.errors import BackendError
 Array = Any
 
 AXIS = "devices"
-CACHE = ("k", "v", "k_scale", "v_scale")
-"""Names of what a cache has: shares, where all other results are the same on each device."""
+
+
+@jax.tree_util.register_pytree_node_class
+class ShardedCache(dict[str, Array]):
+    """The cache of a layer, sharded: each device has the keys and values of its heads."""
+
+    def tree_flatten(self) -> tuple[tuple[Array, ...], tuple[str, ...]]:
+        """For JAX: the arrays, and their names."""
+        return tuple(self.values()), tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], arrays: Sequence[Array]) -> ShardedCache:
+        """For JAX: the reverse."""
+        return cls(zip(names, arrays, strict=True))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["is_sum", "is_all"])
@@ -118,7 +130,7 @@ class Devices:
                 )
                 results = jax.eval_shape(shared(out_specs=P()), *args)
                 known[structure, specs] = jax.jit(
-                    shared(out_specs=jax.tree_util.tree_map_with_path(_spec, results)),
+                    shared(out_specs=jax.tree.map(_spec, results, is_leaf=_is_sharded)),
                     donate_argnums=tuple(donate),
                     compiler_options=options,
                 )
@@ -131,9 +143,10 @@ class Devices:
         return call
 
 
-def _spec(path: Sequence[Any], _: Any) -> P:
-    """Of a result: the cache is the first, or all there is."""
-    if not path:
-        return P()
-    is_first = len(path) == 1 or getattr(path[0], "idx", None) == 0
-    return P(AXIS) if is_first and getattr(path[-1], "key", None) in CACHE else P()
+def _is_sharded(result: Any) -> bool:
+    return isinstance(result, ShardedCache)
+
+
+def _spec(result: Any) -> P:
+    """Caches are sharded along their first axis; all other results are replicated."""
+    return P(AXIS) if _is_sharded(result) else P()

@@ -5,11 +5,11 @@ from phicore import hookimpl
 
 @hookimpl
 def phicore_register_backends(register):  # type: ignore[no-untyped-def]
-    def create(device: str | None = None):  # type: ignore[no-untyped-def]
+    def create(options):  # type: ignore[no-untyped-def]
         from phicore_mlx import devices  # noqa: F401 - first: it says what is wrong with MLX
         from phicore_mlx.backend import MlxBackend
 
-        return MlxBackend(device)
+        return MlxBackend(options)
 
     def devices() -> list[str]:
         from phicore_mlx.devices import device_names
@@ -21,4 +21,4 @@ def phicore_register_backends(register):  # type: ignore[no-untyped-def]
 
         return about()
 
-    register("mlx", create=create, devices=devices, notes=notes, protocol=1)
+    register("mlx", create=create, devices=devices, notes=notes, protocol=2)

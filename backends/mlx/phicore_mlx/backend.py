@@ -3,7 +3,7 @@
 Weights keep their values: quantized ones in MLX's affine layout (see `affine.py`), or, on a GPU,
 Q6_K, Q3_K and Q2_K as the blocks of the file (see `blocks.py`).
 Products are float32 on a CPU. On a GPU they are float32 for a few rows, where reading the weights
-is what takes time, and for prompts as `configure` says. Norms, rotation and the residual stream are
+is what takes time, and the chosen dtype for prompts. Norms, rotation and the residual stream are
 float32 everywhere.
 """
 
@@ -20,7 +20,17 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from phicore.backend import NUM_EXPERTS_PER_TOK, Array, Backend, LayerCache, Weight, cache_types
+from phicore.backend import (
+    DEFAULTS,
+    NUM_EXPERTS_PER_TOK,
+    Array,
+    Backend,
+    BackendOptions,
+    Capabilities,
+    LayerCache,
+    Weight,
+    cache_types,
+)
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFTensor
@@ -59,9 +69,6 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 class MlxBackend(Backend):
     """MLX on one device.
 
-    Args:
-        device: Its name; None is the best one.
-
     A weight is a tuple of parts that lie on top of each other. A part is a dictionary, so that
     `mx.compile` can look inside: arrays, and the number of the GGUF type. It holds `dense` (N, K);
     or `blocks` (N, bytes of a row) uint8; or what `affine.transcode` gives. Those of experts have
@@ -69,22 +76,25 @@ class MlxBackend(Backend):
     """
 
     xp = namespace
-    compiles = True
-    asynchronous = True
 
-    def __init__(self, device: str | None = None) -> None:
-        self.device_name, self._device = devices.find_device(device)
-        self._streams: host.Streams | None = None
-        if self.device_name == "cpu":
-            self._streams = host.streams()
-            self.compiled_tokens = host.ROWS - 1
-            self.dtypes = ("float32",)
-            self.cache_types = ("f32", "f16", "i16", "q8_0")
-        else:
-            self.dtypes = ("float16", "bfloat16", "float32")
-            self.cache_types = ("f16", "bf16", "f32", "i16", "q8_0")
+    def __init__(self, options: BackendOptions = DEFAULTS) -> None:
+        name, self._device = devices.find_device(options.device)
+        is_cpu = name == "cpu"
+        capabilities = Capabilities(
+            device=name,
+            cache_types=("f32", "f16", "i16", "q8_0")
+            if is_cpu
+            else ("f16", "bf16", "f32", "i16", "q8_0"),
+            dtypes=("float32",) if is_cpu else ("float16", "bfloat16", "float32"),
+            has_compact=True,
+            compiles=True,
+            compiled_tokens=host.ROWS - 1 if is_cpu else None,
+            asynchronous=True,
+        )
+        super().__init__(options, capabilities)
+        self._streams = host.streams() if is_cpu else None
+        if not is_cpu:
             devices.wire_memory()
-        self.has_compact = True
         self._thread = threading.local()  # `is_tracing`, while a function of this thread is traced
 
     # ---- edges -----------------------------------------------------------------------------
@@ -142,7 +152,9 @@ class MlxBackend(Backend):
             part["blocks"] = mx.concatenate([mx.array(tensor.data) for tensor in tensors])
             return part
         for name, array in affine.transcode(tensors).items():
-            part[name] = mx.array(_halved(array) if self.compact and name != "codes" else array)
+            part[name] = mx.array(
+                _halved(array) if self.options.compact and name != "codes" else array
+            )
         return part
 
     def _dense(self, tensor: GGUFTensor) -> Array:
@@ -197,7 +209,7 @@ class MlxBackend(Backend):
         if "dense" in part:
             weight = part["dense"]
             # to float32 at each product would take several times as long as reading it
-            dtype = mx.float32 if self.dtype == "float32" else weight.dtype
+            dtype = mx.float32 if self.options.dtype == "float32" else weight.dtype
             return (x.astype(dtype) @ weight.T.astype(dtype)).astype(mx.float32)
         ggml_type = GGMLQuantizationType(part["type"])
         dtype = mx.float32 if x.shape[0] <= FEW_ROWS else self._product_dtype()
@@ -232,7 +244,7 @@ class MlxBackend(Backend):
         x = mx.expand_dims(x, axis=1)  # (M, 1, K)
         if "dense" in part:
             # as in `_product`; and it would be all experts that are made float32
-            dtype = mx.float32 if self.dtype == "float32" else part["dense"].dtype
+            dtype = mx.float32 if self.options.dtype == "float32" else part["dense"].dtype
             weight = part["dense"].swapaxes(1, 2).astype(dtype)
             y = mx.gather_mm(x.astype(dtype), weight, rhs_indices=experts, sorted_indices=is_sorted)
             return y[:, 0].astype(mx.float32)
@@ -249,7 +261,7 @@ class MlxBackend(Backend):
         )
 
     def _product_dtype(self) -> Any:
-        return DTYPES[self.dtype or self.dtypes[0]]
+        return DTYPES[self.options.dtype or self.capabilities.dtypes[0]]
 
     def _is_for_host(self, rows: int) -> bool:
         """Whether NumPy computes something for so many tokens."""
@@ -312,18 +324,18 @@ class MlxBackend(Backend):
 
         return {name: shift(a) for name, a in cache.items()}
 
-    def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+    def update_cache(self, cache: LayerCache, k: Array, v: Array, slots: Array) -> LayerCache:
         # Taken out of what was handed over: an array is overwritten in place only if nobody else
         # refers to it.
-        new = cache_types.stored(namespace, k, v, self.cache_type or self.cache_types[0])
-        return {name: _put(cache.pop(name), a, positions) for name, a in new.items()}
+        new = cache_types.stored(namespace, k, v, self._cache_type)
+        return {name: _put(cache.pop(name), a, slots) for name, a in new.items()}
 
     def attention(
-        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+        self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
     ) -> Array:
         if self._is_for_host(q.shape[2]):
-            return host.attention(q, cache, positions, scale, window)
-        i = positions[:, None, :, None]  # (B, 1, T, 1)
+            return host.attention(q, cache, slots, scale, window)
+        i = slots[:, None, :, None]  # (B, 1, T, 1)
         j = mx.arange(cache["k"].shape[2], dtype=mx.int32)
         visible = j <= i if window is None else (j <= i) & (j > i - window)
         k, v = cache["k"], cache["v"]
@@ -432,11 +444,11 @@ def _is_first_half(columns: int, layout: Layout) -> Array:
     return mx.arange(columns) % layout.group_size < layout.group_size // 2
 
 
-def _put(old: Array, new: Array, positions: Array) -> Array:
-    """Write new positions (B, K, T, ...) into a cache (B, K, S, ...), from positions[:, 0] on."""
+def _put(old: Array, new: Array, slots: Array) -> Array:
+    """Write new tokens (B, K, T, ...) into a cache (B, K, S, ...), from slots[:, 0] on."""
     if new.shape[0] == 1:
-        return mx.slice_update(old, new, positions[0, :1], axes=[2])
+        return mx.slice_update(old, new, slots[0, :1], axes=[2])
     for b in range(new.shape[0]):
-        start = mx.concatenate([mx.array([b], mx.int32), positions[b, :1]])
+        start = mx.concatenate([mx.array([b], mx.int32), slots[b, :1]])
         old = mx.slice_update(old, new[b : b + 1], start, axes=[0, 2])
     return old

@@ -116,11 +116,9 @@ def _product(left: np.ndarray, part: dict[str, Any]) -> np.ndarray:
     return result
 
 
-def attention(
-    q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
-) -> Array:
+def attention(q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None) -> Array:
     """The protocol's attention over what is live of the cache, in NumPy."""
-    numbers = np.asarray(positions)
+    numbers = np.asarray(slots)
     live = int(numbers.max()) + 1
     prefix = {name: np.asarray(array)[:, :, :live] for name, array in cache.items()}
     with np.errstate(over="ignore", invalid="ignore"):  # the sampler tells of NaNs

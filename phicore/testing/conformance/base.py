@@ -9,30 +9,33 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from phicore.backend import Backend
+from phicore.backend import Backend, BackendOptions
+
+Make = Callable[[BackendOptions], Backend]
+"""What makes a backend with some options."""
+EXACT = BackendOptions(cache_type="f32")
+"""Options for an exact cache."""
 
 
 class Conformance:
     """Tests of a backend. A subclass says how it is made."""
 
     @classmethod
-    def make_backend(cls) -> Backend:
-        """A new backend, on the device that is to be tested."""
+    def make_backend(cls, options: BackendOptions) -> Backend:
+        """Make a new backend, on the device that is to be tested."""
         raise NotImplementedError("make_backend: return the backend that is to be tested")
 
     @pytest.fixture(scope="class")
     @classmethod
-    def make(cls) -> Callable[[], Backend]:
+    def make(cls) -> Make:
         """Override this, with parameters, to test several backends."""
         return cls.make_backend
 
     @pytest.fixture(scope="class")
     @classmethod
-    def ops(cls, make: Callable[[], Backend]) -> Backend:
+    def ops(cls, make: Make) -> Backend:
         """The backend with an exact cache."""
-        made = make()
-        made.configure(cache_type="f32")
-        return made
+        return make(EXACT)
 
     @pytest.fixture
     @classmethod

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
-from phicore.backend import Backend, LayerCache
+from phicore.backend import Backend, BackendOptions, LayerCache
 from phicore.errors import BackendError
 from phicore.testing import oracle, tolerances
 from phicore.testing.compare import assert_close, relative_error
-from phicore.testing.conformance.base import Conformance
+from phicore.testing.conformance.base import EXACT, Conformance, Make
 
 TYPES = tuple(tolerances.CACHE_TYPES)
 OWN = "own"
@@ -44,21 +42,17 @@ def seen(ops: Backend, held: LayerCache, rng: np.random.Generator) -> np.ndarray
 class CacheTypesConformance(Conformance):
     @pytest.fixture(scope="class", params=[*TYPES, OWN])
     @classmethod
-    def case(
-        cls, make: Callable[[], Backend], request: pytest.FixtureRequest
-    ) -> tuple[Backend, str]:
+    def case(cls, make: Make, request: pytest.FixtureRequest) -> tuple[Backend, str]:
         """The backend with caches of a type, and its name."""
-        ops = make()
-        cache_type = request.param
+        known, cache_type = make(EXACT).capabilities.cache_types, request.param
         if cache_type == OWN:
-            own = [t for t in ops.cache_types if t not in TYPES]
+            own = [t for t in known if t not in TYPES]
             if not own:
                 pytest.skip("the backend has no type of its own")
             cache_type = own[0]
-        if cache_type not in ops.cache_types:
+        if cache_type not in known:
             pytest.skip(f"the backend has no caches of {cache_type}")
-        ops.configure(cache_type=cache_type)
-        return ops, cache_type
+        return make(BackendOptions(cache_type=cache_type)), cache_type
 
     @pytest.mark.parametrize(("tokens", "window"), [(1, None), (1, 5), (9, None), (12, 7)])
     def test_attention_is_as_exact_as_the_type(
@@ -160,10 +154,9 @@ class CacheTypesConformance(Conformance):
         k[1, 2, 9], v[1, 2, 9] = 1e-6, 1e4
         assert np.isfinite(seen(ops, filled(ops, k, v), rng)).all()
 
-    def test_q8_0_refuses_heads_that_are_no_blocks(self, make: Callable[[], Backend]) -> None:
-        ops = make()
-        if "q8_0" not in ops.cache_types:
+    def test_q8_0_refuses_heads_that_are_no_blocks(self, make: Make) -> None:
+        if "q8_0" not in make(EXACT).capabilities.cache_types:
             pytest.skip("the backend has no caches of q8_0")
-        ops.configure(cache_type="q8_0")
+        ops = make(BackendOptions(cache_type="q8_0"))
         with pytest.raises(BackendError, match=r"^cache type q8_0: .* heads have 80 channels"):
             ops.new_cache(1, 1, 8, 80)

@@ -78,7 +78,7 @@ class ExpertsConformance(Conformance):
         for x, i, y in zip(xs, ids, products(ops, matrices, xs, ids), strict=True):
             expected = np.matmul(values[i], x.astype(np.float64)[:, :, None])[:, :, 0]
             assert y.dtype == np.float32
-            assert_close(y, expected, ops.linear_error)
+            assert_close(y, expected, ops.capabilities.linear_error)
 
     @pytest.mark.parametrize(
         "types",
@@ -96,8 +96,8 @@ class ExpertsConformance(Conformance):
             expected = np.matmul(values[ids], x.astype(np.float64)[:, :, None])[:, :, 0]
             cases = [x, x[:2]], [ids, ids[:2]]
             whole, first = products(ops, matrices, *cases)
-            assert_close(whole, expected, ops.linear_error)
-            assert_close(first, expected[:2], ops.linear_error)
+            assert_close(whole, expected, ops.capabilities.linear_error)
+            assert_close(first, expected[:2], ops.capabilities.linear_error)
 
     @pytest.mark.parametrize("chosen", [[2], [2, 0], [2] * 40, [0, 2] * 20], ids=len)
     def test_expert_linear_other_experts_have_no_influence(
@@ -113,7 +113,7 @@ class ExpertsConformance(Conformance):
         x, ids = rng.standard_normal((len(chosen), K), np.float32), np.array(chosen, np.int32)
         [y] = products(ops, matrices, [x], [ids])
         expected = np.matmul(values[ids], x.astype(np.float64)[:, :, None])[:, :, 0]
-        assert_close(y, expected, ops.linear_error)
+        assert_close(y, expected, ops.capabilities.linear_error)
 
     @examples(60)
     @given(st.lists(numbers, min_size=4, max_size=4), st.sets(st.integers(0, 3)))

@@ -50,9 +50,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._forward = self.ops.compile(self._compiled, donate=(1,))
-        length = TINY.max_position_embeddings
-        self._rope = rope_tables(self.config, np.arange(2 * length))
-        self._length = length
+        self._tables = rope_tables(self.config, np.arange(TINY.max_position_embeddings))
 
     def _compiled(
         self,
@@ -60,9 +58,9 @@ class Runner:
         cache: list[LayerCache],
         rope: tuple[Array, Array],
         tokens: Array,
-        positions: Array,
+        slots: Array,
     ) -> tuple[Array, list[LayerCache]]:
-        hidden, cache = graph.forward(self.ops, self.config, params, rope, tokens, positions, cache)
+        hidden, cache = graph.forward(self.ops, self.config, params, rope, tokens, slots, cache)
         return graph.logits(self.ops, params, hidden), cache
 
     def new_cache(self, batch: int = 1, capacity: int = CAPACITY) -> list[LayerCache]:
@@ -75,13 +73,18 @@ class Runner:
         cache: list[LayerCache],
         tokens: Sequence[Sequence[int]],
         starts: Sequence[int],
-        first: int = 0,
+        first: Sequence[int] = (0,),
     ) -> tuple[np.ndarray, list[LayerCache]]:
-        """Logits (B, T, V) of tokens (B, T), each row from a position after `first` on."""
+        """Logits (B, T, V) of tokens (B, T), each row from a position on.
+
+        Args:
+            first: The position in slot 0, of each row or of all.
+        """
         ids = np.array(tokens, np.int32)
         positions = np.array(starts, np.int32)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
-        args = self.ops.asarray(ids), self.ops.asarray(positions)
-        rope = tuple(self.ops.asarray(t[first : first + self._length]) for t in self._rope)
+        slots = positions - np.array(first, np.int32)[:, None]
+        args = self.ops.asarray(ids), self.ops.asarray(slots)
+        rope = tuple(self.ops.asarray(table[positions]) for table in self._tables)
         logits, cache = self._forward(self.params, cache, rope, *args)
         return self.ops.to_numpy(logits), cache
 
@@ -154,17 +157,35 @@ class LawsConformance(Conformance):
             cut = min(cut, len(tokens) - 1)
             first, cache = runner(runner.new_cache(), [tokens[:cut]], [0])
             if is_shifted and window is not None and cut >= window:
-                # what the next token does not see is forgotten, and positions count without it
+                # The slots of what the next token does not see are freed.
                 unseen = cut - (window - 1)
                 count = ops.asarray(np.array([unseen], np.int32))
                 cache = [ops.shift_cache(layer, count) for layer in cache]
-                second, _ = runner(cache, [tokens[cut:]], [cut - unseen], first=unseen)
+                second, _ = runner(cache, [tokens[cut:]], [cut], first=[unseen])
             else:
                 second, _ = runner(cache, [tokens[cut:]], [cut])
             pieces = np.concatenate([first[0], second[0]])
             assert_close(pieces, runner.whole(tokens), tolerances.SAME_GRAPH)
 
         check()
+
+    def test_logits_rows_with_different_freed_slots_and_angles_equal_each_alone(
+        self, make_runner: Callable[[int | None], Runner]
+    ) -> None:
+        """Each row has its own slots and its own rotation."""
+        runner, window = make_runner(2), 2
+        rows, starts = [[3, 1, 4, 1], [5, 9, 2, 6]], [0, 20]
+        alone = []
+        for tokens, start in zip(rows, starts, strict=True):
+            _, cache = runner(runner.new_cache(), [tokens], [start], first=[start])
+            alone.append(runner(cache, [[7]], [start + 4], first=[start])[0][0])
+        _, cache = runner(runner.new_cache(batch=2), rows, starts, first=starts)
+        counts = [4 - (window - 1), 0]
+        shift = runner.ops.asarray(np.array(counts, np.int32))
+        cache = [runner.ops.shift_cache(layer, shift) for layer in cache]
+        first = [start + count for start, count in zip(starts, counts, strict=True)]
+        both, _ = runner(cache, [[7], [7]], [start + 4 for start in starts], first=first)
+        assert_close(both, np.stack(alone), tolerances.SAME_GRAPH)
 
     @examples(10)
     @given(first=prompts, second=prompts, following=st.tuples(*[st.integers(0, 22)] * 2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,13 +12,12 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from phicore.backend import Array, Backend
-from phicore.engine import Engine
-from phicore.engine.timings import Timings
+from phicore.engine import Engine, Request
 from phicore.gguf.reader import open_gguf
-from phicore.network.sampler import Sampling
+from phicore.network.sampling import Sampling
 from phicore.testing import tolerances
 from phicore.testing.compare import assert_close
-from phicore.testing.conformance.base import Conformance
+from phicore.testing.conformance.base import EXACT, Conformance, Make
 from phicore.testing.tiny_models import Q4_K_M, Tiny, Types, write_model
 
 PHI3 = Tiny(vocab_size=80, max_position_embeddings=400)
@@ -57,7 +55,7 @@ def engine_of(ops: Backend, path: Path) -> Engine:
 
 
 def text(engine: Engine, sampling: Sampling, seed: int = 1, limit: int = 24) -> list[int]:
-    return list(engine.generate(PROMPT, sampling, limit=limit, seed=seed, timings=Timings()))
+    return list(engine.generate(Request(PROMPT, sampling, max_tokens=limit, seed=seed)))
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,12 @@ class ModelsConformance(Conformance):
         path = write_model(tmp_path / "m.gguf", PHI3, Type.F32, tokenizer=False)
         prompt = PROMPT * 12
         engines = [engine_of(Reference(), path), engine_of(ops, path)]
-        both = [
-            list(e.generate(prompt, GREEDY, limit=40, seed=0, timings=Timings())) for e in engines
-        ]
+        request = Request(prompt, GREEDY, max_tokens=40)
+        both = [list(engine.generate(request)) for engine in engines]
         assert both[1] == both[0]
 
     def test_two_models_at_a_time_do_not_disturb_each_other(
-        self, make: Callable[[], Backend], tmp_path: Path
+        self, make: Make, tmp_path: Path
     ) -> None:
         """Each on a backend of its own, in threads of one process."""
         paths = [
@@ -121,9 +118,7 @@ class ModelsConformance(Conformance):
         ]
         engines = []
         for path in paths:
-            ops = make()
-            ops.configure(cache_type="f32")
-            engines.append(engine_of(ops, path))
+            engines.append(engine_of(make(EXACT), path))
         alone = [text(engine_of(Reference(), path), DRAWN, seed=5) for path in paths]
         with ThreadPoolExecutor(4) as threads:
             found = list(threads.map(lambda e: text(e, DRAWN, seed=5), engines * 3))

@@ -157,7 +157,7 @@ class OperationsConformance(Conformance):
                 state,
             )["sums"][0]
 
-        run = ops.compile(sum_below) if ops.steps > 1 else sum_below
+        run = ops.compile(sum_below) if ops.capabilities.steps > 1 else sum_below
         for n, expected in ((5, 10), (1, 0), (0, 0)):
             found = ops.to_numpy(run(ops.asarray(np.array([n], np.int32))))
             assert found.tolist() == [expected]

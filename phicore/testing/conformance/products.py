@@ -53,7 +53,9 @@ class ProductsConformance(Conformance):
         ys, rows = products(weight, [ops.asarray(x) for x in xs], ops.asarray(ids))
 
         for x, y in zip(xs, ys, strict=True):
-            assert_close(ops.to_numpy(y), x.astype(np.float64) @ values.T, ops.linear_error)
+            assert_close(
+                ops.to_numpy(y), x.astype(np.float64) @ values.T, ops.capabilities.linear_error
+            )
         assert_close(ops.to_numpy(rows), values[ids], tolerances.DEQUANTIZED)
 
     @pytest.mark.parametrize("name", PARTS)
@@ -68,7 +70,9 @@ class ProductsConformance(Conformance):
         ids = np.arange(sum(rows_of), dtype=np.int32)[None, ::-1].copy()
         ys, rows = products(ops.load_weight(matrix), [ops.asarray(x) for x in xs], ops.asarray(ids))
         for x, y in zip(xs, ys, strict=True):
-            assert_close(ops.to_numpy(y), x.astype(np.float64) @ values.T, ops.linear_error)
+            assert_close(
+                ops.to_numpy(y), x.astype(np.float64) @ values.T, ops.capabilities.linear_error
+            )
         assert_close(ops.to_numpy(rows), values[ids], tolerances.DEQUANTIZED)
 
     @pytest.mark.parametrize("data_type", [Type.Q4_K, Type.Q6_K, Type.F16], ids=lambda t: t.name)
@@ -80,7 +84,7 @@ class ProductsConformance(Conformance):
         x = rng.standard_normal((1, 8192), np.float32)
         [y], _ = products(ops.load_weight(matrix), [ops.asarray(x)], None)
         expected = x.astype(np.float64) @ oracle.values(matrix).T
-        assert_close(ops.to_numpy(y), expected, ops.linear_error)
+        assert_close(ops.to_numpy(y), expected, ops.capabilities.linear_error)
 
     def test_linear_more_axes_keeps_them(
         self, ops: Backend, products: Callable[..., Any], rng: np.random.Generator
@@ -92,4 +96,28 @@ class ProductsConformance(Conformance):
         for x, y in zip(xs, ys, strict=True):
             result = ops.to_numpy(y)
             assert result.dtype == np.float32
-            assert_close(result, x.astype(np.float64) @ oracle.values(matrix).T, ops.linear_error)
+            assert_close(
+                result,
+                x.astype(np.float64) @ oracle.values(matrix).T,
+                ops.capabilities.linear_error,
+            )
+
+    @pytest.mark.parametrize("data_type", [Type.Q4_K, Type.Q8_0, Type.F16], ids=lambda t: t.name)
+    @pytest.mark.parametrize("rows", [1, 5])
+    def test_fused_norms_and_gates_equal_float64(
+        self, ops: Backend, data_type: Type, rows: int, rng: np.random.Generator
+    ) -> None:
+        """`rms_norm_linear` and `swiglu_linear` are their parts one after the other."""
+        matrix = oracle.matrix([data_type], [N], K, rng)
+        x, gate_up = (rng.standard_normal((1, rows, n * K), np.float32) for n in (1, 2))
+        norm = rng.standard_normal(K, np.float32)
+
+        def run(x: Array, norm: Array, gate_up: Array, weight: Weight) -> tuple[Array, Array]:
+            return ops.rms_norm_linear(x, norm, 1e-5, weight), ops.swiglu_linear(gate_up, weight)
+
+        weight = ops.load_weight(matrix)
+        found = ops.compile(run)(*map(ops.asarray, (x, norm, gate_up)), weight)
+        values, bound = oracle.values(matrix), ops.capabilities.linear_error
+        normed, gated = oracle.rms_norm(x, norm, 1e-5), oracle.swiglu(gate_up)
+        assert_close(ops.to_numpy(found[0]), normed @ values.T, bound)
+        assert_close(ops.to_numpy(found[1]), gated @ values.T, bound)

@@ -8,7 +8,15 @@ from typing import Any
 import array_api_strict
 import numpy as np
 
-from phicore.backend import DTYPES, FUNCTIONS, Array, Backend
+from phicore.backend import (
+    DEFAULTS,
+    DTYPES,
+    FUNCTIONS,
+    Array,
+    Backend,
+    BackendOptions,
+    Capabilities,
+)
 
 array_api_strict.set_array_api_strict_flags(api_version="2024.12")
 
@@ -31,9 +39,8 @@ class ListedNames:
 class StrictBackend(Backend):
     """On array-api-strict, which does nothing unspecified."""
 
-    cache_types = ("f32", "i16")
-
-    def __init__(self) -> None:
+    def __init__(self, options: BackendOptions = DEFAULTS) -> None:
+        super().__init__(options, Capabilities(cache_types=("f32", "i16")))
         # int16 is for caches of `i16`
         self.xp = ListedNames(array_api_strict, {*FUNCTIONS, *DTYPES, "int16"})
 

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from phicore.backend import Array, Backend, LayerCache, Weight, cache_types
+from phicore.backend import (
+    DEFAULTS,
+    Array,
+    Backend,
+    BackendOptions,
+    Capabilities,
+    LayerCache,
+    Weight,
+    cache_types,
+)
 from phicore.gguf.matrix import Matrix
 
 
@@ -18,7 +27,9 @@ class NumpyBackend(Backend):
     """Runs on the CPU, through the BLAS that NumPy was built with."""
 
     xp = np
-    cache_types = ("f32", "f16", "i16", "q8_0")
+
+    def __init__(self, options: BackendOptions = DEFAULTS) -> None:
+        super().__init__(options, Capabilities(cache_types=("f32", "f16", "i16", "q8_0")))
 
     def asarray(self, x: np.ndarray) -> Array:
         return np.array(x)
@@ -44,19 +55,19 @@ class NumpyBackend(Backend):
             y[rows] = x[rows] @ weight[number].T
         return y
 
-    def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
-        rows = np.arange(positions.shape[0])[:, None]  # (B, 1), against (B, T)
-        new = cache_types.stored(np, k, v, self.cache_type or self.cache_types[0])
+    def update_cache(self, cache: LayerCache, k: Array, v: Array, slots: Array) -> LayerCache:
+        rows = np.arange(slots.shape[0])[:, None]  # (B, 1), against (B, T)
+        new = cache_types.stored(np, k, v, self._cache_type)
         for name, old in cache.items():
-            old[rows, :, positions] = new[name].swapaxes(1, 2)
+            old[rows, :, slots] = new[name].swapaxes(1, 2)
         return cache
 
     def attention(
-        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+        self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
     ) -> Array:
-        live = int(positions.max()) + 1
+        live = int(slots.max()) + 1
         prefix = {name: a[:, :, :live] for name, a in cache.items()}
-        return super().attention(q, prefix, positions, scale, window)
+        return super().attention(q, prefix, slots, scale, window)
 
     def contains(self, ids: Array, size: int) -> Array:
         found = np.zeros((ids.shape[0], size + 1), bool)  # the last column takes what is outside

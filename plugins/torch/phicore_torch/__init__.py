@@ -5,14 +5,14 @@ from phicore import hookimpl
 
 @hookimpl
 def phicore_register_backends(register):  # type: ignore[no-untyped-def]
-    def create(device: str | None = None):  # type: ignore[no-untyped-def]
+    def create(options):  # type: ignore[no-untyped-def]
         from phicore_torch.backend import TorchBackend
 
-        return TorchBackend(device)
+        return TorchBackend(options)
 
     def devices() -> list[str]:
         from phicore_torch.backend import device_names
 
         return device_names()
 
-    register("torch", create=create, devices=devices, protocol=1)
+    register("torch", create=create, devices=devices, protocol=2)

@@ -15,7 +15,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from phicore.backend import Array, Backend, LayerCache, Weight, cache_types
+from phicore.backend import (
+    DEFAULTS,
+    Array,
+    Backend,
+    BackendOptions,
+    Capabilities,
+    LayerCache,
+    Weight,
+    cache_types,
+)
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.quants import affine, is_affine
@@ -37,16 +46,17 @@ class TorchBackend(Backend):
     """
 
     xp = namespace
-    cache_types = ("f32", "f16", "i16", "q8_0")
 
-    def __init__(self, device: str | None = None) -> None:
+    def __init__(self, options: BackendOptions = DEFAULTS) -> None:
         names = device_names()
-        self.device_name = device or (names[1] if len(names) > 1 else "cpu")
-        if self.device_name not in names:
+        device = options.device or (names[1] if len(names) > 1 else "cpu")
+        if device not in names:
             raise BackendError(
                 f"backend torch: no device {device!r} (available: {', '.join(names)})"
             )
-        self._device = torch.device(self.device_name)
+        types = ("f32", "f16", "i16", "q8_0")
+        super().__init__(options, Capabilities(device=device, cache_types=types))
+        self._device = torch.device(device)
         self._product: Callable[..., Array] | None = None  # compiled when it is used
 
     def asarray(self, x: np.ndarray) -> Array:
@@ -128,19 +138,19 @@ class TorchBackend(Backend):
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
 
-    def update_cache(self, cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
-        rows = torch.arange(positions.shape[0])[:, None]
-        new = cache_types.stored(namespace, k, v, self.cache_type or self.cache_types[0])
+    def update_cache(self, cache: LayerCache, k: Array, v: Array, slots: Array) -> LayerCache:
+        rows = torch.arange(slots.shape[0])[:, None]
+        new = cache_types.stored(namespace, k, v, self._cache_type)
         for name, old in cache.items():
-            old[rows, :, positions.long()] = new[name].swapaxes(1, 2)
+            old[rows, :, slots.long()] = new[name].swapaxes(1, 2)
         return cache
 
     def attention(
-        self, q: Array, cache: LayerCache, positions: Array, scale: float, window: int | None
+        self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
     ) -> Array:
-        live = int(positions.max()) + 1
+        live = int(slots.max()) + 1
         k, v = cache_types.numbers(namespace, {name: a[:, :, :live] for name, a in cache.items()})
-        i, j = positions[:, None, :, None], torch.arange(live)
+        i, j = slots[:, None, :, None], torch.arange(live)
         visible = j <= i if window is None else (j <= i) & (j > i - window)
         return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=True)
 

@@ -1,0 +1,67 @@
+"""Rotary tables on the device, by absolute position."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from phicore.backend import Array, Backend
+from phicore.engine.chunks import capacity_for
+from phicore.network.config import Phi3Config
+from phicore.network.rope import RopeFactors, is_long, rope_tables
+
+FIRST = 4096
+"""A table has rows for this many positions at once, or for the whole context if that is less."""
+
+Tables = tuple[Array, Array]
+"""Cosines and sines: two of (P, R) float32."""
+
+
+class RopeTables:
+    """Tables that all sequences of a model look their positions up in.
+
+    LongRoPE has one set of factors for sequences within the original context and another for longer
+    ones. Both are in one table, the short part first, so that rows of both kinds share a step: a
+    row looks up `start(is_long)` plus its position.
+    """
+
+    def __init__(self, ops: Backend, config: Phi3Config, factors: RopeFactors | None) -> None:
+        self._ops = ops
+        self._config = config
+        self._factors = factors
+        self._short_rows = 0
+        if factors is not None and factors.short is not factors.long:
+            assert config.original_max_position_embeddings is not None
+            self._short_rows = capacity_for(config.original_max_position_embeddings)
+        self._tables: Tables | None = None
+        self._rows = 0
+
+    def is_long(self, length: int) -> bool:
+        """Whether a sequence that is planned to be so long is rotated by the long factors."""
+        return self._factors is not None and is_long(self._config, length)
+
+    def start(self, is_long: bool) -> int:
+        """The row of position 0."""
+        return self._short_rows if is_long else 0
+
+    def until(self, end: int, is_long: bool) -> Tables:
+        """The tables, with rows for positions up to `end` at least. Few sizes are ever made."""
+        if self._short_rows and not is_long:
+            assert end <= self._short_rows
+            needed = self._short_rows
+        else:
+            first = min(capacity_for(self._config.max_position_embeddings), FIRST)
+            needed = self._short_rows + max(first, capacity_for(end))
+        if self._tables is None or needed > self._rows:
+            self._tables, self._rows = self._made(needed), needed
+        return self._tables
+
+    def _made(self, rows: int) -> Tables:
+        parts = []
+        if self._factors is None:
+            parts.append(rope_tables(self._config, np.arange(rows)))
+        else:
+            short, long, scale = self._factors.short, self._factors.long, self._factors.scale
+            for factors, count in ((short, self._short_rows), (long, rows - self._short_rows)):
+                parts.append(rope_tables(self._config, np.arange(count), factors, scale))
+        cos, sin = (np.concatenate(tables) for tables in zip(*parts, strict=True))
+        return self._ops.asarray(cos), self._ops.asarray(sin)

@@ -1,0 +1,217 @@
+"""Slots: rows of the device, in which sequences are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from phicore.backend import Array, Backend, LayerCache
+from phicore.backend.shapes import power_of_two
+from phicore.engine.request import Request
+from phicore.engine.steps import Kinds, Place, States
+from phicore.errors import PhicoreError
+from phicore.network.processors import LogitsProcessor, check_same
+from phicore.network.sampling import Sampling
+
+MIN_RECENT = 64
+"""How many recent tokens a row remembers at least, so that few sizes are compiled."""
+ENDS = 8
+"""The number of end tokens of a row is padded to a multiple of this."""
+
+
+@dataclass
+class Cache:
+    """The caches of all layers, for B rows, and which positions they hold.
+
+    A cache has slots for all tokens or, where the model has a window, for the window and a chunk
+    more. When such a cache is full, the slots of tokens that no later token sees are freed, and
+    slot 0 holds a later position. Keys were rotated when they were stored, so they stay as they
+    are.
+
+    Attributes:
+        layers: The cache of each layer.
+        capacity: S, the slots of a row.
+        first: (B,) int32 on the host, the position in slot 0 of each row.
+        rope_start: (B,) int32 on the host, the row of the rotary tables for position 0.
+        place: `first` and `rope_start` on the device.
+    """
+
+    ops: Backend
+    layers: list[LayerCache]
+    capacity: int
+    rope_start: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.first = np.zeros_like(self.rope_start)
+        self._set_place()
+
+    def _set_place(self) -> None:
+        asarray = self.ops.asarray
+        self.place: Place = {"first": asarray(self.first), "rope_start": asarray(self.rope_start)}
+
+    def lacks(self, starts: np.ndarray, count: int) -> bool:
+        """Whether some row has no slots for `count` tokens from its position in `starts` on."""
+        return bool((starts + count - self.first > self.capacity).any())
+
+    def grow(self, capacity: int) -> None:
+        """Make every row as large as this, if it is smaller."""
+        if capacity > self.capacity:
+            self.layers = [self.ops.grow_cache(layer, capacity) for layer in self.layers]
+            self.capacity = capacity
+
+    def unseen(self, starts: np.ndarray, count: int, window: int) -> np.ndarray:
+        """How many slots each row can free that lacks room: (B,) int32.
+
+        Args:
+            starts: (B,), the positions of the next tokens.
+            count: How many tokens there will be.
+            window: How many positions a token sees.
+        """
+        is_full = starts + count - self.first > self.capacity
+        return np.where(is_full, starts - (window - 1) - self.first, 0).astype(np.int32)
+
+    def freed(self, layers: list[LayerCache], counts: np.ndarray) -> None:
+        """Take over layers in which the first `counts` (B,) slots of each row were freed."""
+        self.layers = layers
+        self.first = self.first + counts
+        self._set_place()
+
+
+@dataclass
+class Slots:
+    """Rows of the device for B requests: their cache, and the arrays of their next step.
+
+    Attributes:
+        states: The states of the rows' logits processors.
+        penalty, draw: What the sampler takes, but for the random numbers; see `sampler.sample`.
+        ends: (B, any) int32, the tokens that end each row; -1 is none.
+        only: (B,) int32 zeros, the index of the last token when there is one.
+        token, position: (B, 1) int32, the last token that was sampled, and its position.
+        pending: Tokens (B, N) that no one has read yet, and how many of them are wanted.
+    """
+
+    cache: Cache
+    requests: Sequence[Request]
+    states: States
+    penalty: dict[str, Array]
+    draw: dict[str, Array] | None
+    ends: Array
+    only: Array
+    token: Array = None
+    position: Array = None
+    pending: list[tuple[Array, int]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        cache: Cache,
+        requests: Sequence[Request],
+        limits: Sequence[int],
+        *,
+        vocab_size: int,
+        context: int,
+    ) -> Slots:
+        """The rows of some requests, which have the same kinds of processors.
+
+        Args:
+            limits: How many tokens each answer has at most.
+        """
+        ops = cache.ops
+        samplings = [request.sampling for request in requests]
+        return cls(
+            cache,
+            requests,
+            _states(ops, requests, vocab_size),
+            _penalty(ops, requests, limits, context),
+            _draw(ops, samplings),
+            _ends(ops, requests),
+            ops.asarray(np.zeros(len(requests), np.int32)),
+        )
+
+    @property
+    def kinds(self) -> Kinds:
+        """The classes of the rows' logits processors."""
+        return tuple(type(p) for p in self.requests[0].processors)
+
+    def tell(self, token: int) -> None:
+        """Let the processors that ask for it know the token that the next step begins with."""
+        ops = self.cache.ops
+        for number, processor in enumerate(self.requests[0].processors):
+            if processor.needs_tokens:
+                old = self.states[number]
+                new = {**old, **_arrays(ops, processor, [processor.update(token)])}
+                check_same(f"{type(processor).__name__}.update", old, new)
+                self.states[number] = new
+
+
+def _states(ops: Backend, requests: Sequence[Request], vocab_size: int) -> States:
+    states: States = []
+    for alike in zip(*(request.processors for request in requests), strict=True):
+        found = [
+            processor.start(request.prompt_ids, vocab_size)
+            for processor, request in zip(alike, requests, strict=True)
+        ]
+        states.append(_arrays(ops, alike[0], found))
+    return states
+
+
+def _arrays(
+    ops: Backend, processor: LogitsProcessor, rows: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, Array]:
+    """The states of rows on the device. Not every library has numbers of 64 bits."""
+    arrays = {}
+    for name in rows[0]:
+        values = np.stack([row[name] for row in rows])
+        if values.dtype.itemsize > 4:
+            raise PhicoreError(
+                f"{type(processor).__name__}: {name!r} of its state is {values.dtype}, "
+                "expected numbers of 32 bits or fewer"
+            )
+        arrays[name] = ops.asarray(values)
+    return arrays
+
+
+def _penalty(
+    ops: Backend, requests: Sequence[Request], limits: Sequence[int], context: int
+) -> dict[str, Array]:
+    counts = []
+    for request, limit in zip(requests, limits, strict=True):
+        sampling = request.sampling
+        last_n = sampling.repeat_last_n if sampling.has_penalty else 0
+        is_all = last_n < 0 or last_n > context
+        counts.append(len(request.prompt_ids) + limit if is_all else last_n)
+    size = max(MIN_RECENT, power_of_two(max(counts)))
+    recent = np.full((len(requests), size), -1, np.int32)
+    for row, request in zip(recent, requests, strict=True):
+        known = request.prompt_ids[-size:]
+        row[size - len(known) :] = known
+    return {
+        "recent": ops.asarray(recent),
+        "last_n": ops.asarray(np.array(counts, np.int32)),
+        "repeat_penalty": _floats(ops, [r.sampling.repeat_penalty for r in requests]),
+    }
+
+
+def _draw(ops: Backend, samplings: Sequence[Sampling]) -> dict[str, Array] | None:
+    if all(s.is_greedy for s in samplings):
+        return None
+    draw = {"temperature": _floats(ops, [s.temperature for s in samplings])}
+    if any(s.has_filter for s in samplings):
+        draw["top_k"] = ops.asarray(np.array([s.top_k for s in samplings], np.int32))
+        draw["top_p"] = _floats(ops, [s.top_p for s in samplings])
+        draw["min_p"] = _floats(ops, [s.min_p for s in samplings])
+    return draw
+
+
+def _ends(ops: Backend, requests: Sequence[Request]) -> Array:
+    room = -(-max(1, *(len(r.ends) for r in requests)) // ENDS) * ENDS
+    ends = np.full((len(requests), room), -1, np.int32)
+    for row, request in zip(ends, requests, strict=True):
+        row[: len(request.ends)] = sorted(request.ends)
+    return ops.asarray(ends)
+
+
+def _floats(ops: Backend, values: Sequence[float]) -> Array:
+    return ops.asarray(np.array(values, np.float32))

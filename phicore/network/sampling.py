@@ -1,0 +1,71 @@
+"""How a token is chosen: the parameters of the sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phicore.settings import check_settings, setting
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. The command line makes its options of these fields.
+
+    The bounds of temperature and penalty keep them, and what they divide, in float32.
+    """
+
+    temperature: float = setting(
+        0.7,
+        "Divide the scores by this before a token is drawn: lower is more predictable. 0 always "
+        "takes the most probable token.",
+        expected="0 (greedy), or 1e-6 to 1e6",
+        check=lambda x: x == 0 or 1e-6 <= x <= 1e6,
+        flag="-t",
+    )
+    top_k: int = setting(
+        0,
+        "Keep the k most probable tokens, and tokens tied with the last of them. 0 keeps all.",
+        expected="0 (all) to 2**31 - 1",
+        check=lambda k: 0 <= k < 2**31,
+    )
+    top_p: float = setting(
+        1.0,
+        "Keep the smallest set of tokens whose probabilities reach p. 1 keeps all.",
+        expected="more than 0, at most 1",
+        check=lambda p: 0 < p <= 1,
+    )
+    min_p: float = setting(
+        0.0,
+        "Drop tokens less likely than this fraction of the best one. 0 drops none.",
+        expected="0 to 1",
+        check=lambda p: 0 <= p <= 1,
+    )
+    repeat_penalty: float = setting(
+        1.1,
+        "Make recent tokens less likely: positive scores are divided by this, negative ones "
+        "multiplied. 1 is no penalty.",
+        expected="1e-6 to 1e6",
+        check=lambda x: 1e-6 <= x <= 1e6,
+    )
+    repeat_last_n: int = setting(
+        64,
+        "How many recent tokens, the prompt's included, the penalty looks at. 0 is none, -1 "
+        "is all.",
+        expected="-1 (all) or more",
+        check=lambda n: n >= -1,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def has_filter(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def has_penalty(self) -> bool:
+        return self.repeat_penalty != 1 and self.repeat_last_n != 0
