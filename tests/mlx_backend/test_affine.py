@@ -19,8 +19,8 @@ from phicore_mlx.backend import MlxBackend, _dequantized
 from phicore.gguf.blocks import BLOCKS
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.quants import AFFINE_TYPES
+from phicore.gguf.random_models import random_matrix
 from phicore.gguf.reader import GGUFTensor
-from phicore.testing import tiny_models
 
 LARGEST, SMALLEST_NORMAL, SMALLEST = 65504.0, 2.0**-14, 2.0**-24
 ENDS = [0.0, 1.0, 0.37, LARGEST, SMALLEST_NORMAL, SMALLEST, 1023 * SMALLEST]
@@ -46,7 +46,7 @@ def edges(ggml_type: Type, rng: np.random.Generator) -> GGUFTensor:
 
 
 def random_tensor(ggml_type: Type, rows: int, columns: int, rng: np.random.Generator) -> GGUFTensor:
-    data = tiny_models.random_matrix(ggml_type, rows, columns, rng, 1.0)
+    data = random_matrix(ggml_type, rows, columns, rng, 1.0)
     return tensor_of(ggml_type, data.view(np.uint8).reshape(rows, -1))
 
 
