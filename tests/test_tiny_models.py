@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
+from phicore.gguf import random_models
 from phicore.testing import tiny_models
 from phicore.testing.tiny_models import Tiny, Type
 
@@ -34,14 +35,14 @@ def test_types_are_all_that_gguf_dequantizes() -> None:
             return False
         return True
 
-    assert set(tiny_models.TYPES) == {data_type for data_type in Type if is_readable(data_type)}
+    assert set(random_models.TYPES) == {data_type for data_type in Type if is_readable(data_type)}
 
 
-@pytest.mark.parametrize("data_type", tiny_models.TYPES, ids=lambda data_type: data_type.name)
+@pytest.mark.parametrize("data_type", random_models.TYPES, ids=lambda data_type: data_type.name)
 @pytest.mark.parametrize("std", [0.03, 0.3])
 def test_random_matrix_every_type_has_the_scale_asked_for(data_type: Type, std: float) -> None:
     rng = np.random.Generator(np.random.PCG64(1))
-    rows = tiny_models.random_matrix(data_type, 64, 512, rng, std)
+    rows = random_models.random_matrix(data_type, 64, 512, rng, std)
     values = gguf.quants.dequantize(rows, data_type)
     assert values.shape == (64, 512)
     assert np.isfinite(values).all()
@@ -53,7 +54,7 @@ def test_random_matrix_every_type_has_the_scale_asked_for(data_type: Type, std: 
 
 def test_random_blocks_scales_differ_between_blocks() -> None:
     rng = np.random.Generator(np.random.PCG64(1))
-    blocks = tiny_models.random_blocks(Type.Q6_K, 16, 256, rng, 0.03)
+    blocks = random_models.random_blocks(Type.Q6_K, 16, 256, rng, 0.03)
     assert len(np.unique(blocks[:, 208:].view("<f2"))) > 12
 
 

@@ -21,27 +21,19 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGML_QUANT_SIZES, LlamaFileType, TokenType
+from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 
 from phicore.errors import ArgumentError, SourceError
+from phicore.gguf.random_models import START, Sizes, add_sizes, add_vocabulary, random_blocks
 from phicore.progress import Progress
 
-VERSION = 1  # of what is written, in the names of files: another one is written afresh
+VERSION = 2  # of what is written, in the names of files: another one is written afresh
 WEIGHT_STD = 0.02  # transformers' Phi3Config.initializer_range
 CONTEXT = 4096
 SLIDING_WINDOW = 2047
 POOL_BLOCKS = 65537  # a prime above all numbers of rows: no two rows of a matrix are the same
 
-# Byte offsets of the float16 scale and minimum of a block, and the minimum that centres the values
-# if the scale is 1. Source: ggml-common.h, block_q4_K, block_q5_K and block_q6_K.
-_SCALES: dict[Type, tuple[int, int | None, float]] = {
-    Type.Q4_K: (0, 2, 7.5),
-    Type.Q5_K: (0, 2, 15.5),
-    Type.Q6_K: (208, None, 0.0),
-}
-
-_CONTROL = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 _RESERVED = 64  # ids at the end of the vocabulary, as in Phi-3's: the tokens above, and padding
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -65,19 +57,8 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class SyntheticModel:
-    """The sizes of a `phi3` model. Names are those of transformers' `Phi3Config`."""
-
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int = 32064
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+class SyntheticModel(Sizes):
+    """A `phi3` model of these sizes."""
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor, in file order, with its type in the recipe Q4_K_M.
@@ -154,11 +135,15 @@ def write_model(path: Path, name: str, progress: Progress = lambda *_: None) -> 
     model = MODELS[name]
     rng = np.random.default_rng(0)
     tensors = list(model.tensors())
-    pools = {t: _random_blocks(t, rng) for t in _SCALES}
+    types = sorted({t.type for t in tensors} - {Type.F32})
+    pools = {
+        t: random_blocks(t, POOL_BLOCKS, GGML_QUANT_SIZES[t][0], rng, WEIGHT_STD) for t in types
+    }
     writer = gguf.GGUFWriter(path, "phi3")
     try:
         _add_config(writer, name, model)
-        _add_vocabulary(writer, model.vocab_size)
+        words = itertools.islice(_words(), model.vocab_size - len(START) - _RESERVED)
+        add_vocabulary(writer, [*words], model.vocab_size, _CHAT_TEMPLATE)
         for tensor in tensors:
             dtype = np.dtype(np.float32)  # what the writer calls a shape in values, not in bytes
             writer.add_tensor_info(
@@ -181,68 +166,14 @@ def write_model(path: Path, name: str, progress: Progress = lambda *_: None) -> 
         writer.close()
 
 
-def _random_blocks(data_type: Type, rng: np.random.Generator) -> np.ndarray:
-    """Valid blocks with values of mean 0 and deviation `WEIGHT_STD`: (POOL_BLOCKS, bytes) uint8.
-
-    Codes and sub-scales are random bits; scales lie between half and one and a half times the mean.
-    """
-    at, at_min, centre = _SCALES[data_type]
-    shape = POOL_BLOCKS, GGML_QUANT_SIZES[data_type][1]
-    blocks = rng.integers(0, 256, shape, np.uint8)
-
-    def set_scales(scale: np.ndarray | float) -> None:
-        for offset, factor in ((at, 1.0), (at_min, centre)):
-            if offset is not None:
-                values = np.broadcast_to(np.float16(scale * factor), (POOL_BLOCKS, 1))
-                blocks[:, offset : offset + 2] = values.astype("<f2").view(np.uint8)
-
-    set_scales(1.0)
-    spread = gguf.quants.dequantize(blocks[:1024], data_type).std()
-    set_scales(WEIGHT_STD / spread * rng.uniform(0.5, 1.5, (POOL_BLOCKS, 1)))
-    return blocks
-
-
 def _add_config(writer: gguf.GGUFWriter, name: str, model: SyntheticModel) -> None:
     writer.add_name(f"phi3 {name}, random weights")  # llama.cpp knows Phi-3's tokenizer by "phi3"
     writer.add_context_length(CONTEXT)
     writer.add_rope_scaling_orig_ctx_len(CONTEXT)
-    writer.add_embedding_length(model.hidden_size)
-    writer.add_feed_forward_length(model.intermediate_size)
-    writer.add_block_count(model.num_hidden_layers)
-    writer.add_head_count(model.num_attention_heads)
-    writer.add_head_count_kv(model.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(model.head_dim)
-    writer.add_rope_freq_base(10000.0)
+    add_sizes(writer, model)
     writer.add_sliding_window(SLIDING_WINDOW)
     writer.add_file_type(LlamaFileType.MOSTLY_Q4_K_M)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
-    """Write a SentencePiece vocabulary in Phi-3's order: bytes, made-up words, control tokens."""
-    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
-    words = list(itertools.islice(_words(), size - 3 - 256 - _RESERVED))
-    padding = [f"<|placeholder{i + 1}|>" for i in range(_RESERVED - len(_CONTROL))]
-    pieces = ["<unk>", "<s>", "</s>", *byte_pieces, *words, *_CONTROL, *padding]
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(pieces)
-    # An earlier piece is merged first; a control token is never merged.
-    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(size - 259)])
-    writer.add_token_types(
-        [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
-        + [TokenType.BYTE] * 256
-        + [TokenType.NORMAL] * len(words)
-        + [TokenType.CONTROL] * _RESERVED
-    )
-    writer.add_bos_token_id(pieces.index("<s>"))
-    writer.add_eos_token_id(pieces.index("<|endoftext|>"))
-    writer.add_unk_token_id(pieces.index("<unk>"))
-    writer.add_pad_token_id(pieces.index("<|endoftext|>"))
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    writer.add_chat_template(_CHAT_TEMPLATE)
 
 
 def _words() -> Iterator[str]:

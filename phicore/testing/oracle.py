@@ -10,15 +10,15 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from phicore.gguf.matrix import Matrix
+from phicore.gguf.random_models import random_matrix
 from phicore.gguf.reader import GGUFTensor
-from phicore.testing import tiny_models
 
 
 def matrix(types: list[Type], rows: list[int], cols: int, rng: np.random.Generator) -> Matrix:
     """A random matrix with one part for each type."""
     parts = []
     for data_type, n in zip(types, rows, strict=True):
-        data = tiny_models.random_matrix(data_type, n, cols, rng, 1.0)
+        data = random_matrix(data_type, n, cols, rng, 1.0)
         parts.append(GGUFTensor("w", data_type, (n, cols), data.view(np.uint8).reshape(n, -1)))
     return Matrix("w", tuple(parts))
 

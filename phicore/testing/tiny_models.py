@@ -4,8 +4,7 @@ The tests write the files that they read. A file has the names, keys, row orders
 of llama.cpp's conversion of a `phi3` or `llama` checkpoint, random weights of a realistic scale,
 and, unless told otherwise, a small SentencePiece-style vocabulary.
 
-Random numbers are raw PCG64 output, whose stream numpy guarantees, turned into weights by integer
-arithmetic and single roundings. So a file is the same on every machine and numpy version, and the
+A file is the same on every machine and numpy version (see `phicore.gguf.random_models`), and the
 reference logits in `golden/` belong to exactly these bytes.
 """
 
@@ -19,48 +18,19 @@ from typing import TypeAlias
 
 import gguf
 import numpy as np
-from gguf import GGML_QUANT_SIZES, LlamaFileType, TokenType
 from gguf import GGMLQuantizationType as Type
+from gguf import LlamaFileType
 
-Types: TypeAlias = Mapping[str, Type] | Type
-
-# Types that the gguf package packs itself; the rest of TYPES are packed by `random_blocks`.
-_QUANTIZABLE = (
-    *(Type.F32, Type.F16, Type.BF16),
-    *(Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.TQ1_0, Type.TQ2_0, Type.MXFP4),
+from phicore.gguf.random_models import (
+    TYPES,
+    Sizes,
+    add_sizes,
+    add_vocabulary,
+    normal,
+    random_matrix,
 )
 
-
-@dataclass(frozen=True)
-class _Fields:
-    """Where a block keeps its scale, and how far its values spread when all else is random bits."""
-
-    std: float  # of the values when the mean scale is 1, measured on 32000 blocks
-    d: int | None = None  # byte offset of the float16 scale; None: not in one place
-    dmin: int | None = None  # byte offset of the float16 minimum
-    mean_code: float = 0.0  # dmin / d at which the values have mean 0
-
-
-_FIELDS = {
-    Type.Q2_K: _Fields(15.2, d=80, dmin=82, mean_code=1.5),
-    Type.Q3_K: _Fields(45.1, d=108),
-    Type.Q4_K: _Fields(285.5, d=0, dmin=2, mean_code=7.5),
-    Type.Q5_K: _Fields(583.6, d=0, dmin=2, mean_code=15.5),
-    Type.Q6_K: _Fields(1418.0, d=208),
-    Type.IQ2_XXS: _Fields(55.6, d=0),
-    Type.IQ2_XS: _Fields(58.1, d=0),
-    Type.IQ2_S: _Fields(58.7, d=0),
-    Type.IQ3_XXS: _Fields(148.0, d=0),
-    Type.IQ3_S: _Fields(146.0, d=0),
-    Type.IQ1_S: _Fields(7.51, d=0),
-    Type.IQ1_M: _Fields(7.49),
-    Type.IQ4_NL: _Fields(70.1, d=0),
-    Type.IQ4_XS: _Fields(1294.0, d=0),
-    Type.NVFP4: _Fields(6.09),
-}
-
-TYPES = (*_QUANTIZABLE, *_FIELDS)
-"""Every type that `gguf.quants.dequantize` reads."""
+Types: TypeAlias = Mapping[str, Type] | Type
 
 Q4_K_M: Mapping[str, Type] = {
     "output.weight": Type.Q6_K,
@@ -74,13 +44,12 @@ Q4_K_M: Mapping[str, Type] = {
 
 
 @dataclass(frozen=True)
-class Tiny:
+class Tiny(Sizes):
     """Hyperparameters of a tiny model. By default no two axes are equal, nor are any fused ones.
 
     Rows of K-quants are multiples of 256 long, hence hidden_size and intermediate_size.
     """
 
-    arch: str = "phi3"  # or "phimoe", "llama", "qwen2"
     hidden_size: int = 512
     intermediate_size: int = 768
     num_hidden_layers: int = 2
@@ -88,17 +57,12 @@ class Tiny:
     num_key_value_heads: int = 4
     vocab_size: int = 352
     max_position_embeddings: int = 500
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
     rope_dimension_count: int | None = None  # None: all of head_dim
     original_max_position_embeddings: int | None = None  # given: LongRoPE, or Llama 3's rotation
+    arch: str = "phi3"  # or "phimoe", "llama", "qwen2"
     num_local_experts: int = 0  # of "phimoe"
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def rotary_dim(self) -> int:
@@ -123,7 +87,8 @@ def write_model(
     writer = gguf.GGUFWriter(path, tiny.arch)
     _add_config(writer, tiny, types)
     if tokenizer:
-        _add_tokenizer(writer, tiny.vocab_size)
+        words = [*_MERGES.split(), *_CHARACTERS]
+        add_vocabulary(writer, words, tiny.vocab_size, CHAT_TEMPLATE)
     rng = np.random.Generator(np.random.PCG64(seed))
     for name, data, data_type in _tensors(tiny, types, rng):
         writer.add_tensor(name, data, raw_dtype=data_type)
@@ -134,81 +99,18 @@ def write_model(
     return Path(path)
 
 
-def random_matrix(
-    data_type: Type, rows: int, cols: int, rng: np.random.Generator, std: float
-) -> np.ndarray:
-    """Random rows of a type, as GGUFWriter takes them: float32, float16 or the bytes of blocks."""
-    if data_type in _QUANTIZABLE:
-        return gguf.quants.quantize(std * _normal(rng, rows, cols), data_type)
-    return random_blocks(data_type, rows, cols, rng, std)
-
-
-def random_blocks(
-    data_type: Type, rows: int, cols: int, rng: np.random.Generator, std: float
-) -> np.ndarray:
-    """Random valid blocks of a type that the gguf package reads but cannot write.
-
-    Codes, signs, grid indices and sub-scales are random bits. Each block has its own scale and
-    minimum, between half and one and a half times the mean, so that blocks cannot be confused.
-
-    Returns:
-        (rows, bytes of a row) uint8; the values have mean 0 and standard deviation `std`, nearly.
-    """
-    block_size, block_bytes = GGML_QUANT_SIZES[data_type]
-    blocks = _bytes(rng, rows * cols // block_size, block_bytes)
-    n = len(blocks)
-    fields = _FIELDS[data_type]
-    scale = std / fields.std
-    if fields.d is not None:
-        d = (scale * _spread(rng, n, 1)).astype("<f2")
-        blocks[:, fields.d : fields.d + 2] = d.view(np.uint8)
-    elif data_type == Type.IQ1_M:
-        # A quarter of the float16 scale is in the top nibble of each of the last four 16-bit words.
-        d = (scale * _spread(rng, n, 1)).astype("<f2").view("<u2")
-        nibbles = d >> np.arange(0, 16, 4, dtype=np.uint16) & 0xF  # (n, 4)
-        words = blocks[:, 48:].view("<u2") & 0x0FFF | nibbles << 12
-        blocks[:, 48:] = words.view(np.uint8)
-    elif data_type == Type.NVFP4:
-        # Four scales of 8 bits; codes are doubled values, so the scale that they multiply is half.
-        d = 2 * scale * _spread(rng, n, 4)
-        blocks[:, :4] = gguf.quants.NVFP4.fp32_to_ue4m3(d)
-    if fields.dmin is not None:
-        dmin = (scale * fields.mean_code * _spread(rng, n, 1)).astype("<f2")
-        blocks[:, fields.dmin : fields.dmin + 2] = dmin.view(np.uint8)
-    return blocks.reshape(rows, -1)
-
-
-def _bytes(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Random bytes. Raw output, because the streams of Generator's own methods may change."""
-    size = math.prod(shape)
-    words = rng.bit_generator.random_raw(-(-size // 8)).astype("<u8")
-    return words.view(np.uint8)[:size].reshape(shape)
-
-
-def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Nearly normal float32 values, mean 0 and deviation 1: each the sum of four uniform ones."""
-    uniform = _bytes(rng, *shape, 8).view("<u2")
-    std = 65536 * np.sqrt(4 / 12)
-    return ((uniform.sum(axis=-1, dtype=np.int64) - 2 * 65535) / std).astype(np.float32)
-
-
-def _spread(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Factors from [0.5, 1.5), in steps of 1/256."""
-    return 0.5 + _bytes(rng, *shape) / 256
-
-
 def _tensors(
     tiny: Tiny, types: Types, rng: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray, Type]]:
     """Every tensor of a file: its name, its rows, its type."""
 
     def norm(name: str) -> Iterator[tuple[str, np.ndarray, Type]]:
-        yield f"{name}.weight", 1 + np.float32(0.1) * _normal(rng, tiny.hidden_size), Type.F32
+        yield f"{name}.weight", 1 + np.float32(0.1) * normal(rng, tiny.hidden_size), Type.F32
         if is_moe:
             yield bias(name, tiny.hidden_size)
 
     def bias(name: str, size: int) -> tuple[str, np.ndarray, Type]:
-        return f"{name}.bias", np.float32(0.5) * _normal(rng, size), Type.F32
+        return f"{name}.bias", np.float32(0.5) * normal(rng, size), Type.F32
 
     def experts(name: str, rows: int, cols: int) -> tuple[str, np.ndarray, Type]:
         count = tiny.num_local_experts
@@ -249,7 +151,7 @@ def _tensors(
         yield from norm(f"{blk}.ffn_norm")
         if is_moe:
             count = tiny.num_local_experts
-            yield f"{blk}.ffn_gate_inp.weight", std * _normal(rng, count, hidden), Type.F32
+            yield f"{blk}.ffn_gate_inp.weight", std * normal(rng, count, hidden), Type.F32
             yield experts(f"{blk}.ffn_gate_exps.weight", intermediate, hidden)
             yield experts(f"{blk}.ffn_up_exps.weight", intermediate, hidden)
             yield experts(f"{blk}.ffn_down_exps.weight", hidden, intermediate)
@@ -307,14 +209,7 @@ def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
 def _add_config(writer: gguf.GGUFWriter, tiny: Tiny, types: Types) -> None:
     writer.add_name(f"tiny {tiny.arch}")
     writer.add_context_length(tiny.max_position_embeddings)
-    writer.add_embedding_length(tiny.hidden_size)
-    writer.add_feed_forward_length(tiny.intermediate_size)
-    writer.add_block_count(tiny.num_hidden_layers)
-    writer.add_head_count(tiny.num_attention_heads)
-    writer.add_head_count_kv(tiny.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(tiny.rms_norm_eps)
-    writer.add_rope_dimension_count(tiny.rotary_dim)
-    writer.add_rope_freq_base(tiny.rope_theta)
+    add_sizes(writer, tiny)
     if tiny.num_local_experts:
         writer.add_expert_count(tiny.num_local_experts)
         writer.add_expert_used_count(2)
@@ -338,7 +233,6 @@ def _add_config(writer: gguf.GGUFWriter, tiny: Tiny, types: Types) -> None:
 # Each piece is two earlier pieces or characters joined, so merging in pairs reaches it.
 _MERGES = "▁t he in ▁a ▁the er ▁w on ▁s nd ▁and or ▁f ing is ▁is ll"
 _CHARACTERS = "▁" + string.ascii_letters + string.digits + ".,'!?"
-_CONTROL = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}"
@@ -346,38 +240,6 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<|end|>\\n' }}"
     "{% endif %}{% endfor %}"
 )
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
-    """Write a SentencePiece vocabulary in Phi-3's order: bytes, pieces, then control tokens."""
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces = [*_MERGES.split(), *_CHARACTERS]
-    tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *pieces, *_CONTROL]
-    if vocab_size < len(tokens):
-        raise ValueError(f"vocab_size: expected at least {len(tokens)}, found {vocab_size}")
-    placeholders = [f"<|placeholder{i + 1}|>" for i in range(vocab_size - len(tokens))]
-    control = len(_CONTROL) + len(placeholders)
-    token_types = (
-        [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
-        + [TokenType.BYTE] * 256
-        + [TokenType.NORMAL] * len(pieces)
-        + [TokenType.CONTROL] * control
-    )
-    ranks = [-float(rank) for rank in range(len(pieces))]  # an earlier piece is merged first
-    end_of_text = tokens.index("<|endoftext|>")
-
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([*tokens, *placeholders])
-    writer.add_token_scores([0.0] * 259 + ranks + [-1000.0] * control)
-    writer.add_token_types(token_types)
-    writer.add_bos_token_id(tokens.index("<s>"))
-    writer.add_eos_token_id(end_of_text)
-    writer.add_unk_token_id(tokens.index("<unk>"))
-    writer.add_pad_token_id(end_of_text)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from phicore.gguf.random_models import random_matrix
 from phicore.gguf.reader import GGUFTensor
 from phicore.testing import oracle
 from phicore.testing.compare import assert_close, relative_error
-from phicore.testing.tiny_models import random_matrix
 
 pytest.importorskip("jax", reason="the JAX backend is not installed")
 pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")

@@ -16,8 +16,8 @@ from phicore_jax.kernels import dense
 from phicore_jax.kernels.formats import FORMATS
 from phicore_jax.kernels.runtime import Kernels
 
+from phicore.gguf.random_models import random_matrix
 from phicore.gguf.reader import GGUFTensor
-from phicore.testing import tiny_models
 
 TYPES = (*FORMATS, *dense.ELEMENT_BYTES)
 """Every type that has kernels."""
@@ -54,7 +54,7 @@ def from_bytes(ggml_type: Type, data: np.ndarray) -> GGUFTensor:
 
 
 def random_tensor(ggml_type: Type, rows: int, columns: int, rng: np.random.Generator) -> GGUFTensor:
-    data = tiny_models.random_matrix(ggml_type, rows, columns, rng, 1.0)
+    data = random_matrix(ggml_type, rows, columns, rng, 1.0)
     return from_bytes(ggml_type, data.view(np.uint8).reshape(rows, -1))
 
 

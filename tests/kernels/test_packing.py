@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from kernels.made import TYPES, block_columns, from_bytes, kernels_of, random_tensor, values
 from phicore_jax.kernels.formats import FORMATS
 from phicore_jax.kernels.runtime import Kernels
 
+from phicore.gguf.blocks import BLOCKS
 from phicore.gguf.reader import GGUFTensor
 
 ROWS = (1, 15, 16, 17, 40)
@@ -44,13 +44,13 @@ def edges(ggml_type: Type, rng: np.random.Generator) -> GGUFTensor:
     """Blocks of three kinds (all bits 0, all bits 1, random) with every pair of HALVES."""
     if ggml_type not in FORMATS:
         return every_number(ggml_type)
-    size, halves = GGML_QUANT_SIZES[ggml_type][1], FORMATS[ggml_type].halves
+    block = BLOCKS[ggml_type]
     first, second = (h.ravel() for h in np.meshgrid(HALVES, HALVES))
-    blocks = np.zeros((3, len(first), size), np.uint8)
+    blocks = np.zeros((3, len(first), block.size), np.uint8)
     blocks[1], blocks[2] = 255, rng.integers(256, size=blocks[2].shape)
-    for at, half in zip(halves, (first, second), strict=False):
-        blocks[..., at : at + 2] = half.view(np.uint8).reshape(-1, 2)
-    return from_bytes(ggml_type, blocks.reshape(-1, 3 * size))
+    for field, half in ((block.d, first), (block.dmin, second)):
+        field.of(blocks)[...] = half.view(np.uint8).reshape(-1, 2)[:, : field.size]
+    return from_bytes(ggml_type, blocks.reshape(-1, 3 * block.size))
 
 
 @pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)

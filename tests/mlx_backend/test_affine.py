@@ -17,18 +17,12 @@ from phicore_mlx.affine import LAYOUTS
 from phicore_mlx.backend import MlxBackend, _dequantized
 
 from phicore.backend import BackendOptions
+from phicore.gguf.blocks import BLOCKS
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.quants import AFFINE_TYPES
+from phicore.gguf.random_models import random_matrix
 from phicore.gguf.reader import GGUFTensor
-from phicore.testing import tiny_models
 
-HALVES = {  # where a block has its float16 numbers
-    **dict.fromkeys((Type.Q4_0, Type.Q5_0, Type.Q8_0), (0,)),
-    **dict.fromkeys((Type.Q4_1, Type.Q5_1, Type.Q4_K, Type.Q5_K), (0, 2)),
-    Type.Q2_K: (80, 82),
-    Type.Q3_K: (108,),
-    Type.Q6_K: (208,),
-}
 LARGEST, SMALLEST_NORMAL, SMALLEST = 65504.0, 2.0**-14, 2.0**-24
 ENDS = [0.0, 1.0, 0.37, LARGEST, SMALLEST_NORMAL, SMALLEST, 1023 * SMALLEST]
 ENDS = np.array([*ENDS, *(-x for x in ENDS)], "<f2")
@@ -47,13 +41,13 @@ def edges(ggml_type: Type, rng: np.random.Generator) -> GGUFTensor:
     pairs = [half.ravel() for half in np.meshgrid(ENDS, ENDS)]
     blocks = np.zeros((4, len(pairs[0]), size), np.uint8)
     blocks[1], blocks[2:] = 255, rng.integers(256, size=blocks[2:].shape)
-    for at, half in zip(HALVES[ggml_type], pairs, strict=False):
-        blocks[..., at : at + 2] = half.view(np.uint8).reshape(-1, 2)
+    for field, half in zip((BLOCKS[ggml_type].d, BLOCKS[ggml_type].dmin), pairs, strict=True):
+        field.of(blocks)[...] = half.view(np.uint8).reshape(-1, 2)[:, : field.size]
     return tensor_of(ggml_type, blocks.reshape(-1, 4 * size))
 
 
 def random_tensor(ggml_type: Type, rows: int, columns: int, rng: np.random.Generator) -> GGUFTensor:
-    data = tiny_models.random_matrix(ggml_type, rows, columns, rng, 1.0)
+    data = random_matrix(ggml_type, rows, columns, rng, 1.0)
     return tensor_of(ggml_type, data.view(np.uint8).reshape(rows, -1))
 
 

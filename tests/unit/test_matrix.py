@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType as Type
 
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
+from phicore.gguf.random_models import random_matrix
 from phicore.gguf.reader import GGUFTensor
-from phicore.testing.tiny_models import random_matrix
 
 
 def tensor(data_type: Type, rows: int, cols: int, seed: int) -> tuple[GGUFTensor, np.ndarray]:

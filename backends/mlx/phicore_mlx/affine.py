@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 
 from phicore.backend.host import cpu_count
+from phicore.gguf.blocks import BLOCKS, Q3_K
 from phicore.gguf.quants import affine
 from phicore.gguf.reader import GGUFTensor
 
@@ -47,17 +48,8 @@ class Layout:
 
 
 LAYOUTS = {
-    Type.Q4_0: Layout(4),
-    Type.Q4_1: Layout(4),
-    Type.Q5_0: Layout(5),
-    Type.Q5_1: Layout(5),
-    Type.Q8_0: Layout(8),
-    Type.Q2_K: Layout(2, is_split=True),
-    Type.Q3_K: Layout(8, group_size=128),
-    Type.Q4_K: Layout(4),
-    Type.Q5_K: Layout(5),
-    Type.Q6_K: Layout(6, is_split=True),
-}
+    block.type: Layout(block.bits, is_split=block.group_size == 16) for block in BLOCKS.values()
+} | {Type.Q3_K: Layout(8, group_size=128)}
 
 Arrays = dict[str, np.ndarray]
 
@@ -120,14 +112,15 @@ def _q3_k_products(
 
     Products of scale and code are -124 to 128, so their negatives are what fits a byte around 128.
     """
-    rows, (_, block_bytes) = len(data), GGML_QUANT_SIZES[Type.Q3_K]
-    blocks = data.reshape(rows, -1, block_bytes)
-    d = np.ascontiguousarray(blocks[:, :, -2:]).view("<f2").astype(np.float32)  # (N, blocks, 1)
+    blocks = data.reshape(len(data), -1, Q3_K.size)
+    d = np.ascontiguousarray(Q3_K.d.of(blocks)).view("<f2").astype(np.float32)  # (N, blocks, 1)
     # exact: the scales are these integers times d; where d is 0 or no number they do not matter
     is_number = (d != 0) & np.isfinite(d)
     integers = scales.reshape(*d.shape[:2], 16) / np.where(is_number, d, 1)
     integers = np.where(is_number, integers, 0).astype(np.int16)
-    products = (codes.reshape(*integers.shape, 16).astype(np.int16) - 4) * integers[..., None]
+    products = (codes.reshape(*integers.shape, 16).astype(np.int16) - Q3_K.offset) * integers[
+        ..., None
+    ]
     codes = (128 - products).astype(np.uint8).reshape(codes.shape)
     return codes, np.repeat(-d[:, :, 0], 2, axis=1)
 

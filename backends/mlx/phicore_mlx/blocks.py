@@ -8,14 +8,16 @@ A kernel is used once it has given, on this machine, what the portable form give
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 
 from phicore.backend import Array
+from phicore.gguf.blocks import BLOCKS, Field
 from phicore_mlx import devices
 
 Type = GGMLQuantizationType
@@ -52,6 +54,7 @@ PLACES = {
 """A thread's place. MLX looks for Metal's names in a kernel's body, so these cannot be macros."""
 
 # Pointers are template arguments, since Metal's have an address space in their type.
+# <Q6_K.high> stands for where the field starts in a block, see `text`.
 HEADER = """
 template <typename P> PHI_FUNCTION float phi_half(P at) {
   uint bits = uint(at[0]) | uint(at[1]) << 8;
@@ -66,28 +69,30 @@ template <typename P> PHI_FUNCTION float phi_half(P at) {
 
 template <typename P> PHI_FUNCTION float phi_q6_k(P block, uint i) {
   uint side = i >> 7, field = (i >> 5) & 3u, l = i & 31u;
-  uint low = uint(block[side * 64u + (field & 1u) * 32u + l]) >> (field >> 1) * 4u & 15u;
-  uint high = uint(block[128u + side * 32u + l]) >> field * 2u & 3u;
-  int scale = int(block[192u + (i >> 4)]);
+  uint low = uint(block[<Q6_K.low>u + side * 64u + (field & 1u) * 32u + l])
+    >> (field >> 1) * 4u & 15u;
+  uint high = uint(block[<Q6_K.high>u + side * 32u + l]) >> field * 2u & 3u;
+  int scale = int(block[<Q6_K.scales>u + (i >> 4)]);
   scale = scale > 127 ? scale - 256 : scale;
-  return phi_half(block + 208) * float(scale) * float(int(low | high << 4) - 32);
+  return phi_half(block + <Q6_K.d>) * float(scale) * float(int(low | high << 4) - <Q6_K.offset>);
 }
 
 template <typename P> PHI_FUNCTION float phi_q3_k(P block, uint i) {
   uint side = i >> 7, field = (i >> 5) & 3u, l = i & 31u, s = i >> 4;
-  uint low = uint(block[32u + side * 32u + l]) >> field * 2u & 3u;
-  uint high = uint(block[l]) >> (side * 4u + field) & 1u;
-  uint scale = uint(block[96u + (s & 7u)]) >> (s >> 3) * 4u & 15u;
-  scale |= (uint(block[104u + (s & 3u)]) >> (s >> 2) * 2u & 3u) << 4;
-  return phi_half(block + 108) * float(int(scale) - 32) * float(int(low | high << 2) - 4);
+  uint low = uint(block[<Q3_K.low>u + side * 32u + l]) >> field * 2u & 3u;
+  uint high = uint(block[<Q3_K.high>u + l]) >> (side * 4u + field) & 1u;
+  uint scale = uint(block[<Q3_K.scales>u + (s & 7u)]) >> (s >> 3) * 4u & 15u;
+  scale |= (uint(block[<Q3_K.scales>u + 8u + (s & 3u)]) >> (s >> 2) * 2u & 3u) << 4;
+  return phi_half(block + <Q3_K.d>) * float(int(scale) - 32)
+    * float(int(low | high << 2) - <Q3_K.offset>);
 }
 
 template <typename P> PHI_FUNCTION float phi_q2_k(P block, uint i) {
   uint side = i >> 7, field = (i >> 5) & 3u, l = i & 31u;
-  uint code = uint(block[16u + side * 32u + l]) >> field * 2u & 3u;
-  uint both = uint(block[i >> 4]);
-  return phi_half(block + 80) * float(both & 15u) * float(code)
-    - phi_half(block + 82) * float(both >> 4);
+  uint code = uint(block[<Q2_K.low>u + side * 32u + l]) >> field * 2u & 3u;
+  uint both = uint(block[<Q2_K.scales>u + (i >> 4)]);
+  return phi_half(block + <Q2_K.d>) * float(both & 15u) * float(code)
+    - phi_half(block + <Q2_K.dmin>) * float(both >> 4);
 }
 
 template <typename P, typename X>
@@ -128,8 +133,15 @@ def text(source: str, ggml_type: GGMLQuantizationType, place: str = "", lane: st
     """Source text for a type, with these names of a thread's place and lane."""
     for axis in "xyz":
         source = source.replace(f"PLACE_{axis}", place.format(axis))
-    size = str(GGML_QUANT_SIZES[ggml_type][1])
+    source = re.sub(r"<(Q\w+)\.(\w+)>", lambda found: str(_fact(*found.groups())), source)
+    size = str(BLOCKS[ggml_type].size)
     return source.replace("LANE", lane).replace("TYPE", TYPES[ggml_type]).replace("BYTES", size)
+
+
+def _fact(type_name: str, name: str) -> int:
+    """The first byte of a block's field, or another number of its description."""
+    found = getattr(BLOCKS[Type[type_name]], name)
+    return found.start if isinstance(found, Field) else int(found)
 
 
 @cache
@@ -167,7 +179,7 @@ def product(x: Array, blocks: Array, ggml_type: GGMLQuantizationType) -> Array:
 
 def expanded(ids: Array, blocks: Array, ggml_type: GGMLQuantizationType, dtype: Any) -> Array:
     """Rows of blocks as numbers: ids (n,) int32 below N gives (n, K)."""
-    columns = blocks.shape[1] // GGML_QUANT_SIZES[ggml_type][1] * 256
+    columns = blocks.shape[1] // BLOCKS[ggml_type].size * 256
     parts = []
     for start in range(0, ids.shape[0], MOST_ROWS):
         some = ids[start : start + MOST_ROWS]
@@ -190,11 +202,11 @@ def is_usable(ggml_type: GGMLQuantizationType) -> bool:
         return False
     from gguf.quants import dequantize
 
-    random = np.random.default_rng(0)
-    data = random.integers(0, 256, (5, 3, GGML_QUANT_SIZES[ggml_type][1]), dtype=np.uint8)
-    halves = random.normal(size=(5, 3, 2)).astype("<f2").view(np.uint8)
-    data[:, :, -2:] = halves[:, :, :2]
-    data[:, :, 80:84] = halves if ggml_type == Type.Q2_K else data[:, :, 80:84]
+    random, block = np.random.default_rng(0), BLOCKS[ggml_type]
+    data = random.integers(0, 256, (5, 3, block.size), dtype=np.uint8)
+    for field in (block.d, block.dmin):
+        halves = random.normal(size=(5, 3, 1)).astype("<f2").view(np.uint8)
+        field.of(data)[...] = halves[..., : field.size]
     data = data.reshape(5, -1)
     values = dequantize(data, ggml_type)
     x = random.normal(size=(2, values.shape[1])).astype(np.float32)

@@ -20,8 +20,8 @@ from gguf import GGMLQuantizationType as Type
 
 from phicore.backend import cache_types
 from phicore.errors import BackendError
+from phicore.gguf.random_models import random_matrix
 from phicore.gguf.reader import GGUFTensor
-from phicore.testing.tiny_models import random_matrix
 from phicore_jax.cuda import OPTIONS
 from phicore_jax.cuda.attention import CACHE_TYPES
 from phicore_jax.cuda.runtime import CudaKernels

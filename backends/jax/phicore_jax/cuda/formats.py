@@ -1,4 +1,4 @@
-"""How quantized matrices lie in a card's memory, and how a lane reads a group of 32 weights.
+"""How quantized matrices lie in a GPU's memory, and how a lane reads a group of 32 weights.
 
 Each part of ggml's blocks becomes a plane of its own, with rows of whole groups: codes by words, so
 that a lane loads 16 bytes at once, and scales as the file has them. So a matrix takes the memory
@@ -19,10 +19,23 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from jax import lax
 
+from phicore.gguf.blocks import (
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Block,
+    Field,
+)
 from phicore.gguf.quants import codes
 from phicore_jax.cuda.warp import Warp
 from phicore_jax.kernels.lang import F16, F32, I16, I32, Value
@@ -90,10 +103,14 @@ class Weights:
 
 
 class Format(ABC):
-    """A type of quantization."""
+    """A type of quantization, and the fields of its blocks in a file."""
 
-    type: Type
+    block: Block
     plane_count: int
+
+    @property
+    def type(self) -> Type:
+        return self.block.type
 
     @abstractmethod
     def planes(self, data: Any) -> tuple[Any, ...]:
@@ -214,20 +231,19 @@ def two_numbers(words: Any) -> tuple[Any, Any]:
 # ---- types of ggml -------------------------------------------------------------------------------
 
 
-def _blocks(ggml_type: Type, data: Any) -> Any:
+def _blocks(block: Block, data: Any) -> Any:
     """(N, blocks, bytes)."""
-    return data.reshape(data.shape[0], -1, GGML_QUANT_SIZES[ggml_type][1])
+    return data.reshape(data.shape[0], -1, block.size)
 
 
-def _u16(blocks: Any, start: int, count: int = 1) -> Any:
-    """`count` times 16 bits from a byte of each block on: (N, blocks * count)."""
-    pairs = blocks[..., start : start + 2 * count].reshape(blocks.shape[0], -1, 2)
-    return lax.bitcast_convert_type(pairs, jnp.uint16)
+def _u16(field: Any) -> Any:
+    """Bytes of each block (N, blocks, n), 16 bits at a time: (N, blocks * n / 2)."""
+    return lax.bitcast_convert_type(field.reshape(field.shape[0], -1, 2), jnp.uint16)
 
 
-def _u32(blocks: Any, start: int) -> Any:
-    """32 bits from a byte of each block on: (N, blocks)."""
-    return _words(blocks[..., start : start + 4])
+def _d_and_dmin(block: Block, blocks: Any) -> Any:
+    """Both, which are neighbours, in a word of each block: (N, blocks)."""
+    return _words(Field(block.d.start, block.d.size + block.dmin.size).of(blocks))
 
 
 def _dense(codes: Any, scales: Any, biases: Any = None, offset: int = 0) -> Any:
@@ -243,7 +259,7 @@ class Nibbles(Format):
     """Codes of 4 bits, in the first plane; behind it are scales and what else there is."""
 
     def planes(self, data: Any) -> tuple[Any, ...]:
-        return nibbles(codes(self.type, data)), *self.factors(_blocks(self.type, data))
+        return nibbles(codes(self.type, data)), *self.factors(_blocks(self.block, data))
 
     @abstractmethod
     def factors(self, blocks: Any) -> tuple[Any, ...]:
@@ -278,31 +294,30 @@ class FifthBit(Nibbles):
 class Q40(Nibbles):
     """d * (code - 8)."""
 
-    type, plane_count = Type.Q4_0, 2
-    offset = 8
+    block, plane_count = Q4_0, 2
 
     def factors(self, blocks: Any) -> tuple[Any, ...]:
-        return (_u16(blocks, 0),)
+        return (_u16(self.block.d.of(blocks)),)
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
     ) -> Weights:
         *planes, d = planes
         at = row * groups + group
-        return Weights(self.quads(w, planes, at), [half(w, d, at)], offset=self.offset)
+        return Weights(self.quads(w, planes, at), [half(w, d, at)], offset=self.block.offset)
 
     def dense(self, planes: Sequence[Any]) -> Any:
         *planes, d = planes
-        return _dense(self.codes(planes), numbers(d)[..., None], offset=self.offset)
+        return _dense(self.codes(planes), numbers(d)[..., None], offset=self.block.offset)
 
 
 class Q41(Nibbles):
     """d * code + m."""
 
-    type, plane_count = Type.Q4_1, 2
+    block, plane_count = Q4_1, 2
 
     def factors(self, blocks: Any) -> tuple[Any, ...]:
-        return (_u32(blocks, 0),)
+        return (_d_and_dmin(self.block, blocks),)
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
@@ -321,25 +336,24 @@ class Q41(Nibbles):
 class Q50(FifthBit, Q40):
     """d * (code - 16)."""
 
-    type, plane_count = Type.Q5_0, 3
-    offset = 16
+    block, plane_count = Q5_0, 3
 
 
 class Q51(FifthBit, Q41):
     """d * code + m."""
 
-    type, plane_count = Type.Q5_1, 3
+    block, plane_count = Q5_1, 3
 
 
 class Q80(Format):
     """d * code, of signed bytes."""
 
-    type, plane_count = Type.Q8_0, 2
+    block, plane_count = Q8_0, 2
 
     def planes(self, data: Any) -> tuple[Any, ...]:
-        blocks = _blocks(self.type, data)
-        quads = blocks[..., 2:].reshape(*blocks.shape[:2], 8, 4)
-        return _words(quads), _u16(blocks, 0)
+        blocks = _blocks(self.block, data)
+        quads = self.block.low.of(blocks).reshape(*blocks.shape[:2], 8, 4)
+        return _words(quads), _u16(self.block.d.of(blocks))
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
@@ -358,11 +372,15 @@ class Q80(Format):
 class Q2K(Format):
     """d * scale * code - dmin * minimum: a scale and a minimum of 4 bits for 16 codes of 2."""
 
-    type, plane_count = Type.Q2_K, 3
+    block, plane_count = Q2_K, 3
 
     def planes(self, data: Any) -> tuple[Any, ...]:
-        blocks = _blocks(self.type, data)
-        return pairs_of_bits(codes(self.type, data), 0), _u16(blocks, 0, 8), _u32(blocks, 80)
+        blocks = _blocks(self.block, data)
+        return (
+            pairs_of_bits(codes(self.type, data), 0),
+            _u16(self.block.scales.of(blocks)),
+            _d_and_dmin(self.block, blocks),
+        )
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
@@ -387,12 +405,16 @@ class Q2K(Format):
 class Q6K(Format):
     """d * scale * (code - 32), with a scale of 8 bits for 16 codes."""
 
-    type, plane_count = Type.Q6_K, 4
-    offset = 32
+    block, plane_count = Q6_K, 4
 
     def planes(self, data: Any) -> tuple[Any, ...]:
-        blocks, found = _blocks(self.type, data), codes(self.type, data)
-        return nibbles(found), pairs_of_bits(found, 4), _u16(blocks, 192, 8), _u16(blocks, 208)
+        blocks, found = _blocks(self.block, data), codes(self.type, data)
+        return (
+            nibbles(found),
+            pairs_of_bits(found, 4),
+            _u16(self.block.scales.of(blocks)),
+            _u16(self.block.d.of(blocks)),
+        )
 
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
@@ -403,7 +425,7 @@ class Q6K(Format):
         largest = half(w, d, at >> 3)
         both = [(pair << 8).sar(8).to(F32), pair.sar(8).to(F32)]
         quads = self.quads(w, low, high, at)
-        return Weights(quads, [largest * scale for scale in both], offset=self.offset)
+        return Weights(quads, [largest * scale for scale in both], offset=self.block.offset)
 
     def quads(self, w: Warp, low: Value, high: Value, at: Value) -> list[Value]:
         """The codes of a group."""
@@ -414,7 +436,7 @@ class Q6K(Format):
         low, high, scales, d = planes
         integers = lax.bitcast_convert_type(scales, jnp.int8).astype(jnp.float32)  # (N, G, 2)
         factors = jnp.repeat(numbers(d), SUPER, axis=1)[..., None] * integers
-        return _dense(self.codes(low, high), factors, offset=self.offset)
+        return _dense(self.codes(low, high), factors, offset=self.block.offset)
 
     def codes(self, low: Any, high: Any) -> Any:
         """All codes, (N, G, 32), by XLA."""
@@ -424,19 +446,20 @@ class Q6K(Format):
 class Q3K(Q6K):
     """d * scale * (code - 4), with a scale of 6 bits for 16 codes of 3."""
 
-    type, offset = Type.Q3_K, 4
+    block = Q3_K
 
     def planes(self, data: Any) -> tuple[Any, ...]:
-        blocks, found = _blocks(self.type, data), codes(self.type, data)
-        low, high = blocks[..., 96:104], blocks[..., 104:108]
+        blocks, found = _blocks(self.block, data), codes(self.type, data)
+        packed = self.block.scales.of(blocks)
+        low, high = packed[..., :8], packed[..., 8:]
         low = jnp.concatenate([low & 15, low >> 4], axis=-1)
         high = jnp.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
         scales = (low | high << 4) - 32  # as signed bytes
         return (
             pairs_of_bits(found, 0),
             single_bits(found, 2),
-            _u16(scales, 0, 8),
-            _u16(blocks, 108),
+            _u16(scales),
+            _u16(self.block.d.of(blocks)),
         )
 
     def quads(self, w: Warp, low: Value, high: Value, at: Value) -> list[Value]:
@@ -450,10 +473,10 @@ class Q3K(Q6K):
 class Q4K(Nibbles):
     """d * scale * code - dmin * minimum: scales and minimums are integers of 6 bits."""
 
-    type, plane_count = Type.Q4_K, 3
+    block, plane_count = Q4_K, 3
 
     def factors(self, blocks: Any) -> tuple[Any, ...]:
-        return self.scale_pairs(blocks[..., 4:16]), _u32(blocks, 0)
+        return self.scale_pairs(self.block.scales.of(blocks)), _d_and_dmin(self.block, blocks)
 
     @staticmethod
     def scale_pairs(packed: Any) -> Any:
@@ -486,7 +509,7 @@ class Q4K(Nibbles):
 class Q5K(FifthBit, Q4K):
     """The same with codes of 5 bits."""
 
-    type, plane_count = Type.Q5_K, 4
+    block, plane_count = Q5_K, 4
 
 
 FORMATS: dict[Type, Format] = {

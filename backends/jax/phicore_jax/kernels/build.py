@@ -14,6 +14,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import platformdirs
 
+from phicore.gguf import blocks
 from phicore_jax.kernels.lang import Module, Target
 
 # What a target needs of an x86 processor.
@@ -67,9 +68,9 @@ class Compiler:
 
     @cached_property
     def digest(self) -> str:
-        """Changes with any kernel, the compiler, the target and the processor."""
+        """Changes with any kernel, the files' blocks, the compiler, target and processor."""
         digest = hashlib.sha256()
-        for path in sorted(Path(__file__).parent.glob("*.py")):
+        for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(blocks.__file__)):
             digest.update(path.read_bytes())
         host = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
         for part in (llvmlite.__version__, self.target.name, llvm.get_process_triple(), *host):

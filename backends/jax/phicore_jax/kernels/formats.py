@@ -9,7 +9,7 @@ what a dot product of 16-bit numbers takes.
 A block of a strip is, for 16 rows: d and dmin (float16), scales and minima (bytes), and then the
 planes, group by group. The numbers are those of the file; nothing is rounded.
 
-Sources of the file's blocks: ggml-common.h, ggml-quants.c.
+Where a block of the file has what is said in `phicore.gguf.blocks`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 from llvmlite import ir
 
+from phicore.gguf.blocks import (
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Bits,
+    Block,
+    Field,
+)
 from phicore_jax.kernels.lang import F32, I8, I16, I32, LANES, Function, Value, vec
 
 Type = GGMLQuantizationType
 GROUP = 32  # columns that share a scale of the activations
 PAIRS = GROUP // 2
-ROW_CODES = vec(I8, GROUP)
 CODES = vec(I16, 2 * LANES)
 
 
@@ -35,41 +49,61 @@ class Format:
     """A quantized type.
 
     Attributes:
-        planes: (bits, shift) of each bit plane: a code is the sum of field << shift.
-        offset: What is subtracted from a code; codes of 8 bits are signed and have none.
-        subgroups: Scales in a group of 32 columns: 1 or 2.
-        has_min: Whether a minimum is subtracted: value = scale * (code - offset) - min.
+        block: The fields of a block of the file.
         scale_bits: 0 if each group has a float16 scale of its own; 8 if super-blocks of 256 have
             one and each subgroup a byte to multiply it with; 4 if scale and minimum share a byte.
-        codes: Writes instructions that take 32 codes of a row from a block of the file.
-        scales: The same for the bytes: the scales of a block and then the minima.
-        halves: Where a block of the file has d and, if there are minima, dmin.
+        scales: Writes instructions that take such bytes from a block of the file: the scales of
+            the block and then the minima.
     """
 
-    type: GGMLQuantizationType
-    planes: tuple[tuple[int, int], ...]
-    offset: int
-    subgroups: int
-    has_min: bool
-    scale_bits: int
-    codes: Callable[[Function, Value, int], Value]
-    scales: Callable[[Function, Value], list[Value]] | None
-    halves: tuple[int, ...]
+    block: Block
+    scale_bits: int = 0
+    scales: Callable[[Function, Value], list[Value]] | None = None
+
+    @property
+    def type(self) -> GGMLQuantizationType:
+        return self.block.type
+
+    @cached_property
+    def planes(self) -> tuple[tuple[int, int], ...]:
+        """(bits, shift) of each bit plane: a code is the sum of field << shift."""
+        low, high = self.block.low_bits, self.block.high_bits
+        return ((low, 0), (high, low)) if high else ((low, 0),)
+
+    @property
+    def offset(self) -> int:
+        """What is subtracted from a code; codes of 8 bits are signed and have none."""
+        return self.block.offset
+
+    @property
+    def subgroups(self) -> int:
+        """Scales in a group of 32 columns: 1 or 2."""
+        return GROUP // self.block.group_size
+
+    @property
+    def has_min(self) -> bool:
+        """Whether a minimum is subtracted: value = scale * (code - offset) - min."""
+        return bool(self.block.dmin)
+
+    @property
+    def halves(self) -> tuple[int, ...]:
+        """Where a block of the file has d and, if there are minima, dmin."""
+        return tuple(field.start for field in (self.block.d, self.block.dmin) if field)
 
     # ---- sizes, in bytes -------------------------------------------------------------------
 
     @property
     def file_block_bytes(self) -> int:
-        return int(GGML_QUANT_SIZES[self.type][1])
+        return self.block.size
+
+    @property
+    def columns(self) -> int:
+        return self.block.columns
 
     @cached_property
     def groups(self) -> int:
         """Groups of 32 columns in a block."""
-        return int(GGML_QUANT_SIZES[self.type][0]) // GROUP
-
-    @property
-    def columns(self) -> int:
-        return self.groups * GROUP
+        return self.columns // GROUP
 
     @property
     def scales_start(self) -> int:
@@ -159,7 +193,7 @@ class Format:
             for i, scale in enumerate(self.scales(f, source)):
                 f.store(scale, f.offset(block + self.scales_start + i * LANES, lane))
         for g in range(self.groups):
-            codes = self.codes(f, source, g)
+            codes = _codes(f, source, self.block, g)
             start = self.planes_start + g * self.group_bytes
             for bits, shift in self.planes:
                 words = _plane_words(codes, bits, shift)
@@ -193,100 +227,73 @@ def _plane_words(codes: Value, bits: int, shift: int) -> Value:
 # ---- blocks of the file --------------------------------------------------------------------
 
 
-def _bytes(f: Function, block: Value, at: int, count: int = GROUP) -> Value:
-    return f.load(vec(I8, count), block, at)
+def _codes(f: Function, source: Value, block: Block, group: int) -> Value:
+    """32 codes of a block of the file, a byte for each."""
+    low = _part(f, source, block.low, block.low_bits, group)
+    if not block.high:
+        return low
+    return low | _part(f, source, block.high, block.high_bits, group) << block.low_bits
 
 
-def _nibbles(start: int) -> Callable[[Function, Value, int], Value]:
-    """16 bytes: columns 0-15 in the low halves, 16-31 in the high ones."""
-
-    def codes(f: Function, block: Value, group: int) -> Value:
-        packed = _bytes(f, block, start, 16)
-        return (packed & 15).lanes(list(range(32)), packed >> 4)
-
-    return codes
-
-
-def _nibbles_and_bits(bits_start: int, start: int) -> Callable[[Function, Value, int], Value]:
-    low = _nibbles(start)
-
-    def codes(f: Function, block: Value, group: int) -> Value:
-        fifth = f.load(I32, block, bits_start).bits_as(vec(ir.IntType(1), 32))
-        return low(f, block, group) | fifth.to(I8, signed=False) << 4
-
-    return codes
+def _part(f: Function, source: Value, field: Bits, bits: int, group: int) -> Value:
+    """Some bits of each of the 32 codes of a group."""
+    if field.run == 1:
+        word = f.load(I32, source, field.start)
+        return word.bits_as(vec(ir.IntType(1), GROUP)).to(I8, signed=False)
+    if field.run < GROUP:  # 16 bytes: columns 0-15 in the low halves, 16-31 in the high ones
+        packed = f.load(vec(I8, 16), source, field.start)
+        return (packed & 15).lanes(list(range(GROUP)), packed >> 4)
+    run, column = divmod(GROUP * group, field.run * 8 // bits)
+    which, byte = divmod(column, field.run)
+    packed = f.load(vec(I8, GROUP), source, field.start + run * field.run + byte)
+    return packed if bits == 8 else (packed >> bits * which) & (2**bits - 1)
 
 
-def _q8_0(f: Function, block: Value, group: int) -> Value:
-    return _bytes(f, block, 2)
+def _byte(f: Function, source: Value, field: Field, i: int) -> Value:
+    return f.load(I8, source, field.start + i)
 
 
-def _q2_k(f: Function, block: Value, group: int) -> Value:
-    return (_bytes(f, block, 16 + 32 * (group // 4)) >> 2 * (group % 4)) & 3
+def _bytes_of(field: Field) -> Callable[[Function, Value], list[Value]]:
+    return lambda f, source: [_byte(f, source, field, i) for i in range(field.size)]
 
 
-def _q3_k(f: Function, block: Value, group: int) -> Value:
-    low = (_bytes(f, block, 32 + 32 * (group // 4)) >> 2 * (group % 4)) & 3
-    return low | ((_bytes(f, block, 0) >> group) & 1) << 2
-
-
-def _q4_k(f: Function, block: Value, group: int) -> Value:
-    return (_bytes(f, block, 16 + 32 * (group // 2)) >> 4 * (group % 2)) & 15
-
-
-def _q5_k(f: Function, block: Value, group: int) -> Value:
-    low = (_bytes(f, block, 48 + 32 * (group // 2)) >> 4 * (group % 2)) & 15
-    return low | ((_bytes(f, block, 16) >> group) & 1) << 4
-
-
-def _q6_k(f: Function, block: Value, group: int) -> Value:
-    half, quarter = divmod(group, 4)
-    low = (_bytes(f, block, 64 * half + 32 * (quarter % 2)) >> 4 * (quarter // 2)) & 15
-    return low | ((_bytes(f, block, 128 + 32 * half) >> 2 * quarter) & 3) << 4
-
-
-def _byte(f: Function, block: Value, at: int) -> Value:
-    return f.load(I8, block, at)
-
-
-def _bytes_from(start: int, count: int) -> Callable[[Function, Value], list[Value]]:
-    return lambda f, block: [_byte(f, block, start + i) for i in range(count)]
-
-
-def _q3_k_scales(f: Function, block: Value) -> list[Value]:
+def _q3_k_scales(f: Function, source: Value) -> list[Value]:
     scales = []
     for i in range(16):
-        low = (_byte(f, block, 96 + i % 8) >> 4 * (i // 8)) & 15
-        high = (_byte(f, block, 104 + i % 4) >> 2 * (i // 4)) & 3
+        low = (_byte(f, source, Q3_K.scales, i % 8) >> 4 * (i // 8)) & 15
+        high = (_byte(f, source, Q3_K.scales, 8 + i % 4) >> 2 * (i // 4)) & 3
         scales.append((low | high << 4) - 32)
     return scales
 
 
-def _six_bit_scales_and_minima(f: Function, block: Value) -> list[Value]:
-    low, minima, high = ([_byte(f, block, at + i) for i in range(4)] for at in (4, 8, 12))
-    return [
-        *(x & 63 for x in low),
-        *((h & 15) | ((x >> 2) & 48) for h, x in zip(high, low, strict=True)),
-        *(x & 63 for x in minima),
-        *((h >> 4) | ((x >> 2) & 48) for h, x in zip(high, minima, strict=True)),
-    ]
+def _six_bit_scales_and_minima(field: Field) -> Callable[[Function, Value], list[Value]]:
+    def scales(f: Function, source: Value) -> list[Value]:
+        low, minima, high = (
+            [_byte(f, source, field, at + i) for i in range(4)] for at in (0, 4, 8)
+        )
+        return [
+            *(x & 63 for x in low),
+            *((h & 15) | ((x >> 2) & 48) for h, x in zip(high, low, strict=True)),
+            *(x & 63 for x in minima),
+            *((h >> 4) | ((x >> 2) & 48) for h, x in zip(high, minima, strict=True)),
+        ]
+
+    return scales
 
 
 FORMATS = {
     f.type: f
     for f in (
-        Format(Type.Q4_0, ((4, 0),), 8, 1, False, 0, _nibbles(2), None, (0,)),
-        Format(Type.Q4_1, ((4, 0),), 0, 1, True, 0, _nibbles(4), None, (0, 2)),
-        Format(Type.Q5_0, ((4, 0), (1, 4)), 16, 1, False, 0, _nibbles_and_bits(2, 6), None, (0,)),
-        Format(Type.Q5_1, ((4, 0), (1, 4)), 0, 1, True, 0, _nibbles_and_bits(4, 8), None, (0, 2)),
-        Format(Type.Q8_0, ((8, 0),), 0, 1, False, 0, _q8_0, None, (0,)),
-        Format(Type.Q2_K, ((2, 0),), 0, 2, True, 4, _q2_k, _bytes_from(0, 16), (80, 82)),
-        Format(Type.Q3_K, ((2, 0), (1, 2)), 4, 2, False, 8, _q3_k, _q3_k_scales, (108,)),
-        Format(Type.Q4_K, ((4, 0),), 0, 1, True, 8, _q4_k, _six_bit_scales_and_minima, (0, 2)),
-        Format(
-            Type.Q5_K, ((4, 0), (1, 4)), 0, 1, True, 8, _q5_k, _six_bit_scales_and_minima, (0, 2)
-        ),
-        Format(Type.Q6_K, ((4, 0), (2, 4)), 32, 2, False, 8, _q6_k, _bytes_from(192, 16), (208,)),
+        Format(Q4_0),
+        Format(Q4_1),
+        Format(Q5_0),
+        Format(Q5_1),
+        Format(Q8_0),
+        Format(Q2_K, 4, _bytes_of(Q2_K.scales)),
+        Format(Q3_K, 8, _q3_k_scales),
+        Format(Q4_K, 8, _six_bit_scales_and_minima(Q4_K.scales)),
+        Format(Q5_K, 8, _six_bit_scales_and_minima(Q5_K.scales)),
+        Format(Q6_K, 8, _bytes_of(Q6_K.scales)),
     )
 }
 """The types that have kernels."""
