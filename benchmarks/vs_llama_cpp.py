@@ -8,7 +8,8 @@ the others warms up. Measured are
 - decoding: the median time of a greedy step after some tokens. It reads all weights, so the share
   of the memory's bandwidth is given too, which is measured in turn with the rest;
 - prompts: from their tokens to the first one of the answer. phicore reads them twice: as it does
-  by default, and with `fast_prefill`, whose products are of 8-bit integers as llama.cpp's are;
+  by default and, where the processor allows it, with `fast_prefill`, whose products are of 8-bit
+  integers as llama.cpp's are;
 - starts: a fresh process, from being asked for to the first token after a prompt of 16, with the
   file and phicore's compiled programs cached. Both by their Python packages;
 - memory: the most that is resident, mapped pages of the file included;
@@ -50,12 +51,14 @@ from phicore.gguf.reader import open_gguf
 from phicore.lab.bench import bytes_per_step
 from phicore.lab.machine import MemoryBandwidth, cpu_name
 from phicore.lab.synthetic import MODELS, synthetic_model
+from phicore.plugins import Plugins, choose_backend
 from phicore.sources import resolve
 
 START_PROMPT = 16
 FIDELITY_PROMPT = 100
 FIDELITY_BYTES = 1e9  # NumPy expands the weights to several times the size of the file
 PAUSE_S = 0.1  # for the threads of the last one to go to sleep
+NO_FAST_PREFILL = "phicore has no fast prefill on this processor: its rows are left out"
 COLUMNS = ["", "llama.cpp", "phicore", "phicore / llama.cpp"]
 
 
@@ -90,7 +93,7 @@ class Comparison:
 
     def _worker(self, name: str, context: int) -> Worker:
         model, threads = self._path, self._args.threads
-        if name != "llama.cpp":
+        if name != "llama.cpp":  # without a number, both use all CPUs
             options = {"threads": threads, "fast_prefill": name == "fast"}
             return Worker(sys.executable, "phicore", model=model, **options)
         return Worker(
@@ -98,8 +101,8 @@ class Comparison:
             name,
             model_path=model,
             n_ctx=-(-context // 256) * 256,  # phicore takes what it needs
-            n_threads=threads,
-            n_threads_batch=threads,
+            n_threads=threads or cpu_count(),
+            n_threads_batch=threads or cpu_count(),
             flash_attn=self._args.flash_attn,
         )
 
@@ -241,6 +244,17 @@ def check_llama_cpp(python: str) -> None:
         )
 
 
+def has_fast_prefill(threads: int | None) -> bool:
+    """Whether phicore can read prompts faster, and less exactly, on this processor.
+
+    Raises:
+        PhicoreError: If the JAX backend does not work here, or cannot be told how many threads.
+    """
+    backend = choose_backend("jax", Plugins()).create("cpu")
+    backend.configure(threads=threads)
+    return backend.has_fast_prefill
+
+
 def others_cpu_s() -> float:
     """Seconds that CPUs worked for processes other than this one and its children that ended."""
     times = Path("/proc/stat")
@@ -251,9 +265,30 @@ def others_cpu_s() -> float:
     return busy_s - sum(os.times()[:4])
 
 
+def positive(text: str) -> int:
+    """The number of an option that cannot be 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text!r}")
+    return number
+
+
 def numbers(text: str) -> list[int]:
-    """Of an option such as 128,512."""
-    return [int(number) for number in text.split(",")]
+    """The numbers of an option such as 128,512, each once."""
+    found = list(dict.fromkeys(int(number) for number in text.split(",")))
+    if min(found) < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, such as 128,512; got {text!r}")
+    return found
+
+
+def prompts(text: str) -> list[int]:
+    """The lengths of prompts; 0 is none."""
+    return [count for count in numbers(text) if count]
+
+
+def depths(text: str) -> list[int]:
+    """How many tokens come before decoding; 0 is 1, since there must be one to go on from."""
+    return list(dict.fromkeys(max(depth, 1) for depth in numbers(text)))
 
 
 def options() -> argparse.Namespace:
@@ -262,11 +297,11 @@ def options() -> argparse.Namespace:
     option("--model", help="a GGUF file, or what else phicore calls a model")
     option("--synthetic", choices=MODELS, default="phi-3-mini", help="else one of random weights")
     option("--llama-python", default=sys.executable, help="a Python that has llama_cpp")
-    option("--threads", type=int, default=cpu_count(), help="all CPUs, unless given")
-    option("--prompts", type=numbers, default=[16, 128, 512], help="16,128,512 tokens")
-    option("--depths", type=numbers, default=[1], help="tokens before decoding: 1,1000,2000")
-    option("--steps", type=int, default=32, help="tokens to decode")
-    option("--repetitions", type=int, default=5, help="rounds")
+    option("--threads", type=positive, help="all CPUs, unless given")
+    option("--prompts", type=prompts, default=[16, 128, 512], help="16,128,512 tokens; 0: none")
+    option("--depths", type=depths, default=[1], help="tokens before decoding: 0,1000,2000")
+    option("--steps", type=positive, default=32, help="tokens to decode")
+    option("--repetitions", type=positive, default=5, help="rounds")
     option("--starts", type=int, default=3, help="fresh processes of each; 0 is none")
     option("--fast-prefill", action=yes_no, default=True, help="phicore's, besides the default")
     option("--flash-attn", action=yes_no, default=True, help="llama.cpp's")
@@ -280,6 +315,10 @@ def main() -> None:
     args = options()
     check_llama_cpp(args.llama_python)
     try:
+        is_possible = has_fast_prefill(args.threads)
+        if args.fast_prefill and not is_possible:
+            args.fast_prefill = False
+            print(NO_FAST_PREFILL, file=sys.stderr)
         path = resolve(args.model).path if args.model else synthetic_model(args.synthetic)
         with open_gguf(path) as file:
             step_bytes, size_bytes = bytes_per_step(file.tensors.values()), file.size_bytes
@@ -300,7 +339,8 @@ def main() -> None:
         "phicore": comparison.about["phicore"],
         "cpu": cpu_name(),
         "cpus": cpu_count(),
-        "threads": args.threads,
+        "threads": args.threads or cpu_count(),
+        "fast_prefill": args.fast_prefill,
         "bandwidth_bytes_per_s": comparison.bandwidths,
         "others_share": others_s / elapsed_s / (os.cpu_count() or 1),
         "repetitions": args.repetitions,
