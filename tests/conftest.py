@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -31,6 +35,41 @@ def pytest_configure(config: pytest.Config) -> None:
 # The same examples in every run, and no time limit: a first example may have to be compiled.
 settings.register_profile("phicore", deadline=None, derandomize=True, database=None)
 settings.load_profile("phicore")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `complete` what `each_value` leaves out of the default run.
+
+    `@pytest.mark.each_value("data_type", "backend")` stands for the product of these parameters.
+    By default a value of the parameter with the most values is tested with one value of each other
+    parameter, in turn, so that every value of every parameter is tested; the complete run has the
+    rest of the product.
+    """
+    products: dict[Any, list[tuple[pytest.Item, dict[str, int]]]] = defaultdict(list)
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        for marker in item.iter_markers("each_value"):
+            if callspec is not None and set(marker.args) <= callspec.indices.keys():
+                product = (item.path, item.nodeid.partition("[")[0], marker.args)
+                indices = {name: callspec.indices[name] for name in marker.args}
+                products[product].append((item, indices))
+    for found in products.values():
+        counts = {name: 1 + max(indices[name] for _, indices in found) for name in found[0][1]}
+        longest = max(counts, key=lambda name: counts[name])
+        for item, indices in found:
+            turn = indices[longest]
+            if any(index != turn % counts[name] for name, index in indices.items()):
+                item.add_marker(pytest.mark.complete)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs() -> Iterator[None]:
+    """JAX keeps every program that it compiled; without this a worker grows to gigabytes."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
 
 ALL_BACKENDS = tuple(Plugins().backends())
 """The names that `--backend` takes here, from the registry that the command line uses."""

@@ -10,18 +10,18 @@ from conftest import ALL_BACKENDS, make_backend
 from phicore.backend import DEFAULTS, Backend, BackendOptions
 from phicore.testing.conformance.base import Make
 
-VARIANTS = ("jax-xla", "jax-steps", "jax-avx2", "jax-generic") if "jax" in ALL_BACKENDS else ()
-"""JAX as it is on other processors and on cards, and where its kernels cannot be used."""
+XLA = ("jax-xla",) if "jax" in ALL_BACKENDS else ()
+"""JAX where its kernels cannot be used."""
+OTHER_KERNELS = ("jax-avx2", "jax-generic") if "jax" in ALL_BACKENDS else ()
+"""JAX as it is on other processors. tests/kernels/test_targets.py compares these kernels, too."""
 
 
 def make_any(name: str, options: BackendOptions = DEFAULTS) -> Backend:
-    if name not in VARIANTS:
+    if name not in (*XLA, *OTHER_KERNELS):
         return make_backend(name, options)
     from phicore_jax.backend import JaxBackend
 
     kernels = None
-    if name == "jax-steps":
-        return JaxBackend(replace(options, device="cpu"), kernels=None, steps=5)
     if name != "jax-xla":
         pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
         from kernels.made import kernels_of
@@ -34,10 +34,26 @@ def make_any(name: str, options: BackendOptions = DEFAULTS) -> Backend:
     return JaxBackend(replace(options, device="cpu"), kernels=kernels)
 
 
-class EveryBackend:
-    """Each installed backend, and variants of JAX."""
+class EveryLibrary:
+    """Each installed backend, and JAX without kernels: for operations that no kernel computes."""
 
-    @pytest.fixture(scope="class", params=[*ALL_BACKENDS, *VARIANTS])
+    @pytest.fixture(scope="class", params=[*ALL_BACKENDS, *XLA])
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest) -> Make:
+        return lambda options: make_any(request.param, options)
+
+
+class EveryBackend:
+    """Each installed backend, and JAX without kernels and with those of other processors."""
+
+    @pytest.fixture(
+        scope="class",
+        params=[
+            *ALL_BACKENDS,
+            *XLA,
+            *(pytest.param(name, marks=pytest.mark.complete) for name in OTHER_KERNELS),
+        ],
+    )
     @classmethod
     def make(cls, request: pytest.FixtureRequest) -> Make:
         return lambda options: make_any(request.param, options)

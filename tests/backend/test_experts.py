@@ -1,9 +1,11 @@
 """The conformance kit's experts, on every backend."""
 
+import pytest
 from backend.every import EveryBackend
 
 from phicore.testing.conformance import ExpertsConformance
 
 
+@pytest.mark.each_value("make", "types")
 class TestExperts(EveryBackend, ExpertsConformance):
     pass

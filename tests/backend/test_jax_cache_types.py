@@ -24,9 +24,16 @@ LARGEST = {"i24": (32767 * 256, 32767), "i16": (32767, 32767)}
 
 B, K, S = 2, 2, 83
 SHAPES = [(12, 3), (20, 1), (64, 3), (96, 8), (128, 1)]  # dimension of a head, queries of a key
+OTHERS = [pytest.param(name, marks=pytest.mark.complete) for name in ("avx2", "generic")]
+"""Kernels of other processors. tests/kernels/test_targets.py compares these, too."""
 CASES = [
     *(("host", *shape) for shape in SHAPES),
-    *((variant, *shape) for variant in ("xla", "avx2", "generic") for shape in SHAPES[:2]),
+    *(("xla", *shape) for shape in SHAPES[:2]),
+    *(
+        pytest.param(variant, *shape, marks=pytest.mark.complete)
+        for variant in ("avx2", "generic")
+        for shape in SHAPES[:2]
+    ),
 ]
 STARTS = (3, 37)  # of the two sequences
 STEPS = [(1, 1000), (1, 3), (2, 1), (16, 17), (17, None), (40, 3)]  # tokens, window
@@ -55,7 +62,7 @@ def update_of(ops: Backend) -> Callable[..., LayerCache]:
     return ops.compile(ops.update_cache, donate=(0,))
 
 
-@pytest.fixture(params=["xla", "host", "avx2", "generic"])
+@pytest.fixture(params=["xla", "host", *OTHERS])
 def variant(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -228,7 +235,7 @@ def test_cache_of_integers_holds_multiples_of_the_largest(
 
 
 # Not on XLA alone, whose maximum of many numbers may be blind to NaN.
-@pytest.mark.parametrize("variant", ["host", "avx2", "generic"], indirect=True)
+@pytest.mark.parametrize("variant", ["host", *OTHERS], indirect=True)
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
 def test_cache_a_number_that_is_not_finite_is_not_lost(
     ops: Backend, bad: float, dim: int, rng: np.random.Generator

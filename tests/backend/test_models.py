@@ -8,6 +8,7 @@ from phicore.testing.conformance import ModelsConformance
 from phicore.testing.conformance.base import Make
 
 
+@pytest.mark.each_value("make", "model")
 class TestModels(ModelsConformance):
     @pytest.fixture(scope="class", params=ALL_BACKENDS)
     @classmethod

@@ -1,9 +1,9 @@
 """The conformance kit's sampling, on every backend."""
 
-from backend.every import EveryBackend
+from backend.every import EveryLibrary
 
 from phicore.testing.conformance import SamplingConformance
 
 
-class TestSampling(EveryBackend, SamplingConformance):
+class TestSampling(EveryLibrary, SamplingConformance):
     pass

@@ -1,9 +1,9 @@
 """The conformance kit's selection, on every backend."""
 
-from backend.every import EveryBackend
+from backend.every import EveryLibrary
 
 from phicore.testing.conformance import SelectionConformance
 
 
-class TestSelection(EveryBackend, SelectionConformance):
+class TestSelection(EveryLibrary, SelectionConformance):
     pass

@@ -44,6 +44,7 @@ def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.complete
 def test_new_backend_passes_its_own_tests(written: Path):
     done = run(written, "-m", "pytest", "-q", "-k", "not sampling and not two_models")
     assert done.returncode == 0, done.stdout

@@ -73,6 +73,7 @@ def test_kernel_that_is_wrong_is_found(
     assert caplog.messages == [f"CUDA kernels: {about}; XLA computes instead"]
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("kernel", OF_A_TYPE)
 def test_type_whose_products_are_wrong_is_left_to_xla(
     device: Any, monkeypatch: pytest.MonkeyPatch, kernel: str, caplog: pytest.LogCaptureFixture

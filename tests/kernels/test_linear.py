@@ -32,6 +32,7 @@ def products(kernels: Kernels, xs: Sequence[np.ndarray], ws: list, **options: bo
     return [[np.asarray(y) for y in ys] for ys in jax.jit(run)(xs, ws)]
 
 
+@pytest.mark.each_value("ggml_type", "target")
 @pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
 def test_linear_equals_float64_and_rows_do_not_depend_on_their_number(
     target: str, kernels: Kernels, ggml_type: Type, rng: np.random.Generator
@@ -49,6 +50,7 @@ def test_linear_equals_float64_and_rows_do_not_depend_on_their_number(
                 assert np.array_equal(y, of_tensor[-1][:m]), (columns, t.shape, m)
 
 
+@pytest.mark.each_value("ggml_type", "target")
 @pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
 def test_linear_of_experts_gives_the_bits_of_each_expert_s_matrix(
     kernels: Kernels, ggml_type: Type, rng: np.random.Generator
@@ -115,6 +117,7 @@ def test_linear_of_a_row_depends_on_nothing_but_the_row(
     assert np.array_equal(alone[0], y[m // 2])
 
 
+@pytest.mark.each_value("ggml_type", "target")
 @pytest.mark.parametrize(
     "ggml_type", [Type.Q4_K, Type.Q8_0, Type.Q3_K, Type.F32], ids=lambda t: t.name
 )
@@ -135,6 +138,7 @@ def test_linear_zero_tiny_and_huge_rows(
             assert_close(y / size, expected[: len(y)], EXACT)
 
 
+@pytest.mark.each_value("ggml_type", "target")
 @pytest.mark.parametrize(
     "ggml_type", [Type.Q4_K, Type.Q8_0, Type.Q3_K, Type.BF16], ids=lambda t: t.name
 )
@@ -154,6 +158,7 @@ def test_linear_one_number_that_is_not_finite_spoils_its_row_and_no_other(
         assert np.array_equal(y[others], whole[:m][others])
 
 
+@pytest.mark.each_value("ggml_type", "target")
 @pytest.mark.parametrize("ggml_type", FORMATS, ids=lambda t: t.name)
 def test_linear_fast_takes_8_bits_for_many_rows_alone(
     kernels: Kernels, ggml_type: Type, rng: np.random.Generator

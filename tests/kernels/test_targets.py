@@ -36,6 +36,13 @@ def assert_agree(target: str, actual: np.ndarray, best: np.ndarray) -> None:
         assert np.array_equal(actual, best)
 
 
+@pytest.fixture(scope="session", params=build.supported_targets()[1:])
+def target(request: pytest.FixtureRequest) -> str:
+    """Each target that this processor can run but the best, which the others are compared with."""
+    return request.param
+
+
+@pytest.mark.each_value("ggml_type", "target")
 @pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
 def test_products_of_all_targets_agree(
     target: str, kernels: Kernels, ggml_type: Type, rng: np.random.Generator
@@ -50,6 +57,7 @@ def test_products_of_all_targets_agree(
         assert_agree(target, y, best)
 
 
+@pytest.mark.each_value("cache_type", "target")
 @pytest.mark.parametrize("cache_type", CACHE_ROWS)
 def test_caches_and_attention_of_all_targets_agree(
     target: str, kernels: Kernels, cache_type: str, rng: np.random.Generator

@@ -27,6 +27,7 @@ def golden() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN))
 
 
+@pytest.mark.each_value("name", "backend_name")
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_logits_of_tiny_model_equal_transformers(name, ops, tmp_path):
     path = CASES[name].write(tmp_path / "tiny.gguf")
@@ -44,6 +45,7 @@ GREEDY_CASES = ("F32", "mix", "llama", "window", "partial_rope", "long_factors",
 MORE_GREEDY_CASES = ("llama3", "mistral", "qwen2", "phi4_mini", "phimoe", "phimoe_window")
 
 
+@pytest.mark.each_value("name", "backend_name")
 @pytest.mark.parametrize("name", [*GREEDY_CASES, *MORE_GREEDY_CASES])
 def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
     expected = golden()[f"{name}/greedy_ids"].tolist()
@@ -72,6 +74,7 @@ def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatc
     assert starts[0] != starts[1]
 
 
+@pytest.mark.each_value("name", "backend_name")
 @pytest.mark.parametrize("name", ["long_factors", "phimoe_beyond_original"])
 def test_conversation_that_crosses_the_original_context_is_read_again(name, ops, tmp_path):
     """Turns of one engine, each longer: the last is beyond the original context of 16."""
@@ -86,6 +89,7 @@ def test_conversation_that_crosses_the_original_context_is_read_again(name, ops,
     assert_close(engine.logits(conversation[:12]), short, SAME_GRAPH)
 
 
+@pytest.mark.each_value("sizes", "backend_name")
 @pytest.mark.parametrize("sizes", [(1,), (1, 7), (1, 64)], ids=str)
 def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, monkeypatch):
     """3000 tokens, one at a time or in chunks, through a cache that has room for 512."""

@@ -162,7 +162,15 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("faulty", FAULTS, ids=lambda cls: cls.__name__)
+LONG = (SharedState, DroppedScales, ExpertsByRank)
+"""Faults whose tests take seconds to find them."""
+
+
+@pytest.mark.parametrize(
+    "faulty",
+    [pytest.param(f, marks=[pytest.mark.complete] if f in LONG else []) for f in FAULTS],
+    ids=lambda cls: cls.__name__,
+)
 def test_a_planted_fault_is_named(faulty: type[Backend]):
     name = FAULTS[faulty]
     keyword = name.partition("[")[0]

@@ -62,6 +62,7 @@ def tokens(engine: Engine, sampling: Sampling = DRAWN, **options: Any) -> list[i
     return list(engine.generate(Request(PROMPT, sampling, **options)))
 
 
+@pytest.mark.each_value("limit", "engines")
 @pytest.mark.parametrize("limit", [1, 2, 9, 23])
 def test_tokens_are_those_of_single_steps(engines: Callable[[int], Engine], limit: int):
     one, many = engines(1), engines(4)
@@ -105,6 +106,7 @@ def test_processors_keep_their_state(engines: Callable[[int], Engine]):
     assert tokens(many, processors=[Follow()], max_tokens=6) == [6, 7, 8, 9, 10, 11]
 
 
+@pytest.mark.complete
 def test_a_call_has_no_more_steps_than_are_left(engines: Callable[[int], Engine]):
     """The last fills the context, whose cache has no slot more."""
     one, many = engines(1), engines(8)
