@@ -284,6 +284,7 @@ class Engine:
 
         Raises:
             ContextError: If the tokens are more than the context.
+            PhicoreError: If a score is not a finite number.
         """
         self._check_fits(tokens, 0)
         cache = SequenceCache(self, len(tokens), len(tokens))
@@ -297,6 +298,8 @@ class Engine:
                 rows = np.empty((len(tokens), found.shape[1]), np.float32)
             rows[positions[0, : last[0] + 1]] = found
         assert rows is not None
+        if not np.isfinite(rows).all():
+            raise PhicoreError(_NOT_FINITE)
         return rows
 
     # ---- helpers ---------------------------------------------------------------------------

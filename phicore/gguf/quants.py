@@ -48,9 +48,10 @@ class Affine:
     def dequantize(self) -> np.ndarray:
         """The values, (N, K) float32, rounded as the reference rounds them."""
         codes = self.codes.reshape(*self.scales.shape, -1).astype(np.float32) - self.offset
-        values = self.scales[..., None] * codes
-        if self.biases is not None:
-            values += self.biases[..., None]
+        with np.errstate(invalid="ignore"):  # as `affine`
+            values = self.scales[..., None] * codes
+            if self.biases is not None:
+                values += self.biases[..., None]
         return values.reshape(self.codes.shape)
 
 
@@ -69,7 +70,7 @@ def codes(ggml_type: GGMLQuantizationType, data: Any) -> Any:
 
 
 def affine(ggml_type: GGMLQuantizationType, data: np.ndarray) -> Affine:
-    """Take quantized rows apart.
+    """Take quantized rows apart. A scale that is NaN or infinite comes through without a warning.
 
     Args:
         ggml_type: A type for which `is_affine` is true.
@@ -78,7 +79,8 @@ def affine(ggml_type: GGMLQuantizationType, data: np.ndarray) -> Affine:
     _, block_bytes = GGML_QUANT_SIZES[ggml_type]
     rows = data.shape[0]
     offset, bits, unpack = _UNPACK[ggml_type]
-    codes, scales, biases = unpack(data.reshape(-1, block_bytes))
+    with np.errstate(invalid="ignore"):  # an infinite scale times 0
+        codes, scales, biases = unpack(data.reshape(-1, block_bytes))
     return Affine(
         codes=codes.reshape(rows, -1),
         scales=scales.reshape(rows, -1),
