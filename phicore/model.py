@@ -294,6 +294,7 @@ class Model:
         Raises:
             ArgumentError: If there is no token, or one outside of the vocabulary.
             ContextError: If they are more than the context.
+            PhicoreError: If a score is not a finite number.
         """
         return self.engine.logits(_checked_ids(token_ids, self.vocab_size))
 

@@ -342,6 +342,7 @@ class Engine:
         Raises:
             ArgumentError: If there is no token, or one outside of the vocabulary.
             ContextError: If there are more tokens than the context holds.
+            PhicoreError: If a score is not a finite number.
         """
         if not len(tokens):
             raise ArgumentError("expected at least one token, got none", parameter="prompt")
@@ -363,6 +364,8 @@ class Engine:
                 rows = np.empty((len(tokens), found.shape[1]), np.float32)
             rows[chunk.start : chunk.end] = found
         assert rows is not None
+        if not np.isfinite(rows).all():
+            raise PhicoreError(_NOT_FINITE)
         return rows
 
     # ---- caches ----------------------------------------------------------------------------

@@ -50,9 +50,10 @@ class Affine:
     def dequantize(self) -> np.ndarray:
         """The values, (N, K) float32, rounded as the reference rounds them."""
         codes = self.codes.reshape(*self.scales.shape, -1).astype(np.float32) - self.offset
-        values = self.scales[..., None] * codes
-        if self.biases is not None:
-            values += self.biases[..., None]
+        with np.errstate(invalid="ignore"):  # as `affine`
+            values = self.scales[..., None] * codes
+            if self.biases is not None:
+                values += self.biases[..., None]
         return values.reshape(self.codes.shape)
 
 
@@ -75,7 +76,7 @@ def codes(ggml_type: GGMLQuantizationType, data: Any) -> Any:
 
 
 def affine(ggml_type: GGMLQuantizationType, data: np.ndarray) -> Affine:
-    """Take quantized rows apart.
+    """Take quantized rows apart. A scale that is NaN or infinite comes through without a warning.
 
     Args:
         ggml_type: A type for which `is_affine` is true.
@@ -87,9 +88,10 @@ def affine(ggml_type: GGMLQuantizationType, data: np.ndarray) -> Affine:
     biases = _halves(block.dmin, blocks) if block.dmin else None
     if block.scales:
         of_scales, of_biases = _INTEGERS[ggml_type](block.scales.of(blocks))
-        scales = scales * of_scales
-        if biases is not None and of_biases is not None:
-            biases = -(biases * of_biases)
+        with np.errstate(invalid="ignore"):  # an infinite scale times 0
+            scales = scales * of_scales
+            if biases is not None and of_biases is not None:
+                biases = -(biases * of_biases)
     found, offset = codes(ggml_type, data), block.offset
     if ggml_type == Type.Q8_0:  # two's complement to codes with an offset
         found, offset = found ^ np.uint8(0x80), 128

@@ -93,13 +93,25 @@ class Tensors:
 
         Args:
             is_split: Devices share each, as they do the rows of the matrix whose bias it is.
+        Raises:
+            GGUFError: As `take`, and for numbers that are not finite.
         """
         tensors = [self.take(name, size) for name, size in sizes.items()]
+        values = [self._finite(tensor) for tensor in tensors]
         self._count(*tensors)
-        values = [tensor.dequantize() for tensor in tensors]
         if is_split and self._ops.options.devices > 1:
             return self._ops.asarray_of_shares(values)
         return self._ops.asarray(np.concatenate(values))
+
+    def _finite(self, tensor: GGUFTensor) -> np.ndarray:
+        values = tensor.dequantize()
+        is_finite = np.isfinite(values)
+        if not is_finite.all():
+            raise GGUFError(
+                f"{self._file.path.name}: tensor {tensor.name!r}: expected finite numbers, "
+                f"found {values[~is_finite][0]:g}; the file is damaged"
+            )
+        return values
 
     def _count(self, *tensors: GGUFTensor) -> None:
         for tensor in tensors:

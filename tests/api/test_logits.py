@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from api.tiny_models import spoilt, write_tiny
 
-from phicore import ArgumentError, ContextError, Model
+import phicore
+from phicore import ArgumentError, ContextError, Model, PhicoreError
 from phicore.testing.compare import assert_close
 from phicore.testing.tolerances import SAME_GRAPH
 
@@ -61,3 +65,14 @@ def test_logits_of_as_many_tokens_as_the_context(model: Model) -> None:
 def test_logits_of_no_token_ids_are_refused(model: Model, ids: object) -> None:
     with pytest.raises(ArgumentError):
         model.logits(ids)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_an_error(
+    tmp_path: Path, backend_name: str, ops: object, value: float
+) -> None:
+    """Once they were handed out. A warning of NumPy, on the way, would be another error."""
+    path = spoilt(write_tiny(tmp_path / "m.gguf"), "blk.0.ffn_down.weight", value)
+    message = "scores are not finite numbers: the file"
+    with phicore.load(path, backend_name) as model, pytest.raises(PhicoreError, match=message):
+        model.logits([5, 6, 7])

@@ -42,6 +42,14 @@ def write_tiny(path: Path, edit: Edit | None = None, **changes: Any) -> Path:
         return write_model(path, replace(TINY, **changes), Type.F32)
 
 
+def spoilt(path: Path, tensor: str, value: float) -> Path:
+    """The file, after the fourth number of a tensor of float32 was overwritten."""
+    reader = gguf.GGUFReader(path, "r+")
+    (data,) = (t.data for t in reader.tensors if t.name == tensor)
+    data.reshape(-1)[3] = value
+    return path
+
+
 def without(key: str) -> Edit:
     """Leave a key out."""
     return lambda writer: writer.kv_data[0].pop(key)

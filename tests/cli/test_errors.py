@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from api.tiny_models import with_number, with_value, without, write_tiny
+from api.tiny_models import spoilt, with_number, with_value, without, write_tiny
 
 
 @pytest.fixture
@@ -165,6 +165,8 @@ def test_truncated_file(tmp_path: Path, phicore, tiny: Path, command: str, kept:
         (with_value("phi3.block_count", 3), ["tensor 'blk.2.", "missing"]),
         (with_value("phi3.embedding_length", 128), ["shape"]),
         (with_number("phi3.brand_new", 1), ["phi3.brand_new", "not supported"]),
+        (with_value("phi3.rope.freq_base", float("inf")), ["m.gguf: phi3.rope.freq_base", "inf"]),
+        (with_value("phi3.rope.freq_base", 1e-40), ["m.gguf: phi3.rope.freq_base", "1 to 1e+30"]),
         (with_number("general.sampling.temp", -1.0), ["general.sampling.temp", "got -1.0"]),
         (with_value("tokenizer.chat_template", "{% if"), ["chat template"]),
     ],
@@ -172,6 +174,20 @@ def test_truncated_file(tmp_path: Path, phicore, tiny: Path, command: str, kept:
 def test_file_with_wrong_metadata(tmp_path: Path, fails, edit, parts: list[str]) -> None:
     message = fails("Hello", model=write_tiny(tmp_path / "m.gguf", edit))
     assert all(part in message for part in parts)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_file_with_a_damaged_norm(tmp_path: Path, fails, value: float) -> None:
+    model = spoilt(write_tiny(tmp_path / "m.gguf"), "blk.0.attn_norm.weight", value)
+    assert fails("Hello", model=model) == (
+        "m.gguf: tensor 'blk.0.attn_norm.weight': expected finite numbers, "
+        f"found {value}; the file is damaged"
+    )
+
+
+def test_file_with_a_damaged_matrix(tmp_path: Path, fails) -> None:
+    model = spoilt(write_tiny(tmp_path / "m.gguf"), "blk.0.ffn_down.weight", float("nan"))
+    assert "scores are not finite numbers: the file is damaged" in fails("Hello", model=model)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\x00", b"[]"])

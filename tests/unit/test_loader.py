@@ -322,12 +322,23 @@ def test_rope_factors_are_none_without_tensors(factors: Callable[..., Any]):
         (
             vector("rope_factors_long.weight", [1.0] * 31 + [0.0]),
             {},
-            "tensor 'rope_factors_long.weight': expected positive numbers",
+            "tensor 'rope_factors_long.weight': expected numbers from 1e-06 to 1e+06, found 0",
         ),
         (
             vector("rope_factors_long.weight", [1.0] * 31 + [float("nan")]),
             {},
-            "tensor 'rope_factors_long.weight': expected positive numbers",
+            "tensor 'rope_factors_long.weight': expected numbers from 1e-06 to 1e+06, found nan",
+        ),
+        (
+            vector("rope_factors_short.weight", [1.0] * 31 + [3e38]),
+            {},
+            "tensor 'rope_factors_short.weight': expected numbers from 1e-06 to 1e+06, found 3e+38",
+        ),
+        (
+            vector("rope_factors_short.weight", [1e-45] + [1.0] * 31),
+            {},
+            "tensor 'rope_factors_short.weight': expected numbers from 1e-06 to 1e+06, "
+            "found 1.4013e-45",
         ),
         (
             lambda file: None,
@@ -336,7 +347,7 @@ def test_rope_factors_are_none_without_tensors(factors: Callable[..., Any]):
             "of this file, found nothing",
         ),
     ],
-    ids=["missing", "shape", "zero", "nan", "original"],
+    ids=["missing", "shape", "zero", "nan", "large", "small", "original"],
 )
 def test_rope_factors_that_are_wrong_are_named(
     factors: Callable[..., Any], change: Any, config: dict[str, Any], message: str

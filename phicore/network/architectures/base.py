@@ -50,6 +50,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "expert_used_count": (0,),
     "attention.causal": (True,),
 }
+# Those of trained models are 1 to 70.
+FACTORS_RANGE = (1e-6, 1e6)
 
 
 class Architecture:
@@ -107,8 +109,8 @@ class Architecture:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=context,
-            rms_norm_eps=read.number("rms_norm_eps"),
-            rope_theta=read.number("rope_theta", 10000.0),
+            rms_norm_eps=read.number("rms_norm_eps", maximum=1),
+            rope_theta=read.number("rope_theta", 10000.0, minimum=1),
             rotary_dim=read.integer("rotary_dim", head_dim),
             sliding_window=window if 0 < window < context else None,
             original_max_position_embeddings=(
@@ -117,7 +119,9 @@ class Architecture:
                 else None
             ),
             attention_factor=(
-                read.number("attention_factor") if "attention_factor" in read else None
+                read.number("attention_factor", minimum=0.01, maximum=100)
+                if "attention_factor" in read
+                else None
             ),
             num_local_experts=self.experts(read),
         )
@@ -178,8 +182,8 @@ class Architecture:
         """What the file's rotary frequencies are divided by; None if it says nothing of it.
 
         Raises:
-            GGUFError: If the factors are misshapen or no positive numbers, or the hyperparameters
-                ask for some that are not there.
+            GGUFError: If the factors are misshapen or out of range, or the hyperparameters ask for
+                some that are not there.
         """
         if config.attention_factor not in (None, 1):
             raise GGUFError(
@@ -197,7 +201,8 @@ class Architecture:
         """A tensor of rotary factors: (R,) float32.
 
         Raises:
-            GGUFError: If it is missing, misshapen or not of positive numbers.
+            GGUFError: If it is missing, misshapen or out of range. With the bounds of
+                `rope.freq_base`, no frequency within the range leaves float32.
         """
         where = f"{file.path.name}: tensor {name!r}"
         if name not in file.tensors:
@@ -209,8 +214,13 @@ class Architecture:
                 f"found {list(file.tensors[name].shape)}"
             )
         values = file.tensors[name].dequantize()
-        if not (np.isfinite(values) & (values > 0)).all():
-            raise GGUFError(f"{where}: expected positive numbers")
+        least, most = FACTORS_RANGE
+        is_wrong = ~((values >= least) & (values <= most))  # true for NaN too
+        if is_wrong.any():
+            raise GGUFError(
+                f"{where}: expected numbers from {least:g} to {most:g}, "
+                f"found {values[is_wrong][0]:g}"
+            )
         return values
 
     # ---- tensors ---------------------------------------------------------------------------

@@ -43,8 +43,15 @@ class Hyperparameters:
             raise GGUFError(f"{self.key(name)}: expected {minimum} to {2**31 - 1}, found {value}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive, finite number.
+    def number(
+        self,
+        name: str,
+        default: float | None = None,
+        minimum: float = 1e-30,
+        maximum: float = 1e30,
+    ) -> float:
+        """A number from `minimum` to `maximum`. With the defaults it is positive, and far enough
+        from what float32 can hold to be multiplied and divided.
 
         Raises:
             GGUFError: If it is none, or is missing and there is no default.
@@ -52,8 +59,8 @@ class Hyperparameters:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise GGUFError(f"{self.key(name)}: expected a number, found {short(value)}")
-        if not 0 < value < float("inf"):  # false for NaN too
-            raise GGUFError(f"{self.key(name)}: expected a positive number, found {value}")
+        if not minimum <= value <= maximum:  # false for NaN too
+            raise GGUFError(f"{self.key(name)}: expected {minimum:g} to {maximum:g}, found {value}")
         return float(value)
 
     def _get(self, name: str, default: Any) -> Any:
