@@ -1,12 +1,12 @@
-"""How fast and how exact phicore is with JAX on a card: kernels, decoding, prompts, batches.
+"""How fast and how exact phicore is with JAX on a GPU: kernels, decoding, prompts, batches.
 
     python benchmarks/gpu.py --out results
 
-writes `gpu.json` and `gpu.md` there, a few minutes later. It needs JAX with a card, NumPy, and the
+writes `gpu.json` and `gpu.md` there, a few minutes later. It needs JAX with a GPU, NumPy, and the
 packages gguf, llvmlite, pluggy and platformdirs; phicore itself need not be installed, and nothing
 is downloaded: the model has Phi-3-mini's sizes and random weights. Measured are
 
-- the card's bandwidth: a copy of 1 GiB, bytes read and written;
+- the GPU's bandwidth: a copy of 1 GiB, bytes read and written;
 - the product of each quantized type with 1, 4 and 8 rows: its error against float64, and how many
   bytes of weights it reads in a second, of more matrices than the caches hold;
 - attention of a token behind 64 and 3000 others, and how fast it reads the cache;
@@ -135,7 +135,7 @@ class Benchmark:
     # ---- kernels -----------------------------------------------------------------------------
 
     def products(self) -> list[Section]:
-        """Of the largest matrices of a layer; types that are rare, of one row."""
+        """Products of the largest matrices of a layer; rare types with one row only."""
         shapes = [(256, 512)] if self.is_small else [(16384, 3072), (3072, 8192)]
         plan = [(ggml_type, shape, m) for ggml_type in TYPES for shape in shapes for m in (1, 4, 8)]
         plan += [(ggml_type, shapes[0], 1) for ggml_type in AFFINE_TYPES if ggml_type not in TYPES]
@@ -199,7 +199,7 @@ class Benchmark:
         return blocks.reshape(rows, -1)
 
     def attention(self) -> list[Section]:
-        """Of a token, in as many layers as Phi-3-mini has."""
+        """Attention of a token, in as many layers as Phi-3-mini has."""
         heads, dim = (2, 32) if self.is_small else (32, 96)
         layers, capacity = (2, 256) if self.is_small else (32, CAPACITY)
         caches = [self.ops.new_cache(1, heads, capacity, dim) for _ in range(layers)]
@@ -346,7 +346,7 @@ class Benchmark:
         }
 
     def generate(self) -> list[Section]:
-        """As a user has it: from the engine, the numbers to draw with made on the host."""
+        """Whole generations by the engine, with random numbers made on the host."""
         engine = self._model()
         found = []
         for name, sampling in (("greedy", GREEDY), ("drawn", DRAWN)):
@@ -495,7 +495,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", help="as `phicore backends` names it [the first card]")
+    parser.add_argument("--device", help="as `phicore backends` names it [the first GPU]")
     parser.add_argument("--model", choices=MODELS, default="phi-3-mini")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of %(default)s")
     parser.add_argument("--out", type=Path, default=Path(), help="where results are written")
@@ -506,7 +506,7 @@ def main() -> int:
         print(f"gpu: {error}", file=sys.stderr)
         return 1
     if not benchmark.is_card and args.device != "cpu":
-        print("gpu: JAX finds no card here; --device cpu tries the program", file=sys.stderr)
+        print("gpu: JAX finds no GPU here; --device cpu tries the program", file=sys.stderr)
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"model": args.model, "failed": {}, "seconds": {}}

@@ -74,7 +74,7 @@ def _forget_compiled_programs() -> Iterator[None]:
 ALL_BACKENDS = tuple(Plugins().backends())
 """The names that `--backend` takes here, from the registry that the command line uses."""
 BACKENDS = tuple(name for name in ALL_BACKENDS if name != "array-api-strict")
-"""Those without the slow one, which is for the tests of the protocol alone."""
+"""The backends without the slow one, which is for the tests of the protocol alone."""
 
 
 def make_backend(name: str, options: BackendOptions = DEFAULTS) -> Backend:

@@ -77,7 +77,7 @@ def root(
         bool,
         typer.Option(
             "--no-plugins",
-            help="Use no plugins but phicore's own backends.",
+            help="Load no plugins other than phicore's own backends.",
             is_eager=True,
             callback=_switch_plugins_off,  # before a command is looked for
         ),

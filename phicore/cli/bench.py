@@ -36,8 +36,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Random weights in the shapes of phi-3-mini, phi-3-medium or tiny, written to the "
-            "cache once, instead of a model.",
+            help="Measure a model of random weights instead: phi-3-mini, phi-3-medium or tiny. The "
+            "file is written to the cache once.",
             autocompletion=complete_synthetic,
         ),
     ] = None,
@@ -45,25 +45,38 @@ def bench(
     n_prompt: Annotated[
         list[str] | None,
         typer.Option(
-            "--n-prompt", "-p", metavar="N,...", help="Read this many tokens; 0: do not. [512]"
+            "--n-prompt",
+            "-p",
+            metavar="N,...",
+            help="Measure prompts of these lengths. 0 measures none. [512]",
         ),
     ] = None,
     n_gen: Annotated[
         list[str] | None,
         typer.Option(
-            "--n-gen", "-n", metavar="N,...", help="Generate this many tokens; 0: do not. [64]"
+            "--n-gen",
+            "-n",
+            metavar="N,...",
+            help="Measure answers of these lengths. 0 measures none. [64]",
         ),
     ] = None,
     depth: Annotated[
         list[str] | None,
         typer.Option(
-            "--depth", "-d", metavar="N,...", help="Generate them after this many others. [0]"
+            "--depth",
+            "-d",
+            metavar="N,...",
+            help="Generate answers after prompts of these lengths. [0]",
         ),
     ] = None,
     repetitions: Annotated[
         int,
         typer.Option(
-            "--repetitions", "-r", metavar="N", min=1, help="Runs of each, after one to warm up."
+            "--repetitions",
+            "-r",
+            metavar="N",
+            min=1,
+            help="How many times each test runs, after one run to warm up.",
         ),
     ] = 5,
     backend_options: dict[str, Any],

@@ -31,7 +31,9 @@ def conformance(
     keyword: Annotated[
         str,
         typer.Option(
-            "-k", metavar="EXPRESSION", help="Only tests and parts that fit, as for pytest -k."
+            "-k",
+            metavar="EXPRESSION",
+            help="Run only tests and parts that match, as with pytest -k.",
         ),
     ] = "",
     stop_at_first: Annotated[

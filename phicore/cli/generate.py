@@ -45,7 +45,7 @@ def generate(
         str | None,
         typer.Argument(
             metavar="PROMPT|-",
-            help="What to say to the model; - (or nothing, in a pipe) reads standard input.",
+            help="The message to the model. - reads it from standard input, as a pipe does.",
             show_default=False,
         ),
     ] = None,
@@ -53,16 +53,23 @@ def generate(
     tokenizer: TokenizerOption = None,
     backend: BackendOption = None,
     system: Annotated[
-        str | None, typer.Option("--system", "-s", metavar="TEXT", help="A system message.")
+        str | None,
+        typer.Option(
+            "--system", "-s", metavar="TEXT", help="Put this system message before the prompt."
+        ),
     ] = None,
     raw: Annotated[
         bool,
         typer.Option(
-            "--raw", help="Take the prompt as it is, special tokens included: no chat template."
+            "--raw",
+            help="Send the prompt as it is, with special tokens and without the chat template.",
         ),
     ] = False,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="How many tokens at most.")
+        int,
+        typer.Option(
+            "--max-tokens", "-n", metavar="N", min=1, help="Stop after this many new tokens."
+        ),
     ] = 256,
     sampling: dict[str, Any],
     seed: Annotated[
@@ -71,19 +78,21 @@ def generate(
             metavar="N",
             min=0,
             max=2**64 - 1,
-            help="The same seed gives the same text, on every backend. [random; --stats prints it]",
+            help="Seed of the random numbers. The same seed gives the same text on every backend. "
+            "[random; --stats prints it]",
         ),
     ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="End before this string; may be given again."),
+        typer.Option(metavar="TEXT", help="Stop before this string. May be given several times."),
     ] = None,
     processor: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=ARG",
             help="Change the scores before a token is chosen: logit-bias=ID:BIAS,..., "
-            "frequency-penalty=X, presence-penalty=X, or a plugin's; may be given again.",
+            "frequency-penalty=X, presence-penalty=X, or a processor of a plugin. May be given "
+            "several times.",
         ),
     ] = None,
     ctx: Annotated[
@@ -91,16 +100,20 @@ def generate(
         typer.Option(
             metavar="N",
             min=1,
-            help="Tokens that prompt and answer may have. [as many as the model allows]",
+            help="Context size: how many tokens the prompt and the answer may have together. "
+            "[the model's]",
         ),
     ] = None,
     backend_options: dict[str, Any],
     as_json: JsonOption = False,
     stats: Annotated[
-        bool, typer.Option("--stats/--no-stats", help="Print figures on standard error.")
+        bool,
+        typer.Option(
+            "--stats/--no-stats", help="Print the seed, times and speeds on standard error."
+        ),
     ] = True,
 ) -> None:
-    """Generate text."""
+    """Write the model's answer to a prompt."""
     from phicore.cli.terminal import Console, stats_lines
     from phicore.engine import Request
 

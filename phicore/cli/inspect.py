@@ -35,12 +35,12 @@ def inspect(
 
 def tokenize(
     text: Annotated[
-        str | None, typer.Argument(help="The text; - (or nothing, in a pipe) reads standard input.")
+        str | None, typer.Argument(help="The text. - reads it from standard input, as a pipe does.")
     ] = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Apply the chat template, as `generate` does.")
+        bool, typer.Option("--chat", help="Apply the chat template first, as `generate` does.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

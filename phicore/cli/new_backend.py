@@ -9,9 +9,17 @@ import typer
 
 
 def new_backend(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What `--backend` is to take.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="The name of the backend, as `--backend` will take it."
+        ),
+    ],
     into: Annotated[
-        Path, typer.Option("--into", metavar="FOLDER", help="Where to put it. [here]")
+        Path,
+        typer.Option(
+            "--into", metavar="FOLDER", help="The folder to write into. [the current one]"
+        ),
     ] = Path(),
 ) -> None:
     """Write the skeleton of a backend: a plugin that computes on NumPy, with its tests."""

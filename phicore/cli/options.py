@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 MODEL_HELP = (
-    "A GGUF file, hf:owner/repo[:Q4_K_M], package:NAME or a name that `phicore models` lists."
+    "The model: a GGUF file, hf:owner/repo[:Q4_K_M] on the Hugging Face Hub, package:NAME, or a "
+    "short name that `phicore models` lists."
 )
 
 
@@ -110,12 +111,15 @@ BackendOption = Annotated[
         "--backend",
         "-b",
         metavar="NAME",
-        help="One that `phicore backends` lists.",
+        help="The tensor library to compute with; `phicore backends` lists those that work here. "
+        "[the fastest]",
         autocompletion=complete_backend,
     ),
 ]
 TokenizerOption = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="A tokenizer.json to use instead of the model's own."),
+    typer.Option(
+        metavar="FILE", help="A tokenizer.json to use instead of the one in the model file."
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -27,24 +27,33 @@ def parity(
             "--backends",
             "-b",
             metavar="NAME,...",
-            help="The first is what the others are compared with. [all that work here]",
+            help="Backends to compare; the others are compared with the first. [all that work here]",
         ),
     ] = None,
     against: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.npz", help="Compare with logits that tools/make_reference.py has made."
+            metavar="FILE.npz",
+            help="Compare with a reference: logits that tools/make_reference.py wrote.",
         ),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Read this; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="A text to compute logits of. May be given several times."
+        ),
     ] = None,
     n_gen: Annotated[
         int,
-        typer.Option("--n-gen", "-n", metavar="N", min=0, help="Tokens of greedy text to compare."),
+        typer.Option(
+            "--n-gen", "-n", metavar="N", min=0, help="How many tokens of greedy text to compare."
+        ),
     ] = 32,
     max_error: Annotated[
-        float, typer.Option(metavar="X", help="The largest relative error of the logits.")
+        float,
+        typer.Option(
+            metavar="X", help="The largest relative error of the logits that is accepted."
+        ),
     ] = 1e-4,
     trace: Annotated[
         bool, typer.Option("--trace", help="Find the first operation at which backends part.")

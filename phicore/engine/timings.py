@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Timings:
-    """Where the time of a generation went, and how much was done."""
+    """Where the time of a generation went, in seconds, and how much was done."""
 
     prompt_tokens: int = 0
     prompt_s: float = 0.0
@@ -43,5 +43,5 @@ class Timings:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Of the tokens after the first, whose time is the prompt's."""
+        """The speed of the tokens after the first; the first one's time is the prompt's."""
         return (self.generated_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0

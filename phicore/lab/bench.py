@@ -44,7 +44,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As llama-bench calls it."""
+        """The name that llama-bench would give the row."""
         if self.n_prompt:
             return f"pp{self.n_prompt}"
         return f"tg{self.n_gen} @ d{self.depth}" if self.depth else f"tg{self.n_gen}"

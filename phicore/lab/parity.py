@@ -19,10 +19,10 @@ from phicore.model import Model, load
 from phicore.progress import Progress
 
 MAX_ERROR = 1e-4
-"""Of the logits, relative: what the documentation promises."""
+"""The largest relative error of the logits that the documentation promises."""
 
 TRACED = 10
-"""How many times as far off as the logits what is inside of the network may be."""
+"""Results inside of the network may be this many times as far off as the logits."""
 
 PROMPTS = (
     "Explain in a few sentences why the sky is blue.",

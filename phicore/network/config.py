@@ -25,19 +25,21 @@ class Phi3Config:
     rotary_dim: int
     """How many channels of a head are rotated; the rest passes through."""
     sliding_window: int | None
-    """A token sees this many positions, itself included; None: all before it."""
+    """A token sees this many positions, itself included; None is all before it."""
     original_max_position_embeddings: int | None = None
-    """LongRoPE: the context before it was extended; sequences up to it rotate by other factors."""
+    """LongRoPE: the context before it was extended. Longer sequences rotate by other factors."""
     num_local_experts: int = 0
-    """How many matrices there are in place of each in `mlp`; 0: one, and no router."""
+    """How many experts a layer has in place of one `mlp`; 0 is none, and no router."""
     attention_factor: float | None = None
-    """LongRoPE: what sines and cosines are multiplied by; None: what the paper says."""
+    """LongRoPE: what sines and cosines are multiplied by; None is the factor of the paper."""
 
     def share(self, devices: int) -> Phi3Config:
-        """Of the network that one of several devices computes: its heads, its part of `mlp`.
+        """The configuration of the part that one of several devices computes.
+
+        It has a share of the heads and of the channels of `mlp`.
 
         Raises:
-            BackendError: If these are not a multiple of the number of devices.
+            BackendError: If the number of devices does not divide them.
         """
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if kv_heads % devices or self.intermediate_size % devices:

@@ -1,9 +1,9 @@
 """Changing the scores of the next token: the processors that a generation may have.
 
-They come first in the sampler, before the repeat penalty. A processor computes on the device, in
-the compiled step. What it computes depends on its class alone, so that a step is compiled once for
-each combination of classes; what differs from one generation to the next is in its state, arrays
-that the step is handed.
+Processors come first in the sampler, before the repeat penalty. A processor computes on the device,
+in the compiled step. What it computes depends on its class alone, so that a step is compiled once
+for each combination of classes. What differs from one generation to the next is in its state:
+arrays that the step is handed.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class LogitBias(LogitsProcessor):
 
 
 class AnswerPenalty(LogitsProcessor):
-    """Makes tokens less likely that the answer has already.
+    """Makes tokens less likely that are in the answer already.
 
     Source: the penalties of OpenAI's API: score - frequency * count - presence * (count > 0), with
     the counts of the tokens generated so far.
@@ -157,7 +157,7 @@ def _penalty(name: str, argument: str) -> AnswerPenalty:
 
 
 def check_same(what: str, old: Mapping[str, Array], new: Mapping[str, Array]) -> None:
-    """Refuse arrays of other names, shapes or dtypes than those they replace."""
+    """Refuse arrays whose names, shapes or dtypes differ from those that they replace."""
     kinds = [{name: (tuple(a.shape), a.dtype) for name, a in d.items()} for d in (old, new)]
     for name in old.keys() | new.keys():
         expected, found = (kind.get(name) for kind in kinds)

@@ -13,7 +13,7 @@ from phicore.network.config import Phi3Config
 
 @dataclass(frozen=True)
 class RopeFactors:
-    """What the rotary frequencies are divided by: two of (R,) float32, R = rotary_dim / 2.
+    """Factors that the rotary frequencies are divided by: two of (R,) float32, R = rotary_dim / 2.
 
     LongRoPE (Ding et al., 2024) has factors for sequences within the original context and for
     longer ones. Llama 3.1 has one set for all, which is given twice.
@@ -22,7 +22,7 @@ class RopeFactors:
     short: np.ndarray
     long: np.ndarray
     scale: float = 1.0
-    """What sines and cosines are multiplied by, at any length."""
+    """Sines and cosines are multiplied by this, at any length."""
 
 
 def is_long(config: Phi3Config, length: int) -> bool:
@@ -32,7 +32,7 @@ def is_long(config: Phi3Config, length: int) -> bool:
 
 
 def longrope_scale(context: int, original: int) -> float:
-    """What LongRoPE multiplies sines and cosines by, in a context that was extended.
+    """The factor by which LongRoPE multiplies sines and cosines in an extended context.
 
     Source: `_compute_longrope_parameters` of transformers.
     """

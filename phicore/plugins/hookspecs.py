@@ -170,5 +170,5 @@ def phicore_piece_generated(generation: RunningGeneration, piece: Piece) -> None
 def phicore_generation_ended(generation: RunningGeneration, error: BaseException | None) -> None:
     """Called once after the last token, or when a generation is closed early or fails.
 
-    `generation.timings` then has what was done and how long it took.
+    `generation.timings` then says what was done and how long it took.
     """

@@ -297,7 +297,7 @@ class Plugins:
         return found
 
     def observers(self) -> Observers | None:
-        """Those that watch generations; None if there are none."""
+        """The plugins that watch generations; None if there are none."""
         hooks = {
             name: getattr(self.manager.hook, name).get_hookimpls()
             for name in (
@@ -311,7 +311,7 @@ class Plugins:
     def installed(
         self, make: MakeCommand = _as_is, taken: Collection[str] = ()
     ) -> list[PluginInfo]:
-        """The plugins that were loaded, by name, with what they register.
+        """List the plugins that were loaded, by name, with what they register.
 
         Args:
             make, taken: As for `commands`.
@@ -439,7 +439,7 @@ def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:
 def _guarded_source(
     resolve: Callable[[str], ModelFiles], distribution: str
 ) -> Callable[[str], ModelFiles]:
-    """The same function, with a failure of the plugin as a SourceError that names it."""
+    """Wrap a plugin's function: a failure becomes a SourceError that names the plugin."""
     from phicore.sources import ModelFiles
 
     def guarded(reference: str) -> ModelFiles:

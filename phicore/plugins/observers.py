@@ -28,11 +28,11 @@ class Observers:
 
     @property
     def names(self) -> list[str]:
-        """Of the plugins, as pluggy has them."""
+        """The names of the plugins, as pluggy spells them."""
         return sorted({hook.plugin_name for hooks in self._hooks.values() for hook in hooks})
 
     def watch(self, generation: RunningGeneration, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """The same pieces, with observers told of each."""
+        """Pass the pieces on, and tell the observers of each."""
         self._call("phicore_generation_started", generation=generation)
         error: BaseException | None = None
         try:

@@ -141,7 +141,7 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def _without_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The same turns, the system's text in front of the first user message."""
+    """Move the system's text in front of the first user message."""
     system = "\n\n".join(t["content"] for t in turns if t["role"] == "system" and t["content"])
     others = [turn for turn in turns if turn["role"] != "system"]
     if not system:

@@ -322,7 +322,7 @@ class TextStream:
 
 
 def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer, for text in which control tokens are not looked for.
+    """A copy of a tokenizer that does not look for control tokens in text.
 
     A second object, since the library keeps the choice in the object and threads may share it.
     The model behind both is one; added tokens get the same ids when added in the same order.

@@ -18,7 +18,7 @@ from phicore.testing.compare import assert_close
 pytest.importorskip("jax", reason="the JAX backend is not installed")
 
 ERRORS = {**tolerances.CACHE_TYPES, "i24": 4e-5}
-"""Of attention. What `i24` rounds to 16 bits are the values alone."""
+"""Bounds of attention's error. `i24` rounds to 16 bits only the values."""
 LARGEST = {"i24": (32767 * 256, 32767), "i16": (32767, 32767)}
 """The integers of the largest key and the largest value of a head."""
 
@@ -100,7 +100,7 @@ def host(ops: Backend, arrays: LayerCache) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def dim(cache_type: str) -> int:
-    """Of a head: one that is no multiple of anything, where it may be."""
+    """The size of a head: no multiple of anything, where that is allowed."""
     return 64 if cache_type == "q8_0" else 20
 
 
@@ -240,7 +240,7 @@ def test_cache_of_integers_holds_multiples_of_the_largest(
 def test_cache_a_number_that_is_not_finite_is_not_lost(
     ops: Backend, bad: float, dim: int, rng: np.random.Generator
 ):
-    """It spoils the row of its head at its position, and so the tokens that see it."""
+    """Such a number spoils the row of its head in its slot, and so the tokens that see it."""
     k, v = normal(rng, B, K, S, dim), normal(rng, B, K, S, dim)
     k[0, 1, 30, 7] = v[1, 0, 20, 3] = bad
     held = host(ops, stored(ops, k, v))

@@ -54,10 +54,10 @@ def test_machine_without_a_card_is_told_so(tmp_path: Path):
     import jax
 
     if any(device.platform != "cpu" for device in jax.local_devices()):
-        pytest.skip("this machine has a card")
+        pytest.skip("this machine has a GPU")
     done = run(tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "gpu: JAX finds no card here; --device cpu tries the program\n"
+    assert done.stderr == "gpu: JAX finds no GPU here; --device cpu tries the program\n"
 
 
 def test_device_that_is_not_there_is_told_in_a_line(tmp_path: Path):

@@ -1,7 +1,7 @@
 # ruff: noqa: E402 - JAX reads its settings when it is imported
 """Compiles steps for an H200 and a T4 without one, and prints what came of it as JSON.
 
-XLA's compiler for NVIDIA's cards needs no card, only the packages `jax-cuda13-plugin`,
+XLA's compiler for NVIDIA's GPUs needs no GPU, only the packages `jax-cuda13-plugin`,
 `jax-cuda13-pjrt`, `nvidia-cuda-nvcc` and `nvidia-nvvm`. It is a program of its own, since JAX reads
 its settings when it is imported.
 
@@ -39,7 +39,7 @@ from phicore.backend import Backend, BackendOptions, Capabilities
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
 
-# What XLA asks of a card, as NVIDIA's data sheets and CUDA's tables for sm_90 and sm_75 have it.
+# What XLA asks of a gpu, as NVIDIA's data sheets and CUDA's tables for sm_90 and sm_75 have it.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -79,11 +79,11 @@ device_description_str: "Tesla T4"
 
 
 class AheadOfTime(JaxBackend):
-    """JAX on cards that are not there: arrays are shapes, and a call compiles and runs nothing."""
+    """JAX on GPUs that are not there: arrays are shapes, and a call compiles and runs nothing."""
 
-    def __init__(self, devices: int, card: str, steps: int = 1) -> None:
+    def __init__(self, devices: int, gpu: str, steps: int = 1) -> None:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=card, topology=f"1x1x{devices}"
+            platform="cuda", target_config=gpu, topology=f"1x1x{devices}"
         )
         self.device = topology.devices[0]
         self._packing_device = None
@@ -121,7 +121,7 @@ class AheadOfTime(JaxBackend):
 
 
 class AbsentDevices(Devices):
-    """Cards that share a model, and are not there."""
+    """GPUs that share a model, and are not there."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -140,17 +140,17 @@ def main(path: str) -> None:
     found = {"step": compiled(path, 1, 1), "steps": compiled(path, 1, 8)}
     found["prompt"] = compiled(path, 256, 1)
     found["shared_step"] = compiled(path, 1, 1, devices=2)
-    found["old_step"] = compiled(path, 1, 1, card=T4)
-    found["old_prompt"] = compiled(path, 256, 1, card=T4)
-    for card, name in ((H200, ""), (T4, "old_")):
+    found["old_step"] = compiled(path, 1, 1, gpu=T4)
+    found["old_prompt"] = compiled(path, 256, 1, gpu=T4)
+    for gpu, name in ((H200, ""), (T4, "old_")):
         for trial in (check.try_others, check.try_products, check.try_experts):
-            found[f"{name}{trial.__name__}"] = compiled_trial(trial, card)
+            found[f"{name}{trial.__name__}"] = compiled_trial(trial, gpu)
     print(json.dumps(found))
 
 
-def compiled_trial(trial: check.Trial, card: str) -> dict[str, Any]:
+def compiled_trial(trial: check.Trial, gpu: str) -> dict[str, Any]:
     """What XLA makes of the program that tries kernels before they are used."""
-    ops = AheadOfTime(1, card)
+    ops = AheadOfTime(1, gpu)
     operands = check.operands(Type.Q4_K)
     operands = jax.tree.map(lambda a: ops._zeros(a.shape, a.dtype), operands)
     before = set(Path(dumps.name).iterdir())
@@ -160,11 +160,11 @@ def compiled_trial(trial: check.Trial, card: str) -> dict[str, Any]:
 
 
 def compiled(
-    path: str, tokens: int, steps: int, devices: int = 1, card: str = H200
+    path: str, tokens: int, steps: int, devices: int = 1, gpu: str = H200
 ) -> dict[str, Any]:
     """What XLA makes of a step of so many tokens, or of several of one."""
     runtime.EXPANDED_BYTES = 4 << 20  # so that these small matrices have several parts
-    ops = AheadOfTime(devices, card, steps)
+    ops = AheadOfTime(devices, gpu, steps)
     with open_gguf(path) as file:
         engine = Engine.load(ops, file, context=512)
     params, size = engine.params, engine.vocab_size

@@ -1,4 +1,4 @@
-"""The kernels of cards on this processor: the same source, with vectors for the lanes of a warp."""
+"""The kernels of GPUs on this processor: the same source, with vectors for the lanes of a warp."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ Found = dict[str, Any]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip(
-            "needs XLA's compiler for NVIDIA cards: uv run --group ahead-of-time pytest tests/cuda"
+            "needs XLA's compiler for NVIDIA GPUs: uv run --group ahead-of-time pytest tests/cuda"
         )
     path = write_model(tmp_path_factory.mktemp("m") / "m.gguf", MODEL, Q4_K_M, tokenizer=False)
     program = Path(__file__).with_name("ahead_of_time.py")
@@ -90,7 +90,7 @@ def test_cache_is_written_in_place(found: dict[str, Found]):
 
 
 def elements(line: str) -> int:
-    """Of the array that an instruction of HLO makes."""
+    """The size of the array that an instruction of HLO makes."""
     shape = re.search(r"= \w+\[([\d,]*)\]", line)
     assert shape is not None, line
     return math.prod(int(n) for n in shape[1].split(",") if n)
@@ -127,10 +127,10 @@ def test_card_before_ampere_has_the_same_step(found: dict[str, Found]):
     assert launches(found["old_step"]) == ["kCommandBuffer"]
 
 
-@pytest.mark.parametrize("card", ["", "old_"])
-def test_kernels_are_tried_in_the_way_in_which_they_are_used(found: dict[str, Found], card: str):
+@pytest.mark.parametrize("gpu", ["", "old_"])
+def test_kernels_are_tried_in_the_way_in_which_they_are_used(found: dict[str, Found], gpu: str):
     """In a loop that is all of a command buffer."""
-    trials = [found[f"{card}try_{name}"] for name in ("products", "experts", "others")]
+    trials = [found[f"{gpu}try_{name}"] for name in ("products", "experts", "others")]
     assert [launches(trial) for trial in trials] == [["kCommandBuffer"]] * 3
     tried = {name for trial in trials for name in trial["kernels"]}
     assert tried == {*KERNELS, "expand", "expert_product", "expert_expand"}

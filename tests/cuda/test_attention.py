@@ -1,4 +1,4 @@
-"""Attention on cards, by the same source on this processor, with float64 beside it."""
+"""Attention on GPUs, by the same source on this processor, with float64 beside it."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_kernel_that_is_wrong_is_found(
     with caplog.at_level(logging.WARNING):
         kernels, about = cuda.working_kernels(device)
     assert kernels is None
-    assert about.startswith("they do not work with this card: wrong results, by ")
+    assert about.startswith("they do not work with this GPU: wrong results, by ")
     assert caplog.messages == [f"CUDA kernels: {about}; XLA computes instead"]
 
 
@@ -85,7 +85,7 @@ def test_type_whose_products_are_wrong_is_left_to_xla(
         assert kernels.has_type(Type.Q2_K) == kernel.startswith("expert")
         assert not kernels.has_experts(Type.Q2_K)
     (message,) = caplog.messages
-    assert message.startswith("CUDA kernels for Q2_K: they do not work with this card: wrong")
+    assert message.startswith("CUDA kernels for Q2_K: they do not work with this GPU: wrong")
 
 
 def test_card_that_stopped_is_told(monkeypatch: pytest.MonkeyPatch, device: Any):
@@ -97,7 +97,7 @@ def test_card_that_stopped_is_told(monkeypatch: pytest.MonkeyPatch, device: Any)
     monkeypatch.setattr(runtime, "launch", stopped)
     monkeypatch.setattr(check.jax, "device_put", stopped)
     with pytest.raises(
-        BackendError, match=r"the card stopped .*; start again with PHICORE_KERNELS=0"
+        BackendError, match=r"the GPU stopped .*; start again with PHICORE_KERNELS=0"
     ):
         cuda.working_kernels(device)
 
@@ -109,4 +109,4 @@ def test_kernels_that_cannot_run_are_told(monkeypatch: pytest.MonkeyPatch, devic
     monkeypatch.setattr(runtime, "launch", launch)
     kernels, about = cuda.working_kernels(device)
     assert kernels is None
-    assert about.endswith("this card: RuntimeError: PTX is too new for the driver")
+    assert about.endswith("this GPU: RuntimeError: PTX is too new for the driver")

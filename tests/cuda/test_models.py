@@ -1,4 +1,4 @@
-"""Whole models with the kernels of cards, run on this processor, beside the defaults on NumPy."""
+"""Whole models with the kernels of GPUs, run on this processor, beside the defaults on NumPy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products on cards, by the same source on this processor, with `gguf` and float64 beside them."""
+"""Products on GPUs, by the same source on this processor, with `gguf` and float64 beside them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_products_of_many_rows_are_those_of_float64(
 def test_rows_are_multiplied_by_the_matrices_of_their_experts(
     monkeypatch: pytest.MonkeyPatch, ggml_type: Type, rows: int
 ):
-    """Of 7 rows each, an odd number; the second has none."""
+    """Experts of 7 rows each, an odd number; the second gets no row."""
     monkeypatch.setattr(runtime, "launch", host.launch)
     data = blocks(ggml_type, 4 * 7, 512)
     tensors = [GGUFTensor("w", ggml_type, (7, 512), part) for part in np.split(data, 4)]

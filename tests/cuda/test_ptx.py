@@ -81,8 +81,8 @@ def ptxas() -> Path:
 def test_assembler_takes_it_and_spills_nothing(ptxas: Path, tmp_path: Path, kernel: Kernel):
     source = tmp_path / "kernel.ptx"
     source.write_text(ptx(*kernel[1:]))
-    for card in ("sm_75", "sm_90", "sm_120"):
-        command = [str(ptxas), f"-arch={card}", "-v", "-o", str(tmp_path / "out"), str(source)]
+    for gpu in ("sm_75", "sm_90", "sm_120"):
+        command = [str(ptxas), f"-arch={gpu}", "-v", "-o", str(tmp_path / "out"), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "0 bytes spill stores, 0 bytes spill loads" in done.stderr

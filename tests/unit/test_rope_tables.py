@@ -49,7 +49,7 @@ def test_short_sequences_need_no_long_rows():
 
 
 def test_one_set_of_factors_for_all_lengths_is_one_table():
-    """As Llama 3.1 has it."""
+    """Llama 3.1 has one set for all lengths."""
     same = RopeFactors(FACTORS.short, FACTORS.short)
     tables = RopeTables(Reference(), long_config(), same)
     assert tables.start(True) == tables.start(False) == 0

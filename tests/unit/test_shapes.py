@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from phicore.backend.shapes import PROMPT_CHUNKS
 from phicore.engine.chunks import LOGITS_CHUNKS, capacity_for, capacity_of_window, chunks
 
-SIZES = [PROMPT_CHUNKS, LOGITS_CHUNKS, (1, 256, 2048)]  # the last are those of cards
+SIZES = [PROMPT_CHUNKS, LOGITS_CHUNKS, (1, 256, 2048)]  # the last are those of GPUs
 
 
 @given(length=st.integers(1, 5000), is_padded=st.booleans())

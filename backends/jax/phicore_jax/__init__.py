@@ -22,8 +22,8 @@ def phicore_register_backends(register):  # type: ignore[no-untyped-def]
         found, about = kernels.find_kernels()
         said = f"CPU kernels: {about}" if found else f"no CPU kernels, XLA alone ({about})"
         if len(device_names()) > 1:
-            on_card, about = cuda.working_kernels(find_device(None))
-            said += f"; CUDA kernels: {about}" if on_card else f"; no CUDA kernels ({about})"
+            on_gpu, about = cuda.working_kernels(find_device(None))
+            said += f"; CUDA kernels: {about}" if on_gpu else f"; no CUDA kernels ({about})"
         return said
 
     register("jax", create=create, devices=devices, notes=notes, protocol=2)

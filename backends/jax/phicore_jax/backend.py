@@ -1,7 +1,7 @@
 """The tensor protocol on JAX.
 
 Weights stay quantized. On a CPU, products, rows, the cache and attention are kernels of our own
-(see `kernels`), on NVIDIA's cards products of a few rows, and the cache and attention of a token
+(see `kernels`), on NVIDIA's GPUs products of a few rows, and the cache and attention of a token
 (see `cuda`); where these cannot be used, weights are expanded inside the product (see
 `expanded.py`). The rest is the protocol's defaults,
 fused by XLA; the cache is updated in place through buffer donation.
@@ -63,7 +63,7 @@ def device_names() -> list[str]:
 def _cuda_devices() -> list[Any]:
     try:
         return jax.local_devices(backend="cuda")
-    except RuntimeError:  # no CUDA plugin, or no card
+    except RuntimeError:  # no CUDA plugin, or no GPU
         return []
 
 
@@ -78,14 +78,14 @@ def find_device(name: str | None) -> Any:
         BackendError: If there is no such device; the message lists those there are.
     """
     if name is None:
-        cards = _cuda_devices()
-        return cards[0] if cards else jax.local_devices(backend="cpu")[0]
+        gpus = _cuda_devices()
+        return gpus[0] if gpus else jax.local_devices(backend="cpu")[0]
     if name == "cpu":
         return jax.local_devices(backend="cpu")[0]
     for device in _cuda_devices():
         if name in (_name(device), f"cuda:{device.id}"):
             return device
-    hint = "; for NVIDIA cards install phicore-jax[cuda]" if name.startswith("cuda") else ""
+    hint = "; for NVIDIA GPUs install phicore-jax[cuda]" if name.startswith("cuda") else ""
     raise BackendError(
         f"backend jax: no device {name!r} (available: {', '.join(device_names())}){hint}"
     )

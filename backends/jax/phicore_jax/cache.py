@@ -24,7 +24,7 @@ CACHE_DTYPES = {
     "i24": np.int8,
     "q8_0": np.int8,
 }
-"""Of rows."""
+"""The dtypes of cached rows, by row type."""
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

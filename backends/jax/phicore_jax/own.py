@@ -1,4 +1,4 @@
-"""What kernels of our own are to the backend, on a CPU or on a card."""
+"""The interface of a set of kernels to the backend, on a CPU or on a GPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Array = Any
 
 @dataclass(frozen=True)
 class Source:
-    """What activations (M, K) were made of, by an operation of the protocol.
+    """How an operation of the protocol made activations (M, K).
 
     Attributes:
-        name: Of the operation.
-        arrays: Rows (M, ...), and what else it takes.
-        eps: Of a norm.
+        name: The operation.
+        arrays: Its rows (M, ...), and its other arguments.
+        eps: The epsilon of a norm.
     """
 
     name: str
@@ -30,11 +30,11 @@ class Source:
 
 
 class OwnKernels(ABC):
-    """Functions of JAX arrays. What a `has_...` denies is left to XLA.
+    """Kernels as functions of JAX arrays. XLA does what a `has_...` denies.
 
     Attributes:
-        packed: The class of a matrix that `pack` has made.
-        cache_types: Those of `cache_types` and i24, the default first.
+        packed: The class of a matrix that `pack` made.
+        cache_types: The types of caches that the kernels store, the default first.
     """
 
     packed: type
@@ -48,29 +48,29 @@ class OwnKernels(ABC):
         """Whether matrices of this type can be packed."""
 
     def has_experts(self, ggml_type: GGMLQuantizationType) -> bool:
-        """Whether many of one type can be packed as one, and `linear` takes experts."""
+        """Whether matrices of this type can be packed for experts."""
         return False
 
     @abstractmethod
     def has_cache(self, cache_type: str, tokens: int, dim: int) -> bool:
-        """Whether so many rows of this size can be stored, and their attention computed."""
+        """Whether `store` and `attention` take so many tokens and heads of this size."""
 
     def set_threads(self, threads: int) -> None:
         raise NotImplementedError
 
     @abstractmethod
     def pack(self, tensors: Sequence[GGUFTensor], count: int = 1) -> Any:
-        """A pytree of arrays, of tensors of one type that lie on top of each other.
+        """Pack stacked tensors of one type into a pytree of arrays.
 
         Args:
-            count: How many matrices they are, with as many tensors each.
+            count: How many matrices the tensors make, each of as many tensors.
         """
 
     def prepared(self, x: Array, source: Source | None) -> Any:
-        """Activations (M, K) as `linear` takes them: once for all parts of a weight.
+        """Prepare activations (M, K) for `linear`, once for all parts of a weight.
 
         Args:
-            source: What they were made of, if it is known; it can be used in their place.
+            source: How they were made, if that is known. A kernel may start from it instead.
         """
         return x
 
@@ -78,20 +78,20 @@ class OwnKernels(ABC):
     def linear(
         self, x: Any, w: Any, experts: Array | None = None, *, is_fast: bool = False
     ) -> Array:
-        """(M, K) float32 by a packed (N, K) matrix, or each row by that of its expert: (M, N).
+        """Multiply (M, K) float32 by a packed (N, K) matrix, or each row by its expert's: (M, N).
 
         Args:
-            x: As `prepared` gives them.
+            x: The activations that `prepared` returned.
             experts: (M,) int32, if there is a matrix for each expert.
-            is_fast: Be less exact, as `fast_prefill` allows, if there are many rows.
+            is_fast: Multiply many rows less exactly, as `fast_prefill` allows.
         """
 
     @abstractmethod
     def rows(self, index: Array, w: Any) -> Array:
-        """Rows of a packed (N, K) matrix: (n,) int32 gives (n, K) float32."""
+        """Expand rows of a packed (N, K) matrix: (n,) int32 gives (n, K) float32."""
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """Rows (n, E) of root mean square 1, times weight (E,)."""
+        """Scale rows (n, E) to a root mean square of 1, times weight (E,)."""
         raise NotImplementedError
 
     def swiglu(self, gate_up: Array) -> Array:
@@ -102,10 +102,11 @@ class OwnKernels(ABC):
     def store(
         self, k: Array, v: Array, positions: Array, cache_type: str, cache: Sequence[Array]
     ) -> list[Array]:
-        """Put the keys and values (B, K, T, D) of new tokens into a cache, in place.
+        """Store the keys and values (B, K, T, D) of new tokens in a cache, in place.
 
         Args:
-            cache: Rows of keys and values, (B, K, S, D), each followed by its scales if it has any.
+            cache: The rows of keys and of values, (B, K, S, D), each followed by its scales if it
+                has any.
         """
 
     @abstractmethod
@@ -119,4 +120,4 @@ class OwnKernels(ABC):
         values: Array,
         *scales: Array,
     ) -> Array:
-        """Attention of scaled queries (B, H, T, D) over keys and values (B, K, S, D)."""
+        """Compute attention of scaled queries (B, H, T, D) over keys and values (B, K, S, D)."""

@@ -44,12 +44,12 @@ class ShardedCache(dict[str, Array]):
 @partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["is_sum", "is_all"])
 @dataclass(frozen=True)
 class Share:
-    """A weight of which each device has a share.
+    """A sharded weight.
 
     Attributes:
-        parts: As of a weight that is not shared.
-        is_sum: Whether products are to be added.
-        is_all: Whether each device is to have the whole product.
+        parts: The parts of this device's share.
+        is_sum: Whether the devices' products are added.
+        is_all: Whether each device gets the whole product.
     """
 
     parts: tuple[Any, ...]
@@ -57,18 +57,18 @@ class Share:
     is_all: bool
 
     def joined(self, y: Array) -> Array:
-        """A product of the device's share as the graph goes on with it."""
+        """Turn the product of this device's share into what the graph goes on with."""
         if self.is_sum:
             return lax.psum(y, AXIS)
         return lax.all_gather(y, AXIS, axis=y.ndim - 1, tiled=True) if self.is_all else y
 
 
 class Devices:
-    """Those that share a model.
+    """The devices that share a model.
 
     Args:
-        first: One of this process.
-        count: How many of its kind, it and those after it, of all processes.
+        first: A device of this process.
+        count: How many devices of its kind: `first` and those after it, of all processes.
     Raises:
         BackendError: If there are not so many.
     """
@@ -88,19 +88,19 @@ class Devices:
             raise BackendError(f"devices: none of the {count} is this process's; take all")
 
     def put(self, x: np.ndarray) -> Array:
-        """The same on each device."""
+        """Copy an array to every device: it is replicated."""
         sharding = NamedSharding(self.mesh, P())
         if len(self.mine) == self.mesh.size:
             return jax.device_put(x, sharding)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """As a share of each device."""
+        """Make zeros, a share for each device."""
         sharding = NamedSharding(self.mesh, P(AXIS))
         return jnp.zeros((self.mesh.size * shape[0], *shape[1:]), dtype, device=sharding)
 
     def put_shares(self, shares: Mapping[int, Any]) -> Any:
-        """What each device of this process is to have, by its number; trees of arrays."""
+        """Shard trees of arrays: copy each to the device of this process whose number it has."""
         devices = list(self.mesh.devices)
 
         def stacked(*arrays: np.ndarray) -> Array:
@@ -114,7 +114,7 @@ class Devices:
         return jax.tree.map(stacked, *shares.values())
 
     def jit(self, fn: Callable[..., Any], donate: Sequence[int], options: dict[str, Any]) -> Any:
-        """`jax.jit` of what each device is to do with its shares."""
+        """Compile what each device does with its shares, as `jax.jit` compiles."""
         known: dict[Any, Any] = {}
 
         def jitted(*args: Any) -> Any:

@@ -38,9 +38,9 @@ from phicore_mlx import affine, blocks, devices, host, namespace
 from phicore_mlx.affine import LAYOUTS, Layout
 
 FEW_ROWS = 32
-"""On a GPU, up to how many rows a product takes as long as reading the weights."""
+"""On a GPU, a product of up to this many rows takes as long as reading the weights."""
 SORTED_ROWS = 64
-"""On a GPU, from how many rows on those of an expert are multiplied together."""
+"""On a GPU, from this many rows on the rows are sorted by expert."""
 
 
 @contextmanager

@@ -22,9 +22,10 @@ from phicore_mlx import devices
 
 Type = GGMLQuantizationType
 FEW_ROWS = 8
-"""Of activations, up to which each reads the blocks anew; beyond, they are expanded once."""
+"""Up to this many rows of activations each reads the blocks anew; for more, the blocks are expanded
+once."""
 MOST_ROWS = 32768
-"""That a kernel expands at a time: CUDA's grids have fewer than 65536 in their second axis."""
+"""How many rows a kernel expands at a time: the second axis of CUDA's grids ends at 65535."""
 
 PREAMBLES = {
     "metal": """

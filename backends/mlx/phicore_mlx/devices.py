@@ -19,7 +19,7 @@ OLDEST = (0, 31, 2)
 try:
     import mlx.core as mx
 except ImportError as _error:
-    _hint = "phicore-mlx[cpu], or phicore-mlx[cuda] for NVIDIA cards"
+    _hint = "phicore-mlx[cpu], or phicore-mlx[cuda] for NVIDIA GPUs"
     if sys.platform == "darwin":
         _hint = "phicore-mlx, with a Python for arm64, on macOS 14 or later"
     raise BackendError(f"backend mlx: MLX cannot be imported ({_error}); install {_hint}") from None
@@ -88,7 +88,7 @@ def find_device(name: str | None) -> tuple[str, Any]:
     name = names[0] if name is None else name.removesuffix(":0")
     if name not in names:
         hints = {
-            "cuda": "; for NVIDIA cards install phicore-mlx[cuda], without [cpu]",
+            "cuda": "; for NVIDIA GPUs install phicore-mlx[cuda], without [cpu]",
             "metal": "; MLX has Metal on Macs with Apple silicon",
         }
         kind = name.partition(":")[0]

@@ -21,10 +21,10 @@ from phicore.backend.host import cpu_count
 from phicore_mlx.affine import LAYOUTS, TILE_CODES, dequantized
 
 ROWS = 8
-"""Of activations, from which on NumPy is faster, though it has to expand the weights."""
+"""From this many rows of activations on NumPy is faster, though it has to expand weights."""
 
 SHARED_WEIGHTS = 1 << 18
-"""A product of as many weights takes longer than it takes to tell another thread of it."""
+"""A product of this many weights takes longer than handing a part of it to a thread."""
 
 
 class NeedsHostError(Exception):

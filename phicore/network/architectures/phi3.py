@@ -51,7 +51,7 @@ class Phi3(LongRoPE):
     name = "phi3"
 
     def default_window(self, read: Hyperparameters) -> int:
-        """Of files from before `attention.sliding_window` was written.
+        """The window of files from before `attention.sliding_window` was written.
 
         Source: llama.cpp, `llama_model::load_hparams`, case LLM_ARCH_PHI3.
         """

@@ -103,7 +103,7 @@ class ExpertsConformance(Conformance):
     def test_expert_linear_other_experts_have_no_influence(
         self, ops: Backend, chosen: list[int], rng: np.random.Generator
     ) -> None:
-        """They may hold anything, such as numbers that are not finite."""
+        """Other experts may hold anything, such as numbers that are not finite."""
         matrices = experts([Type.F32], [N], rng)
         for number in set(range(X)) - set(chosen):
             part = matrices[number].parts[0]

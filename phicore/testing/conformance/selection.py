@@ -41,7 +41,7 @@ counts = st.one_of(st.integers(0, 3), st.integers(0, MOST // V))
 
 
 def by_order(x: np.ndarray, counts: np.ndarray, total: int) -> np.ndarray:
-    """As `expected`, quickly."""
+    """Compute what `expected` computes, quickly."""
     order = np.argsort(-x, kind="stable")
     held = np.cumsum(counts[order], dtype=np.int64)
     return x >= x[order[np.searchsorted(held, total)]]

@@ -34,8 +34,8 @@ from phicore_torch import namespace
 
 def device_names() -> list[str]:
     """The devices of this machine that torch can use: `cpu`, `cuda`, `cuda:1`, `mps`."""
-    cards = [f"cuda:{i}" if i else "cuda" for i in range(torch.cuda.device_count())]
-    return ["cpu", *cards, *(["mps"] if torch.backends.mps.is_available() else [])]
+    gpus = [f"cuda:{i}" if i else "cuda" for i in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 class TorchBackend(Backend):
@@ -164,7 +164,7 @@ def _values(part: tuple[Array, ...]) -> Array:
 
 
 def _product(x: Array, codes: Array, scales: Array, biases: Array) -> Array:
-    """The same weights times one row: (K,) gives (N,)."""
+    """Multiply quantized weights by one row: (K,) gives (N,)."""
     groups = x.reshape(codes.shape[1:])  # (G, n)
     dots = (codes.float() * groups).sum(-1)
     return (dots * scales + biases * groups.sum(-1)).sum(-1)

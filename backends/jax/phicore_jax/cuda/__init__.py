@@ -1,7 +1,7 @@
-"""Kernels for NVIDIA cards, written in Python; LLVM makes PTX of them, XLA launches it.
+"""Kernels for NVIDIA GPUs, written in Python; LLVM makes PTX of them, XLA launches it.
 
 `warp` is what they are written in beside `kernels.lang`, `formats` how weights lie in memory,
-`linear` and `attention` the kernels, `ptx` the way to the card, and `runtime` the functions of JAX
+`linear` and `attention` the kernels, `ptx` the way to the GPU, and `runtime` the functions of JAX
 arrays. `check` tries them.
 """
 
@@ -26,7 +26,7 @@ OPTIONS = {
 
 @cache
 def find_kernels() -> tuple[CudaKernels | None, str]:
-    """The kernels of cards, or None; and which they are, or why there are none."""
+    """Find the kernels of GPUs, or None; and say which they are, or why there are none."""
     if os.environ.get("PHICORE_KERNELS") == "0":
         return None, "switched off by PHICORE_KERNELS=0"
     try:
@@ -41,7 +41,7 @@ def find_kernels() -> tuple[CudaKernels | None, str]:
 
 @cache
 def working_kernels(device: Any) -> tuple[CudaKernels | None, str]:
-    """The same, of kernels that were tried on a card."""
+    """The kernels of GPUs if they computed the right results on this one; see `find_kernels`."""
     kernels, about = find_kernels()
     if kernels is None:
         return None, about

@@ -1,4 +1,4 @@
-"""Attention of one new token for each sequence on a card, over the part of the cache it sees.
+"""Attention of one new token for each sequence on a GPU, over the part of the cache it sees.
 
 The positions that a head sees are dealt out to several warps, and those of a warp to eight groups
 of four lanes: four lanes have the D channels of a key and its value, in chunks of 8. Each group
@@ -21,16 +21,16 @@ from phicore_jax.kernels.attention import exp
 from phicore_jax.kernels.lang import F16, F32, I16, I32, I64, Value
 
 CACHE_TYPES = ("i16", "f16", "f32")
-CHUNK = 8  # channels that a lane has next to each other
-QUAD = 4  # lanes of a key
-KEYS = LANES // QUAD  # of a warp at a time
-WARPS = 2048  # that a card is to have
-NOTHING = -1e30  # the largest score where there is none
+CHUNK = 8  # neighbouring channels of a lane
+QUAD = 4  # lanes that share a key
+KEYS = LANES // QUAD  # keys that a warp reads at a time
+WARPS = 2048  # enough to occupy a GPU
+NOTHING = -1e30  # the largest score of no keys
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a layer's attention: B, H, K, S and D of the protocol, and the type of its cache."""
+    """The shape of a layer's attention: the protocol's B, H, K, S and D, and the cache type."""
 
     batch: int
     heads: int
@@ -41,29 +41,29 @@ class Shape:
 
     @property
     def splits(self) -> int:
-        """Warps of a head: a power of two, up to 64."""
+        """How many warps share a head: a power of two, up to 64."""
         wanted = max(1, WARPS // (self.batch * self.heads))
         most = min(64, max(1, self.capacity // (KEYS * self.together)), wanted)
         return power_of_two(most + 1) // 2
 
     @property
     def chunks(self) -> int:
-        """Of a lane."""
+        """How many chunks of channels a lane has."""
         return self.dim // (CHUNK * QUAD)
 
     @property
     def together(self) -> int:
-        """Positions that a group of lanes loads at once; of large heads, registers run out."""
+        """How many slots a group of lanes loads at once; large heads would run out of registers."""
         return 2 if self.dim <= 128 else 1
 
 
 def has_dim(dim: int) -> bool:
-    """Whether heads of this size fit."""
+    """Whether the kernels compute heads of this size."""
     return dim % LANES == 0 and dim <= 256
 
 
 def emit_store(w: Warp, shape: Shape, args: Sequence[Value]) -> None:
-    """What a warp does to round a row of keys or values, and to put it into the cache.
+    """Write what a warp does to round a row of keys or values and to store it in the cache.
 
     Args:
         args: Pointers to keys and values (B, K, D), positions (B,), and then the cache, with

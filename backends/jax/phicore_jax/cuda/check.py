@@ -1,4 +1,4 @@
-"""Whether the kernels compute on a card what they should: tried once, before they are used.
+"""Whether the kernels compute on a GPU what they should: tried once, before they are used.
 
 Drivers and XLA's versions are many, and a kernel that is wrong would give wrong text. They run in a
 loop, and compiled with the options that steps have, which are not XLA's default. Products are tried
@@ -32,7 +32,7 @@ Caches = dict[str, dict[str, Array]]
 
 
 class Given(NamedTuple):
-    """What run `i` of a trial has: rows, a weight, numbers for attention, and caches so far."""
+    """The inputs of run `i` of a trial: rows, a weight, numbers for attention, and caches."""
 
     i: Array
     x: Array
@@ -50,7 +50,7 @@ BOUND = 1e-3
 
 
 class TriedKernels(CudaKernels):
-    """Those of a card: types whose products are wrong there are not among them."""
+    """The kernels of one GPU. A type whose products are wrong on it is left to XLA."""
 
     def __init__(self, device: Any) -> None:
         self._device = device
@@ -76,7 +76,7 @@ def fault(device: Any, ggml_type: Type | None = None, *, of_experts: bool = Fals
     if ggml_type is not None:
         trial = try_experts if of_experts else try_products
     if (found := _fault(device, trial, ggml_type or Type.Q8_0)) is not None:
-        found = f"they do not work with this card: {found}"
+        found = f"they do not work with this GPU: {found}"
         which = "CUDA kernels" if ggml_type is None else f"CUDA kernels for {ggml_type.name}"
         logging.getLogger("phicore_jax").warning("%s: %s; XLA computes instead", which, found)
     return found
@@ -94,12 +94,12 @@ def _fault(device: Any, trial: Trial, ggml_type: Type) -> str | None:
 
 
 def _check_alive(device: Any) -> None:
-    """After an access to memory that is not there, a card does nothing more for a process."""
+    """After an access to memory that is not there, a GPU does nothing more for a process."""
     try:
         jax.block_until_ready(jax.device_put(np.ones(8, np.float32), device) + 1.0)
     except Exception as error:
         raise BackendError(
-            "jax: the card stopped when CUDA kernels were tried; start again with PHICORE_KERNELS=0"
+            "jax: the GPU stopped when CUDA kernels were tried; start again with PHICORE_KERNELS=0"
         ) from error
 
 
@@ -188,7 +188,7 @@ def _cache(cache_type: str, qkv: Array) -> dict[str, Array]:
 def _try_attention(
     kernels: OwnKernels, cache_type: str, given: Given
 ) -> tuple[Array, dict[str, Array]]:
-    """Of token i, whose row is stored first, in two sequences, one longer than the window."""
+    """Store token i of two sequences, one longer than the window, and compute its attention."""
     i, qkv, stored = given.i, given.qkv, given.caches[cache_type]
     first = jnp.array([[7], [900]], jnp.int32)
     positions, window = first + i, 700

@@ -75,11 +75,11 @@ class Weights:
         return found
 
     def times(self, w: Warp, activations: Sequence[Value], sums: Sequence[Value]) -> Value:
-        """Their product with a group of activations, in units of these; float32.
+        """Multiply these weights by a group of activations: float32, in the activations' unit.
 
         Args:
             activations: The upper bytes in eight words, then the lower ones.
-            sums: Of the first 16 and of the second.
+            sums: The sums of the first 16 activations and of the other 16.
         """
         zero = w.spread(w.f.i32(0))
         dots = []
@@ -218,12 +218,12 @@ def as_float(bits: Value) -> Value:
 
 
 def numbers(halves: Any) -> Any:
-    """The same by XLA."""
+    """Read float16 bits as float32, by XLA."""
     return lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32)
 
 
 def two_numbers(words: Any) -> tuple[Any, Any]:
-    """Those of `two_halves`, by XLA."""
+    """Read words as pairs of float16, by XLA, as `two_halves` does in a kernel."""
     found = numbers(lax.bitcast_convert_type(words, jnp.uint16))
     return found[..., 0], found[..., 1]
 
@@ -507,7 +507,7 @@ class Q4K(Nibbles):
 
 
 class Q5K(FifthBit, Q4K):
-    """The same with codes of 5 bits."""
+    """d * scale * code - dmin * minimum, with codes of 5 bits."""
 
     block, plane_count = Q5_K, 4
 

@@ -1,9 +1,9 @@
-"""Products with a quantized matrix on a card, weights as they are in memory.
+"""Products with a quantized matrix on a GPU, weights as they are in memory.
 
 Of a few rows: a lane takes a group of 32 weights at a time, whose codes it loads 16 bytes at once;
 a warp takes two rows of the matrix, so that activations that were loaded are used more than once.
 These are integers: in each group multiples of 1 / 32512 of the largest, as two signed bytes, since
-a card multiplies four bytes in one instruction (`dp4a`) and would need eight to expand and multiply
+a GPU multiplies four bytes in one instruction (`dp4a`) and would need eight to expand and multiply
 four weights in float32. Sums of a group are exact; the result is within 3e-5 of float64.
 
 Of many rows: a part of the matrix at a time is expanded, to numbers of 16 bits that tensor cores
@@ -24,13 +24,13 @@ LARGEST = 127 * 256  # both bytes of a multiple are signed
 
 
 def emit_quantize(w: Warp, groups: int, args: Sequence[Value]) -> None:
-    """What a warp does to make integers of activations: a group, a lane for each number.
+    """Write what a warp does to quantize a group of activations, a lane for each number.
 
     Args:
         groups: G, of all rows.
-        args: Pointers to the activations, (G, 32) float32, and to what comes of them: bytes
-            (G, 2, 32) int8, the upper ones of a group and then the lower ones; the units of the
-            groups, (G,) float32; the sums of each half of them, (G, 2) int32.
+        args: Pointers to the activations, (G, 32) float32, and to the results: bytes (G, 2, 32)
+            int8, the upper bytes of a group and then the lower ones; the unit of each group, (G,)
+            float32; the sums of the halves of each group, (G, 2) int32.
     """
     activations, *results = args
     with w.f.when(w.number < groups):
@@ -41,12 +41,12 @@ def emit_quantize(w: Warp, groups: int, args: Sequence[Value]) -> None:
 def emit_quantize_normed(
     w: Warp, groups: int, columns: int, eps: float, args: Sequence[Value]
 ) -> None:
-    """The same of RMSNorm's result, which is not stored: see `Backend.rms_norm`.
+    """Write what a warp does to quantize a group of RMSNorm's result, which is not stored.
 
     Each warp computes the mean square of its row: reading that again is quicker than a launch.
 
     Args:
-        columns: Of a row.
+        columns: E, the length of a row.
         args: Pointers to the rows, the weight, and the results.
     """
     f = w.f
@@ -69,10 +69,10 @@ def emit_quantize_normed(
 
 
 def emit_quantize_gated(w: Warp, groups: int, columns: int, args: Sequence[Value]) -> None:
-    """The same of SwiGLU's result: see `Backend.swiglu`.
+    """Write what a warp does to quantize a group of SwiGLU's result, which is not stored.
 
     Args:
-        columns: F, of a row of the result.
+        columns: F, the length of a row of the result.
         args: Pointers to gates and then as many others in a row, and the results.
     """
     f = w.f
@@ -130,7 +130,7 @@ def emit_product(
 def emit_expert_product(
     w: Warp, fmt: Format, shape: tuple[int, int], m: int, args: Sequence[Value]
 ) -> None:
-    """The same where each row of x has a matrix of its own, of those that lie on top of each other.
+    """Write the product of each row of x and a matrix of its own. The matrices are stacked.
 
     Args:
         args: The first is a pointer to the matrices' numbers, (M,) int32.
@@ -214,7 +214,7 @@ def emit_expert_expand(
     is_fast: bool,
     args: Sequence[Value],
 ) -> None:
-    """The same of one of several matrices that lie on top of each other.
+    """Write what `emit_expand` does, for one of several stacked matrices.
 
     Args:
         shape: N, K of each.

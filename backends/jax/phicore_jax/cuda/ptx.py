@@ -1,4 +1,4 @@
-"""Kernels as PTX, NVIDIA's assembly, which LLVM writes and the driver compiles for its card.
+"""Kernels as PTX, NVIDIA's assembly, which LLVM writes and the driver compiles for its GPU.
 
 XLA takes the text, and launches it like a kernel of its own.
 """
@@ -14,12 +14,12 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
-from phicore_jax.cuda.warp import LANES, Card
+from phicore_jax.cuda.warp import GPU, LANES
 from phicore_jax.kernels.build import optimized
 from phicore_jax.kernels.lang import Function, Module, Target, Value
 
 TRIPLE = "nvptx64-nvidia-cuda"
-# Turing's, for which every newer driver and card has an answer: the kernels need nothing newer.
+# Turing's, for which every newer driver and GPU has an answer: the kernels need nothing newer.
 CAPABILITY, VERSION = "sm_75", "+ptx70"
 WARPS_OF_BLOCK = 4
 GLOBAL = ir.PointerType(addrspace=1)
@@ -126,7 +126,7 @@ def ptx(emit: Emit, constants: tuple[Any, ...], pointers: int) -> str:
     module = Module(Target("cuda"))
 
     def body(f: Function, *args: Value) -> None:
-        emit(Card(f, WARPS_OF_BLOCK), *constants, args)
+        emit(GPU(f, WARPS_OF_BLOCK), *constants, args)
 
     function = module.function(_name(emit), [GLOBAL] * pointers, body)
     function.calling_convention = "ptx_kernel"

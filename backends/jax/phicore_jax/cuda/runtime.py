@@ -1,4 +1,4 @@
-"""The kernels of cards as functions of JAX arrays."""
+"""The kernels of GPUs as functions of JAX arrays."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from phicore_jax.own import OwnKernels, Source
 Array = Any
 
 FEW_ROWS = 8
-"""Up to how many rows are multiplied by the kernel; more by XLA, with expanded weights."""
+"""The kernel multiplies up to this many rows; XLA multiplies more, with expanded weights."""
 EXPANDED_BYTES = 64 << 20
-"""Of a part of a matrix that is expanded at a time."""
+"""The size of the part of a matrix that is expanded at a time."""
 
 
 @partial(
@@ -85,7 +85,7 @@ class Integers:
 
 
 class CudaKernels(OwnKernels):
-    """What `kernels.runtime.Kernels` is on a CPU. Its arrays are on a card."""
+    """What `kernels.runtime.Kernels` is on a CPU. Its arrays are on a GPU."""
 
     packed = Planes
     cache_types = ("i16", "f16", "f32", "i24", "q8_0")

@@ -1,8 +1,8 @@
-"""A warp of 32 lanes in the language of the kernels: on a card, or on this processor for tests.
+"""A warp of 32 lanes in the language of the kernels: on a GPU, or on this processor for tests.
 
-On a card a lane is a thread, and its values are numbers. On a processor the warp is one thread, and
+On a GPU a lane is a thread, and its values are numbers. On a processor the warp is one thread, and
 its values are vectors of 32 numbers. A kernel is written once, for a `Warp`, so the tests run the
-very source that a card runs. What is the same in all lanes may be uniform: a number on both.
+very source that a GPU runs. What is the same in all lanes may be uniform: a number on both.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Warp(ABC):
         return self.combine(x, distances, self.f.larger)
 
 
-class Card(Warp):
+class GPU(Warp):
     """A warp of a GPU."""
 
     def __init__(self, f: Function, warps_of_block: int) -> None:
@@ -152,7 +152,7 @@ class Card(Warp):
 
 
 class Host(Warp):
-    """The same on this processor."""
+    """A warp on this processor: a vector with a lane for each of its threads."""
 
     def __init__(self, f: Function, number: Value) -> None:
         self.f = f
@@ -195,7 +195,7 @@ class Host(Warp):
 
     @staticmethod
     def emit_functions(module: Module) -> None:
-        """Those that `load` and `store` call."""
+        """Write the functions that `load` and `store` call."""
         indices = vec(I32, LANES)
         for element in (I8, I16, I32, F16, F32):
             size, shape = _size(element), vec(element, LANES)

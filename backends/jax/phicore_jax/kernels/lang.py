@@ -127,7 +127,7 @@ class Value:
     # ---- conversions -----------------------------------------------------------------------
 
     def to(self, element: ir.Type, signed: bool = True) -> Value:
-        """The same numbers as another type: widened, narrowed, rounded toward zero."""
+        """Convert the numbers to another type: widened, narrowed, or rounded toward zero."""
         b, source = self.f.builder, _element(self.type)
         target = _with_element(self.type, element)
         if self.type == target:
@@ -144,7 +144,7 @@ class Value:
         return Value(self.f, getattr(b, name)(self.ir, target))
 
     def bits_as(self, target: ir.Type) -> Value:
-        """The same bits, read as another type of the same size."""
+        """Read the bits as another type of the same size."""
         return Value(self.f, self.f.builder.bitcast(self.ir, target))
 
     def splat(self, lanes: int = LANES) -> Value:
@@ -227,7 +227,7 @@ class Target:
 
     @property
     def fused_tile(self) -> int:
-        """The same for a product of one strip, whose codes are decoded in registers."""
+        """Rows of activations for which a product of one strip, decoded in registers, does so."""
         return {"avx512vnni": 8, "neon": 4}.get(self.name, 3)
 
     def dot_pairs(self, acc: Value, x: Value, y: Value) -> Value:
