@@ -23,7 +23,7 @@ from phicore.gguf.reader import open_gguf
 from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
 from phicore.network.config import Phi3Config
 from phicore.network.processors import LogitsProcessor
-from phicore.network.sampling import Sampling
+from phicore.network.sampling import GGUF_KEYS, Sampling
 from phicore.network.tensors import vocab_size
 from phicore.plugins import Plugins, choose_backend
 from phicore.plugins.observers import Observers
@@ -35,16 +35,6 @@ from phicore.text.stop_strings import StopStrings
 from phicore.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray
-
-# Recommended sampling parameters, as llama.cpp's converter writes them from generation_config.json.
-SAMPLING_KEYS = {
-    "temperature": "general.sampling.temp",
-    "top_k": "general.sampling.top_k",
-    "top_p": "general.sampling.top_p",
-    "min_p": "general.sampling.min_p",
-    "repeat_penalty": "general.sampling.penalty_repeat",
-    "repeat_last_n": "general.sampling.penalty_last_n",
-}
 
 
 class Generation:
@@ -400,8 +390,8 @@ def _checked_ids(ids: Any, vocab_size: int) -> list[int]:
 
 
 def _recommended_sampling(metadata: Mapping[str, Any], path: Path) -> Sampling:
-    found = {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata}
+    found = {name: metadata[key] for name, key in GGUF_KEYS.items() if key in metadata}
     try:
         return Sampling(**found)
     except ArgumentError as error:
-        raise GGUFError(f"{path.name}: {SAMPLING_KEYS[error.parameter or '']}: {error}") from None
+        raise GGUFError(f"{path.name}: {GGUF_KEYS[error.parameter or '']}: {error}") from None

@@ -27,7 +27,7 @@ def parity(
             "--backends",
             "-b",
             metavar="NAME,...",
-            help="Backends to compare; the others are compared with the first. [all that work here]",
+            help="Backends to compare; the first is compared with the others. [all that work here]",
         ),
     ] = None,
     against: Annotated[

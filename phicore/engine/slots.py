@@ -12,8 +12,8 @@ from phicore.backend.shapes import power_of_two
 from phicore.engine.request import Request
 from phicore.engine.steps import Kinds, Place, States
 from phicore.errors import PhicoreError
+from phicore.network import sampler
 from phicore.network.processors import LogitsProcessor, check_same
-from phicore.network.sampling import Sampling
 
 MIN_RECENT = 64
 """How many recent tokens a row remembers at least, so that few sizes are compiled."""
@@ -119,13 +119,13 @@ class Slots:
             limits: How many tokens each answer has at most.
         """
         ops = cache.ops
-        samplings = [request.sampling for request in requests]
+        draw = sampler.inputs([request.sampling for request in requests])
         return cls(
             cache,
             requests,
             _states(ops, requests, vocab_size),
             _penalty(ops, requests, limits, context),
-            _draw(ops, samplings),
+            draw and {name: ops.asarray(array) for name, array in draw.items()},
             _ends(ops, requests),
             ops.asarray(np.zeros(len(requests), np.int32)),
         )
@@ -190,19 +190,10 @@ def _penalty(
     return {
         "recent": ops.asarray(recent),
         "last_n": ops.asarray(np.array(counts, np.int32)),
-        "repeat_penalty": _floats(ops, [r.sampling.repeat_penalty for r in requests]),
+        "repeat_penalty": ops.asarray(
+            np.array([r.sampling.repeat_penalty for r in requests], np.float32)
+        ),
     }
-
-
-def _draw(ops: Backend, samplings: Sequence[Sampling]) -> dict[str, Array] | None:
-    if all(s.is_greedy for s in samplings):
-        return None
-    draw = {"temperature": _floats(ops, [s.temperature for s in samplings])}
-    if any(s.has_filter for s in samplings):
-        draw["top_k"] = ops.asarray(np.array([s.top_k for s in samplings], np.int32))
-        draw["top_p"] = _floats(ops, [s.top_p for s in samplings])
-        draw["min_p"] = _floats(ops, [s.min_p for s in samplings])
-    return draw
 
 
 def _ends(ops: Backend, requests: Sequence[Request]) -> Array:
@@ -211,7 +202,3 @@ def _ends(ops: Backend, requests: Sequence[Request]) -> Array:
     for row, request in zip(ends, requests, strict=True):
         row[: len(request.ends)] = sorted(request.ends)
     return ops.asarray(ends)
-
-
-def _floats(ops: Backend, values: Sequence[float]) -> Array:
-    return ops.asarray(np.array(values, np.float32))

@@ -11,11 +11,13 @@ chance to differ (docs/architecture.md has what was measured).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from phicore.backend import Array, Backend
+from phicore.network.sampling import Sampling
 
 ONE = 2**30  # probability 1 as a count; the sum over a vocabulary stays below 2**31
 ALL = 2**31 - 1  # a count that no vocabulary has
@@ -34,6 +36,24 @@ def uniforms(seed: int, step: int, size: int) -> np.ndarray:
     np.add(words, 0.5, out=numbers, casting="same_kind")  # in float64, then rounded
     numbers *= np.float32(2.0**-32)
     return np.minimum(numbers, np.float32(1 - 2**-24), out=numbers)
+
+
+def inputs(samplings: Sequence[Sampling]) -> dict[str, np.ndarray] | None:
+    """What `sample` takes as `draw` for B rows, but for the random numbers; host arrays (B,).
+
+    Returns:
+        The temperatures and, if some row has a filter, what the filters take; None if all rows are
+        greedy.
+    """
+    if all(sampling.is_greedy for sampling in samplings):
+        return None
+    names: dict[str, type[np.number[Any]]] = {"temperature": np.float32}
+    if any(sampling.has_filter for sampling in samplings):
+        names |= {"top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
+    return {
+        name: np.array([getattr(sampling, name) for sampling in samplings], dtype)
+        for name, dtype in names.items()
+    }
 
 
 def sample(

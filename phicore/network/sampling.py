@@ -69,3 +69,15 @@ class Sampling:
     @property
     def has_penalty(self) -> bool:
         return self.repeat_penalty != 1 and self.repeat_last_n != 0
+
+
+GGUF_KEYS = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repeat_penalty": "general.sampling.penalty_repeat",
+    "repeat_last_n": "general.sampling.penalty_last_n",
+}
+"""The keys of a file's recommendation, which llama.cpp's converter takes from a model's
+generation_config.json."""
