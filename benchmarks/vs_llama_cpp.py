@@ -44,6 +44,7 @@ from typing import Any
 import numpy as np
 from engines import PORTABLE_BUILD, Worker
 
+from phicore.backend import BackendOptions
 from phicore.backend.host import cpu_count
 from phicore.cli.terminal import size, table
 from phicore.errors import PhicoreError
@@ -250,9 +251,8 @@ def has_fast_prefill(threads: int | None) -> bool:
     Raises:
         PhicoreError: If the JAX backend does not work here, or cannot be told how many threads.
     """
-    backend = choose_backend("jax", Plugins()).create("cpu")
-    backend.configure(threads=threads)
-    return backend.has_fast_prefill
+    options = BackendOptions(device="cpu", threads=threads)
+    return choose_backend("jax", Plugins()).create(options).capabilities.has_fast_prefill
 
 
 def others_cpu_s() -> float:

@@ -187,7 +187,7 @@ class Phicore:
 
     def products_s(self) -> float:
         """Seconds of MLX's products for one token, and of nothing else."""
-        engine = self._model._engine  # what no user needs
+        engine = self._model.engine
         ops, params = engine.ops, engine.params
         e, f = engine.config.hidden_size, engine.config.intermediate_size
         attended = engine.config.num_attention_heads * engine.config.head_dim
