@@ -67,8 +67,8 @@ CacheTypeOption = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        help="How keys and values are stored: f32, f16, bf16, i24, i16 or q8_0. "
-        "[the backend's default]",
+        help="How keys and values are stored, such as f16, i16 or q8_0; each backend has some of "
+        "the types. [the backend's default]",
     ),
 ]
 FastPrefillOption = Annotated[
