@@ -1,62 +1,122 @@
-"""How keys and values are stored: the types of a cache, and what each rounds.
+"""How keys and values are stored: the types of a cache, each described once.
 
-A row is the D numbers of a head at a position.
+A row is the D numbers of a head at a position. It is stored as floats, or as integers that are
+multiples of a scale: one scale for the row, or one for each group of its numbers (`q8_0` has ggml's
+blocks of 32). A layer's cache is `k` and `v`, rows (B, K, S, D), and with scales `k_scale` and
+`v_scale`.
 
-| type | a row | rounded by at most |
-| --- | --- | --- |
-| `f32` | float32 | nothing |
-| `f16`, `bf16` | floats of 16 bits | 2**-11, 2**-8 of each number |
-| `i16` | int16, and a float32 scale | 2**-16 of the row's largest |
-| `q8_0` | int8, and a float16 scale for each 32, in ggml's blocks | 1/250 of the 32's largest, |
-|        | | or 2e-6 if that is more |
-
-A layer's cache is `k` and `v`, rows (B, K, S, D), and with scales `k_scale` and `v_scale`.
+A new type is one entry of `TYPES`, if its numbers and scales have dtypes of `xp`. A backend lists
+the types that it has, and may add types of its own.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from phicore.errors import BackendError
 
 Array = Any
 Cache = dict[str, Array]
 
-FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-"""The types that are plain numbers, and the names of their dtypes."""
-BLOCK = 32  # numbers of `q8_0` that share a scale
+
+@dataclass(frozen=True)
+class CacheType:
+    """How the numbers of a row are stored.
+
+    Attributes:
+        dtype: The name of the dtype of a cache's rows.
+        bits: Bits of a number.
+        rounding: A number is rounded by at most this share of itself, or, with scales, of the
+            largest number that has the same scale.
+        least: Numbers may be rounded by this much, however small they are.
+        error: A bound of the relative error of attention on random numbers.
+        scale_dtype: The name of the dtype of scales; None: the numbers are floats without any.
+        largest: The largest integer that a scale is multiplied by.
+        group: How many numbers share a scale; None: all of a row.
+    """
+
+    name: str
+    dtype: str
+    bits: int
+    rounding: float
+    error: float
+    least: float = 0.0
+    scale_dtype: str | None = None
+    largest: int = 0
+    group: int | None = None
+
+    def scale_shape(self, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of rows (..., D)."""
+        return rows[:-1] if self.group is None else (*rows[:-1], rows[-1] // self.group)
+
+    def bytes_of_row(self, dim: int) -> int:
+        """The memory that the D numbers of a row and their scales take."""
+        scales = 0
+        if self.scale_dtype is not None:
+            scales = np.dtype(self.scale_dtype).itemsize * (dim // self.group if self.group else 1)
+        return dim * self.bits // 8 + scales
+
+    def check(self, dim: int) -> None:
+        """Refuse heads whose rows are no whole number of groups.
+
+        Raises:
+            BackendError: If there is no cache of this type for heads of D = dim.
+        """
+        if self.group is not None and dim % self.group:
+            raise BackendError(
+                f"cache type {self.name}: this model's heads have {dim} channels, which are no "
+                f"blocks of {self.group}; take i16 or f16"
+            )
+
+
+TYPES = {
+    cache_type.name: cache_type
+    for cache_type in (
+        CacheType("f32", "float32", 32, rounding=0.0, error=5e-6),
+        CacheType("f16", "float16", 16, rounding=2.0**-11, error=1e-3, least=2.0**-25),
+        CacheType("bf16", "bfloat16", 16, rounding=2.0**-8, error=8e-3),
+        CacheType(
+            "i16",
+            "int16",
+            16,
+            rounding=2.0**-16,
+            error=1e-4,
+            scale_dtype="float32",
+            largest=32767,
+        ),
+        CacheType(
+            "q8_0",
+            "int8",
+            8,
+            rounding=1 / 250,
+            error=1e-2,
+            least=127 * 2.0**-25,  # of tiny scales float16 has few bits
+            scale_dtype="float16",
+            largest=127,
+            group=32,
+        ),
+    )
+}
+"""The types that the defaults of a backend can store, if `xp` has their dtypes."""
 
 
 def empty(xp: Any, cache_type: str, shape: tuple[int, int, int, int]) -> Cache:
     """Zeros, for keys and values (B, K, S, D).
 
     Raises:
-        BackendError: For `q8_0` and rows that are no blocks of 32.
+        BackendError: If the type cannot hold heads of this size.
     """
-
-    def zeros(shape: tuple[int, ...], name: str) -> Array:
-        return xp.zeros(shape, dtype=getattr(xp, name))
-
-    cache: Cache = {}
+    kind, cache = TYPES[cache_type], Cache()
+    kind.check(shape[3])
     for name in ("k", "v"):
-        if cache_type in FLOATS:
-            cache[name] = zeros(shape, FLOATS[cache_type])
-        elif cache_type == "i16":
-            cache[name], cache[f"{name}_scale"] = zeros(shape, "int16"), zeros(shape[:3], "float32")
-        else:
-            check_blocks(shape[3])
-            scales = (*shape[:3], shape[3] // BLOCK)
-            cache[name], cache[f"{name}_scale"] = zeros(shape, "int8"), zeros(scales, "float16")
+        cache[name] = xp.zeros(shape, dtype=getattr(xp, kind.dtype))
+        if kind.scale_dtype is not None:
+            dtype = getattr(xp, kind.scale_dtype)
+            cache[f"{name}_scale"] = xp.zeros(kind.scale_shape(shape), dtype=dtype)
     return cache
-
-
-def check_blocks(dim: int) -> None:
-    """Refuse heads that `q8_0` cannot hold."""
-    if dim % BLOCK:
-        raise BackendError(
-            f"cache type q8_0: this model's heads have {dim} channels, which are no blocks of "
-            f"{BLOCK}; take i16 or f16"
-        )
 
 
 def stored(xp: Any, k: Array, v: Array, cache_type: str) -> Cache:
@@ -77,14 +137,12 @@ def numbers(xp: Any, cache: Cache) -> tuple[Array, Array]:
 
 def stored_rows(xp: Any, x: Array, row_type: str) -> tuple[Array, Array | None]:
     """Rows (..., D) float32 as numbers or integers, and the scales of these."""
-    if row_type in FLOATS:
-        return xp.astype(x, getattr(xp, FLOATS[row_type])), None
-    if row_type == "i16":
-        integers, scales = multiples(xp, x, 32767)
-        return xp.astype(integers, xp.int16), scales
-    blocks = xp.reshape(x, (*x.shape[:-1], -1, BLOCK))
-    integers, scales = multiples(xp, blocks, 127, xp.float16)
-    return xp.astype(xp.reshape(integers, x.shape), xp.int8), xp.astype(scales, xp.float16)
+    kind = TYPES[row_type]
+    if kind.scale_dtype is None:
+        return xp.astype(x, getattr(xp, kind.dtype)), None
+    groups = x if kind.group is None else xp.reshape(x, (*x.shape[:-1], -1, kind.group))
+    integers, scales = multiples(xp, groups, kind)
+    return xp.astype(xp.reshape(integers, x.shape), getattr(xp, kind.dtype)), scales
 
 
 def numbers_of_rows(xp: Any, rows: Array, scales: Array | None) -> Array:
@@ -95,22 +153,22 @@ def numbers_of_rows(xp: Any, rows: Array, scales: Array | None) -> Array:
     scales = xp.expand_dims(xp.astype(scales, xp.float32), axis=-1)
     if len(scales.shape) == len(rows.shape):
         return rows * scales
-    blocks = xp.reshape(rows, (*rows.shape[:-1], -1, BLOCK))
-    return xp.reshape(blocks * scales, rows.shape)
+    groups = xp.reshape(rows, (*scales.shape[:-1], -1))
+    return xp.reshape(groups * scales, rows.shape)
 
 
-def multiples(xp: Any, x: Array, most: int, dtype: Any = None) -> tuple[Array, Array]:
-    """Numbers (..., N) as integers up to `most` times a scale (...,), which is rounded to `dtype`.
+def multiples(xp: Any, x: Array, kind: CacheType) -> tuple[Array, Array]:
+    """Numbers (..., N) that share a scale, as integers times that scale (...,).
 
     What is not finite makes the scale NaN.
     """
+    most, dtype = kind.largest, getattr(xp, kind.scale_dtype or "float32")
     # the sum is 0 or NaN: the maximum of some libraries is blind to NaN
-    scale = xp.max(xp.abs(x), axis=-1) / most + xp.sum(0 * x, axis=-1)
-    if dtype is not None:
-        scale = xp.astype(xp.astype(scale, dtype), xp.float32)
-    divisor = xp.expand_dims(scale, axis=-1)
+    scales = xp.max(xp.abs(x), axis=-1) / most + xp.sum(0 * x, axis=-1)
+    scales = xp.astype(scales, dtype)
+    divisor = xp.expand_dims(xp.astype(scales, xp.float32), axis=-1)
     integers = xp.round(x / xp.where(divisor > 0, divisor, 1.0))
     # a scale that was rounded down a lot, a tiny one, leaves more than fits
     integers = xp.where(integers > most, float(most), integers)
     integers = xp.where(integers < -most, -float(most), integers)
-    return xp.where(divisor > 0, integers, 0.0), scale
+    return xp.where(divisor > 0, integers, 0.0), scales

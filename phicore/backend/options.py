@@ -29,8 +29,8 @@ class BackendOptions:
     )
     cache_type: str | None = setting(
         None,
-        "How keys and values are stored in the cache: f32, f16, bf16, i24, i16 or q8_0; "
-        "docs/models.md says what each rounds.",
+        "How keys and values are stored in the cache, such as f32, i16 or q8_0; each backend has "
+        "some of the types, and docs/models.md says what each rounds.",
         metavar="TYPE",
         shown_default="the backend's",
     )

@@ -16,11 +16,6 @@ DEQUANTIZED = 3e-7
 ATTENTION = 5e-6
 """Two products and a softmax between them, over tens of positions."""
 
-CACHE_TYPES = {"f32": ATTENTION, "f16": 1e-3, "i16": 1e-4, "q8_0": 1e-2}
-"""Attention over a cache of a type: a key or a value of `i16` is rounded by up to 2**-16 of the
-largest of its head, of `f16` by 2**-12 of itself on average, of `q8_0` by up to
-1/254 of the largest of 32, which is 2.3 times as large as one of them, on average."""
-
 SAME_GRAPH = 1e-5
 """Logits of two layers, computed twice by one backend with sums cut differently."""
 

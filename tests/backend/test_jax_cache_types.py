@@ -17,9 +17,11 @@ from phicore.testing.compare import assert_close
 
 pytest.importorskip("jax", reason="the JAX backend is not installed")
 
-ERRORS = {**tolerances.CACHE_TYPES, "i24": 4e-5}
+from phicore_jax.cache import ROW_TYPES, rows_of_cache
+
+ERRORS = {name: row_type.error for name, row_type in ROW_TYPES.items()}
 """Bounds of attention's error. `i24` rounds to 16 bits only the values."""
-LARGEST = {"i24": (32767 * 256, 32767), "i16": (32767, 32767)}
+LARGEST = {name: [rows.largest for rows in rows_of_cache(name)] for name in ("i24", "i16")}
 """The integers of the largest key and the largest value of a head."""
 
 B, K, S = 2, 2, 83

@@ -12,17 +12,10 @@ from phicore.backend import DTYPES, FUNCTIONS, Backend
 from phicore.engine import Engine, Request
 from phicore.gguf.reader import open_gguf
 from phicore.network.sampling import Sampling
-from phicore.testing.tiny_models import Tiny, write_model
+from phicore.testing.conformance.laws import TINY
+from phicore.testing.tiny_models import write_model
 
-SMALL = Tiny(
-    hidden_size=48,
-    intermediate_size=80,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-    vocab_size=23,
-    max_position_embeddings=300,
-    rope_dimension_count=6,
-)
+SMALL = replace(TINY, max_position_embeddings=300)
 
 
 def quiet(what: str, done: int, total: int) -> None:

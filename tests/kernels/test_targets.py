@@ -11,7 +11,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from kernels.made import TYPES, block_columns, kernels_of, random_tensor
 from phicore_jax.backend import JaxBackend
-from phicore_jax.kernels import CACHE_ROWS, attention, build, dense, linear, pool, rowwise
+from phicore_jax.cache import ROW_TYPES, rows_of_cache
+from phicore_jax.kernels import attention, build, dense, linear, pool, rowwise
 from phicore_jax.kernels.attention import Cache, Rows
 from phicore_jax.kernels.formats import FORMATS
 from phicore_jax.kernels.lang import Module, Target
@@ -58,7 +59,7 @@ def test_products_of_all_targets_agree(
 
 
 @pytest.mark.each_value("cache_type", "target")
-@pytest.mark.parametrize("cache_type", CACHE_ROWS)
+@pytest.mark.parametrize("cache_type", ROW_TYPES)
 def test_caches_and_attention_of_all_targets_agree(
     target: str, kernels: Kernels, cache_type: str, rng: np.random.Generator
 ):
@@ -145,7 +146,7 @@ LIBRARY = {"read", "write", "memcpy", "memset", "bzero"}
 
 def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]]]:
     """Names, the kind of their instructions, and what writes them."""
-    i24, f16 = (Cache(*(Rows(t, 20) for t in CACHE_ROWS[name])) for name in ("i24", "f16"))
+    i24, f16 = (Cache(*(Rows(t.name, 20) for t in rows_of_cache(name))) for name in ("i24", "f16"))
     q8_0 = Cache(Rows("q8_0", 64), Rows("q8_0", 64))
     found: dict[str, tuple[str, Callable[[Module], None]]] = {
         "worker": ("", pool.emit_worker),

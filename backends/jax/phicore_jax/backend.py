@@ -29,14 +29,13 @@ from phicore.backend import (
     Capabilities,
     LayerCache,
     Weight,
-    cache_types,
 )
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFTensor
 from phicore_jax import cuda, expanded
-from phicore_jax.cache import CACHE_DTYPES, as_numbers, as_stored, put, zeros
-from phicore_jax.kernels import CACHE_ROWS, ROWS_OF_STRIP, find_kernels
+from phicore_jax.cache import as_numbers, as_stored, put, rows_of_cache, width, zeros
+from phicore_jax.kernels import ROWS_OF_STRIP, find_kernels
 from phicore_jax.own import OwnKernels, Source
 from phicore_jax.parallel import Devices, ShardedCache, Share
 
@@ -372,17 +371,11 @@ class JaxBackend(Backend):
 
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
         cache: LayerCache = {} if self._shared is None else ShardedCache()
-        for name, row_type in zip(("k", "v"), CACHE_ROWS[self._cache_type], strict=True):
-            width = head_dim
-            if row_type == "i24":
-                width = 3 * head_dim
-            elif row_type == "q8_0":
-                cache_types.check_blocks(head_dim)
-                width = head_dim + 2 * (head_dim // cache_types.BLOCK)
-            shape = (batch, heads, capacity, width)
-            cache[name] = self._zeros(shape, CACHE_DTYPES[row_type])
-            if row_type in ("i24", "i16"):
-                cache[f"{name}_scale"] = self._zeros(shape[:3], np.float32)
+        for name, row_type in zip(("k", "v"), rows_of_cache(self._cache_type), strict=True):
+            shape = (batch, heads, capacity, width(row_type, head_dim))
+            cache[name] = self._zeros(shape, row_type.dtype)
+            if row_type.scale_dtype is not None and row_type.group is None:
+                cache[f"{name}_scale"] = self._zeros(shape[:3], row_type.scale_dtype)
         return cache
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -416,8 +409,7 @@ class JaxBackend(Backend):
         if self._kernels is not None and self._kernels.has_cache(self._cache_type, *k.shape[2:]):
             stored = self._kernels.store(k, v, slots, self._cache_type, old)
         else:
-            types = CACHE_ROWS[self._cache_type]
-            pairs = zip((k, v), types, strict=True)
+            pairs = zip((k, v), rows_of_cache(self._cache_type), strict=True)
             new = [part for x, row_type in pairs for part in as_stored(x, row_type)]
             start = slots[:, 0]
             stored = [put(o, n, start) for o, n in zip(old, new, strict=True)]

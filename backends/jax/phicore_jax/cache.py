@@ -14,17 +14,38 @@ import numpy as np
 from jax import lax
 
 from phicore.backend import cache_types
+from phicore.backend.cache_types import CacheType
 
 Array = Any
 
-CACHE_DTYPES = {
-    "f32": np.float32,
-    "f16": np.float16,
-    "i16": np.int16,
-    "i24": np.int8,
-    "q8_0": np.int8,
+I24 = CacheType(
+    "i24",
+    "int8",
+    24,
+    rounding=2.0**-24,
+    error=4e-5,  # most of it is that of the values, which have 16 bits
+    scale_dtype="float32",
+    largest=32767 * 256,
+)
+ROW_TYPES = {
+    **{name: cache_types.TYPES[name] for name in ("f32", "f16", "i16", "q8_0")},
+    I24.name: I24,
 }
-"""The dtypes of cached rows, by row type."""
+"""How rows can be stored. A row of i24 is the upper 16 bits of its numbers, then the other 8."""
+
+
+def rows_of_cache(cache_type: str) -> tuple[CacheType, CacheType]:
+    """How a type of cache stores keys, and how values, whose rounding matters less."""
+    keys = ROW_TYPES[cache_type]
+    return keys, ROW_TYPES["i16"] if keys is I24 else keys
+
+
+def width(row_type: CacheType, dim: int) -> int:
+    """How many numbers of its dtype a row of D = dim is, with the scales of its groups."""
+    if row_type.group is not None:
+        row_type.check(dim)
+        return row_type.bytes_of_row(dim)
+    return dim * row_type.bits // 8 // np.dtype(row_type.dtype).itemsize
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -35,23 +56,27 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def as_stored(x: Array, row_type: str) -> list[Array]:
+def as_stored(x: Array, row_type: CacheType) -> list[Array]:
     """Rows (..., D) as a cache holds them: numbers, and the scales of those that have some."""
-    if row_type == "i24":
-        multiples, scales = cache_types.multiples(jnp, x, 32767 * 256)
+    if row_type is I24:
+        multiples, scales = cache_types.multiples(jnp, x, I24)
         integers = multiples.astype(jnp.int32)
         high = ((integers + 128) >> 8).astype(jnp.int16)
         return [jnp.concatenate([as_bytes(high), integers.astype(jnp.int8)], axis=-1), scales]
-    rows, scales = cache_types.stored_rows(jnp, x, row_type)
-    if row_type == "q8_0":  # the scales of a row are behind it
+    rows, scales = cache_types.stored_rows(jnp, x, row_type.name)
+    if scales is None:
+        return [rows]
+    if row_type.group is not None:  # the scales of a row are behind it
         return [jnp.concatenate([rows, as_bytes(scales)], axis=-1)]
-    return [rows] if scales is None else [rows, scales]
+    return [rows, scales]
 
 
 def as_numbers(rows: Array, scales: Array | None) -> Array:
     """The reverse: (..., D) float32."""
     if rows.dtype == jnp.int8 and scales is None:
-        dim = rows.shape[-1] * cache_types.BLOCK // (cache_types.BLOCK + 2)
+        group = ROW_TYPES["q8_0"].group
+        assert group is not None
+        dim = rows.shape[-1] * group // (group + 2)
         rows, scales = rows[..., :dim], from_bytes(rows[..., dim:], jnp.float16)
     elif rows.dtype == jnp.int8:
         dim = rows.shape[-1] // 3

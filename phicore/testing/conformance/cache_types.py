@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phicore.backend import Backend, BackendOptions, LayerCache
+from phicore.backend import Backend, BackendOptions, LayerCache, cache_types
 from phicore.errors import BackendError
-from phicore.testing import oracle, tolerances
+from phicore.testing import oracle
 from phicore.testing.compare import assert_close, relative_error
 from phicore.testing.conformance.base import EXACT, Conformance, Make
 
-TYPES = tuple(tolerances.CACHE_TYPES)
+TYPES = {name: kind for name, kind in cache_types.TYPES.items() if hasattr(np, kind.dtype)}
+"""The types whose arrays a test can look into."""
 OWN = "own"
 """The first type that only this backend has, of which nothing is known but its error."""
 OWN_ERROR = 1e-2
-BITS = {"f32": 32, "f16": 16, "i16": 16 + 32 / 64, "q8_0": 8 + 16 / 32}  # of a number, D = 64
 B, H, K, S, D = 2, 6, 3, 40, 64
 STARTS = (3, 17)  # of the two sequences
 
@@ -64,7 +64,7 @@ class CacheTypesConformance(Conformance):
         run = ops.compile(lambda q, held, at: ops.attention(q, held, at, D**-0.5, window))
         y = ops.to_numpy(run(ops.asarray(q), filled(ops, k, v), ops.asarray(positions)))
         expected = oracle.attention(q, k, v, positions, D**-0.5, window)
-        bound = tolerances.CACHE_TYPES.get(cache_type, OWN_ERROR)
+        bound = TYPES[cache_type].error if cache_type in TYPES else OWN_ERROR
         assert_close(y, expected, bound)
         is_known = cache_type in TYPES and cache_type != "f32"
         assert not is_known or relative_error(y, expected) > bound / 30  # it is that type
@@ -72,8 +72,9 @@ class CacheTypesConformance(Conformance):
     def test_cache_takes_the_memory_of_its_type(self, case: tuple[Backend, str]) -> None:
         ops, cache_type = case
         arrays = [ops.to_numpy(a) for a in ops.new_cache(B, K, S, D).values()]
-        if cache_type in BITS:
-            assert sum(a.nbytes for a in arrays) == 2 * B * K * S * D * BITS[cache_type] / 8
+        if cache_type in TYPES:
+            row_bytes = TYPES[cache_type].bytes_of_row(D)
+            assert sum(a.nbytes for a in arrays) == 2 * B * K * S * row_bytes
         assert all(a.shape[:3] == (B, K, S) and not a.any() for a in arrays)
 
     @pytest.mark.parametrize("tokens", [1, 4])
@@ -113,7 +114,7 @@ class CacheTypesConformance(Conformance):
         self, case: tuple[Backend, str], bad: float, rng: np.random.Generator
     ) -> None:
         ops, cache_type = case
-        if bad == np.inf and cache_type in ("f32", "f16"):
+        if bad == np.inf and cache_type in TYPES and TYPES[cache_type].scale_dtype is None:
             pytest.skip("the type has infinity, which attention may give a weight of 0")
         k, v = normal(rng, 2, B, K, S, D)
         v[0, 1, 30, 7] = bad
@@ -134,13 +135,11 @@ class CacheTypesConformance(Conformance):
         y = ops.to_numpy(run(ops.asarray(q), filled(ops, k, v), ops.asarray(first)))
         expected = np.repeat(v[:, :, :1], H // K, axis=1)
         largest = np.abs(expected).max()
-        share, least = {
-            "f32": (1e-6, 0.0),
-            "f16": (2.0**-11, 2.0**-25),
-            "i16": (2.0**-15, 0.0),
-            "q8_0": (1 / 250, 127 * 2.0**-25),
-        }.get(cache_type, (OWN_ERROR, 2.0**-20))
-        bound, found = max(1.01 * share * largest, 1.01 * least), np.abs(y - expected).max()
+        share, least = OWN_ERROR, 2.0**-20
+        if cache_type in TYPES:
+            share, least = TYPES[cache_type].rounding, TYPES[cache_type].least
+        bound = max((1.01 * share + 1e-6) * largest, 1.01 * least)
+        found = np.abs(y - expected).max()
         assert found <= bound, (
             f"values up to {largest:.2g}: off by {found:.2g}, {bound:.2g} allowed"
         )

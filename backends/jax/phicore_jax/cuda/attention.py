@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phicore.backend.cache_types import TYPES
 from phicore.backend.shapes import power_of_two
 from phicore_jax.cuda.formats import as_float
 from phicore_jax.cuda.warp import LANES, Warp
@@ -98,12 +99,13 @@ def _store_row(
         for more in x[1:]:
             largest, rest = f.larger(largest, f.absolute(more)), rest + more * 0.0
         # as `cache_types.multiples`: what is not finite makes the scale NaN
-        scale = w.max(largest) / 32767.0 + w.sum(rest)
+        most = float(TYPES["i16"].largest)
+        scale = w.max(largest) / most + w.sum(rest)
         w.store([scale], scales[0], w.spread(slot), w.lane.equals(0))
         divisor = (scale > 0.0).select(scale, 1.0)
         found = [f.round_even(number / divisor) for number in x]
-        found = [(n > 32767.0).select(32767.0, n) for n in found]
-        found = [(n < -32767.0).select(-32767.0, n) for n in found]
+        found = [(n > most).select(most, n) for n in found]
+        found = [(n < -most).select(-most, n) for n in found]
         stored = [(scale > 0.0).select(n, 0.0).to(I32).to(I16) for n in found]
     elif s.cache_type == "f16":
         stored = [number.to(F16) for number in x]

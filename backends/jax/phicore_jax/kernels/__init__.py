@@ -12,12 +12,12 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
-from phicore_jax.kernels.packed import CACHE_ROWS, ROWS_OF_STRIP, Packed
+from phicore_jax.kernels.packed import ROWS_OF_STRIP, Packed
 
 if TYPE_CHECKING:
     from phicore_jax.kernels.runtime import Kernels
 
-__all__ = ["CACHE_ROWS", "ROWS_OF_STRIP", "Packed", "find_kernels"]
+__all__ = ["ROWS_OF_STRIP", "Packed", "find_kernels"]
 
 
 @cache

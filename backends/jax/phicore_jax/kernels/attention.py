@@ -15,6 +15,8 @@ from math import log
 
 from llvmlite import ir
 
+from phicore.backend.cache_types import CacheType
+from phicore_jax.cache import ROW_TYPES
 from phicore_jax.kernels import ffi, pool
 from phicore_jax.kernels.ffi import Buffer
 from phicore_jax.kernels.lang import (
@@ -36,7 +38,7 @@ FLOATS = vec(F32)
 LOWEST = -1e30  # below every score
 PREFETCH = 4096  # bytes ahead
 BLOCK = 32  # positions that are looked at together
-BLOCK_OF_Q8_0 = 32  # channels that share a scale
+BLOCK_OF_Q8_0 = ROW_TYPES["q8_0"].group or 0  # channels that share a scale
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,24 @@ class Rows:
     dim: int
 
     @property
+    def kind(self) -> CacheType:
+        return ROW_TYPES[self.type]
+
+    @property
     def has_scales(self) -> bool:
-        return self.type in ("i16", "i24")
+        """Whether rows have a scale each, in an array of its own."""
+        return self.kind.scale_dtype is not None and self.kind.group is None
 
     @property
     def largest(self) -> float:
-        return {"i16": 32767.0, "i24": 32767.0 * 256}[self.type]
+        return float(self.kind.largest)
 
     @property
     def bytes(self) -> int:
-        if self.type == "q8_0":
-            return self.dim + 2 * (self.dim // BLOCK_OF_Q8_0)
-        return self.dim * {"f32": 4, "f16": 2, "i16": 2, "i24": 3}[self.type]
+        """Bytes of a row, without a scale that is not in it."""
+        return (
+            self.dim * self.kind.bits // 8 if self.has_scales else self.kind.bytes_of_row(self.dim)
+        )
 
     def pieces(self) -> list[tuple[int, int]]:
         """A row as vectors: (first channel, number of channels), the last one perhaps short."""
@@ -111,21 +119,21 @@ class Rows:
         return self.dim + 2 * (d // BLOCK_OF_Q8_0)
 
     def _store_blocks(self, f: Function, x: Sequence[Value], row: Value) -> None:
-        together = BLOCK_OF_Q8_0 // LANES
+        together, most = BLOCK_OF_Q8_0 // LANES, self.kind.largest
         for i in range(0, len(x), together):
             block = x[i : i + together]
             largest = f.f32(0.0)
             for v in block:
                 largest = f.maximum(largest, f.maximum_of_lanes(f.absolute(v)))
-            half = f.target.float_to_half((largest * (1 / 127)).splat())
+            half = f.target.float_to_half((largest * (1 / self.largest)).splat())
             f.store(half.lane(0), row, self._scale_at(LANES * i))
             scale = f.target.half_to_float(half)
             inverse = (scale > 0.0).select(f.like(scale, 1.0) / scale, 0.0)
             for j, v in enumerate(block):
                 code = f.round_even(v * inverse).to(I32)
                 # a scale that was rounded down a lot, a tiny one, leaves more than fits
-                code = (code > 127).select(127, code)
-                code = (code < -127).select(-127, code)
+                code = (code > most).select(most, code)
+                code = (code < -most).select(-most, code)
                 f.store(code.to(I8), row, LANES * (i + j))
 
 

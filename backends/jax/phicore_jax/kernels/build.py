@@ -14,7 +14,9 @@ import llvmlite
 import llvmlite.binding as llvm
 import platformdirs
 
+from phicore.backend import cache_types
 from phicore.gguf import blocks
+from phicore_jax import cache as jax_cache
 from phicore_jax.kernels.lang import Module, Target
 
 # What a target needs of an x86 processor.
@@ -68,9 +70,10 @@ class Compiler:
 
     @cached_property
     def digest(self) -> str:
-        """Changes with any kernel, the files' blocks, the compiler, target and processor."""
+        """Changes with any kernel, what it reads, the compiler, target and processor."""
         digest = hashlib.sha256()
-        for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(blocks.__file__)):
+        described = (blocks.__file__, cache_types.__file__, jax_cache.__file__)
+        for path in (*sorted(Path(__file__).parent.glob("*.py")), *map(Path, described)):
             digest.update(path.read_bytes())
         host = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
         for part in (llvmlite.__version__, self.target.name, llvm.get_process_triple(), *host):

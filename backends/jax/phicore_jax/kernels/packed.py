@@ -1,4 +1,4 @@
-"""A matrix and a cache as the kernels read them."""
+"""A matrix as the kernels read them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ from gguf import GGMLQuantizationType
 
 Array = Any
 ROWS_OF_STRIP = 16
-CACHE_ROWS = {
-    "i24": ("i24", "i16"),
-    "i16": ("i16", "i16"),
-    "f16": ("f16", "f16"),
-    "f32": ("f32", "f32"),
-    "q8_0": ("q8_0", "q8_0"),
-}
-"""How each type of cache stores keys, and how values, whose rounding matters less."""
 
 
 @partial(

@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType
 
 from phicore.errors import BackendError
 from phicore.gguf.reader import GGUFTensor
+from phicore_jax.cache import rows_of_cache
 from phicore_jax.experts import in_tiles
 from phicore_jax.kernels import attention, dense, ffi, linear, rowwise
 from phicore_jax.kernels.attention import Cache, Rows
@@ -27,7 +28,7 @@ from phicore_jax.kernels.build import Compiler
 from phicore_jax.kernels.formats import FORMATS
 from phicore_jax.kernels.lang import Module, Target
 from phicore_jax.kernels.linear import Product
-from phicore_jax.kernels.packed import CACHE_ROWS, ROWS_OF_STRIP, Packed
+from phicore_jax.kernels.packed import ROWS_OF_STRIP, Packed
 from phicore_jax.kernels.pool import Pool, emit_worker, thread_count
 from phicore_jax.own import OwnKernels
 
@@ -247,8 +248,8 @@ class Kernels(OwnKernels):
 
 
 def _cache(cache_type: str, dim: int) -> Cache:
-    keys, values = CACHE_ROWS[cache_type]
-    return Cache(Rows(keys, dim), Rows(values, dim))
+    keys, values = rows_of_cache(cache_type)
+    return Cache(Rows(keys.name, dim), Rows(values.name, dim))
 
 
 def _huge_array(shape: tuple[int, int]) -> np.ndarray:
