@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,8 +17,11 @@ from phicore.cli.options import (
     model_or_default,
     takes,
 )
-from phicore.cli.terminal import Console, size, table
+from phicore.cli.terminal import Console, ProgressLine, duration, size, table
 from phicore.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from phicore.lab.bench import Moment
 
 EXAMPLES = """
 \b
@@ -94,24 +98,46 @@ def bench(
 
     rows = plan(n_prompt or ["512"], n_gen or ["64"], depth or ["0"])
     console = Console()
-    with console.progress() as progress:
-
-        def show(what: str, done: int, total: int) -> None:
-            if what != "prompt":  # one for every run
-                progress(what, done, total)
-
+    with console.progress() as line:
+        shown = _Shown(line)
         if synthetic is not None:
-            reference = str(synthetic_model(synthetic, progress))
+            reference = str(synthetic_model(synthetic, line))
         else:
             reference = model_or_default(model, console.say)
-        with load(reference, backend, progress=show, **backend_options) as loaded:
-            found = measure(loaded, rows, repetitions, progress)
+        with load(reference, backend, progress=shown.work, **backend_options) as loaded:
+            line("measuring", 0, 1)
+            found = measure(loaded, rows, repetitions, shown.measuring)
+            line("measuring", 1, 1)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=2))
     elif markdown:
         _print_markdown(found)
     else:
         _print_table(found)
+
+
+class _Shown:
+    """Shows how far a benchmark is."""
+
+    def __init__(self, line: ProgressLine) -> None:
+        self._line = line
+        self._moment: Moment | None = None
+
+    def work(self, what: str, done: int, total: int) -> None:
+        """What the model does: it loads, compiles, and reads the prompt of a run."""
+        if what != "prompt":
+            self._line(what, done, total)
+        elif self._moment is not None:
+            self.measuring(replace(self._moment, done=done))
+
+    def measuring(self, moment: Moment) -> None:
+        """Where the measurement is."""
+        self._moment = moment
+        run = f"run {moment.run} of {moment.runs}" if moment.run else "warm-up"
+        left = "" if moment.left_s is None else f", {duration(moment.left_s)} left"
+        self._line.tell(
+            f"measuring {moment.name}: {run}, {moment.done} of {moment.tokens} tokens{left}"
+        )
 
 
 COLUMNS = ["test", "tokens/s", "min", "max", "weights, GB/s", "of memory"]

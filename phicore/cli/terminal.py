@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import TYPE_CHECKING
 
-from phicore.progress import Progress
-
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from phicore.model import Generation, Model
+
+LOG_EVERY_S = 10.0
 
 
 class Console:
@@ -32,31 +35,69 @@ class Console:
         self._has_text = True
 
     @contextmanager
-    def progress(self) -> Iterator[Progress]:
-        """Show loading and compiling: a line that vanishes on a terminal, lines in a log."""
-        started: dict[str, float] = {}
+    def progress(self) -> Iterator[ProgressLine]:
+        """Show what is being done."""
         status = self._rich.status("", spinner="dots") if self._rich.is_terminal else None
-
-        def show(what: str, done: int, total: int) -> None:
-            if self._has_text:
-                return  # it would cut the text in two
-            begun = started.setdefault(what, time.perf_counter())
-            share = f" {done / total:4.0%}" if total > 1 else ""
-            if status is not None:
-                status.update(f"{what}{share}")
-                status.start()
-            if done == total:
-                if status is not None:
-                    status.stop()
-                else:
-                    self.say(f"{what}: {time.perf_counter() - begun:.1f} s")
-                del started[what]
-
         try:
-            yield show
+            yield ProgressLine(status, self.say, lambda: self._has_text)
         finally:
             if status is not None:
                 status.stop()
+
+
+class ProgressLine:
+    """What is being done: a line that vanishes on a terminal, lines in a log. A `Progress`.
+
+    Args:
+        status: The line on a terminal.
+        say: Prints a line in a log.
+        is_over: Whether to show nothing more.
+    """
+
+    def __init__(
+        self, status: Status | None, say: Callable[[str], None], is_over: Callable[[], bool]
+    ) -> None:
+        self._status = status
+        self._say = say
+        self._is_over = is_over
+        self._started: dict[str, float] = {}
+        self._last_s = -inf
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show a share of some work; in a log, the time that it took."""
+        if self._is_over():
+            return  # it would cut the text in two
+        begun = self._started.setdefault(what, time.perf_counter())
+        share = f" {done / total:4.0%}" if total > 1 else ""
+        self._show(f"{what}{share}")
+        if done == total:
+            if self._status is not None:
+                self._status.stop()
+            else:
+                self._say(f"{what}: {time.perf_counter() - begun:.1f} s")
+            del self._started[what]
+
+    def tell(self, text: str) -> None:
+        """Show how far long work is; in a log at once, and then every `LOG_EVERY_S` at most."""
+        self._show(text)
+        if self._status is None and time.perf_counter() - self._last_s >= LOG_EVERY_S:
+            self._say(text)
+            self._last_s = time.perf_counter()
+
+    def _show(self, text: str) -> None:
+        if self._status is not None:
+            self._status.update(text)
+            self._status.start()
+
+
+def duration(seconds: float) -> str:
+    """A time for people: `45 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def stats_lines(model: Model, generation: Generation) -> list[str]:

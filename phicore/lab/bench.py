@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from phicore.lab.interrupts import swallowed_interrupts
 from phicore.lab.machine import MemoryBandwidth, cpu_name
 from phicore.model import Model
 from phicore.plugins import Plugins
-from phicore.progress import Progress
+
+TELL_EVERY_S = 0.1  # telling must not slow down what is measured
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,17 @@ class Row:
         """What `generate` is asked for: its first token comes with the prompt."""
         return 1 + self.n_gen
 
-    def run(self, model: Model) -> Timings:
-        """Do it once. The prompt is random, the same each time."""
+    @property
+    def tokens(self) -> int:
+        """What a run reads and generates, without the first token, which comes with the prompt."""
+        return self.prompt_tokens + self.n_gen
+
+    def run(self, model: Model, tell: Callable[[int], None] = lambda done: None) -> Timings:
+        """Do it once. The prompt is random, the same each time.
+
+        Args:
+            tell: Called with the number of tokens that are done, after each new one.
+        """
         prompt = np.random.default_rng(0).integers(model.vocab_size, size=self.prompt_tokens)
         generation = model.generate(
             prompt,
@@ -70,10 +80,67 @@ class Row:
             ignore_eos=True,
         )
         with swallowed_interrupts() as swallowed:
-            for _ in generation:
+            for new, _ in enumerate(generation):
                 if swallowed:
                     raise KeyboardInterrupt
+                tell(self.prompt_tokens + new)
         return generation.timings
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How far a benchmark is.
+
+    Attributes:
+        name: The row that is being measured.
+        run, runs: Its run, and how many there will be; run 0 warms up.
+        done, tokens: The tokens of this run that are done, and all of them.
+        left_s: How long the benchmark will still take, if the rest is as fast as the last run of
+            each row; None until each row has run once.
+    """
+
+    name: str
+    run: int
+    runs: int
+    done: int
+    tokens: int
+    left_s: float | None
+
+
+class _Clock:
+    """Times the runs, and tells of them."""
+
+    def __init__(
+        self, rows: Sequence[Row], repetitions: int, progress: Callable[[Moment], None]
+    ) -> None:
+        self._repetitions = repetitions
+        self._progress = progress
+        self._left = dict.fromkeys(rows, 1 + repetitions)  # runs, with the one under way
+        self._took_s: dict[Row, float] = {}  # the last run
+
+    def run(self, row: Row, model: Model, before: Callable[[], None] = lambda: None) -> Timings:
+        """Run a row, after `before`."""
+        started = last = time.perf_counter()
+
+        def tell(done: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if done > 0 and now - last < TELL_EVERY_S:
+                return
+            last = now
+            number = 1 + self._repetitions - self._left[row]
+            left_s = None
+            if len(self._took_s) == len(self._left):
+                all_s = sum(self._took_s[r] * count for r, count in self._left.items())
+                left_s = max(all_s - (now - started), 0.0)
+            self._progress(Moment(row.name, number, self._repetitions, done, row.tokens, left_s))
+
+        tell(0)
+        before()
+        timings = row.run(model, tell)
+        self._took_s[row] = time.perf_counter() - started - timings.compile_s
+        self._left[row] -= 1
+        return timings
 
 
 def plan(n_prompt: Sequence[str], n_gen: Sequence[str], depth: Sequence[str]) -> list[Row]:
@@ -103,10 +170,15 @@ def _numbers(parameter: str, texts: Sequence[str]) -> list[int]:
 
 
 def measure(
-    model: Model, rows: Sequence[Row], repetitions: int, progress: Progress
+    model: Model,
+    rows: Sequence[Row],
+    repetitions: int,
+    progress: Callable[[Moment], None] = lambda moment: None,
 ) -> dict[str, Any]:
     """Run each row once to warm up, then all of them in turn `repetitions` times.
 
+    Args:
+        progress: Called before each run, and after a token every `TELL_EVERY_S` at most.
     Returns:
         Plain data. `memory_bandwidth` is None unless the device is the CPU; `peak_memory_bytes` is
         that of loading and the warm-up, before the array to measure the bandwidth with is there.
@@ -154,27 +226,19 @@ def _run_in_turn(
     model: Model,
     rows: Sequence[Row],
     repetitions: int,
-    progress: Progress,
+    progress: Callable[[Moment], None],
     *,
     with_bandwidth: bool,
 ) -> tuple[list[list[Timings]], int | None, list[float]]:
     """The runs of each row, the warm-up first; peak memory after that; samples of the bandwidth."""
-    done, total = count(1), len(rows) * (1 + repetitions)
-
-    def run(row: Row) -> Timings:
-        timings = row.run(model)
-        progress("measuring", next(done), total)
-        return timings
-
-    progress("measuring", 0, total)
-    runs = [[run(row)] for row in rows]
+    clock = _Clock(rows, repetitions, progress)
+    runs = [[clock.run(row, model)] for row in rows]
     peak_memory_bytes = model.peak_memory_bytes()
     with MemoryBandwidth() if with_bandwidth else nullcontext() as bandwidth:
         for _ in range(repetitions):
             for row, timings in zip(rows, runs, strict=True):
-                if bandwidth is not None:
-                    bandwidth.sample()
-                timings.append(run(row))
+                sample = (lambda: None) if bandwidth is None else bandwidth.sample
+                timings.append(clock.run(row, model, sample))
     return runs, peak_memory_bytes, bandwidth.samples if bandwidth is not None else []
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import pytest
 from api.tiny_models import write_tiny
 
+from phicore.cli import terminal
 from phicore.engine.timings import Timings
 from phicore.gguf.reader import open_gguf
 from phicore.lab import bench, machine
 from phicore.lab.synthetic import MODELS
+from phicore.model import load
 
 QUICK = ("--synthetic", "tiny", "-b", "numpy", "-p", "8", "-n", "4", "-r", "2")
 
@@ -85,8 +88,8 @@ def test_rows_run_as_many_tokens_as_they_say_and_one_to_begin_with(
     asked = []
     run = bench.Row.run
 
-    def spy(row: bench.Row, model: object) -> Timings:
-        timings = run(row, model)
+    def spy(row: bench.Row, *args: Any) -> Timings:
+        timings = run(row, *args)
         asked.append((row.name, timings.prompt_tokens, timings.generated_tokens))
         return timings
 
@@ -94,6 +97,52 @@ def test_rows_run_as_many_tokens_as_they_say_and_one_to_begin_with(
     result = phicore("bench", "-m", tiny, "-b", "numpy", "-p", 5, "-n", 30, "-d", 9, "-r", 1)
     assert result.code == 0
     assert asked == [("pp5", 5, 1), ("tg30 @ d9", 9, 31)] * 2
+
+
+def test_measure_tells_the_row_the_run_the_tokens_and_the_time_left(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, all that was told for minutes was "measuring"."""
+    monkeypatch.setattr(bench, "TELL_EVERY_S", 0.0)
+    rows, moments = bench.plan(["5"], ["3"], ["0"]), []
+    with load(tiny, "numpy") as model:
+        bench.measure(model, rows, 2, moments.append)
+    runs = [(name, run) for run in range(3) for name in ("pp5", "tg3")]
+    assert list(dict.fromkeys((m.name, m.run) for m in moments)) == runs
+    assert {m.runs for m in moments} == {2}
+    for name, tokens, steps in (("pp5", 5, [0, 5]), ("tg3", 4, [0, 1, 2, 3, 4])):
+        of_row = [m for m in moments if m.name == name]
+        assert [m.done for m in of_row] == steps * 3
+        assert {m.tokens for m in of_row} == {tokens}
+    # What a row takes is known after its first run.
+    assert all((m.left_s is None) == (m.run == 0) for m in moments)
+    assert all(m.left_s >= 0 for m in moments if m.run)
+
+
+def test_log_tells_at_once_and_then_now_and_then(
+    phicore: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = "measuring pp8: warm-up, 0 of 8 tokens"
+    told = [line for line in phicore("bench", *QUICK).err.splitlines() if "measuring" in line]
+    assert told[0] == first
+    assert told[-1].startswith("measuring: ")
+    assert len(told) == 2
+
+    monkeypatch.setattr(terminal, "LOG_EVERY_S", 0.0)
+    monkeypatch.setattr(bench, "TELL_EVERY_S", 0.0)
+    told = [line for line in phicore("bench", *QUICK).err.splitlines() if "measuring" in line]
+    assert told[0] == first
+    assert "measuring pp8: warm-up, 8 of 8 tokens" in told
+    assert told[-2].startswith("measuring tg4: run 2 of 2, 5 of 5 tokens, ")
+    assert told[-2].endswith(" s left")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")],
+)
+def test_duration_is_for_people(seconds: float, text: str) -> None:
+    assert terminal.duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,16 @@ def test_terminal_shows_the_text_after_the_progress_is_gone(tiny: Path, phicore)
 
 
 @posix
+def test_terminal_shows_how_far_a_benchmark_is(tiny: Path) -> None:
+    args = ("bench", "-m", tiny, "-b", "numpy", "-p", 8, "-n", 250, "-r", 6)
+    code, out = in_terminal(*args)
+    assert code == 0
+    plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out)
+    assert re.search(r"measuring tg250: run \d of 6, \d+ of 251 tokens, \d+ s left", plain)
+    assert out.count("\x1b[?25l") == out.count("\x1b[?25h") > 0
+
+
+@posix
 def test_interrupt_while_compiling_gives_the_cursor_back(tiny: Path, tmp_path: Path) -> None:
     """At some moments JAX swallows the exception, and it crashes when Python ends after it."""
     pytest.importorskip("phicore_jax", reason="install phicore-jax")
