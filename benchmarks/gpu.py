@@ -51,7 +51,7 @@ try:
     from phicore_jax.cuda import runtime
 
     from phicore.backend import Array, Backend, BackendOptions
-    from phicore.engine import Engine, Request, Timings
+    from phicore.engine import Engine, Request, Runner, Timings
     from phicore.errors import BackendError
     from phicore.gguf.matrix import Matrix
     from phicore.gguf.quants import AFFINE_TYPES
@@ -263,7 +263,7 @@ class Benchmark:
         path.read_bytes()
         started = time.perf_counter()
         engine = self._loaded = self._engine(self.ops, path)
-        jax.block_until_ready(engine.params)
+        jax.block_until_ready(engine.runner.params)
         load_s = time.perf_counter() - started
         started = time.perf_counter()
         list(engine.generate(Request([1] * 16, GREEDY, max_tokens=20)))
@@ -272,7 +272,7 @@ class Benchmark:
         list(engine.generate(Request([1] * 16, GREEDY, max_tokens=20)))
         return {
             "file_bytes": path.stat().st_size,
-            "weight_bytes": sum(a.nbytes for a in jax.tree.leaves(engine.params)),
+            "weight_bytes": sum(a.nbytes for a in jax.tree.leaves(engine.runner.params)),
             "load_s": load_s,
             "first_20_tokens_s": first_s,
             "next_20_tokens_s": time.perf_counter() - started,
@@ -298,14 +298,14 @@ class Benchmark:
     def _decode(self, batch: int, position: int, steps: int) -> Section:
         """Steps behind so many tokens; nothing of the cache beyond zeros matters for the time."""
         engine = self._model()
-        config, ops, size = engine.config, engine.ops, engine.vocab_size
+        config, ops, size = engine.runner.config, engine.runner.ops, engine.vocab_size
         # the same for each position, so that steps are compiled once
-        capacity = engine.new_cache(self._positions()[-1] + 300).capacity
+        capacity = engine.runner.new_cache(self._positions()[-1] + 300).capacity
         heads, dim = config.num_key_value_heads, config.head_dim
         layers = range(config.num_hidden_layers)
         caches = [ops.new_cache(batch, heads, capacity, dim) for _ in layers]
         position = min(position, capacity - 200)  # a window holds no more
-        tables = engine.tables.until(capacity, is_long=False)
+        tables = engine.runner.tables.until(capacity, is_long=False)
 
         def rows(x: float, dtype: Any) -> Array:
             return ops.asarray(np.full(batch, x, dtype))
@@ -326,11 +326,12 @@ class Benchmark:
             started = time.perf_counter()
             for _ in range(calls):
                 if steps == 1:
-                    fn = engine.steps.step(())
+                    fn = engine.runner.steps.step(())
                     args = (token, at, rows(0, np.int32), penalty, None, [])
                 else:
-                    fn, args = engine.steps.steps(()), (token, at, penalty, None, [], count, ends)
-                result = fn(engine.params, caches, tables, place, *args)
+                    fn = engine.runner.steps.steps(())
+                    args = (token, at, penalty, None, [], count, ends)
+                result = fn(engine.runner.params, caches, tables, place, *args)
                 caches, token, at = result[:3]
             tokens = ops.to_numpy(token)
             times.append(time.perf_counter() - started)
@@ -370,14 +371,9 @@ class Benchmark:
             if is_fast and not self.ops.capabilities.has_fast_prefill:
                 continue
             ops = JaxBackend(BackendOptions(device=self.device, fast_prefill=is_fast))
-            engine = Engine(
-                ops,
-                engine.config,
-                engine.params,
-                vocab_size=engine.vocab_size,
-                context=engine.context,
-                progress=lambda *_: None,
-            )
+            old = engine.runner
+            runner = Runner(ops, old.config, old.params, vocab_size=engine.vocab_size)
+            engine = Engine(runner, context=engine.context)
             for length in lengths:
                 ids = self._rng.integers(3, engine.vocab_size, length).tolist()
 

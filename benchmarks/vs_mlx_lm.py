@@ -188,9 +188,9 @@ class Phicore:
     def products_s(self) -> float:
         """Seconds of MLX's products for one token, and of nothing else."""
         engine = self._model.engine
-        ops, params = engine.ops, engine.params
-        e, f = engine.config.hidden_size, engine.config.intermediate_size
-        attended = engine.config.num_attention_heads * engine.config.head_dim
+        ops, params = engine.runner.ops, engine.runner.params
+        e, f = engine.runner.config.hidden_size, engine.runner.config.intermediate_size
+        attended = engine.runner.config.num_attention_heads * engine.runner.config.head_dim
         x = {n: mx.random.normal((1, n)) for n in {e, f, attended}}
         mx.eval(x)
         streams, ops._streams = ops._streams, None  # as MLX computes, without more streams

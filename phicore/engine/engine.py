@@ -13,27 +13,15 @@ from typing import Self
 
 import numpy as np
 
-from phicore.backend import Array, Backend, Params
-from phicore.engine.chunks import (
-    LOGITS_CHUNKS,
-    capacity_for,
-    capacity_of_window,
-    chunk_at,
-    chunks,
-)
-from phicore.engine.compiled import Compiled
+from phicore.backend import Backend
 from phicore.engine.request import Request
-from phicore.engine.rope_tables import RopeTables
+from phicore.engine.runner import Runner
 from phicore.engine.sequence import Output, Sequence
-from phicore.engine.slots import Cache, Slots
-from phicore.engine.steps import Steps
-from phicore.engine.timings import Timings
+from phicore.engine.slots import Slots
 from phicore.errors import ArgumentError, ContextError, PhicoreError
 from phicore.gguf.reader import GGUFFile
-from phicore.network import sampler
 from phicore.network.architectures import Architecture, architecture_of
 from phicore.network.config import Phi3Config
-from phicore.network.rope import RopeFactors
 from phicore.network.tensors import vocab_size
 from phicore.network.weights import load_params
 from phicore.progress import Progress, silent
@@ -43,38 +31,18 @@ EXPECTED_ANSWER = 512
 
 
 class Engine:
-    """Runs one model on one backend.
+    """Runs the requests of one model on one backend.
 
     Attributes:
-        ops: The backend.
-        config: The hyperparameters of the network that one device computes.
-        params: The weights.
-        vocab_size: V.
+        runner: What runs tokens on the device.
         context: How many tokens a prompt and its answer may have together.
-        progress: Called while steps are compiled and prompts are read.
-        steps: The compiled steps.
-        tables: The rotary tables.
+        progress: Called while prompts are read.
     """
 
-    def __init__(
-        self,
-        ops: Backend,
-        config: Phi3Config,
-        params: Params,
-        *,
-        vocab_size: int,
-        context: int,
-        progress: Progress,
-        rope_factors: RopeFactors | None = None,
-    ) -> None:
-        self.ops = ops
-        self.vocab_size = vocab_size
-        self.config = config
-        self.params = params
+    def __init__(self, runner: Runner, *, context: int, progress: Progress = silent) -> None:
+        self.runner = runner
         self.context = context
         self.progress = progress
-        self.steps = Compiled(ops, Steps(ops, config), params, progress)
-        self.tables = RopeTables(ops, config, rope_factors)
         self._sequences: list[Sequence] = []
         self._slots: dict[int, Slots] = {}
         self._numbers = itertools.count()
@@ -104,16 +72,25 @@ class Engine:
         config = config or architecture.config(file.metadata)
         share = config.share(ops.options.devices)  # what can be wrong, before a long load
         ops.new_cache(1, 1, 1, config.head_dim)  # a cache type may not hold such heads
-        rope_factors = architecture.rope_factors(config, file)
+        factors = architecture.rope_factors(config, file)
+        params = load_params(ops, architecture, config, file, progress)
         return cls(
-            ops,
-            share,
-            load_params(ops, architecture, config, file, progress),
-            vocab_size=vocab_size(file),
+            Runner(
+                ops,
+                share,
+                params,
+                vocab_size=vocab_size(file),
+                factors=factors,
+                progress=progress,
+            ),
             context=config.max_position_embeddings if context is None else context,
             progress=progress,
-            rope_factors=rope_factors,
         )
+
+    @property
+    def vocab_size(self) -> int:
+        """V, how many tokens the embedding has."""
+        return self.runner.vocab_size
 
     # ---- sequences -------------------------------------------------------------------------
 
@@ -129,7 +106,7 @@ class Engine:
         limit, at_limit = request.max_tokens, "length"
         if limit > room:
             limit, at_limit = room, "context"
-        is_long = self.tables.is_long(len(request.prompt_ids) + limit)
+        is_long = self.runner.tables.is_long(len(request.prompt_ids) + limit)
         sequence = Sequence(request, limit, at_limit, is_long)
         self._sequences.append(sequence)
         return sequence
@@ -196,7 +173,7 @@ class Engine:
         sequence.timings.start(len(request.prompt_ids))
         self.progress("prompt", 0, len(request.prompt_ids))
         slots = Slots.of(
-            self.new_cache(positions, sequence.is_long),
+            self.runner.new_cache(positions, sequence.is_long),
             [request],
             [sequence.limit],
             vocab_size=self.vocab_size,
@@ -212,12 +189,11 @@ class Engine:
     def _read_chunk(self, sequence: Sequence) -> Output:
         """Read a chunk of the prompt. Every chunk samples a token; only the last one's counts."""
         slots, prompt = self._slots_of(sequence), sequence.request.prompt_ids
-        sizes = self.ops.capabilities.prompt_chunks
-        chunk = chunk_at(prompt, sequence.computed, sizes, is_padded=self.is_padded)
+        chunk = self.runner.chunk_at(prompt, sequence.computed)
         before, state = slots.token, (slots.penalty, slots.states)
-        self._run(sequence, chunk.tokens, chunk.positions, chunk.last)
+        self.runner.read(sequence, slots, chunk)
         if before is not None:  # then the chunk before is in the cache
-            self.ops.to_numpy(before)
+            self.runner.ops.to_numpy(before)
             self.progress("prompt", sequence.computed, len(prompt))
         sequence.computed = chunk.end
         if sequence.is_prompt_read:
@@ -233,13 +209,13 @@ class Engine:
         if not slots.pending:
             self._start_decode(sequence)
         # The first token does not wait until the decode step is compiled.
-        needs_tokens = any(p.needs_tokens for p in sequence.request.processors)
-        if self.ops.capabilities.asynchronous and sequence.answer and not needs_tokens:
+        is_ahead = self.runner.ops.capabilities.asynchronous and not sequence.needs_tokens
+        if is_ahead and sequence.answer:
             self._start_decode(sequence)
         tokens, count = slots.pending.pop(0)
         found: list[int] = []
         finish_reason = None
-        for value in self.ops.to_numpy(tokens)[0, :count].tolist():
+        for value in self.runner.ops.to_numpy(tokens)[0, :count].tolist():
             if value < 0:
                 processors = sequence.request.processors
                 raise PhicoreError(_NO_TOKEN if processors else _NOT_FINITE)
@@ -261,80 +237,12 @@ class Engine:
         """Start a call that runs the last token and samples the next ones, if any are wanted."""
         if not sequence.left:
             return
-        slots, steps = self._slots_of(sequence), self.ops.capabilities.steps
-        needs_tokens = any(p.needs_tokens for p in sequence.request.processors)
-        count = 1 if needs_tokens else min(sequence.left, steps)
-        if steps == 1:
-            self._run(sequence, slots.token, slots.position, slots.only)
-            slots.pending.append((slots.token, 1))
-        else:
-            self._run_steps(sequence, count)
+        most = self.runner.ops.capabilities.steps
+        count = 1 if sequence.needs_tokens else min(sequence.left, most)
+        slots = self._slots_of(sequence)
+        slots.pending.append((self.runner.decode(sequence, slots, count), count))
         sequence.computed += count
         sequence.sampled += count
-
-    def _run(
-        self,
-        sequence: Sequence,
-        tokens: Array | np.ndarray,
-        positions: Array | np.ndarray,
-        last: Array | np.ndarray,
-    ) -> None:
-        """Run tokens (1, T) of a sequence from its first that is not computed, and sample one."""
-        slots, asarray = self._slots_of(sequence), self.ops.asarray
-        self._make_room(slots.cache, sequence.computed, tokens.shape[1])
-        draw = slots.draw and {**slots.draw, "uniforms": self._uniforms(sequence)}
-        if isinstance(tokens, np.ndarray):
-            tokens, positions, last = asarray(tokens), asarray(positions), asarray(last)
-        end = sequence.computed + tokens.shape[1]
-        (
-            slots.cache.layers,
-            slots.token,
-            slots.position,
-            recent,
-            slots.states,
-        ) = self.steps.run(
-            self.steps.step(slots.kinds),
-            slots.cache,
-            self.tables.until(end, sequence.is_long),
-            (tokens, positions, last, slots.penalty, draw, slots.states),
-            sequence.timings,
-        )
-        slots.penalty = {**slots.penalty, "recent": recent}
-
-    def _run_steps(self, sequence: Sequence, count: int) -> None:
-        """Run the last token of a sequence and sample `count` tokens in one call."""
-        slots = self._slots_of(sequence)
-        self._make_room(slots.cache, sequence.computed, count)
-        steps = self.ops.capabilities.steps
-        draw = slots.draw and {**slots.draw, "uniforms": self._uniforms(sequence, count, steps)}
-        wanted = self.ops.asarray(np.array([count], np.int32))
-        (
-            slots.cache.layers,
-            slots.token,
-            slots.position,
-            recent,
-            slots.states,
-            tokens,
-        ) = self.steps.run(
-            self.steps.steps(slots.kinds),
-            slots.cache,
-            self.tables.until(sequence.computed + count, sequence.is_long),
-            (slots.token, slots.position, slots.penalty, draw, slots.states, wanted, slots.ends),
-            sequence.timings,
-        )
-        slots.penalty = {**slots.penalty, "recent": recent}
-        slots.pending.append((tokens, count))
-
-    def _uniforms(self, sequence: Sequence, count: int = 1, room: int | None = None) -> Array:
-        """Random numbers for the next tokens: (1, V), or (room, 1, V) of which `count` are used."""
-        seed, size = sequence.request.seed, self.vocab_size
-        assert seed is not None, "filled in by Request"
-        numbers = np.zeros((room or 1, size), np.float32)
-        for i in range(count):
-            numbers[i] = sampler.uniforms(seed, sequence.sampled + i, size)
-        return self.ops.asarray(numbers if room is None else numbers[:, None])
-
-    # ---- logits ----------------------------------------------------------------------------
 
     def logits(self, tokens: Tokens[int]) -> np.ndarray:
         """Compute the scores of the next token after each token: (T, V) float32.
@@ -347,61 +255,10 @@ class Engine:
         if not len(tokens):
             raise ArgumentError("expected at least one token, got none", parameter="prompt")
         self._check_fits(tokens, 0)
-        is_long = self.tables.is_long(len(tokens))
-        cache = self.new_cache(len(tokens), is_long)
-        rows = None
-        for chunk in chunks(tokens, LOGITS_CHUNKS, is_padded=self.is_padded):
-            self._make_room(cache, chunk.start, chunk.size)
-            cache.layers, logits = self.steps.run(
-                self.steps.score(),
-                cache,
-                self.tables.until(chunk.start + chunk.size, is_long),
-                (self.ops.asarray(chunk.tokens), self.ops.asarray(chunk.positions)),
-                Timings(),
-            )
-            found = self.ops.to_numpy(logits)[0, : chunk.end - chunk.start]
-            if rows is None:
-                rows = np.empty((len(tokens), found.shape[1]), np.float32)
-            rows[chunk.start : chunk.end] = found
-        assert rows is not None
-        if not np.isfinite(rows).all():
+        scores = self.runner.scores(tokens)
+        if not np.isfinite(scores).all():
             raise PhicoreError(_NOT_FINITE)
-        return rows
-
-    # ---- caches ----------------------------------------------------------------------------
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether chunks have few sizes, since each is compiled."""
-        ops = self.ops.capabilities
-        return ops.compiles and ops.compiled_tokens is None
-
-    def new_cache(self, positions: int, is_long: bool = False) -> Cache:
-        """An empty cache of one row, with slots for this many tokens."""
-        c, capacity = self.config, self._capacity_for(positions)
-        layers = [
-            self.ops.new_cache(1, c.num_key_value_heads, capacity, c.head_dim)
-            for _ in range(c.num_hidden_layers)
-        ]
-        return Cache(self.ops, layers, capacity, np.array([self.tables.start(is_long)], np.int32))
-
-    def _capacity_for(self, positions: int) -> int:
-        """Slots for this many tokens, and no more than the window needs."""
-        window, capacity = self.config.sliding_window, capacity_for(positions)
-        if window is None:
-            return capacity
-        return min(capacity, capacity_of_window(window, self.ops.capabilities.prompt_chunks[-1]))
-
-    def _make_room(self, cache: Cache, start: int, count: int) -> None:
-        """See that `count` tokens from position `start` on have slots."""
-        starts = np.array([start], np.int32)
-        if not cache.lacks(starts, count):
-            return
-        cache.grow(self._capacity_for(start + count - int(cache.first.min())))
-        if cache.lacks(starts, count):
-            assert self.config.sliding_window is not None, "a cache without a window grows"
-            counts = cache.unseen(starts, count, self.config.sliding_window)
-            cache.freed(self.steps.shift(cache.layers, counts), counts)
+        return scores
 
 
 _NOT_FINITE = (

@@ -40,6 +40,11 @@ class Sequence:
         return self.computed >= len(self.request.prompt_ids)
 
     @property
+    def needs_tokens(self) -> bool:
+        """Whether a logits processor must know each token before the next one is sampled."""
+        return any(processor.needs_tokens for processor in self.request.processors)
+
+    @property
     def left(self) -> int:
         """How many tokens of the answer may still be sampled."""
         return self.limit - self.sampled

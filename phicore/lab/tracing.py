@@ -26,24 +26,28 @@ def trace(engine: Engine, tokens: Sequence[int]) -> dict[str, np.ndarray]:
         The results of its operations in their order, by the name of the weight they use or, of
         those that use none, by layer and operation: `layers.0.qkv_proj`, `layers.0.attention`.
     """
-    ops = engine.ops
+    runner = engine.runner
+    ops = runner.ops
     names: list[str] = []
 
     def run(params: Params, cache: Any, rope: Any, tokens: Array, slots: Array) -> list[Array]:
         recorder = _Recorder(ops, params)
         recording = cast(Backend, recorder)
-        hidden, _ = graph.forward(recording, engine.config, params, rope, tokens, slots, cache)
+        hidden, _ = graph.forward(recording, runner.config, params, rope, tokens, slots, cache)
         graph.logits(recording, params, hidden)
         names[:] = list(recorder.found)
         return list(recorder.found.values())
 
     ids, slots = np.array([tokens], np.int32), np.arange(len(tokens), dtype=np.int32)[None]
-    is_long = engine.tables.is_long(len(tokens))
-    tables, start = engine.tables.until(len(tokens), is_long), engine.tables.start(is_long)
+    is_long = runner.tables.is_long(len(tokens))
+    tables, start = (
+        runner.tables.until(len(tokens), is_long),
+        runner.tables.start(is_long),
+    )
     rope = rope_at(ops.xp, tables, ops.asarray(slots + np.int32(start)))
-    cache = engine.new_cache(len(tokens), is_long)
+    cache = runner.new_cache(len(tokens), is_long)
     arguments = (cache.layers, rope, ops.asarray(ids), ops.asarray(slots))
-    arrays = ops.compile(run)(engine.params, *arguments)
+    arrays = ops.compile(run)(runner.params, *arguments)
     return {name: ops.to_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
 

@@ -167,9 +167,9 @@ def compiled(
     ops = AheadOfTime(devices, gpu, steps)
     with open_gguf(path) as file:
         engine = Engine.load(ops, file, context=512)
-    params, size = engine.params, engine.vocab_size
-    held = engine.new_cache(512)
-    cache, tables = held.layers, engine.tables.until(512, is_long=False)
+    params, size = engine.runner.params, engine.vocab_size
+    held = engine.runner.new_cache(512)
+    cache, tables = held.layers, engine.runner.tables.until(512, is_long=False)
     ids, row = ops.asarray(np.zeros((1, tokens), np.int32)), ops.asarray(np.zeros(1, np.int32))
     number = ops.asarray(np.zeros(1, np.float32))
     recent = ops.asarray(np.zeros((1, 64), np.int32))
@@ -178,12 +178,12 @@ def compiled(
     before = set(Path(dumps.name).iterdir())
     if steps == 1:
         args = (params, cache, tables, held.place, ids, ids, row, penalty, draw, [])
-        program = engine.steps.step(())(*args)
+        program = engine.runner.steps.step(())(*args)
     else:
         draw["uniforms"] = ops.asarray(np.zeros((steps, 1, size), np.float32))
         ends = ops.asarray(np.zeros((1, 8), np.int32))
         args = (params, cache, tables, held.place, ids, ids, penalty, draw, [], row, ends)
-        program = engine.steps.steps(())(*args)
+        program = engine.runner.steps.steps(())(*args)
     memory = program.memory_analysis()
     text = program.as_text()
     return {

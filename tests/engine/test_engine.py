@@ -162,22 +162,22 @@ def test_rows_on_long_and_short_factors_and_other_slots_share_a_step(ops: Backen
     """Two rows of a step, against each row in a step of its own."""
     [case] = [c for c in tiny_models.cases() if c.name == "phi4_mini"]
     engine = engine_of(ops, case.write(tmp_path / "m.gguf"))
-    score = ops.compile(engine.steps.pure.score, donate=(1,))
+    score = ops.compile(engine.runner.steps.pure.score, donate=(1,))
     rows = np.array([[3, 1, 4, 1], [5, 9, 2, 6]], np.int32)
     is_long, first = (False, True), np.array([0, 13], np.int32)
-    tables = engine.tables.until(30, is_long=True)
-    starts = np.array([engine.tables.start(each) for each in is_long], np.int32)
+    tables = engine.runner.tables.until(30, is_long=True)
+    starts = np.array([engine.runner.tables.start(each) for each in is_long], np.int32)
     positions = first[:, None] + np.arange(4, dtype=np.int32)
 
     def logits(chosen: slice) -> np.ndarray:
-        count, c = len(rows[chosen]), engine.config
+        count, c = len(rows[chosen]), engine.runner.config
         cache = [
             ops.new_cache(count, c.num_key_value_heads, 256, c.head_dim)
             for _ in range(c.num_hidden_layers)
         ]
         place = {"first": ops.asarray(first[chosen]), "rope_start": ops.asarray(starts[chosen])}
         inputs = ops.asarray(rows[chosen]), ops.asarray(positions[chosen])
-        return ops.to_numpy(score(engine.params, cache, tables, place, *inputs)[1])
+        return ops.to_numpy(score(engine.runner.params, cache, tables, place, *inputs)[1])
 
     both = logits(slice(None))
     for row in range(2):

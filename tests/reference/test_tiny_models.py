@@ -62,8 +62,10 @@ def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatc
     """With an original context of 32: 24 tokens and 8 more are short, 24 and 9 more are long."""
     engine = engine_of(ops, CASES["short_factors"].write(tmp_path / "tiny.gguf"))
     chosen = []
-    is_long = engine.tables.is_long
-    monkeypatch.setattr(engine.tables, "is_long", lambda n: chosen.append(is_long(n)) or is_long(n))
+    is_long = engine.runner.tables.is_long
+    monkeypatch.setattr(
+        engine.runner.tables, "is_long", lambda n: chosen.append(is_long(n)) or is_long(n)
+    )
     prompt = golden()["token_ids"].tolist()
     starts = []
     for limit in (8, 9):

@@ -83,7 +83,7 @@ def test_steps_after_an_end_are_not_run(path: Path):
     ops = Reference()
     ops.capabilities = replace(ops.capabilities, steps=8)
     engine = engine_of(ops, path)
-    pure = engine.steps.pure
+    pure = engine.runner.steps.pure
     ran, step = [], pure.step
 
     def counted(*args: Any) -> Any:

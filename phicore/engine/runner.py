@@ -1,0 +1,185 @@
+"""Running tokens of sequences on the device: their caches, rotary tables and compiled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+
+import numpy as np
+
+from phicore.backend import Array, Backend, Params
+from phicore.engine.chunks import (
+    LOGITS_CHUNKS,
+    Chunk,
+    capacity_for,
+    capacity_of_window,
+    chunk_at,
+    chunks,
+)
+from phicore.engine.compiled import Compiled
+from phicore.engine.rope_tables import RopeTables
+from phicore.engine.sequence import Sequence
+from phicore.engine.slots import Cache, Slots
+from phicore.engine.steps import Steps
+from phicore.engine.timings import Timings
+from phicore.network import sampler
+from phicore.network.config import Phi3Config
+from phicore.network.rope import RopeFactors
+from phicore.progress import Progress, silent
+
+
+class Runner:
+    """Runs the tokens of one model on one backend.
+
+    Attributes:
+        ops: The backend.
+        config: The hyperparameters of the network that one device computes.
+        params: The weights.
+        vocab_size: V.
+        steps: The compiled steps.
+        tables: The rotary tables.
+    """
+
+    def __init__(
+        self,
+        ops: Backend,
+        config: Phi3Config,
+        params: Params,
+        *,
+        vocab_size: int,
+        factors: RopeFactors | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self.ops = ops
+        self.config = config
+        self.params = params
+        self.vocab_size = vocab_size
+        self.steps = Compiled(ops, Steps(ops, config), params, progress)
+        self.tables = RopeTables(ops, config, factors)
+
+    # ---- steps -----------------------------------------------------------------------------
+
+    def chunk_at(self, prompt: Tokens[int], start: int) -> Chunk:
+        """The chunk of a prompt that begins at a position."""
+        sizes = self.ops.capabilities.prompt_chunks
+        return chunk_at(prompt, start, sizes, is_padded=self._is_padded)
+
+    def read(self, sequence: Sequence, slots: Slots, chunk: Chunk) -> None:
+        """Run a chunk of a sequence's prompt, and sample what follows its last token."""
+        asarray = self.ops.asarray
+        inputs = asarray(chunk.tokens), asarray(chunk.positions), asarray(chunk.last)
+        self._step(sequence, slots, inputs, chunk.size)
+
+    def decode(self, sequence: Sequence, slots: Slots, count: int) -> Array:
+        """Run the last token of a sequence and sample `count` tokens in one call: (1, N) int32.
+
+        N is the number of steps of a call; tokens after the first `count` mean nothing.
+        """
+        most = self.ops.capabilities.steps
+        if most == 1:
+            self._step(sequence, slots, (slots.token, slots.position, slots.only), 1)
+            return slots.token
+        self.make_room(slots.cache, sequence.computed, count)
+        draw = slots.draw and {**slots.draw, "uniforms": self._uniforms(sequence, count, most)}
+        wanted = self.ops.asarray(np.array([count], np.int32))
+        (
+            slots.cache.layers,
+            slots.token,
+            slots.position,
+            recent,
+            slots.states,
+            tokens,
+        ) = self.steps.run(
+            self.steps.steps(slots.kinds),
+            slots.cache,
+            self.tables.until(sequence.computed + count, sequence.is_long),
+            (slots.token, slots.position, slots.penalty, draw, slots.states, wanted, slots.ends),
+            sequence.timings,
+        )
+        slots.penalty = {**slots.penalty, "recent": recent}
+        return tokens
+
+    def _step(
+        self, sequence: Sequence, slots: Slots, inputs: tuple[Array, Array, Array], count: int
+    ) -> None:
+        """Run `count` tokens, and sample one.
+
+        Args:
+            inputs: Tokens and positions (1, T), and the index of the last token (1,).
+        """
+        self.make_room(slots.cache, sequence.computed, count)
+        draw = slots.draw and {**slots.draw, "uniforms": self._uniforms(sequence)}
+        (
+            slots.cache.layers,
+            slots.token,
+            slots.position,
+            recent,
+            slots.states,
+        ) = self.steps.run(
+            self.steps.step(slots.kinds),
+            slots.cache,
+            self.tables.until(sequence.computed + count, sequence.is_long),
+            (*inputs, slots.penalty, draw, slots.states),
+            sequence.timings,
+        )
+        slots.penalty = {**slots.penalty, "recent": recent}
+
+    def _uniforms(self, sequence: Sequence, count: int = 1, room: int | None = None) -> Array:
+        """Random numbers for the next tokens: (1, V), or (room, 1, V) of which `count` are used."""
+        seed, size = sequence.request.seed, self.vocab_size
+        assert seed is not None, "filled in by Request"
+        numbers = np.zeros((room or 1, size), np.float32)
+        for i in range(count):
+            numbers[i] = sampler.uniforms(seed, sequence.sampled + i, size)
+        return self.ops.asarray(numbers if room is None else numbers[:, None])
+
+    def scores(self, tokens: Tokens[int]) -> np.ndarray:
+        """Compute the scores of the next token after each of these tokens: (T, V) float32."""
+        is_long = self.tables.is_long(len(tokens))
+        cache = self.new_cache(len(tokens), is_long)
+        rows = np.empty((len(tokens), self.vocab_size), np.float32)
+        for chunk in chunks(tokens, LOGITS_CHUNKS, is_padded=self._is_padded):
+            self.make_room(cache, chunk.start, chunk.size)
+            cache.layers, scores = self.steps.run(
+                self.steps.score(),
+                cache,
+                self.tables.until(chunk.start + chunk.size, is_long),
+                (self.ops.asarray(chunk.tokens), self.ops.asarray(chunk.positions)),
+                Timings(),
+            )
+            rows[chunk.start : chunk.end] = self.ops.to_numpy(scores)[0, : chunk.end - chunk.start]
+        return rows
+
+    # ---- caches ----------------------------------------------------------------------------
+
+    @property
+    def _is_padded(self) -> bool:
+        """Whether chunks have few sizes, since each is compiled."""
+        ops = self.ops.capabilities
+        return ops.compiles and ops.compiled_tokens is None
+
+    def new_cache(self, positions: int, is_long: bool = False) -> Cache:
+        """An empty cache of one row, with slots for this many tokens."""
+        c, capacity = self.config, self._capacity_for(positions)
+        layers = [
+            self.ops.new_cache(1, c.num_key_value_heads, capacity, c.head_dim)
+            for _ in range(c.num_hidden_layers)
+        ]
+        return Cache(self.ops, layers, capacity, np.array([self.tables.start(is_long)], np.int32))
+
+    def _capacity_for(self, positions: int) -> int:
+        """Slots for this many tokens, and no more than the window needs."""
+        window, capacity = self.config.sliding_window, capacity_for(positions)
+        if window is None:
+            return capacity
+        return min(capacity, capacity_of_window(window, self.ops.capabilities.prompt_chunks[-1]))
+
+    def make_room(self, cache: Cache, start: int, count: int) -> None:
+        """See that `count` tokens from position `start` on have slots."""
+        starts = np.array([start], np.int32)
+        if not cache.lacks(starts, count):
+            return
+        cache.grow(self._capacity_for(start + count - int(cache.first.min())))
+        if cache.lacks(starts, count):
+            assert self.config.sliding_window is not None, "a cache without a window grows"
+            counts = cache.unseen(starts, count, self.config.sliding_window)
+            cache.freed(self.steps.shift(cache.layers, counts), counts)
