@@ -55,7 +55,7 @@ def text(engine: Engine, sampling: Sampling, prompt: list[int], limit: int) -> l
 
 one, many = engine(1), engine(args.devices)
 logits = [e.logits(PROMPT) for e in (one, many)]
-weights = jax.tree.leaves(many.params["layers"][0])
+weights = jax.tree.leaves(many.runner.params["layers"][0])
 print(
     json.dumps(
         {

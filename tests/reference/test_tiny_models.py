@@ -62,10 +62,9 @@ def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatc
     """With an original context of 32: 24 tokens and 8 more are short, 24 and 9 more are long."""
     engine = engine_of(ops, CASES["short_factors"].write(tmp_path / "tiny.gguf"))
     chosen = []
-    is_long = engine.runner.tables.is_long
-    monkeypatch.setattr(
-        engine.runner.tables, "is_long", lambda n: chosen.append(is_long(n)) or is_long(n)
-    )
+    tables = engine.runner.tables
+    is_long = tables.is_long
+    monkeypatch.setattr(tables, "is_long", lambda n: chosen.append(is_long(n)) or is_long(n))
     prompt = golden()["token_ids"].tolist()
     starts = []
     for limit in (8, 9):
@@ -95,7 +94,7 @@ def test_conversation_that_crosses_the_original_context_is_read_again(name, ops,
 @pytest.mark.parametrize("sizes", [(1,), (1, 7), (1, 64)], ids=str)
 def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, monkeypatch):
     """3000 tokens, one at a time or in chunks, through a cache that has room for 512."""
-    monkeypatch.setattr("phicore.engine.engine.LOGITS_CHUNKS", sizes)
+    monkeypatch.setattr("phicore.engine.runner.LOGITS_CHUNKS", sizes)
     capacities = []
     for name in ("new_cache", "grow_cache"):
         method = getattr(ops, name)
