@@ -68,21 +68,29 @@ def generate(
     ] = 256,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", "-t", help="0 is greedy. [the model's, else 0.7]"),
+        typer.Option("--temperature", "-t", help="0 is greedy. [the model's, else 0.8]"),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Only the k most probable tokens. [the model's, else all]")
+        int | None,
+        typer.Option(help="Keep the k most probable tokens; 0 keeps all. [the model's, else 40]"),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Only the most probable tokens that hold p. [the model's, else 1]"),
+        typer.Option(
+            help="Keep the smallest set of tokens whose probabilities reach p; 1 keeps all. "
+            "[the model's, else 0.95]"
+        ),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(help="Only tokens with this share of the best one's. [the model's, else 0]"),
+        typer.Option(
+            help="Drop tokens less likely than this fraction of the best one; 0 drops none. "
+            "[the model's, else 0.05]"
+        ),
     ] = None,
     repeat_penalty: Annotated[
-        float | None, typer.Option(help="1 is none. [the model's, else 1.1]")
+        float | None,
+        typer.Option(help="Make recent tokens less likely; 1 does not. [the model's, else 1.0]"),
     ] = None,
     repeat_last_n: Annotated[
         int | None,
