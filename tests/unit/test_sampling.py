@@ -55,11 +55,18 @@ def test_sampling_allowed_arguments_are_kept(arguments: dict[str, float]):
     assert all(getattr(sampling, name) == value for name, value in arguments.items())
 
 
+def test_sampling_defaults_are_those_of_llama_cpp():
+    """Once none was filtered, and a quarter of the demo model's answers went wrong."""
+    assert Sampling() == Sampling(0.8, 40, 0.95, 0.05, 1.0, 64)
+
+
 def test_sampling_properties_tell_what_has_an_effect():
     assert Sampling(temperature=0).is_greedy
     assert not Sampling(temperature=1e-6).is_greedy
-    assert not Sampling().has_filter
-    assert all(Sampling(**f).has_filter for f in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}))
+    none = {"top_k": 0, "top_p": 1, "min_p": 0}
+    assert not Sampling(**none).has_filter
+    one = ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1})
+    assert all(Sampling(**none | filter_).has_filter for filter_ in one)
     assert Sampling(repeat_penalty=1.1).has_penalty
     assert not Sampling(repeat_penalty=1.0).has_penalty
     assert not Sampling(repeat_last_n=0).has_penalty
