@@ -52,7 +52,7 @@ def test_help_names_the_defaults_of_the_sampler(phicore: Callable) -> None:
     for field in fields(Sampling):
         option = f"--{field.name.replace('_', '-')} "
         described = shown.partition(option)[2].partition("]")[0]
-        assert described.endswith(f"[the model's, else {field.default}"), option
+        assert described.endswith(f"[the model's, else {field.default:g}"), option
 
 
 def test_text_goes_to_stdout_and_nothing_else_does(generate, expected) -> None:
