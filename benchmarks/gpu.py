@@ -372,7 +372,7 @@ class Benchmark:
                 continue
             ops = JaxBackend(BackendOptions(device=self.device, fast_prefill=is_fast))
             old = engine.runner
-            runner = Runner(ops, old.config, old.params, vocab_size=engine.vocab_size)
+            runner = Runner(ops, old.config, old.params)
             engine = Engine(runner, context=engine.context)
             for length in lengths:
                 ids = self._rng.integers(3, engine.vocab_size, length).tolist()

@@ -24,7 +24,7 @@ from phicore.network.architectures import BUILT_IN, Architecture, architecture_o
 from phicore.network.config import Phi3Config
 from phicore.network.processors import LogitsProcessor
 from phicore.network.sampling import GGUF_KEYS, Sampling
-from phicore.network.tensors import vocab_size
+from phicore.network.weights import read_config
 from phicore.plugins import Plugins, choose_backend
 from phicore.plugins.observers import Observers
 from phicore.progress import Progress, silent
@@ -134,10 +134,10 @@ class Model:
             self.metadata = file.metadata
             try:
                 architecture = architecture_of(self.metadata, architectures)
-                self.config = architecture.config(self.metadata)
             except GGUFError as error:
                 raise GGUFError(f"{file.path.name}: {error}") from None
-            self.vocab_size = vocab_size(file)
+            self.config = read_config(file, architecture)
+            self.vocab_size = self.config.vocab_size
             self.context = _checked_context(context, self.config)
             self.tokenizer = Tokenizer.of(
                 files.tokenizer, self.metadata, explicit=files.tokenizer_is_given

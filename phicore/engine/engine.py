@@ -22,8 +22,7 @@ from phicore.errors import ArgumentError, ContextError, PhicoreError
 from phicore.gguf.reader import GGUFFile
 from phicore.network.architectures import Architecture, architecture_of
 from phicore.network.config import Phi3Config
-from phicore.network.tensors import vocab_size
-from phicore.network.weights import load_params
+from phicore.network.weights import load_params, read_config
 from phicore.progress import Progress, silent
 
 EXPECTED_ANSWER = 512
@@ -62,27 +61,20 @@ class Engine:
 
         Args:
             architecture: What reads the file; None takes the built-in one of its name.
-            config: What the architecture read from the file's metadata; None reads it.
+            config: What `read_config` read from the file; None reads it.
             context: How many tokens at most; None takes as many as the model was made for.
         Raises:
             GGUFError: If the file is not understood.
             BackendError: If the backend cannot hold such a model.
         """
         architecture = architecture or architecture_of(file.metadata)
-        config = config or architecture.config(file.metadata)
+        config = config or read_config(file, architecture)
         share = config.share(ops.options.devices)  # what can be wrong, before a long load
         ops.new_cache(1, 1, 1, config.head_dim)  # a cache type may not hold such heads
         factors = architecture.rope_factors(config, file)
         params = load_params(ops, architecture, config, file, progress)
         return cls(
-            Runner(
-                ops,
-                share,
-                params,
-                vocab_size=vocab_size(file),
-                factors=factors,
-                progress=progress,
-            ),
+            Runner(ops, share, params, factors, progress),
             context=config.max_position_embeddings if context is None else context,
             progress=progress,
         )
@@ -90,7 +82,7 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         """V, how many tokens the embedding has."""
-        return self.runner.vocab_size
+        return self.runner.config.vocab_size
 
     # ---- sequences -------------------------------------------------------------------------
 

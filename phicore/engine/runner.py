@@ -34,7 +34,6 @@ class Runner:
         ops: The backend.
         config: The hyperparameters of the network that one device computes.
         params: The weights.
-        vocab_size: V.
         steps: The compiled steps.
         tables: The rotary tables.
     """
@@ -44,15 +43,12 @@ class Runner:
         ops: Backend,
         config: Phi3Config,
         params: Params,
-        *,
-        vocab_size: int,
         factors: RopeFactors | None = None,
         progress: Progress = silent,
     ) -> None:
         self.ops = ops
         self.config = config
         self.params = params
-        self.vocab_size = vocab_size
         self.steps = Compiled(ops, Steps(ops, config), params, progress)
         self.tables = RopeTables(ops, config, factors)
 
@@ -125,7 +121,7 @@ class Runner:
 
     def _uniforms(self, sequence: Sequence, count: int = 1, room: int | None = None) -> Array:
         """Random numbers for the next tokens: (1, V), or (room, 1, V) of which `count` are used."""
-        seed, size = sequence.request.seed, self.vocab_size
+        seed, size = sequence.request.seed, self.config.vocab_size
         assert seed is not None, "filled in by Request"
         numbers = np.zeros((room or 1, size), np.float32)
         for i in range(count):
@@ -136,7 +132,7 @@ class Runner:
         """Compute the scores of the next token after each of these tokens: (T, V) float32."""
         is_long = self.tables.is_long(len(tokens))
         cache = self.new_cache(len(tokens), is_long)
-        rows = np.empty((len(tokens), self.vocab_size), np.float32)
+        rows = np.empty((len(tokens), self.config.vocab_size), np.float32)
         for chunk in chunks(tokens, LOGITS_CHUNKS, is_padded=self._is_padded):
             self.make_room(cache, chunk.start, chunk.size)
             cache.layers, scores = self.steps.run(

@@ -57,7 +57,9 @@ def inspect_model(reference: str) -> dict[str, Any]:
 
 def _hyperparameters(file: GGUFFile) -> dict[str, Any]:
     architecture = architecture_of(file.metadata, Plugins().architectures())
-    return asdict(architecture.config(file.metadata))
+    config = asdict(architecture.config(file.metadata))
+    del config["vocab_size"]  # the tokenizer has it
+    return config
 
 
 def _or_error(read: Any) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Phi3Config:
     """A token sees this many positions, itself included; None is all before it."""
     original_max_position_embeddings: int | None = None
     """LongRoPE: the context before it was extended. Longer sequences rotate by other factors."""
+    vocab_size: int = 0
+    """How many tokens the embedding has; 0 where only the metadata of a file was read."""
     num_local_experts: int = 0
     """How many experts a layer has in place of one `mlp`; 0 is none, and no router."""
     attention_factor: float | None = None

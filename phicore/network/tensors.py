@@ -17,14 +17,6 @@ from phicore.progress import Progress
 IGNORED = (".attn_rot_embd.weight", ".attn.rot_embd", ".rope.freqs")
 
 
-def vocab_size(file: GGUFFile) -> int:
-    """How many tokens the embedding has."""
-    tensor = file.tensors.get("token_embd.weight")
-    if tensor is None:
-        raise GGUFError(f"{file.path.name}: tensor 'token_embd.weight' is missing")
-    return tensor.shape[0]
-
-
 class Tensors:
     """Takes tensors out of a file, checks their shapes and remembers which were taken.
 
@@ -42,7 +34,6 @@ class Tensors:
         }
         self._total_bytes = sum(t.size_bytes for t in self._left.values())
         self._done_bytes = 0
-        self.vocab_size = vocab_size(file)
 
     def __contains__(self, name: str) -> bool:
         """Whether the file has this tensor, and it was not taken."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from phicore.backend import Backend, Params
 from phicore.errors import GGUFError
@@ -12,6 +13,22 @@ from phicore.network.architectures import Architecture
 from phicore.network.config import Phi3Config
 from phicore.network.tensors import Tensors
 from phicore.progress import Progress
+
+
+def read_config(file: GGUFFile, architecture: Architecture) -> Phi3Config:
+    """Read the hyperparameters of a file, and from its embedding the size of its vocabulary.
+
+    Raises:
+        GGUFError: If they are not understood, or there is no embedding.
+    """
+    try:
+        config = architecture.config(file.metadata)
+    except GGUFError as error:
+        raise GGUFError(f"{file.path.name}: {error}") from None
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise GGUFError(f"{file.path.name}: tensor 'token_embd.weight' is missing")
+    return replace(config, vocab_size=embedding.shape[0])
 
 
 def load_params(

@@ -16,8 +16,7 @@ from phicore.errors import GGUFError
 from phicore.gguf.reader import GGUFFile, GGUFTensor, open_gguf
 from phicore.network.architectures import architecture_of
 from phicore.network.architectures.llama import rows_for_half_rotation
-from phicore.network.tensors import vocab_size
-from phicore.network.weights import load_params
+from phicore.network.weights import load_params, read_config
 from phicore.testing.tiny_models import Q4_K_M, Tiny, Types, write_model
 
 TINY = Tiny(vocab_size=40, max_position_embeddings=30)
@@ -53,7 +52,7 @@ def load(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         path = write_model(tmp_path / "m.gguf", tiny, types, tokenizer=False)
         with open_gguf(path) as file:
             architecture = architecture_of(file.metadata)
-            config = architecture.config(file.metadata)
+            config = read_config(file, architecture)
             change(file)
             return dict(load_params(Host(), architecture, config, file, progress))
 
@@ -235,10 +234,11 @@ def test_load_params_type_without_values_is_named(load: Callable[..., dict[str, 
 def test_vocab_size_is_the_embedding_s(tmp_path: Path):
     path = write_model(tmp_path / "m.gguf", TINY, Type.F32, tokenizer=False)
     with open_gguf(path) as file:
-        assert vocab_size(file) == 40
+        architecture = architecture_of(file.metadata)
+        assert read_config(file, architecture).vocab_size == 40
         del file.tensors["token_embd.weight"]
         with pytest.raises(GGUFError, match=r"m\.gguf: tensor 'token_embd\.weight' is missing"):
-            vocab_size(file)
+            read_config(file, architecture)
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 4), (5, 16)])

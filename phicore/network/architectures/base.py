@@ -234,7 +234,7 @@ class Architecture:
         Raises:
             GGUFError: For a missing or misshapen tensor, or a type that cannot be read.
         """
-        e, v = config.hidden_size, tensors.vocab_size
+        e, v = config.hidden_size, config.vocab_size
         params: dict[str, Any] = {
             "embed_tokens": tensors.matrix("token_embd.weight", v, e),
             "layers": [

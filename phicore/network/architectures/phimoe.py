@@ -53,7 +53,7 @@ class PhiMoE(LongRoPE):
         return PHI_3_5_MOE_SCALE if is_phi_3_5_moe and is_by_formula else scale
 
     def params(self, config: Phi3Config, tensors: Tensors) -> Params:
-        e, v = config.hidden_size, tensors.vocab_size
+        e, v = config.hidden_size, config.vocab_size
         return {
             **super().params(config, tensors),
             "norm_bias": tensors.vector({"output_norm.bias": e}),

@@ -19,7 +19,7 @@ from phicore.network import graph
 from phicore.network.architectures import architecture_of
 from phicore.network.config import Phi3Config
 from phicore.network.rope import rope_tables
-from phicore.network.weights import load_params
+from phicore.network.weights import load_params, read_config
 from phicore.testing import tolerances
 from phicore.testing.compare import assert_close, relative_error
 from phicore.testing.conformance.base import Conformance, examples
@@ -96,7 +96,7 @@ class Runner:
 def runner_of(ops: Backend, path: Path, window: int | None) -> Runner:
     with open_gguf(path) as file:
         architecture = architecture_of(file.metadata)
-        config = architecture.config(file.metadata)
+        config = read_config(file, architecture)
         params = load_params(ops, architecture, config, file, lambda *_: None)
     return Runner(ops, replace(config, sliding_window=window), params)
 
