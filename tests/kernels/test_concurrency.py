@@ -26,7 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Model]]:
     folder = tmp_path_factory.mktemp("models")
     with ExitStack() as opened:
         yield [
-            opened.enter_context(phicore.load(write_model(path, tiny, t), "jax", "cpu"))
+            opened.enter_context(phicore.load(write_model(path, tiny, t), "jax", device="cpu"))
             for path, tiny, t in (
                 (folder / "one.gguf", TINY, Type.Q8_0),
                 (folder / "other.gguf", OTHER, Type.Q4_1),

@@ -219,7 +219,7 @@ def test_compact_is_an_error_for_other_backends():
 def test_unknown_device_lists_those_there_are():
     names = ", ".join(devices.device_names())
     with pytest.raises(BackendError, match=rf"^backend mlx: no device 'tpu' \(available: {names}"):
-        MlxBackend("tpu")
+        MlxBackend(BackendOptions(device="tpu"))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_unknown_device_lists_those_there_are():
 )
 def test_missing_gpu_is_an_error_with_a_hint(name: str, hint: str):
     with pytest.raises(BackendError, match=hint):
-        MlxBackend(name)
+        MlxBackend(BackendOptions(device=name))
 
 
 def test_memory_that_is_not_there_is_an_error_of_one_line(ops: MlxBackend):
