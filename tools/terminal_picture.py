@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-COMMAND = ["generate", "--seed", "8", "--max-tokens", "120", "Write a haiku about ice hockey"]
+COMMAND = ["generate", "--seed", "2", "Give me three tips for better sleep."]
 
 
 def main() -> None:

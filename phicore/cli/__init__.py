@@ -51,7 +51,7 @@ app = typer.Typer(
     epilog="""
 \b
 Examples:
-  phicore generate "Write a haiku about ice hockey"
+  phicore generate "Give me three tips for better sleep."
   phicore generate -m path/to/model.gguf -b jax -t 0 "Why is the sky blue?"
   phicore bench --synthetic phi-3-mini
   phicore inspect phi-3-mini

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 \b
 Examples:
-  phicore generate "Write a haiku about ice hockey"
+  phicore generate "Give me three tips for better sleep."
   phicore generate -m phi-3-mini -n 100 -t 1 --repeat-penalty 1.2 "Write a haiku"
   phicore generate -m hf:owner/repo:Q4_K_M -s "Be brief." "Why is the sky blue?"
   git diff | phicore generate -t 0 --json -

@@ -1,6 +1,7 @@
 """What the documents say is so: their commands run, their Python runs, their hooks exist."""
 
 import ast
+import html
 import inspect
 import io
 import os
@@ -80,6 +81,21 @@ def test_documented_command_works(command, demo_model, monkeypatch):
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_picture_of_the_readme_shows_what_its_command_writes(demo_model, monkeypatch):
+    """tools/terminal_picture.py makes it anew."""
+    monkeypatch.delenv("PHICORE_MODEL", raising=False)
+    picture = (ROOT / "docs" / "terminal.svg").read_text()
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture.partition('-matrix">')[2])
+    shown = html.unescape("".join(texts)).replace("\xa0", " ")
+    command, prompt = re.search(r'\$ uv run phicore (generate [^"]*"([^"]*)")', shown).groups()
+    assert f'uv run phicore generate "{prompt}"' in (ROOT / "README.md").read_text()
+
+    program = [sys.executable, "-m", "phicore", *shlex.split(command), "--backend", "numpy"]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+
+    assert "".join(done.stdout.split()) in "".join(shown.split())
 
 
 def test_plugins_of_the_documents_work(demo_model, install, tmp_path, monkeypatch):

@@ -155,7 +155,8 @@ def _matvec(x: Array, w: Quantized) -> Array:
     steps = 2.0 ** floor(log2((2**31 - 1) / (w.largest_code * group_size)))
     x = x.reshape(1, groups, group_size)
     largest = jnp.max(jnp.abs(x), axis=2)  # (1, G)
-    unit = jnp.where(largest > 1e-30, largest, 1) / steps
+    # A NaN or an infinity makes its group's unit one, and must not vanish in an integer.
+    unit = jnp.where(largest <= 1e-30, 1, largest) / steps
     integers = jnp.round(x / unit[:, :, None]).astype(jnp.int32)
     # Without the barriers XLA would compute the integers anew for every row.
     integers, unit, sums = lax.optimization_barrier((integers, unit, x.sum(axis=2)))

@@ -75,6 +75,27 @@ class ProductsConformance(Conformance):
             )
         assert_close(ops.to_numpy(rows), values[ids], tolerances.DEQUANTIZED)
 
+    @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+    @pytest.mark.parametrize("data_type", [Type.Q4_K, Type.Q8_0, Type.F16], ids=lambda t: t.name)
+    def test_linear_of_what_is_not_finite_is_not_finite(
+        self,
+        ops: Backend,
+        products: Callable[..., Any],
+        data_type: Type,
+        bad: float,
+        rng: np.random.Generator,
+    ) -> None:
+        """A NaN or an infinity must not vanish in integers; other rows do not see it."""
+        matrix = oracle.matrix([data_type], [N], K, rng)
+        xs = [rng.standard_normal((m, K), np.float32) for m in (1, 5)]
+        expected = xs[1][1:].astype(np.float64) @ oracle.values(matrix).T
+        for x in xs:
+            x[0, 100] = bad
+        one, several = products(ops.load_weight(matrix), [ops.asarray(x) for x in xs], None)[0]
+        for y in (one, several):
+            assert not np.isfinite(ops.to_numpy(y)[0]).any()
+        assert_close(ops.to_numpy(several)[1:], expected, ops.linear_error)
+
     @pytest.mark.parametrize("data_type", [Type.Q4_K, Type.Q6_K, Type.F16], ids=lambda t: t.name)
     def test_linear_long_rows_equal_float64(
         self, ops: Backend, products: Callable[..., Any], data_type: Type, rng: np.random.Generator
