@@ -94,7 +94,7 @@ class ProductsConformance(Conformance):
         one, several = products(ops.load_weight(matrix), [ops.asarray(x) for x in xs], None)[0]
         for y in (one, several):
             assert not np.isfinite(ops.to_numpy(y)[0]).any()
-        assert_close(ops.to_numpy(several)[1:], expected, ops.linear_error)
+        assert_close(ops.to_numpy(several)[1:], expected, ops.capabilities.linear_error)
 
     @pytest.mark.parametrize("data_type", [Type.Q4_K, Type.Q6_K, Type.F16], ids=lambda t: t.name)
     def test_linear_long_rows_equal_float64(
