@@ -47,15 +47,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rest of the product.
     """
     products: dict[Any, list[tuple[pytest.Item, dict[str, int]]]] = defaultdict(list)
+    places: dict[Any, dict[int, int]] = defaultdict(dict)  # of a parameter's values, in order
     for item in items:
         callspec = getattr(item, "callspec", None)
         for marker in item.iter_markers("each_value"):
-            if callspec is not None and set(marker.args) <= callspec.indices.keys():
-                product = (item.path, item.nodeid.partition("[")[0], marker.args)
-                indices = {name: callspec.indices[name] for name in marker.args}
-                products[product].append((item, indices))
-    for found in products.values():
-        counts = {name: 1 + max(indices[name] for _, indices in found) for name in found[0][1]}
+            if callspec is None or not set(marker.args) <= callspec.params.keys():
+                continue
+            product = (item.path, item.nodeid.partition("[")[0], marker.args)
+            indices = {}
+            for name in marker.args:
+                seen = places[product, name]
+                indices[name] = seen.setdefault(id(callspec.params[name]), len(seen))
+            products[product].append((item, indices))
+    for product, found in products.items():
+        counts = {name: len(places[product, name]) for name in found[0][1]}
         longest = max(counts, key=lambda name: counts[name])
         for item, indices in found:
             turn = indices[longest]

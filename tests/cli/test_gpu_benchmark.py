@@ -20,6 +20,7 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.complete
 def test_sections_are_measured_and_written(tmp_path: Path):
     sections = (
         *("about", "bandwidth", "load", "decode", "generate", "prompts", "logits", "attention"),

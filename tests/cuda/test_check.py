@@ -37,6 +37,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
     return jax.local_devices(backend="cpu")[0]
 
 
+@pytest.mark.complete
 def test_kernels_that_are_right_are_used(device: Any):
     kernels, about = cuda.working_kernels(device)
     assert isinstance(kernels, runtime.CudaKernels)

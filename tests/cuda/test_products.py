@@ -62,6 +62,7 @@ def test_dense_is_what_gguf_says(ggml_type: Type):
     assert np.array_equal(kernels.rows(index, w), expected[[5, 0, 0]])
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("ggml_type", "is_fast")
 @pytest.mark.parametrize(("is_fast", "bound"), [(False, 1.2e-5), (True, 4e-4)])
 def test_products_of_many_rows_are_those_of_float64(
@@ -178,6 +179,7 @@ def test_activations_of_zeros_are_zeros_and_others_not_finite_are_not():
     assert np.isnan(y[1:]).all()
 
 
+@pytest.mark.complete
 def test_rows_of_activations_do_not_disturb_each_other(ggml_type: Type):
     data = blocks(ggml_type, 3, 256)
     x = np.random.default_rng(4).standard_normal((5, 256)).astype(np.float32)

@@ -83,6 +83,7 @@ def test_documented_command_works(command, demo_model, monkeypatch):
     assert done.stdout.strip()
 
 
+@pytest.mark.complete
 def test_picture_of_the_readme_shows_what_its_command_writes(demo_model, monkeypatch):
     """tools/terminal_picture.py makes it anew."""
     monkeypatch.delenv("PHICORE_MODEL", raising=False)
@@ -98,6 +99,7 @@ def test_picture_of_the_readme_shows_what_its_command_writes(demo_model, monkeyp
     assert "".join(done.stdout.split()) in "".join(shown.split())
 
 
+@pytest.mark.complete
 def test_plugins_of_the_documents_work(demo_model, install, tmp_path, monkeypatch):
     examples = [b for b in blocks(ROOT / "plugins" / "README.md", "python") if "@hookimpl" in b]
     names = [re.search(r"def (phicore_register_\w+)", code)[1] for code in examples]
@@ -127,6 +129,7 @@ def test_python_of_the_readme_works(demo_model, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.complete
 def test_example_is_as_short_as_it_says_and_writes_text(demo_model):
     example = ROOT / "examples" / "haiku.py"
     lines = [line for line in example.read_text().splitlines() if line.strip()]

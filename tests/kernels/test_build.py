@@ -87,6 +87,7 @@ def test_library_damaged_file_is_compiled_again(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["pack.o"]
 
 
+@pytest.mark.complete
 def test_library_without_a_folder_is_compiled_each_time(tmp_path: Path):
     """A file lies where the folder should be: no user can write there, not even root."""
     file = tmp_path / "file"

@@ -50,6 +50,7 @@ def test_linear_equals_float64_and_rows_do_not_depend_on_their_number(
                 assert np.array_equal(y, of_tensor[-1][:m]), (columns, t.shape, m)
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("ggml_type", "target")
 @pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
 def test_linear_of_experts_gives_the_bits_of_each_expert_s_matrix(

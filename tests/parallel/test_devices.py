@@ -87,6 +87,7 @@ def test_each_device_holds_its_share(tmp_path: Path):
     assert found["bytes_here"] < 0.51 * found["bytes"]
 
 
+@pytest.mark.complete
 def test_two_processes_compute_what_one_does(tmp_path: Path):
     """With a coordinator on the loopback interface."""
     with socket.socket() as s:

@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("experts")
 
 
+@pytest.mark.complete
 def test_logits_of_a_deep_model_of_experts(ops: Backend, folder: Path):
     path, theirs = expected(folder)
     ours = engine_of(ops, path).logits(TOKENS)

@@ -68,7 +68,9 @@ def test_logits_of_200_tokens_equal_transformers(backend):
 
 
 @pytest.mark.each_value("backend", "chat")
-@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize(
+    "chat", [pytest.param(n, marks=[pytest.mark.complete] if n > 2 else []) for n in CHATS]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_greedy_text_of_60_tokens_equals_transformers(backend, chat):
     ids, text = greedy(backend, chat)
@@ -83,9 +85,10 @@ def test_chat_prompt_is_tokenized_as_by_transformers(backend):
         assert model(backend).encode(text, raw=True) == golden()[f"chat{chat}/token_ids"].tolist()
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize(
     "options",
-    [{"top_p": 0.95}, pytest.param({"temperature": 1.5}, marks=pytest.mark.complete)],
+    [{"top_p": 0.95}, {"temperature": 1.5}],
     ids=str,
 )
 def test_seed_gives_the_same_text_on_every_backend_and_another_seed_another(options):

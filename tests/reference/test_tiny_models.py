@@ -90,8 +90,11 @@ def test_conversation_that_crosses_the_original_context_is_read_again(name, ops,
     assert_close(engine.logits(conversation[:12]), short, SAME_GRAPH)
 
 
-@pytest.mark.each_value("sizes", "backend_name")
-@pytest.mark.parametrize("sizes", [(1,), (1, 7), (1, 64)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 64), *(pytest.param(sizes, marks=pytest.mark.complete) for sizes in ((1,), (1, 7)))],
+    ids=str,
+)
 def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, monkeypatch):
     """3000 tokens, one at a time or in chunks, through a cache that has room for 512."""
     monkeypatch.setattr("phicore.engine.runner.LOGITS_CHUNKS", sizes)
@@ -114,6 +117,7 @@ def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, m
     assert max(capacities) == 512
 
 
+@pytest.mark.complete
 def test_greedy_tokens_far_beyond_the_window_equal_transformers(ops, tmp_path):
     engine = engine_of(ops, tiny_models.windowed().write(tmp_path / "tiny.gguf"))
     ids, expected = (golden()[f"windowed/{name}"].tolist() for name in ("token_ids", "greedy_ids"))
