@@ -56,10 +56,10 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., JaxBackend]:
     ("name", "cache_type"),
     [
         ("q4_k_m", "i16"),
-        ("q4_k_m", "f16"),
-        ("q4_k_m", "f32"),
-        ("window", "i16"),
-        ("experts", "i16"),
+        pytest.param("q4_k_m", "f16", marks=pytest.mark.complete),
+        pytest.param("q4_k_m", "f32", marks=pytest.mark.complete),
+        pytest.param("window", "i16", marks=pytest.mark.complete),
+        pytest.param("experts", "i16", marks=pytest.mark.complete),
     ],
 )
 def test_logits_and_text_are_those_of_the_reference(

@@ -52,7 +52,10 @@ def commands() -> list[str]:
 
 def is_long(command: str) -> bool:
     """Whether a command is left to the complete run."""
-    return any(name in command for name in ("bench", "parity", "conformance", "--backend mlx"))
+    return any(
+        name in command
+        for name in ("bench", "parity", "conformance", "mlx", "jax", "--raw", "--system", "-n 50")
+    )
 
 
 @pytest.fixture(scope="module")

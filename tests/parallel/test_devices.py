@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[Tiny, Types]] = {
 }
 
 
-OTHERS = [name for name in MODELS if name not in ("window", "phimoe")]
+OTHERS = [name for name in MODELS if name != "phimoe"]
 
 
 def start(path: Path, devices: int, *options: str) -> subprocess.Popen[str]:
