@@ -2,7 +2,7 @@
 
 import pytest
 from backend.every import make_any
-from conftest import ALL_BACKENDS
+from conftest import BACKENDS
 
 from phicore.testing.conformance import ModelsConformance
 from phicore.testing.conformance.base import Make
@@ -10,7 +10,10 @@ from phicore.testing.conformance.base import Make
 
 @pytest.mark.each_value("make", "model")
 class TestModels(ModelsConformance):
-    @pytest.fixture(scope="class", params=ALL_BACKENDS)
+    @pytest.fixture(
+        scope="class",
+        params=[*BACKENDS, pytest.param("array-api-strict", marks=pytest.mark.complete)],
+    )
     @classmethod
     def make(cls, request: pytest.FixtureRequest) -> Make:
         return lambda options: make_any(request.param, options)

@@ -206,6 +206,7 @@ def test_terminal_shows_the_text_after_the_progress_is_gone(tiny: Path, phicore)
 
 
 @posix
+@pytest.mark.complete
 def test_terminal_shows_how_far_a_benchmark_is(tiny: Path) -> None:
     args = ("bench", "-m", tiny, "-b", "numpy", "-p", 8, "-n", 250, "-r", 6)
     code, out = in_terminal(*args)

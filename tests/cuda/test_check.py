@@ -62,6 +62,7 @@ def let_it_be_wrong(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
         monkeypatch.setattr(runtime, name, wrong(getattr(host, name)))
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("kernel", ALWAYS_TRIED)
 def test_kernel_that_is_wrong_is_found(
     device: Any, monkeypatch: pytest.MonkeyPatch, kernel: str, caplog: pytest.LogCaptureFixture

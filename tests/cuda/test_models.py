@@ -55,7 +55,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., JaxBackend]:
 @pytest.mark.parametrize(
     ("name", "cache_type"),
     [
-        ("q4_k_m", "i16"),
+        pytest.param("q4_k_m", "i16", marks=pytest.mark.complete),
         pytest.param("q4_k_m", "f16", marks=pytest.mark.complete),
         pytest.param("q4_k_m", "f32", marks=pytest.mark.complete),
         pytest.param("window", "i16", marks=pytest.mark.complete),

@@ -81,6 +81,7 @@ print(len(compiled))
 """
 
 
+@pytest.mark.complete
 def test_library_damaged_file_is_compiled_again(tmp_path: Path):
     """In a process of its own, since code that is damaged ends the process that loads it."""
     assert run_python(DAMAGED.replace("FOLDER", str(tmp_path))) == "6\n"  # the first, and 5 damaged

@@ -100,6 +100,7 @@ main()
 """
 
 
+@pytest.mark.complete
 def test_program_without_llvmlite_says_so_and_generates(tmp_path: Path):
     reason = "no CPU kernels, XLA alone (llvmlite cannot be imported; install llvmlite)"
     wide = {"COLUMNS": "200"}

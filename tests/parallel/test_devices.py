@@ -37,9 +37,6 @@ MODELS: dict[str, tuple[Tiny, Types]] = {
 }
 
 
-OTHERS = [name for name in MODELS if name != "phimoe"]
-
-
 def start(path: Path, devices: int, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(PROGRAM), str(path), str(devices), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -64,10 +61,7 @@ def check(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        n if n in ("window", "phimoe") else pytest.param(n, marks=pytest.mark.complete)
-        for n in MODELS
-    ],
+    [n if n == "phimoe" else pytest.param(n, marks=pytest.mark.complete) for n in MODELS],
 )
 def test_four_devices_compute_what_one_does(tmp_path: Path, name: str):
     found = result(start(write(tmp_path, name), 4, "--cache-type", "f32"))

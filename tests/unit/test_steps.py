@@ -98,6 +98,7 @@ def test_steps_after_an_end_are_not_run(path: Path):
     assert len(ran) == len(found)
 
 
+@pytest.mark.complete
 def test_processors_keep_their_state(engines: Callable[[int], Engine]):
     one, many = engines(1), engines(4)
     for make in (lambda: LogitBias({5: 3.0}), Follow):
