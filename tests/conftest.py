@@ -8,6 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+# Read when NumPy is imported: each process of the tests has a processor of its own.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 
@@ -18,6 +21,8 @@ from phicore.plugins import Plugins
 # JAX reads these when it is imported. An implicit cast or an implicit new axis is then an error.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# Small programs are kept on disk, too: many tests compile the same ones.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def pytest_configure(config: pytest.Config) -> None:
