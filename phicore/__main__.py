@@ -88,9 +88,11 @@ def _fail_usage(error: typer.TyperException) -> int:
 
 
 def _as_option(parameter: str) -> str:
-    """A parameter as the command line spells it: --top-k, where it is an option of some command."""
+    """A parameter as the command line spells it: --top-k, if the command has such an option."""
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    for each in (option for command in commands.values() for option in command.params):
+    # The options before a command take no values.
+    name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    for each in commands[name].params if name in commands else ():
         if each.name == parameter and each.opts[0].startswith("--"):
             return each.opts[0]
     return parameter

@@ -11,8 +11,9 @@ import numpy as np
 
 from phicore.backend import Array, Backend, LayerCache, Params
 from phicore.engine.slots import Cache
-from phicore.engine.steps import Kinds, Steps, Tables
+from phicore.engine.steps import Kinds, Steps
 from phicore.engine.timings import Timings
+from phicore.network.rope import Tables
 from phicore.progress import Progress
 
 

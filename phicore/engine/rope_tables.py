@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from phicore.backend import Array, Backend
+from phicore.backend import Backend
 from phicore.engine.chunks import capacity_for
 from phicore.network.config import Phi3Config
-from phicore.network.rope import RopeFactors, is_long, rope_tables
+from phicore.network.rope import RopeFactors, Tables, is_long, rope_tables
 
 FIRST = 4096
 """A table has rows for this many positions at once, or for the whole context if that is less."""
-
-Tables = tuple[Array, Array]
-"""Cosines and sines: two of (P, R) float32."""
 
 
 class RopeTables:

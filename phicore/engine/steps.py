@@ -9,10 +9,8 @@ from phicore.backend import Array, Backend, LayerCache, Params
 from phicore.network import graph, sampler
 from phicore.network.config import Phi3Config
 from phicore.network.processors import LogitsProcessor, check_same
-from phicore.network.rope import rope_at
+from phicore.network.rope import Tables, rope_at
 
-Tables = tuple[Array, Array]
-"""Cosines and sines of positions: two of (P, R) float32."""
 Kinds = tuple[type[LogitsProcessor], ...]
 """The classes of logits processors, which are compiled into a step."""
 States = list[Mapping[str, Array]]

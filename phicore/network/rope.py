@@ -10,6 +10,9 @@ import numpy as np
 
 from phicore.network.config import Phi3Config
 
+Tables = tuple[Any, Any]
+"""Cosines and sines by position: two arrays (P, R) float32 of a backend."""
+
 
 @dataclass(frozen=True)
 class RopeFactors:
@@ -71,7 +74,7 @@ def rope_tables(
     return cos.astype(np.float32), sin.astype(np.float32)
 
 
-def rope_at(xp: Any, tables: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
+def rope_at(xp: Any, tables: Tables, rows: Any) -> tuple[Any, Any]:
     """Look up rows (B, T) int32 of two tables (P, R): cosines and sines, (B, T, R)."""
 
     def picked(table: Any) -> Any:

@@ -23,7 +23,7 @@ def make_any(name: str, options: BackendOptions = DEFAULTS) -> Backend:
 
     kernels = None
     if name != "jax-xla":
-        pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
+        pytest.importorskip("llvmlite", reason="install llvmlite, for the kernels of JAX")
         from kernels.made import kernels_of
         from phicore_jax.kernels.build import supported_targets
 

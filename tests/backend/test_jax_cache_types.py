@@ -15,7 +15,7 @@ from phicore.errors import BackendError
 from phicore.testing import oracle, tolerances
 from phicore.testing.compare import assert_close
 
-pytest.importorskip("jax", reason="the JAX backend is not installed")
+pytest.importorskip("jax", reason="install phicore-jax")
 
 from phicore_jax.cache import ROW_TYPES, rows_of_cache
 
@@ -48,7 +48,7 @@ def make(variant: str, cache_type: str) -> Backend:
 
     kernels = None
     if variant != "xla":
-        pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
+        pytest.importorskip("llvmlite", reason="install llvmlite, for the kernels of JAX")
         from kernels.made import kernels_of
         from phicore_jax.kernels.build import supported_targets
 

@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType as Type
 from phicore.errors import BackendError
 from phicore.testing import oracle
 
-jax = pytest.importorskip("jax", reason="the JAX backend is not installed")
+jax = pytest.importorskip("jax", reason="install phicore-jax")
 
 LAYERS, SIZE = 8, 512
 

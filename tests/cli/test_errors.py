@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from api.tiny_models import spoilt, with_number, with_value, without, write_tiny
+
+from phicore.__main__ import _as_option
 
 
 @pytest.fixture
@@ -118,6 +121,15 @@ def test_prompt_longer_than_the_context(fails) -> None:
 def test_context_larger_than_the_models(fails) -> None:
     message = fails("--ctx", 1000, "Hello", code=2)
     assert message == "--ctx: expected 1 to 320, the model's context, got 1000"
+
+
+@pytest.mark.parametrize(("command", "spelled"), [("generate", "prompt"), ("parity", "--prompt")])
+def test_parameter_is_spelled_as_the_command_has_it(
+    monkeypatch: pytest.MonkeyPatch, command: str, spelled: str
+) -> None:
+    """`phicore parity` has an option --prompt, and `phicore generate` has none."""
+    monkeypatch.setattr(sys, "argv", ["phicore", "--no-plugins", command, "--raw", ""])
+    assert _as_option("prompt") == spelled
 
 
 # ---- the model -------------------------------------------------------------------------------

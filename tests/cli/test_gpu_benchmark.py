@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("jax", reason="the JAX backend is not installed")
+pytest.importorskip("jax", reason="install phicore-jax")
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 

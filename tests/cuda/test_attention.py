@@ -8,8 +8,8 @@ import pytest
 from phicore.backend import cache_types
 from phicore.testing.compare import assert_close
 
-pytest.importorskip("jax", reason="the JAX backend is not installed")
-pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
+pytest.importorskip("jax", reason="install phicore-jax")
+pytest.importorskip("llvmlite", reason="install llvmlite, for the kernels of JAX")
 
 from cuda.host import run
 from phicore_jax.cuda.attention import (

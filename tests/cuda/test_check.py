@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jax", reason="the JAX backend is not installed")
-pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
+pytest.importorskip("jax", reason="install phicore-jax")
+pytest.importorskip("llvmlite", reason="install llvmlite, for the kernels of JAX")
 
 import jax
 from cuda import host

@@ -15,8 +15,8 @@ from phicore.testing.compare import relative_error
 from phicore.testing.conformance.models import DRAWN, PROMPT, Reference, engine_of, text
 from phicore.testing.tiny_models import Q4_K_M, Tiny, write_model
 
-pytest.importorskip("jax", reason="the JAX backend is not installed")
-pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
+pytest.importorskip("jax", reason="install phicore-jax")
+pytest.importorskip("llvmlite", reason="install llvmlite, for the kernels of JAX")
 
 from cuda import host
 from phicore_jax.backend import JaxBackend

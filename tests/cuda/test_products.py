@@ -12,8 +12,8 @@ from phicore.gguf.reader import GGUFTensor
 from phicore.testing import oracle
 from phicore.testing.compare import assert_close, relative_error
 
-pytest.importorskip("jax", reason="the JAX backend is not installed")
-pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
+pytest.importorskip("jax", reason="install phicore-jax")
+pytest.importorskip("llvmlite", reason="install llvmlite, for the kernels of JAX")
 
 import jax.numpy as jnp
 from cuda import host

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jax", reason="the JAX backend is not installed")
-pytest.importorskip("llvmlite", reason="the kernels of the JAX backend need llvmlite")
+pytest.importorskip("jax", reason="install phicore-jax")
+pytest.importorskip("llvmlite", reason="install llvmlite, for the kernels of JAX")
 
 from phicore_jax.cuda.attention import (
     CACHE_TYPES,

@@ -46,7 +46,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """A type, and its kernels as functions of one thread."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
-        pytest.skip("needs a C++ compiler")
+        pytest.skip("install a C++ compiler, such as g++")
     folder = tmp_path_factory.mktemp("kernels")
     main = MAIN.replace("PRODUCT", blocks.PRODUCT).replace("EXPANSION", blocks.EXPANSION)
     source = PREAMBLE + blocks.text(blocks.HEADER + main, request.param, "place_{}", "(of - 1)")

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Type
 
 from phicore.testing.tiny_models import Q4_K_M, Tiny, Types, write_model
 
-pytest.importorskip("jax", reason="the JAX backend is not installed")
+pytest.importorskip("jax", reason="install phicore-jax")
 
 PROGRAM = Path(__file__).with_name("program.py")
 BOUND = 5e-5  # sums are added in another order, and the kernels round activations to 16 bits
