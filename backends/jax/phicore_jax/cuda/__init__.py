@@ -1,8 +1,11 @@
-"""Kernels for NVIDIA GPUs, written in Python; LLVM makes PTX of them, XLA launches it.
+"""Kernels for NVIDIA GPUs, written in Python. LLVM compiles them to PTX, and XLA launches the PTX.
 
-`warp` is what they are written in beside `kernels.lang`, `formats` how weights lie in memory,
-`linear` and `attention` the kernels, `ptx` the way to the GPU, and `runtime` the functions of JAX
-arrays. `check` tries them.
+- `warp` and `kernels.lang` define the language in which the kernels are written.
+- `formats` defines how weights are laid out in GPU memory.
+- `linear` and `attention` hold the kernels.
+- `ptx` compiles a kernel and launches it.
+- `runtime` offers the kernels as functions of JAX arrays.
+- `check` tests the kernels on a GPU before they are used.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ if TYPE_CHECKING:
     from phicore_jax.cuda.runtime import CudaKernels
 
 
-# What XLA puts into a command buffer: its default, loops, and sums over devices. A loop is launched
-# as a whole then, and the host need not wait for each step; XLA's least size would leave it out.
+# XLA's default list of what goes into a command buffer (a CUDA graph), and in addition loops and
+# reductions over devices. One launch then runs a whole loop, and the host need not wait for each
+# step. The minimum size of a graph is 1, because XLA's default would leave the loop out.
 OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,"
     "DYNAMIC_SLICE_FUSION,WHILE,COLLECTIVES",
@@ -26,7 +30,7 @@ OPTIONS = {
 
 @cache
 def find_kernels() -> tuple[CudaKernels | None, str]:
-    """Find the kernels of GPUs, or None; and say which they are, or why there are none."""
+    """Return the GPU kernels and their PTX target; or None and the reason why there are none."""
     if os.environ.get("PHICORE_KERNELS") == "0":
         return None, "switched off by PHICORE_KERNELS=0"
     try:
@@ -41,7 +45,10 @@ def find_kernels() -> tuple[CudaKernels | None, str]:
 
 @cache
 def working_kernels(device: Any) -> tuple[CudaKernels | None, str]:
-    """The kernels of GPUs if they computed the right results on this one; see `find_kernels`."""
+    """Return what `find_kernels` does, but only kernels that compute correctly on this GPU.
+
+    The kernels are None if `check.fault` finds a fault, which is then the reason.
+    """
     kernels, about = find_kernels()
     if kernels is None:
         return None, about

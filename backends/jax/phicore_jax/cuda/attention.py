@@ -1,11 +1,13 @@
-"""Attention of one new token for each sequence on a GPU, over the part of the cache it sees.
+"""GPU kernels for attention of one new token per sequence, over the cached positions it sees.
 
-The positions that a head sees are dealt out to several warps, and those of a warp to eight groups
-of four lanes: four lanes have the D channels of a key and its value, in chunks of 8. Each group
-keeps the largest score that it has met, the sum of the powers, and the sum of the values weighed by
-them, relative to the largest (Milakov and Gimelshein, "Online normalizer calculation for softmax",
-2018); the groups of a warp are put together at its end, the warps of a head by a second kernel (Dao
-et al., "Flash-Decoding for long-context inference", 2023).
+The positions that a head sees are divided among several warps. A warp divides its positions among
+eight groups of four lanes. The four lanes of a group share the D channels of a key and its value,
+in chunks of 8.
+
+Each group keeps three running numbers (Milakov and Gimelshein, "Online normalizer calculation for
+softmax", 2018): the largest score so far, the sum of exp(score - largest), and the sum of the
+values weighted by exp(score - largest). A warp merges its groups when it ends. A second kernel
+merges the warps of a head (Dao et al., "Flash-Decoding for long-context inference", 2023).
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ from phicore_jax.kernels.attention import exp
 from phicore_jax.kernels.lang import F16, F32, I16, I32, I64, Value
 
 CACHE_TYPES = ("i16", "f16", "f32")
-CHUNK = 8  # neighbouring channels of a lane
+CHUNK = 8  # consecutive channels that a lane loads
 QUAD = 4  # lanes that share a key
-KEYS = LANES // QUAD  # keys that a warp reads at a time
-WARPS = 2048  # enough to occupy a GPU
-NOTHING = -1e30  # the largest score of no keys
+KEYS = LANES // QUAD  # keys that a warp reads at once
+WARPS = 2048  # enough warps to occupy a GPU
+NOTHING = -1e30  # stands for the largest score where no key was seen
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a layer's attention: the protocol's B, H, K, S and D, and the cache type."""
+    """The shape of a layer's attention: B, H, K, S and D of the protocol, and the cache type."""
 
     batch: int
     heads: int
@@ -42,33 +44,37 @@ class Shape:
 
     @property
     def splits(self) -> int:
-        """How many warps share a head: a power of two, up to 64."""
+        """Number of warps that share a head: a power of two, up to 64."""
         wanted = max(1, WARPS // (self.batch * self.heads))
         most = min(64, max(1, self.capacity // (KEYS * self.together)), wanted)
         return power_of_two(most + 1) // 2
 
     @property
     def chunks(self) -> int:
-        """How many chunks of channels a lane has."""
+        """Number of chunks of channels that each lane holds."""
         return self.dim // (CHUNK * QUAD)
 
     @property
     def together(self) -> int:
-        """How many slots a group of lanes loads at once; large heads would run out of registers."""
+        """Number of cache slots that a group of lanes loads at once.
+
+        Heads of more than 128 channels load one slot, since two would not fit into the registers.
+        """
         return 2 if self.dim <= 128 else 1
 
 
 def has_dim(dim: int) -> bool:
-    """Whether the kernels compute heads of this size."""
+    """Return whether the kernels support heads of `dim` channels."""
     return dim % LANES == 0 and dim <= 256
 
 
 def emit_store(w: Warp, shape: Shape, args: Sequence[Value]) -> None:
-    """Write what a warp does to round a row of keys or values and to store it in the cache.
+    """Write the kernel that rounds new keys and values and stores them; a warp stores one row.
 
     Args:
-        args: Pointers to keys and values (B, K, D), positions (B,), and then the cache, with
-            capacity for S positions: rows of keys and of values, or rows and scales of each.
+        args: Pointers, in this order: new keys (B, K, D), new values (B, K, D), positions (B,),
+            cached keys (B, K, S, D), cached values (B, K, S, D). If the cache type has scales,
+            those of the cached keys (B, K, S) follow the keys, those of the values the values.
     """
     f, s = w.f, shape
     per_row = s.dim // LANES
@@ -98,7 +104,7 @@ def _store_row(
         largest, rest = f.absolute(x[0]), x[0] * 0.0
         for more in x[1:]:
             largest, rest = f.larger(largest, f.absolute(more)), rest + more * 0.0
-        # as `cache_types.multiples`: what is not finite makes the scale NaN
+        # A NaN or an infinity makes the scale NaN, as in `cache_types.multiples`.
         most = float(TYPES["i16"].largest)
         scale = w.max(largest) / most + w.sum(rest)
         w.store([scale], scales[0], w.spread(slot), w.lane.equals(0))
@@ -116,12 +122,15 @@ def _store_row(
 
 
 def emit_attention(w: Warp, shape: Shape, window: int | None, args: Sequence[Value]) -> None:
-    """What a warp does: the attention of a head to its part of the positions.
+    """Write the kernel that computes a head's attention to one of P splits of the positions.
+
+    A warp computes one split. `emit_combine` merges the splits.
 
     Args:
-        args: Pointers to scaled queries (B, H, D), positions (B,), and the cache as `emit_store`
-            has it; then, for P splits, to sums of values (B, H, P, D), and to the largest score and
-            the sum of powers (B, H, P, 2).
+        window: Number of positions that a token sees, its own included; None for all of them.
+        args: Pointers, in this order: scaled queries (B, H, D), positions (B,), the cache as in
+            `emit_store`; then the results: weighted sums of values (B, H, P, D), and pairs of the
+            largest score and the sum of the exponentials (B, H, P, 2).
     """
     f, s = w.f, shape
     splits, total = s.splits, s.batch * s.heads * s.splits
@@ -164,7 +173,7 @@ def emit_attention(w: Warp, shape: Shape, window: int | None, args: Sequence[Val
                 for factor in k_scale:
                     score = score * factor
                 score = is_seen.select(score, NOTHING)
-                new = f.larger(largest.value, score)  # a score that is none makes its weight none
+                new = f.larger(largest.value, score)  # ignores NaN; the weight is NaN then
                 correction = exp(f, largest.value - new)
                 weight = is_seen.select(exp(f, score - new), 0.0)
                 largest.value = new
@@ -177,7 +186,7 @@ def emit_attention(w: Warp, shape: Shape, window: int | None, args: Sequence[Val
 
 
 def _chunks(w: Warp, s: Shape, plane: Value, row: Value, quad: Value, row_type: str) -> list[Value]:
-    """The channels of a lane: chunk `QUAD * i + quad` of a row for each i."""
+    """Load the channels of a lane as float32: chunk `QUAD * i + quad` of a row for each i."""
     found = []
     for i in range(s.chunks):
         chunk = row * (s.dim // CHUNK) + quad + QUAD * i
@@ -201,7 +210,7 @@ def _merge(
     values: Sequence[Any],
     results: tuple[Value, Value],
 ) -> None:
-    """Put the groups of a warp together, and store what comes of them."""
+    """Merge the groups of a warp, and store the sums and statistics of its split at `place`."""
     f = w.f
     sums, stats = results
     groups = (16, 8, 4)
@@ -210,7 +219,7 @@ def _merge(
     power = w.sum(power * factor, groups)
     merged = [w.sum(value.value * factor, groups) for value in values]
     group, quad = w.lane >> 2, w.lane & (QUAD - 1)
-    for i in range(s.chunks):  # each group stores one of the channels
+    for i in range(s.chunks):  # each group stores one channel of a chunk
         chosen = merged[CHUNK * i]
         for channel in range(1, CHUNK):
             chosen = group.equals(channel).select(merged[CHUNK * i + channel], chosen)
@@ -222,17 +231,18 @@ def _merge(
 
 
 def emit_combine(w: Warp, shape: Shape, args: Sequence[Value]) -> None:
-    """What a warp does: a head, of what the warps of `emit_attention` found.
+    """Write the kernel that merges the splits of `emit_attention`; a warp computes one head.
 
     Args:
-        args: Pointers to what they stored, and to the result, (B, H, D).
+        args: Pointers, in this order: the two results of `emit_attention`, and the result
+            (B, H, D).
     """
     f, s = w.f, shape
     sums, stats, result = args
     with f.when(w.number < s.batch * s.heads):
         first = w.number * s.splits
         largest, powers = [], []
-        for start in range(0, s.splits, LANES):  # a lane has a split, or two
+        for start in range(0, s.splits, LANES):  # each lane reads one split, or two
             split = w.lane + start
             is_there = split < s.splits
             at = (w.spread(first) + is_there.select(split, 0)) * 2

@@ -1,8 +1,9 @@
-"""Whether the kernels compute on a GPU what they should: tried once, before they are used.
+"""Tests of the GPU kernels on the GPU at hand, run once before the kernels are used.
 
-Drivers and XLA's versions are many, and a kernel that is wrong would give wrong text. They run in a
-loop, and compiled with the options that steps have, which are not XLA's default. Products are tried
-for each type of quantization when a file has it: compiling all of them would take long.
+There are many versions of drivers and of XLA, and a wrong kernel would produce wrong text. A trial
+runs kernels inside a loop and compiles them with the options of the engine's steps, which are not
+XLA's defaults. Products of a quantization type are tried when a file first has that type, since
+compiling those of all types would take long.
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ Caches = dict[str, dict[str, Array]]
 
 
 class Given(NamedTuple):
-    """The inputs of run `i` of a trial: rows, a weight, numbers for attention, and caches."""
+    """The inputs of one run of a trial.
+
+    Attributes:
+        i: Number of the run, from 0.
+        x: Rows of activations.
+        weight: A packed matrix.
+        qkv: Queries, keys and values, (3, B, H, S, D); the keys and values use K of the H heads.
+        caches: A filled cache for each cache type; only `try_others` has caches.
+    """
 
     i: Array
     x: Array
@@ -43,14 +52,14 @@ class Given(NamedTuple):
 
 Trial = Callable[[OwnKernels, Given], tuple[list[Array], Caches]]
 
-ROWS, COLUMNS = 35, 1280  # an odd number, and lanes with nothing to do
-EXPERTS = 5  # of 7 rows
-BATCH, HEADS, KV_HEADS, CAPACITY, DIM = 2, 4, 2, 1024, 96  # 64 splits
+ROWS, COLUMNS = 35, 1280  # an odd number of rows; 40 groups a row leave some lanes idle
+EXPERTS = 5  # with 7 rows each
+BATCH, HEADS, KV_HEADS, CAPACITY, DIM = 2, 4, 2, 1024, 96  # `Shape.splits` is 64
 BOUND = 1e-3
 
 
 class TriedKernels(CudaKernels):
-    """The kernels of one GPU. A type whose products are wrong on it is left to XLA."""
+    """The kernels of one GPU. XLA computes the products of types whose kernels are wrong on it."""
 
     def __init__(self, device: Any) -> None:
         self._device = device
@@ -65,12 +74,16 @@ class TriedKernels(CudaKernels):
 
 @cache
 def fault(device: Any, ggml_type: Type | None = None, *, of_experts: bool = False) -> str | None:
-    """What is wrong with the kernels for a type, or with all others; None if nothing is.
+    """Try kernels on a device: return what is wrong with them, or None if they work.
 
-    It is logged as a warning, since a user would only find that all is slow.
+    A fault is also logged as a warning, since the user would otherwise notice only the slowness.
 
+    Args:
+        ggml_type: Try the products of this type; None tries everything but plain and expert
+            products: activations of norms and gates, the caches, and attention.
+        of_experts: Try the products of the type's expert matrices instead of its plain products.
     Raises:
-        BackendError: If nothing works any more on the device.
+        BackendError: If the device does not work any more after the trial.
     """
     trial: Trial = try_others
     if ggml_type is not None:
@@ -87,14 +100,17 @@ def _fault(device: Any, trial: Trial, ggml_type: Type) -> str | None:
     try:
         with jax.default_device(device), jax.default_matmul_precision("highest"):
             worst = float(program(trial, options)(*operands(ggml_type)))
-    except Exception as error:  # noqa: BLE001 - whatever XLA, LLVM or the driver say
+    except Exception as error:  # noqa: BLE001 - XLA, LLVM and the driver raise various types
         _check_alive(device)
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None if worst < BOUND else f"wrong results, by {worst:.1e}"
 
 
 def _check_alive(device: Any) -> None:
-    """After an access to memory that is not there, a GPU does nothing more for a process."""
+    """Raise a BackendError if the device does not work any more.
+
+    After an invalid memory access, a GPU refuses all further work of the process.
+    """
     try:
         jax.block_until_ready(jax.device_put(np.ones(8, np.float32), device) + 1.0)
     except Exception as error:
@@ -104,7 +120,11 @@ def _check_alive(device: Any) -> None:
 
 
 def operands(ggml_type: Type) -> tuple[Any, ...]:
-    """What `program` takes: how many runs, rows of activations, numbers for attention, a weight."""
+    """Return the arguments of `program`'s function, with a weight of this type.
+
+    They are the number of runs, activations (9, COLUMNS), queries, keys and values
+    (3, B, H, S, D), and the packed weight (ROWS, COLUMNS).
+    """
     rng = np.random.Generator(np.random.PCG64(1))
     data = random_matrix(ggml_type, ROWS, COLUMNS, rng, 0.05).view(np.uint8)
     weight = CudaKernels().pack([GGUFTensor("weight", ggml_type, (ROWS, COLUMNS), data)])
@@ -114,19 +134,19 @@ def operands(ggml_type: Type) -> tuple[Any, ...]:
 
 
 def program(trial: Trial, options: dict[str, Any]) -> Any:
-    """A trial as a compiled function."""
+    """Return a trial as a jitted function of `operands`, which returns the largest error."""
     return jax.jit(partial(_worst, trial, CudaKernels()), compiler_options=options)
 
 
 def _worst(
     trial: Trial, kernels: OwnKernels, count: Array, x: Array, qkv: Array, weight: Any
 ) -> Array:
-    """The largest error of so many runs; each goes on with the caches of the one before."""
+    """Run a trial `count` times, passing the caches on, and return the largest error."""
     caches = {name: _cache(name, qkv) for name in CACHE_TYPES} if trial is try_others else {}
 
     def run(state: tuple[Array, Array, Caches]) -> tuple[Array, Array, Caches]:
         i, worst, caches = state
-        shifted = x + 1e-3 * i.astype(jnp.float32)  # so that no run is like another
+        shifted = x + 1e-3 * i.astype(jnp.float32)  # so that the runs differ
         errors, caches = trial(kernels, Given(i, shifted, weight, qkv, caches))
         return i + 1, jnp.maximum(worst, jnp.max(jnp.stack(errors))), caches
 
@@ -134,11 +154,11 @@ def _worst(
     return jax.lax.while_loop(lambda state: state[0] < count, run, first)[1]
 
 
-# ---- trials: relative errors of a run, and the caches as it leaves them -------------------------
+# ---- trials: each returns the relative errors of a run, and the updated caches -------------------
 
 
 def try_products(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches]:
-    """With one row, some and many."""
+    """Try products with 1, 3, 8 and 9 rows of activations."""
     found, x, w = [], given.x, given.weight
     values = w.dense()
     for rows in (x[:1], x[:3], x[:8], x):
@@ -149,7 +169,7 @@ def try_products(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches
 
 
 def try_experts(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches]:
-    """Where each row has its own matrix; few rows and many."""
+    """Try products of 2 and of 9 rows in which each row has an expert's matrix."""
     found, x, w = [], given.x, given.weight
     experts = jnp.array([4, 0, 3, 3, 1, 4, 0, 0, 2], jnp.int32)
     several = replace(w, count=EXPERTS)
@@ -162,7 +182,7 @@ def try_experts(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches]
 
 
 def try_others(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches]:
-    """Integers of a norm's and a gate's result; storing a token, and its attention."""
+    """Try products of RMSNorm's and SwiGLU's results, storing into caches, and attention."""
     found, x, w = [], given.x, given.weight
     scale, eps = jnp.linspace(0.5, 1.5, COLUMNS, dtype=jnp.float32), 1e-5
     root = jnp.sqrt(jnp.mean(x[:1] ** 2, axis=1, keepdims=True) + eps)
@@ -188,7 +208,10 @@ def _cache(cache_type: str, qkv: Array) -> dict[str, Array]:
 def _try_attention(
     kernels: OwnKernels, cache_type: str, given: Given
 ) -> tuple[Array, dict[str, Array]]:
-    """Store token i of two sequences, one longer than the window, and compute its attention."""
+    """Store token i of two sequences, and return the error of its attention, and the cache.
+
+    One of the sequences is longer than the window.
+    """
     i, qkv, stored = given.i, given.qkv, given.caches[cache_type]
     first = jnp.array([[7], [900]], jnp.int32)
     positions, window = first + i, 700

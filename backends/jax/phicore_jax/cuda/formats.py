@@ -1,13 +1,16 @@
-"""How quantized matrices lie in a GPU's memory, and how a lane reads a group of 32 weights.
+"""The layout of quantized matrices in GPU memory, and how a lane reads a group of 32 weights.
 
-Each part of ggml's blocks becomes a plane of its own, with rows of whole groups: codes by words, so
-that a lane loads 16 bytes at once, and scales as the file has them. So a matrix takes the memory
-that it takes in the file, and loads are aligned. Code j of the four in quad q is byte j of a word:
+Each field of ggml's blocks becomes an array of its own, called a plane, with one row per row of the
+matrix. Codes are stored in 32-bit words, so that a lane loads up to 16 bytes at once and all loads
+are aligned. Scales are stored as in the file, except that integers of 6 bits become bytes. A matrix
+takes at most 4 % more memory than in the file.
 
-    word q // 2, low or high nibble by q % 2      codes of 4 bits, and the low 4 of wider ones
-    word 0, bit 8 j + q                           a single bit: the fifth, or Q3_K's third
-    word q // 4, bits 8 j + 2 (q % 4) and + 1     two bits: the fifth and sixth, or the low two
-    word q                                        codes of 8 bits
+The 32 codes of a group are 8 quads of 4 consecutive codes. Code j of quad q is in byte j of a word:
+
+    word q // 2, low nibble if q is even, else high   4 bits: a whole code, or its low 4 bits
+    word 0, bit 8 j + q                               1 bit: a code's fifth, or Q3_K's third
+    word q // 4, bits 8 j + 2 (q % 4) and the next    2 bits: a code's fifth and sixth, or low two
+    word q                                            8 bits: a whole code
 """
 
 from __future__ import annotations
@@ -41,17 +44,18 @@ from phicore_jax.cuda.warp import Warp
 from phicore_jax.kernels.lang import F16, F32, I16, I32, Value
 
 GROUP = 32
-SUPER = 8  # groups of a block of 256
+SUPER = 8  # groups in a block of 256 weights
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A group of each lane: scale * (code - offset) + bias.
+    """A group of 32 weights in each lane: scale * (code - offset) + bias.
 
     Attributes:
-        quads: Eight words of four codes.
-        scales: Of the group, or of each half of it; float32.
-        biases: As many, or none.
+        quads: Eight words of four codes each, a byte per code.
+        scales: One float32 for the group, or one for each half of it.
+        biases: As many float32 as there are scales, or none.
+        offset: The number that is subtracted from every code.
         is_signed: Whether codes are signed bytes.
     """
 
@@ -62,7 +66,7 @@ class Weights:
     is_signed: bool = False
 
     def values(self) -> list[Value]:
-        """The 32 numbers, float32."""
+        """Expand the group to its 32 weights, float32."""
         found = []
         for q, quad in enumerate(self.quads):
             part = q * len(self.scales) // len(self.quads)
@@ -75,11 +79,13 @@ class Weights:
         return found
 
     def times(self, w: Warp, activations: Sequence[Value], sums: Sequence[Value]) -> Value:
-        """Multiply these weights by a group of activations: float32, in the activations' unit.
+        """Return the dot product with a group of integer activations, float32.
+
+        The caller multiplies it by the unit of the activations.
 
         Args:
-            activations: The upper bytes in eight words, then the lower ones.
-            sums: The sums of the first 16 activations and of the other 16.
+            activations: Eight words of the integers' upper bytes, then eight of their lower bytes.
+            sums: The sum of the first 16 integers, and the sum of the other 16.
         """
         zero = w.spread(w.f.i32(0))
         dots = []
@@ -103,7 +109,7 @@ class Weights:
 
 
 class Format(ABC):
-    """A type of quantization, and the fields of its blocks in a file."""
+    """The GPU layout of one quantization type: how to pack, read and expand its blocks."""
 
     block: Block
     plane_count: int
@@ -114,36 +120,42 @@ class Format(ABC):
 
     @abstractmethod
     def planes(self, data: Any) -> tuple[Any, ...]:
-        """The planes of rows of blocks, (N, bytes) uint8: (N, ...) uint32, uint16; by XLA."""
+        """Turn rows of blocks (N, bytes) uint8 into planes (N, ...) uint32 or uint16, in XLA."""
 
     @abstractmethod
     def read(
         self, w: Warp, planes: Sequence[Value], row: Value, group: Value, groups: int
     ) -> Weights:
-        """A group of a row, for each lane."""
+        """Write the kernel code that loads a group of weights into each lane.
+
+        Args:
+            row: Each lane's row.
+            group: The index of each lane's group in its row.
+            groups: The number of groups in a row.
+        """
 
     @abstractmethod
     def dense(self, planes: Sequence[Any]) -> Any:
-        """The values of some rows, float32 (N, K), by XLA."""
+        """Expand the planes of some rows to float32 (N, K), in XLA."""
 
 
 # ---- words of codes ------------------------------------------------------------------------------
 
 
 def nibbles(codes: Any) -> Any:
-    """The low 4 bits of codes (N, K): (N, G, 4) words."""
+    """Pack the low 4 bits of codes (N, K) into words (N, G, 4)."""
     low = (codes & 15).reshape(codes.shape[0], -1, 4, 2, 4)
     return _words(low[..., 0, :] | low[..., 1, :] << 4)
 
 
 def single_bits(codes: Any, shift: int) -> Any:
-    """A bit of codes (N, K): (N, G) words."""
+    """Pack bit number `shift` of codes (N, K) into words (N, G)."""
     bits = (codes >> shift & 1).reshape(codes.shape[0], -1, 8, 4)
     return _words(_together(bits << np.arange(8, dtype=np.uint8).reshape(1, 1, 8, 1), axis=2))
 
 
 def pairs_of_bits(codes: Any, shift: int) -> Any:
-    """Two bits of codes (N, K): (N, G, 2) words."""
+    """Pack bits number `shift` and `shift + 1` of codes (N, K) into words (N, G, 2)."""
     bits = (codes >> shift & 3).reshape(codes.shape[0], -1, 2, 4, 4)
     return _words(
         _together(bits << 2 * np.arange(4, dtype=np.uint8).reshape(1, 1, 1, 4, 1), axis=3)
@@ -155,7 +167,7 @@ def _together(bits: Any, axis: int) -> Any:
 
 
 def _words(codes: Any) -> Any:
-    """Bytes (..., 4) as words (...)."""
+    """Reinterpret bytes (..., 4) as words (...)."""
     return lax.bitcast_convert_type(codes, jnp.uint32)
 
 
@@ -177,53 +189,53 @@ def read_pairs(w: Warp, plane: Value, at: Value) -> list[Value]:
 
 
 def bytes_of(words: Any) -> Any:
-    """Words (..., n) as bytes (..., n, 4), by XLA."""
+    """Reinterpret words (..., n) as bytes (..., n, 4), in XLA."""
     return lax.bitcast_convert_type(words, jnp.uint8)
 
 
 def codes_of_nibbles(words: Any) -> Any:
-    """The reverse of `nibbles`: (N, G, 32) uint8."""
+    """Unpack the words of `nibbles` into codes (N, G, 32) uint8."""
     found = bytes_of(words)
     return jnp.stack([found & 15, found >> 4], axis=-2).reshape(*words.shape[:2], GROUP)
 
 
 def codes_of_bits(words: Any) -> Any:
-    """The reverse of `single_bits`: (N, G, 32) uint8."""
+    """Unpack the words of `single_bits` into bits (N, G, 32) uint8."""
     shifts = jnp.arange(8, dtype=jnp.uint8).reshape(1, 1, 8, 1)
     return (bytes_of(words)[:, :, None, :] >> shifts & 1).reshape(*words.shape, GROUP)
 
 
 def codes_of_pairs(words: Any) -> Any:
-    """The reverse of `pairs_of_bits`: (N, G, 32) uint8."""
+    """Unpack the words of `pairs_of_bits` into numbers below 4, (N, G, 32) uint8."""
     shifts = 2 * jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 1, 4, 1)
     return (bytes_of(words)[:, :, :, None, :] >> shifts & 3).reshape(*words.shape[:2], GROUP)
 
 
 def half(w: Warp, plane: Value, at: Value) -> Value:
-    """A float16 of a plane of them."""
+    """Load a number from a plane of float16, as float32."""
     (bits,) = w.load(I16, plane, at)
     return as_float(bits)
 
 
 def two_halves(w: Warp, plane: Value, at: Value) -> tuple[Value, Value]:
-    """Two float16 of a plane of words."""
+    """Load the two float16 of a word of a plane, as float32; the low half is the first."""
     (both,) = w.load(I32, plane, at)
     return as_float(both.to(I16)), as_float((both >> 16).to(I16))
 
 
 def as_float(bits: Value) -> Value:
-    """Bits of float16 as float32."""
+    """Convert the bits of a float16 to float32."""
     count = getattr(bits.type, "count", None)
     return bits.bits_as(F16 if count is None else type(bits.type)(F16, count)).to(F32)
 
 
 def numbers(halves: Any) -> Any:
-    """Read float16 bits as float32, by XLA."""
+    """Convert the bits of float16 numbers to float32, in XLA."""
     return lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32)
 
 
 def two_numbers(words: Any) -> tuple[Any, Any]:
-    """Read words as pairs of float16, by XLA, as `two_halves` does in a kernel."""
+    """Convert words to pairs of float16, as float32, in XLA; `two_halves` is its kernel form."""
     found = numbers(lax.bitcast_convert_type(words, jnp.uint16))
     return found[..., 0], found[..., 1]
 
@@ -232,22 +244,22 @@ def two_numbers(words: Any) -> tuple[Any, Any]:
 
 
 def _blocks(block: Block, data: Any) -> Any:
-    """(N, blocks, bytes)."""
+    """Reshape rows of blocks (N, bytes) to (N, blocks, bytes)."""
     return data.reshape(data.shape[0], -1, block.size)
 
 
 def _u16(field: Any) -> Any:
-    """Bytes of each block (N, blocks, n), 16 bits at a time: (N, blocks * n / 2)."""
+    """Reinterpret the bytes of a field (N, blocks, n) as uint16 (N, blocks * n / 2)."""
     return lax.bitcast_convert_type(field.reshape(field.shape[0], -1, 2), jnp.uint16)
 
 
 def _d_and_dmin(block: Block, blocks: Any) -> Any:
-    """Both, which are neighbours, in a word of each block: (N, blocks)."""
+    """Return the fields `d` and `dmin`, which are adjacent, as a word per block: (N, blocks)."""
     return _words(Field(block.d.start, block.d.size + block.dmin.size).of(blocks))
 
 
 def _dense(codes: Any, scales: Any, biases: Any = None, offset: int = 0) -> Any:
-    """(N, K) float32 of codes (N, G, 32), and of scales and biases (N, G, 1 or 2)."""
+    """Compute values (N, K) float32 from codes (N, G, 32), scales and biases (N, G, 1 or 2)."""
     values = codes.reshape(*scales.shape, -1).astype(jnp.float32) - offset
     values = scales[..., None] * values
     if biases is not None:
@@ -256,26 +268,29 @@ def _dense(codes: Any, scales: Any, biases: Any = None, offset: int = 0) -> Any:
 
 
 class Nibbles(Format):
-    """Codes of 4 bits, in the first plane; behind it are scales and what else there is."""
+    """A type with codes of 4 bits in the first plane, and planes of scales after it."""
 
     def planes(self, data: Any) -> tuple[Any, ...]:
         return nibbles(codes(self.type, data)), *self.factors(_blocks(self.block, data))
 
     @abstractmethod
     def factors(self, blocks: Any) -> tuple[Any, ...]:
-        """The other planes, of (N, blocks, bytes)."""
+        """Return the planes of scales and biases of blocks (N, blocks, bytes)."""
 
     def quads(self, w: Warp, planes: Sequence[Value], at: Value) -> list[Value]:
-        """The codes of a group, of the planes that have them."""
+        """Load the eight quads of a group from the planes that hold codes."""
         return read_nibbles(w, planes[0], at)
 
     def codes(self, planes: Sequence[Any]) -> Any:
-        """All codes, (N, G, 32), by XLA."""
+        """Unpack all codes, (N, G, 32), in XLA."""
         return codes_of_nibbles(planes[0])
 
 
 class FifthBit(Nibbles):
-    """A bit more in the second plane; mixed in before a type of 4 bits."""
+    """Mixin for codes of 5 bits, whose fifth bits are the second plane.
+
+    It comes before the class of a 4-bit type among the bases.
+    """
 
     def planes(self, data: Any) -> tuple[Any, ...]:
         low, *others = super().planes(data)
@@ -292,7 +307,7 @@ class FifthBit(Nibbles):
 
 
 class Q40(Nibbles):
-    """d * (code - 8)."""
+    """Q4_0: a weight is d * (code - 8)."""
 
     block, plane_count = Q4_0, 2
 
@@ -312,7 +327,7 @@ class Q40(Nibbles):
 
 
 class Q41(Nibbles):
-    """d * code + m."""
+    """Q4_1: a weight is d * code + m."""
 
     block, plane_count = Q4_1, 2
 
@@ -334,19 +349,19 @@ class Q41(Nibbles):
 
 
 class Q50(FifthBit, Q40):
-    """d * (code - 16)."""
+    """Q5_0: a weight is d * (code - 16)."""
 
     block, plane_count = Q5_0, 3
 
 
 class Q51(FifthBit, Q41):
-    """d * code + m."""
+    """Q5_1: a weight is d * code + m."""
 
     block, plane_count = Q5_1, 3
 
 
 class Q80(Format):
-    """d * code, of signed bytes."""
+    """Q8_0: a weight is d * code; codes are signed bytes."""
 
     block, plane_count = Q8_0, 2
 
@@ -370,7 +385,10 @@ class Q80(Format):
 
 
 class Q2K(Format):
-    """d * scale * code - dmin * minimum: a scale and a minimum of 4 bits for 16 codes of 2."""
+    """Q2_K: a weight is d * scale * code - dmin * minimum, with codes of 2 bits.
+
+    Each 16 codes have a scale and a minimum of 4 bits.
+    """
 
     block, plane_count = Q2_K, 3
 
@@ -403,7 +421,7 @@ class Q2K(Format):
 
 
 class Q6K(Format):
-    """d * scale * (code - 32), with a scale of 8 bits for 16 codes."""
+    """Q6_K: a weight is d * scale * (code - 32), with a scale of 8 bits for each 16 codes."""
 
     block, plane_count = Q6_K, 4
 
@@ -428,7 +446,7 @@ class Q6K(Format):
         return Weights(quads, [largest * scale for scale in both], offset=self.block.offset)
 
     def quads(self, w: Warp, low: Value, high: Value, at: Value) -> list[Value]:
-        """The codes of a group."""
+        """Load the eight quads of a group from the two planes that hold codes."""
         parts = zip(read_nibbles(w, low, at), read_pairs(w, high, at), strict=True)
         return [quad | pair << 4 for quad, pair in parts]
 
@@ -439,12 +457,15 @@ class Q6K(Format):
         return _dense(self.codes(low, high), factors, offset=self.block.offset)
 
     def codes(self, low: Any, high: Any) -> Any:
-        """All codes, (N, G, 32), by XLA."""
+        """Unpack all codes, (N, G, 32), in XLA."""
         return codes_of_nibbles(low) | codes_of_pairs(high) << 4
 
 
 class Q3K(Q6K):
-    """d * scale * (code - 4), with a scale of 6 bits for 16 codes of 3."""
+    """Q3_K: a weight is d * scale * (code - 4), with codes of 3 bits.
+
+    Each 16 codes have a scale of 6 bits.
+    """
 
     block = Q3_K
 
@@ -454,7 +475,7 @@ class Q3K(Q6K):
         low, high = packed[..., :8], packed[..., 8:]
         low = jnp.concatenate([low & 15, low >> 4], axis=-1)
         high = jnp.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
-        scales = (low | high << 4) - 32  # as signed bytes
+        scales = (low | high << 4) - 32  # uint8 that wraps around, read as int8
         return (
             pairs_of_bits(found, 0),
             single_bits(found, 2),
@@ -471,7 +492,10 @@ class Q3K(Q6K):
 
 
 class Q4K(Nibbles):
-    """d * scale * code - dmin * minimum: scales and minimums are integers of 6 bits."""
+    """Q4_K: a weight is d * scale * code - dmin * minimum.
+
+    Each group has a scale and a minimum, integers of 6 bits.
+    """
 
     block, plane_count = Q4_K, 3
 
@@ -480,7 +504,10 @@ class Q4K(Nibbles):
 
     @staticmethod
     def scale_pairs(packed: Any) -> Any:
-        """Scale and minimum of each group, of 12 bytes a block: (N, G) uint16."""
+        """Unpack each block's 12 bytes of scales and minimums: (N, G) uint16.
+
+        The low byte of a number is the scale of a group, the high byte its minimum.
+        """
         low, high = packed[..., :4], packed[..., 4:8]
         last = packed[..., 8:]
         scale = jnp.concatenate([low & 63, last & 15 | (low >> 6) << 4], axis=-1)
@@ -507,7 +534,7 @@ class Q4K(Nibbles):
 
 
 class Q5K(FifthBit, Q4K):
-    """d * scale * code - dmin * minimum, with codes of 5 bits."""
+    """Q5_K: a weight is d * scale * code - dmin * minimum, with codes of 5 bits."""
 
     block, plane_count = Q5_K, 4
 

@@ -1,13 +1,17 @@
-"""Products with a quantized matrix on a GPU, weights as they are in memory.
+"""GPU kernels for products of activations with a quantized matrix.
 
-Of a few rows: a lane takes a group of 32 weights at a time, whose codes it loads 16 bytes at once;
-a warp takes two rows of the matrix, so that activations that were loaded are used more than once.
-These are integers: in each group multiples of 1 / 32512 of the largest, as two signed bytes, since
-a GPU multiplies four bytes in one instruction (`dp4a`) and would need eight to expand and multiply
-four weights in float32. Sums of a group are exact; the result is within 3e-5 of float64.
+With a few rows of activations, the weights are multiplied as they are stored. A lane takes a group
+of 32 weights at a time and loads its codes up to 16 bytes at once. With up to 4 rows of
+activations, a warp takes two rows of the matrix, to use each loaded activation twice.
 
-Of many rows: a part of the matrix at a time is expanded, to numbers of 16 bits that tensor cores
-multiply. Two of bfloat16 are a weight to within 2**-17, one of float16 to within 2**-11.
+The activations are quantized to integers first: within a group they are multiples of 1 / 32512 of
+the largest absolute value. An integer is stored as two signed bytes, because a GPU multiplies four
+bytes in one instruction (`dp4a`); to expand four weights to float32 and multiply them would take
+eight. Sums within a group are exact. The result is within 3e-5 of float64.
+
+With many rows of activations, the matrix is expanded part by part to 16-bit floats, which XLA
+multiplies on tensor cores. The sum of two bfloat16 represents a weight to within 2**-17, and one
+float16 represents it to within 2**-11.
 """
 
 from __future__ import annotations
@@ -20,17 +24,17 @@ from phicore_jax.cuda.warp import LANES, Warp
 from phicore_jax.kernels.attention import exp
 from phicore_jax.kernels.lang import F16, F32, I8, I16, I32, Value, suffix, vec
 
-LARGEST = 127 * 256  # both bytes of a multiple are signed
+LARGEST = 127 * 256  # the largest integer: its upper and lower byte are both signed
 
 
 def emit_quantize(w: Warp, groups: int, args: Sequence[Value]) -> None:
-    """Write what a warp does to quantize a group of activations, a lane for each number.
+    """Write the kernel that quantizes activations; a warp takes one group, a lane one number.
 
     Args:
-        groups: G, of all rows.
-        args: Pointers to the activations, (G, 32) float32, and to the results: bytes (G, 2, 32)
-            int8, the upper bytes of a group and then the lower ones; the unit of each group, (G,)
-            float32; the sums of the halves of each group, (G, 2) int32.
+        groups: G, the number of groups in all rows together.
+        args: Pointers, in this order: the activations (G, 32) float32; then the results, which are
+            bytes (G, 2, 32) int8, with the upper bytes of a group before the lower ones, the unit
+            of each group (G,) float32, and the sum of each half of a group (G, 2) int32.
     """
     activations, *results = args
     with w.f.when(w.number < groups):
@@ -41,13 +45,16 @@ def emit_quantize(w: Warp, groups: int, args: Sequence[Value]) -> None:
 def emit_quantize_normed(
     w: Warp, groups: int, columns: int, eps: float, args: Sequence[Value]
 ) -> None:
-    """Write what a warp does to quantize a group of RMSNorm's result, which is not stored.
+    """Write the kernel that applies RMSNorm and quantizes the result, without storing it as floats.
 
-    Each warp computes the mean square of its row: reading that again is quicker than a launch.
+    A warp takes one group. It computes the mean square of the row itself, since reading the row
+    again is faster than the launch of another kernel.
 
     Args:
+        groups: The number of groups in all rows together.
         columns: E, the length of a row.
-        args: Pointers to the rows, the weight, and the results.
+        args: Pointers, in this order: the rows (M, E), the norm's weight (E,), and the results of
+            `emit_quantize`.
     """
     f = w.f
     rows, weight, *results = args
@@ -69,11 +76,15 @@ def emit_quantize_normed(
 
 
 def emit_quantize_gated(w: Warp, groups: int, columns: int, args: Sequence[Value]) -> None:
-    """Write what a warp does to quantize a group of SwiGLU's result, which is not stored.
+    """Write the kernel that applies SwiGLU and quantizes the result, without storing it as floats.
+
+    A warp takes one group.
 
     Args:
+        groups: The number of groups in all rows together.
         columns: F, the length of a row of the result.
-        args: Pointers to gates and then as many others in a row, and the results.
+        args: Pointers, in this order: rows (M, 2F), each with the F gates first; and the results
+            of `emit_quantize`.
     """
     f = w.f
     gate_up, *results = args
@@ -82,14 +93,14 @@ def emit_quantize_gated(w: Warp, groups: int, columns: int, args: Sequence[Value
         row, group = w.number // groups_of_row, w.number % groups_of_row
         at = w.spread(row * (2 * columns) + group * GROUP) + w.lane
         (gate,), (up,) = w.load(F32, gate_up, at), w.load(F32, gate_up, at + columns)
-        # of the gate's size, so that nothing overflows
+        # exp(-abs(gate)) cannot overflow
         power = exp(f, f.like(gate, 0.0) - f.absolute(gate))
         share = (gate < 0.0).select(power, 1.0) / (power + 1.0)
         _store_integers(w, gate * share * up, results)
 
 
 def _store_integers(w: Warp, x: Value, results: Sequence[Value]) -> None:
-    """The group of a warp's number, of which a lane has x."""
+    """Quantize the warp's group, of which each lane holds one number x, and store the results."""
     f = w.f
     both, units, sums = results
     group = w.spread(w.number)
@@ -100,26 +111,30 @@ def _store_integers(w: Warp, x: Value, results: Sequence[Value]) -> None:
     byte = group * (2 * GROUP) + w.lane
     w.store([upper.to(I8)], both, byte)
     w.store([(integer - (upper << 8)).to(I8)], both, byte + GROUP)
-    # a sum that is not finite must not vanish in an integer
+    # A NaN or an infinity would be lost in an integer, so it makes the unit NaN.
     w.store([unit + w.sum(x * 0.0)], units, group, w.lane.equals(0))
     half = w.sum(integer, (8, 4, 2, 1))
     w.store([half], sums, group * 2 + (w.lane >> 4), (w.lane & 15).equals(0))
 
 
 def rows_of_warp(m: int) -> int:
-    """Rows of the matrix that a warp takes; with many of the activations, registers run out."""
+    """Return how many rows of the matrix a warp takes for m rows of activations.
+
+    With more than 4 rows of activations, a second row would not fit into the registers.
+    """
     return 2 if m <= 4 else 1
 
 
 def emit_product(
     w: Warp, fmt: Format, shape: tuple[int, int], m: int, args: Sequence[Value]
 ) -> None:
-    """What a warp does for y (M, N) = x (M, K) @ weight.T.
+    """Write the kernel that computes y (M, N) = x (M, K) @ weight.T.
 
     Args:
         shape: N, K.
         m: M.
-        args: Pointers: what `emit_quantize` makes of x, the planes of the weight, y.
+        args: Pointers, in this order: the results of `emit_quantize` for x, the planes of the
+            weight, and y (M, N) float32.
     """
     count = rows_of_warp(m)
     numbers = [w.number * count + r for r in range(count)]
@@ -130,14 +145,17 @@ def emit_product(
 def emit_expert_product(
     w: Warp, fmt: Format, shape: tuple[int, int], m: int, args: Sequence[Value]
 ) -> None:
-    """Write the product of each row of x and a matrix of its own. The matrices are stacked.
+    """Write the kernel that multiplies each row of x by its expert's matrix.
 
     Args:
-        args: The first is a pointer to the matrices' numbers, (M,) int32.
+        shape: N, K of each expert's matrix; the matrices are stacked along the rows.
+        m: M.
+        args: Pointers, in this order: the number of each row's expert (M,) int32, then the
+            pointers that `emit_product` takes.
     """
     experts, *others = args
     count = rows_of_warp(1)
-    warps = -(-shape[0] // count)  # of a row of x
+    warps = -(-shape[0] // count)  # for each row of x
     with w.f.when(w.number < m * warps):
         row_of_x = w.number // warps
         numbers = [w.number % warps * count + r for r in range(count)]
@@ -154,12 +172,19 @@ def _product(
     rows_of_x: Sequence[Value],
     args: Sequence[Value],
 ) -> None:
-    """Some rows of the weight, which begins at row `first`, by rows of x."""
+    """Write the product of a warp's rows of the weight and some rows of x.
+
+    Args:
+        numbers: The rows of the matrix that the warp takes.
+        first: The row of the planes at which the matrix begins.
+        rows_of_x: The rows of x, whose products are stored in the same rows of y.
+        args: The pointers that `emit_product` takes.
+    """
     f = w.f
     rows, columns = shape
     groups, m = columns // GROUP, len(rows_of_x)
     activations, units, sums, *planes, y = args
-    # beyond the last row it is computed again, and not stored
+    # Beyond the last row a warp computes that row again, and does not store it.
     row = [w.spread(first + (n < rows).select(n, rows - 1)) for n in numbers]
     total = [[w.spread(f.f32(0.0))] * m for _ in numbers]
     for start in range(0, groups, LANES):
@@ -193,14 +218,14 @@ def emit_expand(
     is_fast: bool,
     args: Sequence[Value],
 ) -> None:
-    """What a warp does to expand 32 groups.
+    """Write the kernel that expands some rows of a matrix to 16-bit floats; a warp takes 32 groups.
 
     Args:
         columns: K.
-        part: The first row of the matrix that is wanted, and how many.
-        is_fast: Make float16 of the weights, (rows, K); else bfloat16, (rows, 3, K): what is
-            nearest to a weight, what is nearest to the rest, and the first again.
-        args: Pointers: the planes of the weight, the result.
+        part: The first row to expand, and the number of rows.
+        is_fast: Expand to float16 (rows, K). Otherwise expand to bfloat16 (rows, 3, K): the
+            bfloat16 nearest to the weight, the one nearest to the remainder, and the first again.
+        args: Pointers, in this order: the planes of the weight, the result.
     """
     *planes, result = args
     _expand(w, fmt, columns, part[1], w.f.i32(part[0]), is_fast, planes, result)
@@ -214,11 +239,12 @@ def emit_expert_expand(
     is_fast: bool,
     args: Sequence[Value],
 ) -> None:
-    """Write what `emit_expand` does, for one of several stacked matrices.
+    """Write the kernel that expands some rows of one expert's matrix; see `emit_expand`.
 
     Args:
-        shape: N, K of each.
-        args: The first is a pointer to the matrix's number, (1,) int32.
+        shape: N, K of each expert's matrix; the matrices are stacked along the rows.
+        args: Pointers, in this order: the number of the expert (1,) int32, then the pointers that
+            `emit_expand` takes.
     """
     expert, *planes, result = args
     first = w.uniform(I32, expert, w.f.i32(0)) * shape[0] + part[0]
@@ -248,7 +274,7 @@ def _expand(
         nearest = [_bfloat(v) for v in values]
         rest = [_bfloat(v - _float(b)) for v, b in zip(values, nearest, strict=True)]
         parts = [nearest, rest, nearest]
-    width = columns // 8  # of a row of one part, in 16 bytes
+    width = columns // 8  # a row of one part, in units of 16 bytes
     for number_of_part, bits in enumerate(parts):
         words = [a | b << 16 for a, b in zip(bits[::2], bits[1::2], strict=True)]
         start = (row * len(parts) + number_of_part) * width + group * (GROUP // 8)
@@ -257,7 +283,7 @@ def _expand(
 
 
 def _bfloat(x: Value) -> Value:
-    """The bits of the nearest bfloat16, as int32."""
+    """Round float32 to the nearest bfloat16, and return its 16 bits as int32."""
     bits = x.bits_as(_like(x, I32))
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 
@@ -271,6 +297,6 @@ def _bits(half: Value) -> Value:
 
 
 def _like(x: Value, element: Any) -> Any:
-    """The type of x with other elements."""
+    """Return the type of x with another element type: a scalar, or a vector of as many lanes."""
     count = getattr(x.type, "count", None)
     return element if count is None else vec(element, count)

@@ -1,6 +1,7 @@
-"""Kernels as PTX, NVIDIA's assembly, which LLVM writes and the driver compiles for its GPU.
+"""Compiling kernels to PTX, NVIDIA's assembly language, and launching them.
 
-XLA takes the text, and launches it like a kernel of its own.
+LLVM writes the PTX. XLA takes it as text and launches it like its own kernels, and the driver
+compiles it for the GPU.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from phicore_jax.kernels.build import optimized
 from phicore_jax.kernels.lang import Function, Module, Target, Value
 
 TRIPLE = "nvptx64-nvidia-cuda"
-# Turing's, for which every newer driver and GPU has an answer: the kernels need nothing newer.
+# The target is Turing: drivers compile its PTX for newer GPUs too, and the kernels need no more.
 CAPABILITY, VERSION = "sm_75", "+ptx70"
 WARPS_OF_BLOCK = 4
 GLOBAL = ir.PointerType(addrspace=1)
 
 
 def has_target() -> bool:
-    """Whether this LLVM can write PTX."""
+    """Return whether this LLVM can write PTX."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     try:
@@ -44,7 +45,7 @@ def _machine() -> Any:
 
 
 Emit = Callable[..., None]
-"""`emit(warp, *constants, arguments)` writes what a warp does; arguments are pointers."""
+"""A function that writes the code of one warp: `emit(warp, *constants, pointers)`."""
 
 
 def launch(
@@ -54,13 +55,14 @@ def launch(
     results: Sequence[Any],
     warps: int,
 ) -> tuple[Any, ...]:
-    """Run a kernel on arrays of JAX.
+    """Run a kernel on JAX arrays, and return its results.
 
     Args:
-        emit: Its arguments are the operands and then the results.
-        constants: What the kernel is compiled for; hashable.
-        results: Their shapes and dtypes.
-        warps: At least so many are run.
+        emit: Writes the kernel. Its pointers are the operands, then the results.
+        constants: Constants that the kernel is compiled for; hashable.
+        operands: Arrays that the kernel reads.
+        results: The shapes and dtypes of the arrays that the kernel writes.
+        warps: The number of warps needed. More may run, since the last block is always full.
     """
     return _call(emit, constants, operands, results, warps, len(operands) + len(results), {})
 
@@ -72,16 +74,20 @@ def launch_in_place(
     changed: Sequence[Any],
     warps: int,
 ) -> tuple[Any, ...]:
-    """Run a kernel that writes into arrays, which are arguments behind the operands.
+    """Run a kernel that updates JAX arrays in place, and return the updated arrays.
 
-    Returns:
-        What becomes of these arrays.
+    Args:
+        emit: Writes the kernel. Its pointers are the operands, then the changed arrays.
+        constants: Constants that the kernel is compiled for; hashable.
+        operands: Arrays that the kernel reads.
+        changed: Arrays that the kernel updates.
+        warps: The number of warps needed. More may run, since the last block is always full.
     """
     count = len(operands)
     aliases = {count + i: i for i in range(len(changed))}
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in changed]
-    # XLA may hand their pointers to the kernel once more, as those of results; these come last,
-    # and a kernel may take fewer pointers than it is handed.
+    # XLA may pass the pointers of the changed arrays a second time, as those of the results. These
+    # come last, and a kernel may take fewer pointers than it is passed.
     pointers = count + len(changed)
     return _call(emit, constants, (*operands, *changed), results, warps, pointers, aliases)
 
@@ -118,10 +124,10 @@ def _sizes(what: str, x: int) -> dict[str, np.int32]:
 
 @cache
 def ptx(emit: Emit, constants: tuple[Any, ...], pointers: int) -> str:
-    """A kernel's PTX.
+    """Compile a kernel to PTX.
 
     Args:
-        pointers: How many it takes, all to different memory.
+        pointers: The number of pointers that the kernel takes. Their memory must not overlap.
     """
     module = Module(Target("cuda"))
 

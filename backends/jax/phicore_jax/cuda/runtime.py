@@ -1,4 +1,4 @@
-"""The kernels of GPUs as functions of JAX arrays."""
+"""The GPU kernels as functions of JAX arrays."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from phicore_jax.own import OwnKernels, Source
 Array = Any
 
 FEW_ROWS = 8
-"""The kernel multiplies up to this many rows; XLA multiplies more, with expanded weights."""
+"""Largest number of activation rows for the kernels; XLA multiplies more, by expanded weights."""
 EXPANDED_BYTES = 64 << 20
-"""The size of the part of a matrix that is expanded at a time."""
+"""Size of the part of a matrix that is expanded at a time, in bytes of expanded weights."""
 
 
 @partial(
@@ -47,13 +47,13 @@ EXPANDED_BYTES = 64 << 20
 )
 @dataclass(frozen=True)
 class Planes:
-    """N rows of K values, or several such matrices on top of each other, as `formats` says.
+    """A packed matrix of N rows by K columns, or several such matrices stacked along the rows.
 
     Attributes:
-        planes: Arrays whose first axis is that of rows.
-        type: Of ggml.
+        planes: The arrays of the type's `Format.planes`; their first axis is the rows.
+        type: The quantization type.
         columns: K.
-        count: How many matrices.
+        count: The number of matrices.
     """
 
     planes: tuple[Array, ...]
@@ -63,17 +63,17 @@ class Planes:
 
     @property
     def rows(self) -> int:
-        """N."""
+        """N, the number of rows of one matrix."""
         return int(self.planes[0].shape[0]) // self.count
 
     def dense(self) -> Array:
-        """The values, (N, K) float32."""
+        """Expand all matrices to (count * N, K) float32."""
         return FORMATS[self.type].dense(self.planes)
 
 
 @dataclass(frozen=True)
 class Integers:
-    """Few rows of activations (M, K) as `emit_quantize` makes them.
+    """A few rows of activations (M, K), quantized by `emit_quantize`.
 
     Attributes:
         rows: M.
@@ -85,7 +85,7 @@ class Integers:
 
 
 class CudaKernels(OwnKernels):
-    """What `kernels.runtime.Kernels` is on a CPU. Its arrays are on a GPU."""
+    """The GPU kernels; `kernels.runtime.Kernels` has those of a CPU."""
 
     packed = Planes
     cache_types = ("i16", "f16", "f32", "i24", "q8_0")
@@ -178,17 +178,18 @@ def _planes(ggml_type: Type, data: Array) -> tuple[Array, ...]:
 
 
 def product_of_many(x: Array, w: Planes, number: Array | None = None, *, is_fast: bool) -> Array:
-    """(M, K) by N rows, which are expanded to numbers of 16 bits, some at a time: (M, N).
+    """Multiply x (M, K) by a matrix (N, K), expanded part by part to 16-bit floats: (M, N).
 
     Args:
-        number: Of the matrix, an int32, if there are several.
+        number: The number of the matrix, an int32, if `w` holds several.
+        is_fast: Use float16, which is faster and less exact than two bfloat16 a number.
     """
     if is_fast:
         largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
         unit = jnp.where(largest > 0, largest, 1)
         left, dtype = (x / unit).astype(jnp.float16), jnp.float16
     else:
-        # reduce_precision, since XLA may leave out a conversion to and from bfloat16
+        # XLA may remove a conversion to bfloat16 and back, but not reduce_precision.
         nearest = lax.reduce_precision(x, 8, 7)
         rest = x - nearest
         left = jnp.concatenate([nearest, nearest, rest], axis=1).astype(jnp.bfloat16)
@@ -199,7 +200,7 @@ def product_of_many(x: Array, w: Planes, number: Array | None = None, *, is_fast
     planes = w.planes
     for start in range(0, w.rows, most):
         count = min(most, w.rows - start)
-        if found:  # one after the other, so that one part is in memory at a time
+        if found:  # keep the parts in order, so that one is in memory at a time
             left, planes, found[-1] = lax.optimization_barrier((left, planes, found[-1]))
         result = jax.ShapeDtypeStruct((count, width), dtype)
         warps = -(-count * w.columns // (GROUP * LANES))
@@ -219,7 +220,10 @@ def product_of_many(x: Array, w: Planes, number: Array | None = None, *, is_fast
 
 
 def quantize(x: Array, source: Source | None = None) -> tuple[Array, ...]:
-    """Activations (M, K) as integers: see `emit_quantize`; those of a source without storing it."""
+    """Quantize activations (M, K) to integers; see `emit_quantize` for the results.
+
+    With a source, the kernel computes the activations from it and does not read x.
+    """
     groups, columns = x.size // GROUP, x.shape[1]
     shapes = ((2, GROUP), np.int8), ((), np.float32), ((2,), np.int32)
     results = [jax.ShapeDtypeStruct((groups, *shape), dtype) for shape, dtype in shapes]

@@ -1,8 +1,8 @@
-"""A warp of 32 lanes in the language of the kernels: on a GPU, or on this processor for tests.
+"""Operations of a warp of 32 lanes, in which GPU kernels are written; tests run them on a CPU.
 
-On a GPU a lane is a thread, and its values are numbers. On a processor the warp is one thread, and
-its values are vectors of 32 numbers. A kernel is written once, for a `Warp`, so the tests run the
-very source that a GPU runs. What is the same in all lanes may be uniform: a number on both.
+On a GPU, a lane is a thread, and a value is a scalar. On a CPU, the whole warp is one thread, and a
+value is a vector of 32 numbers. A kernel is written once, for a `Warp`, so the tests run the source
+that a GPU runs. A value that is equal in all lanes may be uniform, which is a scalar on both.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ LANES = 32
 
 
 class Warp(ABC):
-    """What the lanes of a warp can do together.
+    """A warp, whose methods write code into the function of a kernel.
 
     Attributes:
         f: The function that is being written.
-        number: Which warp of all it is, a uniform int32.
-        lane: The number of the lane, int32.
+        number: The index of the warp among all warps of the launch, a uniform int32.
+        lane: The index of the lane in the warp, int32.
     """
 
     f: Function
@@ -46,46 +46,63 @@ class Warp(ABC):
 
     @abstractmethod
     def spread(self, uniform: Value) -> Value:
-        """A uniform value as that of each lane."""
+        """Turn a uniform value into a value of each lane."""
 
     @abstractmethod
     def uniform(self, element: Any, pointer: Value, index: Value) -> Value:
-        """An element, which nobody writes, at a uniform int32."""
+        """Load element `index`, a uniform int32, which the kernel must not write."""
 
     @abstractmethod
     def load(self, element: Any, pointer: Value, index: Value, count: int = 1) -> list[Value]:
-        """`count` (1, 2 or 4) elements from element `count * index` on, which nobody writes.
+        """Load `count` (1, 2 or 4) elements into each lane, from element `count * index` on.
+
+        The kernel must not write these elements.
 
         Args:
-            index: Each lane's, int32.
+            index: An int32 of each lane.
         """
 
     @abstractmethod
     def store(
         self, x: Sequence[Value], pointer: Value, index: Value, where: Value | None = None
     ) -> None:
-        """Store each lane's 1, 2 or 4 numbers from element `len(x) * index` on, of those that may.
+        """Store 1, 2 or 4 numbers of each lane, from element `len(x) * index` on.
 
         Args:
-            index: Each lane's, int32.
+            index: An int32 of each lane.
+            where: Whether a lane stores its numbers; None: every lane does.
         """
 
     @abstractmethod
     def dot4(self, acc: Value, a: Value, b: Value, *, signed: bool) -> Value:
-        """acc + the sum of 4 products of bytes of int32; those of b are signed, a's if told."""
+        """Return acc plus the dot product of the 4 bytes of a and of b; all are int32.
+
+        Args:
+            signed: Whether the bytes of a are signed. Those of b always are.
+        """
 
     @abstractmethod
     def across(self, x: Value, distance: int) -> Value:
-        """The float32 or int32 of the lane whose number differs in one bit, 1, 2, 4, 8 or 16."""
+        """Return the x of the lane whose index differs in one bit.
+
+        Args:
+            x: A float32 or int32 of each lane.
+            distance: The value of the bit: 1, 2, 4, 8 or 16.
+        """
 
     @abstractmethod
     def of_lane(self, x: Value, lane: int) -> Value:
-        """The float32 of a lane, for each."""
+        """Return the x of one lane, a float32, to each lane."""
 
     def combine(
         self, x: Value, distances: Sequence[int], how: Callable[[Value, Value], Value]
     ) -> Value:
-        """What the lanes have that differ in these bits, combined in pairs; the same for each."""
+        """Combine x over the lanes whose indices differ only in these bits; each gets the result.
+
+        Args:
+            distances: The values of the bits: some of 1, 2, 4, 8 and 16.
+            how: A commutative function of two values.
+        """
         for distance in distances:
             x = how(x, self.across(x, distance))
         return x
@@ -94,12 +111,15 @@ class Warp(ABC):
         return self.combine(x, distances, lambda a, b: a + b)
 
     def max(self, x: Value, distances: Sequence[int] = (16, 8, 4, 2, 1)) -> Value:
-        """The largest float32 that is a number: `maximum` would take eight instructions."""
+        """Return the largest float32 and ignore NaN.
+
+        LLVM's `maximum`, which returns NaN where there is one, would take eight instructions.
+        """
         return self.combine(x, distances, self.f.larger)
 
 
 class GPU(Warp):
-    """A warp of a GPU."""
+    """A warp on a GPU."""
 
     def __init__(self, f: Function, warps_of_block: int) -> None:
         self.f = f
@@ -152,7 +172,7 @@ class GPU(Warp):
 
 
 class Host(Warp):
-    """A warp on this processor: a vector with a lane for each of its threads."""
+    """A warp on a CPU: a value is a vector with an element for each lane."""
 
     def __init__(self, f: Function, number: Value) -> None:
         self.f = f
@@ -235,5 +255,5 @@ class Host(Warp):
 
 
 def _size(element: Any) -> int:
-    """Bytes."""
+    """Return the size of an element in bytes."""
     return {F16: 2, F32: 4}.get(element) or int(element.width) // 8
