@@ -1,10 +1,13 @@
 """The tensor protocol on JAX.
 
-Weights stay quantized. On a CPU, products, rows, the cache and attention are kernels of our own
-(see `kernels`), on NVIDIA's GPUs products of a few rows, and the cache and attention of a token
-(see `cuda`); where these cannot be used, weights are expanded inside the product (see
-`expanded.py`). The rest is the protocol's defaults,
-fused by XLA; the cache is updated in place through buffer donation.
+Weights stay quantized. phicore has its own kernels for some operations:
+
+- On a CPU (see `kernels`): products, rows of the embedding, the cache and attention.
+- On an NVIDIA GPU (see `cuda`): products, and the cache and attention of one token per sequence.
+
+Where the kernels cannot be used, weights are expanded inside the product (see `expanded`). All
+other operations are the protocol's defaults, fused by XLA. The cache is updated in place through
+buffer donation.
 """
 
 from __future__ import annotations
@@ -39,23 +42,23 @@ from phicore_jax.kernels import ROWS_OF_STRIP, find_kernels
 from phicore_jax.own import OwnKernels, Source
 from phicore_jax.parallel import Devices, ShardedCache, Share
 
-# XLA's other orders compute whatever does not depend on the input first: here every expanded weight
-# of the model, all alive at once. In this order memory stays small and warm, and prefill takes half
-# the time.
+# XLA's other schedulers first compute whatever does not depend on the input. Here this is every
+# expanded weight of the model, and all would be in memory at once. With this scheduler, memory use
+# stays small, fits the processor's caches better, and prefill takes half the time.
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 STEPS = 8
-"""Decode steps in a call on a GPU, whose steps are too short for the host to keep up."""
+"""Decode steps per call on a GPU. Single steps would be too short for the host to keep up."""
 CHUNKS = (1, 256, 2048)
-"""Sizes of a prompt's chunks on a GPU: few, since each is compiled, and large, since the weights
-are expanded for each chunk."""
+"""Chunk sizes for prompts on a GPU. There are few, since a step is compiled for each, and they are
+large, since the weights are expanded again for each chunk."""
 QUERIES = 256
-"""How many queries' scores are in memory at a time."""
+"""Number of queries whose attention scores are in memory at a time."""
 
 
 def device_names() -> list[str]:
-    """The devices of this machine that JAX can use: `cpu`, `cuda`, `cuda:1`, ..."""
+    """Return the names of the local devices that JAX can use: `cpu`, `cuda`, `cuda:1`, ..."""
     return ["cpu", *(_name(device) for device in _cuda_devices())]
 
 
@@ -71,10 +74,10 @@ def _name(device: Any) -> str:
 
 
 def find_device(name: str | None) -> Any:
-    """The JAX device of a name, or the fastest one for None.
+    """Return the JAX device with this name; for None, the first GPU, or the CPU if there is none.
 
     Raises:
-        BackendError: If there is no such device; the message lists those there are.
+        BackendError: If there is no such device. The message lists the available devices.
     """
     if name is None:
         gpus = _cuda_devices()
@@ -91,10 +94,11 @@ def find_device(name: str | None) -> Any:
 
 
 def keep_compiled_programs() -> None:
-    """Let XLA keep what it compiles on disk, so that the second start loads it instead.
+    """Let XLA cache compiled programs on disk, so that the next start loads them.
 
-    This sets JAX's configuration for the process, unless the user has chosen a folder already
-    (JAX_COMPILATION_CACHE_DIR, or jax.config) or the usual one cannot be written.
+    This changes JAX's configuration for the process. It changes nothing if the user has already
+    chosen a folder (JAX_COMPILATION_CACHE_DIR, or jax.config), or if phicore's cache folder cannot
+    be written to.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
@@ -110,7 +114,7 @@ def keep_compiled_programs() -> None:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn XLA's report that memory is out, in whatever exception it comes, into a line."""
+    """Turn XLA's out-of-memory error, whichever exception reports it, into a BackendError."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -124,7 +128,7 @@ def memory_errors() -> Iterator[None]:
 
 
 def joined(parts: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:
-    """Parts of the same type next to each other, in groups that one product can take."""
+    """Group consecutive parts of the same type, so that one product can take a whole group."""
     groups: list[list[GGUFTensor]] = []
     for part in parts:
         last = groups[-1] if groups else []
@@ -136,7 +140,7 @@ def joined(parts: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:
 
 
 def rows_of(part: Any) -> int:
-    """Rows of a part of a weight."""
+    """Return the number of rows of a part of a weight."""
     return part.rows if hasattr(part, "rows") else int(jax.tree.leaves(part)[0].shape[0])
 
 
@@ -145,9 +149,10 @@ class JaxBackend(Backend):
 
     Args:
         options: What the user chose.
-        kernels: The kernels to use. "host" takes those that fit the device; None leaves everything
-            to XLA.
-        steps: How many decode steps a compiled call runs. None takes what suits the device.
+        kernels: The kernels to use. "host" selects the kernels for the device, if they work there.
+            None leaves everything to XLA.
+        steps: The number of decode steps that a compiled call runs. None selects the number for
+            the device.
     """
 
     xp = jnp
@@ -164,7 +169,7 @@ class JaxBackend(Backend):
         if kernels == "host":
             kernels, _ = find_kernels() if is_cpu else cuda.working_kernels(self.device)
         self._kernels = kernels
-        if steps is None:  # kernels of GPUs were tried in a loop; nothing else was
+        if steps is None:  # on GPUs, only these kernels were tested in a loop
             steps = 1 if is_cpu or kernels is None else STEPS
         capabilities = Capabilities(
             device="cpu" if is_cpu else _name(self.device),
@@ -197,7 +202,7 @@ class JaxBackend(Backend):
         return self._put(np.array(x))
 
     def _put(self, x: np.ndarray) -> Array:
-        """Like `asarray`, of an array that nobody else holds: JAX may share its memory."""
+        """Copy an array to the device. JAX may share its memory, so nobody else may hold it."""
         with memory_errors():
             return self._shared.put(x) if self._shared else jax.device_put(x, self.device)
 
@@ -248,7 +253,7 @@ class JaxBackend(Backend):
     def _packed_experts(self, matrices: Sequence[Matrix]) -> list[Any]:
         packed: list[Any] = []
         groups = zip(*(joined(matrix.parts) for matrix in matrices), strict=True)
-        for group in groups:  # for each part of a matrix, that of every expert
+        for group in groups:  # a group has one part of the matrix, of every expert
             tensors = [tensor for part in group for tensor in part]
             if self._kernels is not None and self._kernels.has_experts(tensors[0].type):
                 packed.append(self._kernels.pack(tensors, len(matrices)))
@@ -270,7 +275,7 @@ class JaxBackend(Backend):
         is_cpu = self.device.platform == "cpu"
 
         def traced(*args: Any) -> Any:
-            # A GPU would multiply float32 with the 11 bits of TF32; a CPU multiplies it as it is.
+            # By default, a GPU multiplies float32 as TF32, which has 11 bits; a CPU keeps float32.
             with jax.default_matmul_precision(None if is_cpu else "highest"):
                 return fn(*args)
 
@@ -367,7 +372,7 @@ class JaxBackend(Backend):
         return y.reshape(*gate_up.shape[:-1], -1)
 
     # ---- cache -----------------------------------------------------------------------------
-    # k and v are rows; integers are multiples of k_scale and v_scale.
+    # `k` and `v` hold rows. Rows of integers are multiples of `k_scale` and `v_scale`.
 
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
         cache: LayerCache = {} if self._shared is None else ShardedCache()
@@ -398,7 +403,7 @@ class JaxBackend(Backend):
         return self._grow[capacity](cache)
 
     def shift_cache(self, cache: LayerCache, count: Array) -> LayerCache:
-        def shift(a: Array, count: Array) -> Array:  # of one sequence: (K, S, ...)
+        def shift(a: Array, count: Array) -> Array:  # one sequence, (K, S, ...)
             return lax.dynamic_slice_in_dim(jnp.concatenate([a, a], axis=1), count, a.shape[1], 1)
 
         return type(cache)({name: jax.vmap(shift)(a, count) for name, a in cache.items()})
@@ -442,10 +447,14 @@ class JaxBackend(Backend):
 
     @property
     def _attention_precision(self) -> str | None:
-        """By tensor cores: each number as two of bfloat16, or as one of 11 bits."""
+        """Precision of the matrix products of attention where XLA computes it.
+
+        Tensor cores multiply a float32 number as two of bfloat16, or, with `fast_prefill`, as one
+        of TF32, which has 11 bits.
+        """
         if self.device.platform == "cpu":
             return None
-        if float(self.device.compute_capability) < 8:  # those before Ampere know neither
+        if float(self.device.compute_capability) < 8:  # GPUs before Ampere have neither
             return "highest"
         return "TF32_TF32_F32" if self.options.fast_prefill else "BF16_BF16_F32_X3"
 
@@ -455,16 +464,19 @@ class JaxBackend(Backend):
         return found.at[jnp.arange(ids.shape[0])[:, None], ids].set(True, mode="drop")
 
     def largest(self, x: Array, counts: Array, total: Array) -> Array:
-        keys = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)  # ordered as the distances to 0
+        keys = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)  # sorted like the distances to 0
         return jax.vmap(_nearest)(keys, counts, total)
 
 
 def _nearest(keys: Array, counts: Array, total: Array) -> Array:
-    """`largest` of one row: three histograms give 11, 10 and 10 bits of the bound."""
+    """Compute `largest` for one row; `keys` are the bits of the distances to 0.
+
+    Three histograms find the bound's highest 11 bits, the next 10 and the last 10.
+    """
 
     def digit(i: Array, bound: Array) -> Array:
         shift = 20 - 10 * i
-        digits = jnp.clip((keys - bound) >> shift, 0, 2048)  # 2048 is outside, and dropped
+        digits = jnp.clip((keys - bound) >> shift, 0, 2048)  # 2048 is out of range, and dropped
         held = jnp.zeros(2048, jnp.int32).at[digits].add(counts, mode="drop")
         below = jnp.sum((jnp.cumsum(held) < total).astype(jnp.int32))
         return bound + (jnp.minimum(below, (2**31 - 1 - bound) >> shift) << shift)

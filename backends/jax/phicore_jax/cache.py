@@ -1,7 +1,7 @@
-"""The cache by XLA: how rows of keys and values are stored, and put in place.
+"""The cache of keys and values in plain XLA: formats of stored rows, and writing them in place.
 
-Two types differ from `phicore.backend.cache_types`: i24 keys have 24 bits, and a row of q8_0 is
-followed by its scales.
+Two types differ from `phicore.backend.cache_types`. The type i24 stores keys in 24 bits and values
+in 16. A row of q8_0 holds its scales too, after its numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ I24 = CacheType(
     "int8",
     24,
     rounding=2.0**-24,
-    error=4e-5,  # most of it is that of the values, which have 16 bits
+    error=4e-5,  # mostly from the values, which have 16 bits
     scale_dtype="float32",
     largest=32767 * 256,
 )
@@ -31,17 +31,23 @@ ROW_TYPES = {
     **{name: cache_types.TYPES[name] for name in ("f32", "f16", "i16", "q8_0")},
     I24.name: I24,
 }
-"""How rows can be stored. A row of i24 is the upper 16 bits of its numbers, then the other 8."""
+"""Row formats by name. A row of i24 is the upper 16 bits of all its numbers, then the lower 8."""
 
 
 def rows_of_cache(cache_type: str) -> tuple[CacheType, CacheType]:
-    """How a type of cache stores keys, and how values, whose rounding matters less."""
+    """Return the row formats of the keys and of the values of a cache type.
+
+    With i24 the values have 16 bits, since their rounding matters less.
+    """
     keys = ROW_TYPES[cache_type]
     return keys, ROW_TYPES["i16"] if keys is I24 else keys
 
 
 def width(row_type: CacheType, dim: int) -> int:
-    """How many numbers of its dtype a row of D = dim is, with the scales of its groups."""
+    """Return the length of a stored row of `dim` channels, in numbers of its dtype.
+
+    A row of q8_0 includes its scales.
+    """
     if row_type.group is not None:
         row_type.check(dim)
         return row_type.bytes_of_row(dim)
@@ -49,7 +55,7 @@ def width(row_type: CacheType, dim: int) -> int:
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros that no other array shares and JAX need not copy: memory that is aligned."""
+    """Make zeros in memory of their own, aligned to 64 bytes so that JAX need not copy them."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.zeros(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -57,7 +63,7 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def as_stored(x: Array, row_type: CacheType) -> list[Array]:
-    """Rows (..., D) as a cache holds them: numbers, and the scales of those that have some."""
+    """Convert rows (..., D) to the arrays of a cache: stored rows, and scales if kept apart."""
     if row_type is I24:
         multiples, scales = cache_types.multiples(jnp, x, I24)
         integers = multiples.astype(jnp.int32)
@@ -66,13 +72,13 @@ def as_stored(x: Array, row_type: CacheType) -> list[Array]:
     rows, scales = cache_types.stored_rows(jnp, x, row_type.name)
     if scales is None:
         return [rows]
-    if row_type.group is not None:  # the scales of a row are behind it
+    if row_type.group is not None:  # the scales follow the numbers in the row
         return [jnp.concatenate([rows, as_bytes(scales)], axis=-1)]
     return [rows, scales]
 
 
 def as_numbers(rows: Array, scales: Array | None) -> Array:
-    """The reverse: (..., D) float32."""
+    """Convert the stored rows and scales of `as_stored` back to (..., D) float32."""
     if rows.dtype == jnp.int8 and scales is None:
         group = ROW_TYPES["q8_0"].group
         assert group is not None
@@ -86,21 +92,21 @@ def as_numbers(rows: Array, scales: Array | None) -> Array:
 
 
 def as_bytes(x: Array) -> Array:
-    """Numbers of 16 bits (..., N) as their bytes (..., 2 N)."""
+    """Reinterpret 16-bit numbers (..., N) as int8 (..., 2 N)."""
     return lax.bitcast_convert_type(x, jnp.int8).reshape(*x.shape[:-1], -1)
 
 
 def from_bytes(x: Array, dtype: Any) -> Array:
-    """The reverse."""
+    """Reinterpret int8 (..., 2 N) as numbers (..., N) of a 16-bit dtype."""
     return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), dtype)
 
 
 def put(old: Array, new: Array, start: Array) -> Array:
-    """Write new positions (B, K, T, ...) into a cache (B, K, S, ...), from `start` (B,) on."""
+    """Write new rows (B, K, T, ...) into a cache (B, K, S, ...), from slots `start` (B,) on."""
 
     def put_one(old: Array, new: Array, position: Array) -> Array:
         return lax.dynamic_update_slice(old, new, (0, position, *(0,) * (old.ndim - 2)))
 
-    if start.shape[0] == 1:  # under vmap it would become a scatter, which XLA:CPU does by loops
+    if start.shape[0] == 1:  # vmap would make it a scatter, a slow loop in XLA:CPU
         return put_one(old[0], new[0], start[0])[None]
     return jax.vmap(put_one)(old, new, start)

@@ -1,7 +1,7 @@
 """Quantized matrices in plain XLA: packed codes and scales, expanded inside the product.
 
-Two layouts hold every affine type: codes of up to 4 bits as nibbles, wider ones as int8. Types
-without an affine form are dense float32.
+Every affine type has one of two layouts: codes of up to 4 bits are nibbles, wider codes are int8.
+Types without an affine form are dense float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from phicore_jax.experts import products_by_tiles
 Array = Any
 
 FEW_ROWS = 8
-"""Up to how many rows each take their expert's matrix by themselves."""
+"""Up to this number of rows, each is multiplied by its expert's matrix on its own."""
 
 
 @partial(
@@ -35,14 +35,16 @@ FEW_ROWS = 8
 )
 @dataclass(frozen=True)
 class Quantized:
-    """N rows of K values: scale * (code - offset) + bias in G groups a row.
+    """N rows of K values: scale * (code - offset) + bias, in G groups a row.
 
     Attributes:
-        codes: (N, G, K / G) int8 holding code - offset (then `offset` is 0), or (N, G, K / G / 2)
-            uint8, where byte i of a group holds code i below and code i + K / G / 2 above.
+        codes: (N, G, K / G) int8, code - offset, with the attribute `offset` 0; or
+            (N, G, K / G / 2) uint8, where the low nibble of byte i of a group is code i and the
+            high nibble is code i + K / G / 2.
         scales: (N, G) float32.
         biases: (N, G) float32 or None.
-        largest_code: No code - offset is larger, in absolute value.
+        offset: The number that is subtracted from every code.
+        largest_code: An upper bound of the absolute value of code - offset.
     """
 
     codes: Array
@@ -56,12 +58,15 @@ class Quantized:
         return self.codes.dtype == jnp.uint8
 
     def integer_planes(self) -> list[Array]:
-        """code - offset, as the halves of each group or the whole of it: (N, G, n) int32 each."""
+        """Return code - offset as arrays (N, G, n) int32.
+
+        Nibbles give two arrays, the first and second half of each group; int8 codes give one.
+        """
         codes = [self.codes & 15, self.codes >> 4] if self.is_nibbles else [self.codes]
         return [c.astype(jnp.int32) - self.offset for c in codes]
 
     def dense(self) -> Array:
-        """The values, (N, K) float32."""
+        """Expand the matrix to (N, K) float32."""
         codes = jnp.concatenate(self.integer_planes(), axis=2).astype(jnp.float32)
         values = self.scales[:, :, None] * codes
         if self.biases is not None:
@@ -70,13 +75,13 @@ class Quantized:
 
 
 def pack(matrix: Matrix) -> tuple[Any, ...]:
-    """Host arrays of a matrix: parts that lie on top of each other, `Quantized` or dense (N, K)."""
+    """Pack a matrix into parts, stacked along the rows: `Quantized` or dense (N, K) host arrays."""
     packed = [_pack_part(part) for part in matrix.parts]
     return tuple(_join(list(alike)) for _, alike in groupby(packed, key=_layout))
 
 
 def pack_experts(matrices: Sequence[Matrix]) -> tuple[Any, ...]:
-    """Host arrays of matrices of the same types, with an axis of X in front."""
+    """Pack X experts' matrices of equal types, as `pack` does, with an axis of X in front."""
     packed = [pack(matrix) for matrix in matrices]
     return tuple(
         jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
@@ -99,7 +104,7 @@ def _pack_part(part: Any) -> Any:
 
 
 def _layout(part: Any) -> tuple[Any, ...]:
-    """Parts of the same layout can be joined."""
+    """Return a key; consecutive parts with equal keys can be joined."""
     if isinstance(part, np.ndarray):
         return (np.ndarray,)
     return (
@@ -118,17 +123,17 @@ def _join(parts: list[Any]) -> Any:
 
 
 def product(x: Array, part: Any) -> Array:
-    """(M, K) by one part of N rows: (M, N)."""
+    """Multiply x (M, K) by one part of N rows: (M, N)."""
     if not isinstance(part, Quantized):
         return x @ part.T
     return _matvec(x, part) if x.shape[0] == 1 else x @ part.dense().T
 
 
 def expert_product(x: Array, experts: Array, part: Any) -> Array:
-    """(M, K), each row by the matrix of its expert, int32 (M,): (M, N).
+    """Multiply each row of x (M, K) by the matrix of its expert, int32 (M,): (M, N).
 
-    A few rows take their expert's matrix each. Many are put in tiles that have rows of one expert,
-    whose matrix is expanded for each tile.
+    A few rows are multiplied one by one. Many rows are grouped into tiles of rows of one expert,
+    and the expert's matrix is expanded for each tile.
     """
 
     def matrix(number: Array) -> Any:
@@ -142,23 +147,25 @@ def expert_product(x: Array, experts: Array, part: Any) -> Array:
 
 
 def _matvec(x: Array, w: Quantized) -> Array:
-    """(1, K) by one part of N rows: (1, N), in integers.
+    """Multiply x (1, K) by one part of N rows, with sums of integers: (1, N).
 
-    The codes are integers, so the activations are made integers too: in each group, multiples of
-    1 / 2**b of the largest, with as many bits b as leave the sum of a group's products in 32 bits.
-    These are 18 (Q8_0) to 24 bits, where float32 has 24, and the sums are exact: the result is
-    within 2e-7 of float64 for 4-bit codes and 2e-6 for Q8_0; a float32 product is within 3e-7.
-    XLA vectorizes sums of integers but not of floats, whose order it must keep, and it writes no
-    expanded weights: this is 3 times as fast on a CPU.
+    The codes are integers, so the activations are rounded to integers too. Within a group they are
+    multiples of 1 / 2**b of the largest absolute value. The number of bits b is the largest for
+    which the sum of a group's products fits into 32 bits: 18 (Q8_0) to 24, where float32 has 24.
+
+    The sums are exact. The result is within 2e-7 of float64 for 4-bit codes and within 2e-6 for
+    Q8_0; a float32 product is within 3e-7. On a CPU this is 3 times as fast as float32, because
+    XLA vectorizes sums of integers but not of floats, whose order it must keep, and because no
+    expanded weights are written to memory.
     """
     groups, group_size = w.scales.shape[1], x.shape[1] // w.scales.shape[1]
     steps = 2.0 ** floor(log2((2**31 - 1) / (w.largest_code * group_size)))
     x = x.reshape(1, groups, group_size)
     largest = jnp.max(jnp.abs(x), axis=2)  # (1, G)
-    # A NaN or an infinity makes its group's unit one, and must not vanish in an integer.
+    # A NaN or an infinity would be lost in an integer, so the unit of its group becomes it.
     unit = jnp.where(largest <= 1e-30, 1, largest) / steps
     integers = jnp.round(x / unit[:, :, None]).astype(jnp.int32)
-    # Without the barriers XLA would compute the integers anew for every row.
+    # Without the barriers, XLA would compute the integers again for every row.
     integers, unit, sums = lax.optimization_barrier((integers, unit, x.sum(axis=2)))
     planes = w.integer_planes()
     integers = jnp.split(integers, len(planes), axis=2)
@@ -171,6 +178,6 @@ def _matvec(x: Array, w: Quantized) -> Array:
 
 
 def rows(index: Array, part: Any) -> Array:
-    """Rows of a part, expanded: (n,) below N gives (n, K)."""
+    """Expand the rows `index` (n,) of a part: (n, K) float32."""
     picked = jax.tree.map(lambda a: a[index], part)
     return picked.dense() if isinstance(picked, Quantized) else picked

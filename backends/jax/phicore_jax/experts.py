@@ -1,4 +1,4 @@
-"""Rows of activations that each have a matrix of their own, of a few: sorted by it."""
+"""Products of activation rows and their experts' matrices, with the rows grouped by expert."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ Array = Any
 
 
 def in_tiles(experts: Array, count: int, tile: int) -> tuple[Array, Array]:
-    """Put rows in tiles that have rows of one expert each.
+    """Group rows into tiles, each with rows of one expert only.
 
     Args:
         experts: (M,) int32 below `count`, the expert of each row.
-        tile: Rows of a tile.
+        count: The number of experts.
+        tile: The number of slots for rows in a tile.
     Returns:
-        `order` (tiles * tile,) int32, the row in each slot of the tiles, or -1; and `firsts`
-        (count + 1,) int32: expert i has the tiles from firsts[i] to firsts[i + 1].
+        `order` (tiles * tile,) int32, the row in each slot of the tiles, or -1 for an empty slot;
+        and `firsts` (count + 1,) int32: expert i has tiles firsts[i] up to firsts[i + 1] - 1.
     """
     m = experts.shape[0]
     is_of = (experts[:, None] == jnp.arange(count, dtype=jnp.int32)[None]).astype(
@@ -29,7 +30,7 @@ def in_tiles(experts: Array, count: int, tile: int) -> tuple[Array, Array]:
     rank = jnp.take_along_axis(jnp.cumsum(is_of, axis=0), experts[:, None], axis=1)[:, 0] - 1
     ends = jnp.cumsum((is_of.sum(axis=0) + (tile - 1)) // tile)
     firsts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
-    tiles = min(m, (m + count * (tile - 1)) // tile)  # at most
+    tiles = min(m, (m + count * (tile - 1)) // tile)  # an upper bound
     order = jnp.full(tiles * tile, -1, jnp.int32)
     slots = firsts[experts] * tile + rank
     return order.at[slots].set(jnp.arange(m, dtype=jnp.int32)), firsts
@@ -38,12 +39,13 @@ def in_tiles(experts: Array, count: int, tile: int) -> tuple[Array, Array]:
 def products_by_tiles(
     x: Array, experts: Array, count: int, rows: int, product: Callable[[Array, Array], Array]
 ) -> Array:
-    """(M, K), each row by the matrix of its expert, int32 (M,): (M, N).
+    """Multiply each row of x (M, K) by the matrix of its expert: (M, N) float32.
 
     Args:
-        count: How many matrices there are.
+        experts: (M,) int32, the expert of each row.
+        count: The number of experts.
         rows: N.
-        product: Of rows of x by the matrix with a number, an int32.
+        product: A function that multiplies some rows (m, K) by the matrix with a number, an int32.
     """
     m = x.shape[0]
     tile = ceil(m / count)

@@ -1,4 +1,4 @@
-"""The interface of a set of kernels to the backend, on a CPU or on a GPU."""
+"""The interface between the backend and its kernels for CPUs or GPUs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Array = Any
 
 @dataclass(frozen=True)
 class Source:
-    """How an operation of the protocol made activations (M, K).
+    """The operation of the protocol that computed activations (M, K), and its arguments.
 
     Attributes:
-        name: The operation.
-        arrays: Its rows (M, ...), and its other arguments.
-        eps: The epsilon of a norm.
+        name: The operation, `rms_norm` or `swiglu`.
+        arrays: The rows (M, ...) that it was applied to, and its other array arguments.
+        eps: The epsilon of `rms_norm`.
     """
 
     name: str
@@ -30,11 +30,16 @@ class Source:
 
 
 class OwnKernels(ABC):
-    """Kernels as functions of JAX arrays. XLA does what a `has_...` denies.
+    """Kernels as functions of JAX arrays.
+
+    Where a `has_...` method or attribute is false, the backend leaves the operation to XLA.
 
     Attributes:
-        packed: The class of a matrix that `pack` made.
-        cache_types: The types of caches that the kernels store, the default first.
+        packed: The class of the matrices that `pack` returns.
+        cache_types: The cache types that the backend offers with these kernels, the default first.
+        has_threads: Whether `set_threads` works.
+        has_rowwise: Whether there are kernels for `rms_norm` and `swiglu`.
+        has_fast_products: Whether `linear` has a faster, less exact way (`is_fast`).
     """
 
     packed: type
@@ -45,15 +50,20 @@ class OwnKernels(ABC):
 
     @abstractmethod
     def has_type(self, ggml_type: GGMLQuantizationType) -> bool:
-        """Whether matrices of this type can be packed."""
+        """Return whether matrices of this type can be packed."""
 
     def has_experts(self, ggml_type: GGMLQuantizationType) -> bool:
-        """Whether matrices of this type can be packed for experts."""
+        """Return whether the matrices of experts can be packed if they have this type."""
         return False
 
     @abstractmethod
     def has_cache(self, cache_type: str, tokens: int, dim: int) -> bool:
-        """Whether `store` and `attention` take so many tokens and heads of this size."""
+        """Return whether `store` and `attention` support a step.
+
+        Args:
+            tokens: T, the number of new tokens of each sequence.
+            dim: D, the number of channels of a head.
+        """
 
     def set_threads(self, threads: int) -> None:
         raise NotImplementedError
@@ -63,14 +73,15 @@ class OwnKernels(ABC):
         """Pack stacked tensors of one type into a pytree of arrays.
 
         Args:
-            count: How many matrices the tensors make, each of as many tensors.
+            count: The number of matrices. Each is made of equally many of the tensors.
         """
 
     def prepared(self, x: Array, source: Source | None) -> Any:
         """Prepare activations (M, K) for `linear`, once for all parts of a weight.
 
         Args:
-            source: How they were made, if that is known. A kernel may start from it instead.
+            source: The operation that computed x, if known. A kernel may start from its arguments
+                instead of x.
         """
         return x
 
@@ -78,24 +89,24 @@ class OwnKernels(ABC):
     def linear(
         self, x: Any, w: Any, experts: Array | None = None, *, is_fast: bool = False
     ) -> Array:
-        """Multiply (M, K) float32 by a packed (N, K) matrix, or each row by its expert's: (M, N).
+        """Multiply x (M, K) by a packed matrix (N, K), or each row by its expert's: (M, N) float32.
 
         Args:
             x: The activations that `prepared` returned.
-            experts: (M,) int32, if there is a matrix for each expert.
-            is_fast: Multiply many rows less exactly, as `fast_prefill` allows.
+            experts: (M,) int32, the expert of each row, if `w` holds a matrix for each expert.
+            is_fast: Multiply many rows faster and less exactly, as `fast_prefill` allows.
         """
 
     @abstractmethod
     def rows(self, index: Array, w: Any) -> Array:
-        """Expand rows of a packed (N, K) matrix: (n,) int32 gives (n, K) float32."""
+        """Expand the rows `index` (n,) int32 of a packed (N, K) matrix: (n, K) float32."""
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """Scale rows (n, E) to a root mean square of 1, times weight (E,)."""
+        """Scale rows (n, E) to a root mean square of 1, and multiply them by weight (E,)."""
         raise NotImplementedError
 
     def swiglu(self, gate_up: Array) -> Array:
-        """silu(gate) * up of rows (n, 2F), gates first: (n, F)."""
+        """Compute silu(gate) * up of rows (n, 2F), which begin with the F gates: (n, F)."""
         raise NotImplementedError
 
     @abstractmethod
@@ -105,8 +116,11 @@ class OwnKernels(ABC):
         """Store the keys and values (B, K, T, D) of new tokens in a cache, in place.
 
         Args:
-            cache: The rows of keys and of values, (B, K, S, D), each followed by its scales if it
-                has any.
+            positions: (B, T) int32, the cache slots of the tokens.
+            cache: The cached keys and the cached values, (B, K, S, D), each followed by its scales
+                if the cache type has some.
+        Returns:
+            The updated arrays of the cache.
         """
 
     @abstractmethod
@@ -120,4 +134,10 @@ class OwnKernels(ABC):
         values: Array,
         *scales: Array,
     ) -> Array:
-        """Compute attention of scaled queries (B, H, T, D) over keys and values (B, K, S, D)."""
+        """Compute attention of scaled queries (B, H, T, D) over keys and values (B, K, S, D).
+
+        Args:
+            positions: (B, T) int32, the cache slots of the tokens.
+            window: The number of positions that a token sees, its own included; None for all.
+            scales: The scales of the keys and those of the values, if the cache type has some.
+        """

@@ -1,9 +1,10 @@
-"""Several devices that share a model: tensor parallelism after Megatron-LM.
+"""Tensor parallelism after Megatron-LM: several devices share a model.
 
-Each device runs the graph on its heads and its channels of the feed-forward layers, in a
-`jax.shard_map`; the devices meet where a product sums over what they share. What each has of a
-weight or a cache is stacked along the first axis of one array. The devices may belong to several
-processes, which all run the same program.
+Each device runs the graph on its own attention heads and feed-forward channels, in a
+`jax.shard_map`. The devices exchange data only where a product sums over all heads or channels, or
+where each device needs a whole product. A sharded weight or cache is one array, in which the
+devices' shares are stacked along the first axis. The devices may belong to several processes, which
+all run the same program.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class ShardedCache(dict[str, Array]):
     """The cache of a layer, sharded: each device has the keys and values of its heads."""
 
     def tree_flatten(self) -> tuple[tuple[Array, ...], tuple[str, ...]]:
-        """For JAX: the arrays, and their names."""
+        """Return the arrays and their names, for JAX."""
         return tuple(self.values()), tuple(self)
 
     @classmethod
     def tree_unflatten(cls, names: tuple[str, ...], arrays: Sequence[Array]) -> ShardedCache:
-        """For JAX: the reverse."""
+        """Rebuild a cache from the results of `tree_flatten`, for JAX."""
         return cls(zip(names, arrays, strict=True))
 
 
@@ -47,9 +48,9 @@ class Share:
     """A sharded weight.
 
     Attributes:
-        parts: The parts of this device's share.
-        is_sum: Whether the devices' products are added.
-        is_all: Whether each device gets the whole product.
+        parts: The parts of the weight. Inside of `shard_map`, they are those of a device's share.
+        is_sum: Whether the weight is split by columns, so that the devices' products are added.
+        is_all: Whether each device gets the whole product of a weight that is split by rows.
     """
 
     parts: tuple[Any, ...]
@@ -57,7 +58,7 @@ class Share:
     is_all: bool
 
     def joined(self, y: Array) -> Array:
-        """Turn the product of this device's share into what the graph goes on with."""
+        """Combine this device's product with those of the other devices, as the weight requires."""
         if self.is_sum:
             return lax.psum(y, AXIS)
         return lax.all_gather(y, AXIS, axis=y.ndim - 1, tiled=True) if self.is_all else y
@@ -67,10 +68,11 @@ class Devices:
     """The devices that share a model.
 
     Args:
-        first: A device of this process.
-        count: How many devices of its kind: `first` and those after it, of all processes.
+        first: A device of this process. Counting begins at it, or, with several processes, at the
+            first device of all processes.
+        count: The number of devices, all of the same platform.
     Raises:
-        BackendError: If there are not so many.
+        BackendError: If there are fewer devices, or none of them belongs to this process.
     """
 
     def __init__(self, first: Any, count: int) -> None:
@@ -85,22 +87,29 @@ class Devices:
         self.mesh = Mesh(np.array(found), (AXIS,))
         self.mine = [n for n, d in enumerate(found) if d.process_index == jax.process_index()]
         if not self.mine:
-            raise BackendError(f"devices: none of the {count} is this process's; take all")
+            raise BackendError(
+                f"devices: none of the first {count} belongs to this process; use all of them"
+            )
 
     def put(self, x: np.ndarray) -> Array:
-        """Copy an array to every device: it is replicated."""
+        """Replicate an array: copy it to every device."""
         sharding = NamedSharding(self.mesh, P())
         if len(self.mine) == self.mesh.size:
             return jax.device_put(x, sharding)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Make zeros, a share for each device."""
+        """Make a sharded array of zeros; `shape` is the shape of one device's share."""
         sharding = NamedSharding(self.mesh, P(AXIS))
         return jnp.zeros((self.mesh.size * shape[0], *shape[1:]), dtype, device=sharding)
 
     def put_shares(self, shares: Mapping[int, Any]) -> Any:
-        """Shard trees of arrays: copy each to the device of this process whose number it has."""
+        """Make sharded arrays of the shares of this process's devices.
+
+        Args:
+            shares: A tree of arrays for each device of this process, by the device's number. All
+                trees have the same structure and shapes.
+        """
         devices = list(self.mesh.devices)
 
         def stacked(*arrays: np.ndarray) -> Array:
@@ -114,7 +123,7 @@ class Devices:
         return jax.tree.map(stacked, *shares.values())
 
     def jit(self, fn: Callable[..., Any], donate: Sequence[int], options: dict[str, Any]) -> Any:
-        """Compile what each device does with its shares, as `jax.jit` compiles."""
+        """Compile a function that each device runs on its shares; otherwise like `jax.jit`."""
         known: dict[Any, Any] = {}
 
         def jitted(*args: Any) -> Any:
@@ -148,5 +157,5 @@ def _is_sharded(result: Any) -> bool:
 
 
 def _spec(result: Any) -> P:
-    """Caches are sharded along their first axis; all other results are replicated."""
+    """Return the sharding of a result: caches along their first axis; all others replicated."""
     return P(AXIS) if _is_sharded(result) else P()
