@@ -1,9 +1,9 @@
 # ruff: noqa: E402 - JAX reads its settings when it is imported
-"""Compiles steps for an H200 and a T4 without one, and prints what came of it as JSON.
+"""Compile steps for an H200 and a T4 without having these GPUs, and print a summary as JSON.
 
-XLA's compiler for NVIDIA's GPUs needs no GPU, only the packages `jax-cuda13-plugin`,
-`jax-cuda13-pjrt`, `nvidia-cuda-nvcc` and `nvidia-nvvm`. It is a program of its own, since JAX reads
-its settings when it is imported.
+XLA's compiler for NVIDIA GPUs needs no GPU, only the packages `jax-cuda13-plugin`,
+`jax-cuda13-pjrt`, `nvidia-cuda-nvcc` and `nvidia-nvvm`. This runs as a separate process, since JAX
+reads its settings when it is imported.
 
     python ahead_of_time.py MODEL.gguf
 """
@@ -39,7 +39,7 @@ from phicore.backend import Backend, BackendOptions, Capabilities
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
 
-# What XLA asks of a gpu, as NVIDIA's data sheets and CUDA's tables for sm_90 and sm_75 have it.
+# Properties of a GPU that XLA needs, from NVIDIA's data sheets and CUDA's tables (sm_90, sm_75).
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -79,7 +79,11 @@ device_description_str: "Tesla T4"
 
 
 class AheadOfTime(JaxBackend):
-    """JAX on GPUs that are not there: arrays are shapes, and a call compiles and runs nothing."""
+    """JAX on absent GPUs.
+
+    Arrays are only shapes. A call of a compiled function returns the compiled program and does not
+    run it.
+    """
 
     def __init__(self, devices: int, gpu: str, steps: int = 1) -> None:
         topology = topologies.get_topology_desc(
@@ -121,7 +125,7 @@ class AheadOfTime(JaxBackend):
 
 
 class AbsentDevices(Devices):
-    """GPUs that share a model, and are not there."""
+    """Absent GPUs that share a model."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -149,7 +153,7 @@ def main(path: str) -> None:
 
 
 def compiled_trial(trial: check.Trial, gpu: str) -> dict[str, Any]:
-    """What XLA makes of the program that tries kernels before they are used."""
+    """Compile the program that tries kernels before they are used, and summarize the result."""
     ops = AheadOfTime(1, gpu)
     operands = check.operands(Type.Q4_K)
     operands = jax.tree.map(lambda a: ops._zeros(a.shape, a.dtype), operands)
@@ -162,8 +166,8 @@ def compiled_trial(trial: check.Trial, gpu: str) -> dict[str, Any]:
 def compiled(
     path: str, tokens: int, steps: int, devices: int = 1, gpu: str = H200
 ) -> dict[str, Any]:
-    """What XLA makes of a step of so many tokens, or of several of one."""
-    runtime.EXPANDED_BYTES = 4 << 20  # so that these small matrices have several parts
+    """Compile a step of `tokens` tokens, or several decode steps, and summarize the result."""
+    runtime.EXPANDED_BYTES = 4 << 20  # so that these small matrices are expanded in several parts
     ops = AheadOfTime(devices, gpu, steps)
     with open_gguf(path) as file:
         engine = Engine.load(ops, file, context=512)
@@ -201,13 +205,13 @@ def compiled(
 
 
 def _kernels(program: Any) -> dict[str, int]:
-    """How often each of ours is launched."""
+    """Count the launches of each of phicore's kernels in a program."""
     text = program.as_text()
     return dict(Counter(re.findall(r'backend_config=.*?\bname = "(\w+)"', text)))
 
 
 def _thunks(before: set[Path]) -> dict[str, str]:
-    """What XLA has written of the last program, by the stage at which it did."""
+    """Return XLA's dumps of the last program's launches (thunks), by compiler stage."""
     dumped = sorted(set(Path(dumps.name).glob("*thunk_sequence*.txt")) - before)
     return {path.name.split(".")[-2]: path.read_text() for path in dumped}
 

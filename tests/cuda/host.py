@@ -1,4 +1,4 @@
-"""The kernels of GPUs on this processor: the same source, with vectors for the lanes of a warp."""
+"""Running GPU kernels on the CPU, from the same source: a vector holds the lanes of a warp."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from phicore_jax.kernels.build import optimized, supported_targets, target_machi
 from phicore_jax.kernels.lang import I32, I64, PTR, Function, Module, Target, Value
 
 GUARD = 28
-"""Bytes behind a result, which must stay as they are."""
+"""Number of guard bytes after a result. A kernel must not change them."""
 
 
 def product(ggml_type: Any, data: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """x (M, K) by rows of blocks (N, bytes): (M, N)."""
+    """Multiply x (M, K) by a matrix in rows of blocks (N, bytes): (M, N)."""
     fmt = FORMATS[ggml_type]
     planes = [np.array(plane) for plane in fmt.planes(jnp.asarray(data))]
     assert len(planes) == fmt.plane_count
@@ -35,7 +35,7 @@ def product(ggml_type: Any, data: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def quantize(x: np.ndarray) -> list[np.ndarray]:
-    """Activations (M, K) as integers."""
+    """Quantize activations (M, K) to integers; see `emit_quantize` for the results."""
     groups = x.size // 32
     results = [((groups, 2, 32), np.int8), ((groups,), np.float32), ((groups, 2), np.int32)]
     return run(emit_quantize, (groups,), [x], results, groups)
@@ -48,16 +48,18 @@ def run(
     results: Sequence[tuple[Any, Any]],
     warps: int,
 ) -> list[np.ndarray]:
-    """Compile a kernel for this processor, and run it; operands may be written to.
+    """Compile a kernel for the CPU, run it, and return its results.
 
     Args:
-        results: Shapes and dtypes.
+        operands: The arrays that the kernel takes; it may change them.
+        results: The shapes and dtypes of the arrays that the kernel writes.
+        warps: The number of warps that are needed; three more are run.
     """
     found = [np.empty(shape, dtype) for shape, dtype in results]
     guarded = [np.full(a.nbytes + GUARD, 42, np.uint8) for a in found]
     arrays = [*operands, *guarded]
     _, function = _compiled(emit, constants, len(arrays))
-    # the last block may have more warps than there is to do
+    # On a GPU, the last block may have more warps than needed.
     function(warps + 3, *(a.ctypes.data for a in arrays))
     for a, memory in zip(found, guarded, strict=True):
         assert (memory[a.nbytes :] == 42).all()
@@ -67,7 +69,11 @@ def run(
 
 @cache
 def _compiled(emit: Any, constants: tuple[Any, ...], pointers: int) -> tuple[Any, Any]:
-    """A function of how many warps there are, and of pointers; and what keeps it in memory."""
+    """Compile a kernel to a function of the number of warps and of pointers.
+
+    Returns:
+        The objects that own the function's memory, and the function.
+    """
 
     def warps(f: Function, count: Value, *args: Value) -> None:
         with f.loop(count) as i:
@@ -86,7 +92,7 @@ def _compiled(emit: Any, constants: tuple[Any, ...], pointers: int) -> tuple[Any
     return (jit, library), kind(int(library["kernel"]))
 
 
-# ---- in place of `ptx.launch` and `ptx.launch_in_place` ------------------------------------------
+# ---- replacements of `ptx.launch` and `ptx.launch_in_place` --------------------------------------
 
 
 def launch(

@@ -1,4 +1,4 @@
-"""Steps compiled for an H200 and a T4 without one: what they hold, and how they are launched."""
+"""Tests of steps compiled for an H200 and a T4 without a GPU: kernels, memory and launches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODEL = Tiny(
     max_position_embeddings=4096,
 )
 SMALLEST = 4 * 1024 * 1024
-"""Bytes of the smallest matrix of a layer, if it were float32."""
+"""Bytes of the smallest matrix of a layer when expanded to float32."""
 ONCE = dict.fromkeys(("store", "attention", "combine"), LAYERS)
 PRODUCTS = 4 * LAYERS + 1
 MADE = {"quantize_normed": 2 * LAYERS, "quantize_gated": LAYERS, "quantize": LAYERS + 1}
@@ -57,7 +57,10 @@ def decode(request: pytest.FixtureRequest, found: dict[str, Found]) -> Found:
 
 
 def launches(program: Found) -> list[str]:
-    """What the host launches, by kind; what is in a loop or a buffer is further to the right."""
+    """List the kinds of launches that the host makes.
+
+    XLA indents what is inside a loop or a command buffer, so this leaves it out.
+    """
     thunks = program["thunks"]["thunk_sequence_after_thunk_passes"]
     return re.findall(r"^\d+: (\w+)", thunks, re.MULTILINE)
 
@@ -82,33 +85,33 @@ def test_cache_is_written_in_place(found: dict[str, Found]):
     for name in ("step", "steps", "prompt"):
         assert found[name]["alias_bytes"] == found[name]["cache_bytes"]
     shared = found["shared_step"]
-    assert shared["alias_bytes"] == shared["cache_bytes"] // 2  # of each device
+    assert shared["alias_bytes"] == shared["cache_bytes"] // 2  # the cache of each device
     for name in ("step", "shared_step"):
         assert found[name]["copies"] == []
-    # nothing but ids and positions goes into the loop
+    # The loop copies nothing larger than ids and positions.
     assert max(map(elements, found["steps"]["copies"])) <= 64
 
 
 def elements(line: str) -> int:
-    """The size of the array that an instruction of HLO makes."""
+    """Return the number of elements of an HLO instruction's result."""
     shape = re.search(r"= \w+\[([\d,]*)\]", line)
     assert shape is not None, line
     return math.prod(int(n) for n in shape[1].split(",") if n)
 
 
 def test_layer_takes_few_launches(found: dict[str, Found]):
-    """14 each; the rest is what comes before the first, and the sampler."""
+    """A layer takes up to 14 launches, and everything outside of the layers up to 20."""
     thunks = re.findall(r"kCustomKernel|kKernel", found["step"]["thunks"]["thunk_sequence"])
     assert len(thunks) <= 14 * LAYERS + 20
 
 
 def test_step_is_one_command_buffer(found: dict[str, Found]):
-    """A single launch: XLA calls a CUDA graph so."""
+    """The host makes a single launch, of a CUDA graph, which XLA calls a command buffer."""
     assert launches(found["step"]) == ["kCommandBuffer"]
 
 
 def test_several_steps_are_one_command_buffer_with_their_loop(found: dict[str, Found]):
-    """So the host waits for none of them."""
+    """The loop is in the command buffer, so the host does not wait between steps."""
     assert launches(found["steps"]) == ["kCommandBuffer"]
     thunks = found["steps"]["thunks"]["thunk_sequence_after_thunk_passes"]
     assert len(re.findall(r"^    \d+: kWhile", thunks, re.MULTILINE)) == 1
@@ -129,7 +132,7 @@ def test_card_before_ampere_has_the_same_step(found: dict[str, Found]):
 
 @pytest.mark.parametrize("gpu", ["", "old_"])
 def test_kernels_are_tried_in_the_way_in_which_they_are_used(found: dict[str, Found], gpu: str):
-    """In a loop that is all of a command buffer."""
+    """The trials run in a loop inside of a command buffer, as steps do."""
     trials = [found[f"{gpu}try_{name}"] for name in ("products", "experts", "others")]
     assert [launches(trial) for trial in trials] == [["kCommandBuffer"]] * 3
     tried = {name for trial in trials for name in trial["kernels"]}
@@ -140,11 +143,14 @@ def test_kernels_are_tried_in_the_way_in_which_they_are_used(found: dict[str, Fo
 
 
 def test_weights_are_expanded_a_part_at_a_time(found: dict[str, Found]):
-    """Of 4 MiB here, of three bfloat16 for a weight: 512 rows, or 256 of `down_proj`."""
+    """A part is 4 MiB here, with three bfloat16 for a weight.
+
+    This is 512 rows, or 256 rows of `down_proj`.
+    """
     prompt = found["prompt"]
     parts = 6 + 2 + 8 + 4
-    # the head's product is of the last token alone
+    # The output matrix is multiplied by the last token alone.
     assert prompt["kernels"] == {"expand": parts * LAYERS, "product": 1, "quantize": 1}
     gate_up = 3 * 2 * 2 * 2048 * 1024
-    assert prompt["temp_bytes"] < gate_up  # most of it scores of attention
+    assert prompt["temp_bytes"] < gate_up  # mostly attention scores
     assert found["old_prompt"]["kernels"] == prompt["kernels"]

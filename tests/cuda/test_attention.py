@@ -1,4 +1,4 @@
-"""Attention on GPUs, by the same source on this processor, with float64 beside it."""
+"""Tests of the GPU kernels of the cache and attention, run on the CPU, against float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def random(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def filled(shape: Shape, k: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
-    """A cache (B, K, S, D) as the kernels take it."""
+    """Store keys and values (B, K, S, D) as the arrays of a cache that the kernels take."""
     stored = cache_types.stored(np, k, v, shape.cache_type)
     return [np.array(stored[n]) for n in ("k", "k_scale", "v", "v_scale") if n in stored]
 

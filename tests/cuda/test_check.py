@@ -1,4 +1,4 @@
-"""Kernels are tried before they are used."""
+"""Tests of the trials that GPU kernels must pass before they are used."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_type_whose_products_are_wrong_is_left_to_xla(
 
 
 def test_card_that_stopped_is_told(monkeypatch: pytest.MonkeyPatch, device: Any):
-    """No fallback helps then, in this process."""
+    """A process cannot use the GPU any more, so there is no fallback but an error."""
 
     def stopped(*_: Any) -> Any:
         raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")

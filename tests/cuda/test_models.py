@@ -1,4 +1,4 @@
-"""Whole models with the kernels of GPUs, run on this processor, beside the defaults on NumPy."""
+"""Tests of whole models with GPU kernels, run on the CPU, against the defaults on NumPy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MODELS = {
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., JaxBackend]:
-    """What makes a backend with kernels of GPUs that run on this processor."""
+    """Return a function that makes a backend whose GPU kernels run on the CPU."""
     monkeypatch.setattr(runtime, "launch", host.launch)
     monkeypatch.setattr(runtime, "launch_in_place", host.launch_in_place)
 
@@ -72,7 +72,7 @@ def test_logits_and_text_are_those_of_the_reference(
     with np.errstate(all="ignore"):
         logits = reference.logits(PROMPT)
         expected = text(reference, DRAWN, limit=10)
-    bound = 1e-3 if cache_type == "f16" else 2e-4  # of so few numbers; of many it is smaller
+    bound = 1e-3 if cache_type == "f16" else 2e-4  # errors of larger models are smaller
     assert relative_error(engine.logits(PROMPT), logits) < bound
     singles = [engine.logits(PROMPT[:1]), reference.logits(PROMPT[:1])]
     assert relative_error(*singles) < bound

@@ -1,4 +1,4 @@
-"""Products on GPUs, by the same source on this processor, with `gguf` and float64 beside them."""
+"""Tests of the GPU kernels of products, run on the CPU, against `gguf` and float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from phicore_jax.cuda.ptx import ptx
 kernels, about = find_kernels()
 assert kernels is not None, about
 
-BOUND = 1e-4  # of so few numbers; of many it is 3e-5, as the backend says
+BOUND = 1e-4  # matrices are tiny; with many numbers it is 3e-5 (`Capabilities.linear_error`)
 
 
 @pytest.fixture(params=FORMATS, ids=lambda t: t.name)
@@ -68,7 +68,7 @@ def test_dense_is_what_gguf_says(ggml_type: Type):
 def test_products_of_many_rows_are_those_of_float64(
     monkeypatch: pytest.MonkeyPatch, ggml_type: Type, is_fast: bool, bound: float
 ):
-    """In three parts, the last a small one."""
+    """The matrix is expanded in three parts, of which the last is smaller."""
     monkeypatch.setattr(runtime, "launch", host.launch)
     monkeypatch.setattr(runtime, "EXPANDED_BYTES", 1)
     data = blocks(ggml_type, 600, 768)
@@ -88,7 +88,7 @@ def test_products_of_many_rows_are_those_of_float64(
 def test_rows_are_multiplied_by_the_matrices_of_their_experts(
     monkeypatch: pytest.MonkeyPatch, ggml_type: Type, rows: int
 ):
-    """Experts of 7 rows each, an odd number; the second gets no row."""
+    """Each expert has 7 rows, an odd number. The second expert gets no row of activations."""
     monkeypatch.setattr(runtime, "launch", host.launch)
     data = blocks(ggml_type, 4 * 7, 512)
     tensors = [GGUFTensor("w", ggml_type, (7, 512), part) for part in np.split(data, 4)]
@@ -130,7 +130,7 @@ def test_activations_of_any_size_are_rounded_alike(size: float):
 
 
 def numbers(integers: list[np.ndarray]) -> np.ndarray:
-    """What integers of activations stand for, float64, flat."""
+    """Convert quantized activations back to numbers, float64, flattened."""
     both, unit, _ = integers
     return ((both[:, 0].astype(float) * 256 + both[:, 1]) * unit[:, None]).ravel()
 
@@ -143,7 +143,7 @@ def results(groups: int) -> list[tuple[tuple[int, ...], type]]:
 def test_integers_of_a_norm_are_those_of_what_it_gives(columns: int):
     x, weight = (np.random.default_rng(5).standard_normal((4, columns)) for _ in range(2))
     x, weight = (3 * x).astype(np.float32), weight[0].astype(np.float32)
-    x[1] *= 1e-4  # where eps counts
+    x[1] *= 1e-4  # so small that eps matters
     groups = x.size // 32
     constants = (groups, columns, 1e-5)
     found = host.run(emit_quantize_normed, constants, [x, weight], results(groups), groups)

@@ -1,4 +1,4 @@
-"""Every kernel's PTX, assembled as the driver would: it is valid, and keeps to the registers."""
+"""Tests that NVIDIA's assembler accepts every kernel's PTX and spills no registers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Kernel = tuple[str, Any, tuple[Any, ...], int]
 
 
 def kernels() -> Iterator[Kernel]:
-    """Names, and what `ptx` takes."""
+    """Yield each kernel's name and the arguments of `ptx` for it."""
     yield "quantize", emit_quantize, (96,), 4
     for columns in (3072, 5120, 96):
         yield f"normed-{columns}", emit_quantize_normed, (columns // 32, columns, 1e-5), 5

@@ -1,10 +1,11 @@
 # ruff: noqa: E402 - JAX reads its settings when it is imported
-"""Logits and text of a model on one device and on several, printed as JSON.
+"""Compute logits and text of a model on one device and on several, and print both as JSON.
 
-A program of its own, since JAX reads its settings when it is imported. With an address it is one of
-several processes that share the devices.
+This runs as a separate process, since JAX reads its settings when it is imported. With `--address`
+it is one of several processes that share the devices.
 
-    python program.py MODEL.gguf DEVICES [CACHE_TYPE] [--process I/N ADDRESS]
+    python program.py MODEL.gguf DEVICES [--cache-type TYPE] [--steps N]
+        [--process I/N --address ADDRESS]
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from phicore.engine import Engine, Request
 from phicore.network.sampling import Sampling
 from phicore.testing.conformance.models import DRAWN, PROMPT, engine_of
 
-LONG = PROMPT * 12  # the cache grows behind it
+LONG = PROMPT * 12  # the cache must grow after it
 
 
 def engine(devices: int) -> Engine:

@@ -1,4 +1,4 @@
-"""Models that several devices share: the same logits and text as on one."""
+"""Tests that several devices sharing a model compute the logits and text of one device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from phicore.testing.tiny_models import Q4_K_M, Tiny, Types, write_model
 pytest.importorskip("jax", reason="install phicore-jax")
 
 PROGRAM = Path(__file__).with_name("program.py")
-BOUND = 5e-5  # sums are added in another order, and the kernels round activations to 16 bits
+BOUND = 5e-5  # the order of additions differs, and kernels round activations to 16 bits
 TINY = Tiny(
     hidden_size=1024,
     intermediate_size=1024,
@@ -77,13 +77,13 @@ def test_two_devices_run_several_steps_in_a_call(tmp_path: Path):
 @pytest.mark.complete
 def test_each_device_holds_its_share(tmp_path: Path):
     found = result(start(write(tmp_path, "phi3"), 2))
-    assert found["error"] < 1e-4  # by the default type of cache
+    assert found["error"] < 1e-4  # larger, with the default cache type
     assert found["bytes_here"] < 0.51 * found["bytes"]
 
 
 @pytest.mark.complete
 def test_two_processes_compute_what_one_does(tmp_path: Path):
-    """With a coordinator on the loopback interface."""
+    """The processes connect to a coordinator on the loopback interface."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
