@@ -91,7 +91,7 @@ def test_type_whose_products_are_wrong_is_left_to_xla(
 
 
 def test_card_that_stopped_is_told(monkeypatch: pytest.MonkeyPatch, device: Any):
-    """A process cannot use the GPU any more, so there is no fallback but an error."""
+    """A process cannot use a stopped GPU any more, so an error is raised and XLA is not tried."""
 
     def stopped(*_: Any) -> Any:
         raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")

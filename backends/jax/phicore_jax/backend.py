@@ -169,7 +169,7 @@ class JaxBackend(Backend):
         if kernels == "host":
             kernels, _ = find_kernels() if is_cpu else cuda.working_kernels(self.device)
         self._kernels = kernels
-        if steps is None:  # on GPUs, only these kernels were tested in a loop
+        if steps is None:  # on GPUs, loops were tested with these kernels only
             steps = 1 if is_cpu or kernels is None else STEPS
         capabilities = Capabilities(
             device="cpu" if is_cpu else _name(self.device),

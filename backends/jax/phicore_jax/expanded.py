@@ -162,7 +162,7 @@ def _matvec(x: Array, w: Quantized) -> Array:
     steps = 2.0 ** floor(log2((2**31 - 1) / (w.largest_code * group_size)))
     x = x.reshape(1, groups, group_size)
     largest = jnp.max(jnp.abs(x), axis=2)  # (1, G)
-    # A NaN or an infinity would be lost in an integer, so the unit of its group becomes it.
+    # A NaN or an infinity would be lost in an integer, so the unit of its group keeps it.
     unit = jnp.where(largest <= 1e-30, 1, largest) / steps
     integers = jnp.round(x / unit[:, :, None]).astype(jnp.int32)
     # Without the barriers, XLA would compute the integers again for every row.

@@ -45,9 +45,9 @@ def find_kernels() -> tuple[CudaKernels | None, str]:
 
 @cache
 def working_kernels(device: Any) -> tuple[CudaKernels | None, str]:
-    """Return what `find_kernels` does, but only kernels that compute correctly on this GPU.
+    """Return the GPU kernels and their PTX target if they compute correctly on this GPU.
 
-    The kernels are None if `check.fault` finds a fault, which is then the reason.
+    Otherwise return None and the reason, as `find_kernels` or `check.fault` gives it.
     """
     kernels, about = find_kernels()
     if kernels is None:

@@ -74,7 +74,8 @@ def emit_store(w: Warp, shape: Shape, args: Sequence[Value]) -> None:
     Args:
         args: Pointers, in this order: new keys (B, K, D), new values (B, K, D), positions (B,),
             cached keys (B, K, S, D), cached values (B, K, S, D). If the cache type has scales,
-            those of the cached keys (B, K, S) follow the keys, those of the values the values.
+            the keys' scales (B, K, S) come after the cached keys, and the values' scales after the
+            cached values.
     """
     f, s = w.f, shape
     per_row = s.dim // LANES

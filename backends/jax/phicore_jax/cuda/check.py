@@ -79,8 +79,8 @@ def fault(device: Any, ggml_type: Type | None = None, *, of_experts: bool = Fals
     A fault is also logged as a warning, since the user would otherwise notice only the slowness.
 
     Args:
-        ggml_type: Try the products of this type; None tries everything but plain and expert
-            products: activations of norms and gates, the caches, and attention.
+        ggml_type: Try the products of this type. None tries all other kernels: those for
+            activations of norms and gates, for storing into caches, and for attention.
         of_experts: Try the products of the type's expert matrices instead of its plain products.
     Raises:
         BackendError: If the device does not work any more after the trial.
@@ -134,7 +134,7 @@ def operands(ggml_type: Type) -> tuple[Any, ...]:
 
 
 def program(trial: Trial, options: dict[str, Any]) -> Any:
-    """Return a trial as a jitted function of `operands`, which returns the largest error."""
+    """Return a jitted function that runs a trial on `operands` and returns the largest error."""
     return jax.jit(partial(_worst, trial, CudaKernels()), compiler_options=options)
 
 

@@ -85,7 +85,7 @@ class Integers:
 
 
 class CudaKernels(OwnKernels):
-    """The GPU kernels; `kernels.runtime.Kernels` has those of a CPU."""
+    """The GPU kernels. The counterpart for CPUs is `kernels.runtime.Kernels`."""
 
     packed = Planes
     cache_types = ("i16", "f16", "f32", "i24", "q8_0")

@@ -83,7 +83,7 @@ class Warp(ABC):
 
     @abstractmethod
     def across(self, x: Value, distance: int) -> Value:
-        """Return the x of the lane whose index differs in one bit.
+        """Return the x of the lane whose index differs from this lane's in one bit.
 
         Args:
             x: A float32 or int32 of each lane.
