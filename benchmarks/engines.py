@@ -102,7 +102,7 @@ def about(engine: Engine) -> str:
 
 
 def prefill(engine: Engine, count: int) -> float:
-    """Measure the seconds from a prompt of `count` tokens, with the cache empty, to the first token."""
+    """Measure the seconds from a prompt of `count` tokens, uncached, to the first token."""
     ids = _prompt(engine, count)
     started = time.perf_counter()
     list(engine.tokens(ids, 1))

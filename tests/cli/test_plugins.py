@@ -1,4 +1,4 @@
-"""`phicore plugins`, and switching them off."""
+"""Tests of `phicore plugins`, of commands of plugins and of disabling plugins."""
 
 from __future__ import annotations
 
