@@ -57,7 +57,7 @@ def test_context_ends_before_max_tokens(tiny: Path, greedy: list[Piece]) -> None
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
 def test_stop_string_ends_the_text_wherever_it_is(model, greedy, length: int) -> None:
-    """Most of these strings span tokens."""
+    """Most of the stop strings span several tokens."""
     whole = text(greedy)
     for start in range(0, len(whole) - length, 3):
         stop = whole[start : start + length]

@@ -31,7 +31,7 @@ HELLO = """
 
 @pytest.fixture(autouse=True)
 def _switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PHICORE_DISABLE_PLUGINS", "")  # the command sets it
+    monkeypatch.setenv("PHICORE_DISABLE_PLUGINS", "")  # --no-plugins sets it
 
 
 def test_plugins_lists_what_each_provides(phicore: Callable) -> None:

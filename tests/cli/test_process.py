@@ -149,7 +149,7 @@ def test_stderr_that_is_closed_does_not_matter(start, tiny: Path) -> None:
 
 
 def test_stdin_is_read_strictly_in_the_c_locale(start, tiny: Path) -> None:
-    """In the C locale Python decodes bytes that are not text to lone surrogates."""
+    """Python decodes bytes that are not text to lone surrogates in the C locale."""
     env = {**os.environ, "LC_ALL": "C"}
     code, out, err = finished(start("tokenize", "-m", tiny, "-", env=env), b"a\xffb")
     assert (code, out) == (2, "")

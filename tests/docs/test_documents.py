@@ -23,7 +23,7 @@ __all__ = ["install"]
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md")), *sorted(ROOT.glob("*/*/README.md"))]
-# Texts of commands that install, download or take long; other tests or CI steps run them.
+# Parts of commands that install, download or take long; such commands are checked by other means.
 NOT_HERE = (
     "pip install",
     "uv run pytest",

@@ -223,8 +223,8 @@ def test_config_llama_partial_rotation_is_refused():
     [
         pytest.param(32, 8, 4096, 2047, id="mini-4k"),
         pytest.param(40, 8, 4096, 2047, id="medium-4k"),
-        pytest.param(32, 32, 131072, None, id="mini-128k"),  # 262144 is more than the context
-        pytest.param(40, 10, 131072, None, id="medium-128k"),  # 131072 is all of it
+        pytest.param(32, 32, 131072, None, id="mini-128k"),  # its window exceeds the context
+        pytest.param(40, 10, 131072, None, id="medium-128k"),  # its window equals the context
         pytest.param(24, 8, 4096, None, id="other"),
     ],
 )

@@ -170,7 +170,8 @@ def test_backends_misspelt_hook_is_broken_and_stops_nothing(install: Install):
         "abacus",
         GOOD.format(name="abacus", protocol=2).replace("_backends", "_backend"),
     )
-    install("phicore-zither", "zither", GOOD.format(name="zither", protocol=2))  # loaded after it
+    # a plugin that is loaded after the broken one
+    install("phicore-zither", "zither", GOOD.format(name="zither", protocol=2))
     plugins = Plugins()
     assert "zither" in plugins.backends()
     [broken] = plugins.broken

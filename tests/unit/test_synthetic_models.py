@@ -76,7 +76,7 @@ def test_file_has_the_tensors_of_the_description_and_weights_of_one_scale() -> N
         if len(spec.shape) == 2:
             assert values.std() == pytest.approx(synthetic.WEIGHT_STD, rel=0.1)
             assert abs(values.mean()) < 0.1 * synthetic.WEIGHT_STD
-            assert len(np.unique(tensor.data, axis=0)) == len(values)  # no row twice
+            assert len(np.unique(tensor.data, axis=0)) == len(values)  # rows differ
     assert not found
 
 
