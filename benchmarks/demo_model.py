@@ -1,8 +1,9 @@
-"""Load time, time to first token and tokens/s of a model, as a user has them.
+"""Measure a model's load time, time to first token and tokens/s, as a user sees them.
 
 Each run is a fresh process that loads the model and answers one prompt twice: the first answer
-includes what a start costs, the second shows the speed. Backends take turns, and the medians are
-printed as a Markdown table. The very first run, in which XLA may compile, has a row of its own.
+includes start-up work such as compilation, the second shows the speed. Backends take turns, and the
+medians are printed as a Markdown table. The very first run of each backend, in which XLA may
+compile, has its own row.
 
     uv run benchmarks/demo_model.py --runs 5
 """
@@ -31,7 +32,11 @@ COLUMNS = {
 
 
 def measure(model_ref: str, backend: str, tokens: int, started: float) -> dict[str, float]:
-    """Load, answer twice. `started` is when the process was asked for, in seconds since 1970."""
+    """Load the model, answer the prompt twice and return the figures of `COLUMNS`.
+
+    Args:
+        started: When the parent asked for this process, in seconds since 1970.
+    """
     model = phicore.load(model_ref, backend)
     options = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     first = model.generate(PROMPT, **options)
@@ -51,7 +56,7 @@ def measure(model_ref: str, backend: str, tokens: int, started: float) -> dict[s
 
 
 def run(model: str, backend: str, tokens: int) -> dict[str, float]:
-    """`measure` in a fresh process."""
+    """Run `measure` in a fresh process and return its result."""
     command = [sys.executable, __file__, "--worker", backend, str(time.time())]
     command += ["--model", model, "--tokens", str(tokens)]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
@@ -72,7 +77,7 @@ def main() -> None:
     backends = [info.name for info in phicore.backends()]
     first = {name: run(args.model, name, args.tokens) for name in backends}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in backends}
-    for _ in range(args.runs):  # in turn, so that a slow minute of the machine hits all alike
+    for _ in range(args.runs):  # in turn, so that a slow minute of the machine affects all backends
         for name in backends:
             runs[name].append(run(args.model, name, args.tokens))
 

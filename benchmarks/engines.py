@@ -1,8 +1,8 @@
-"""A process with llama.cpp or phicore in it, for `vs_llama_cpp.py`, on the CPU.
+"""A worker process that runs llama.cpp or phicore on the CPU, for `vs_llama_cpp.py`.
 
-A line of standard input asks, as JSON: the name of a function of `COMMANDS` and its arguments. A
-line of standard output answers. The model is loaded once, before the first answer. Both engines are
-timed by the same code, on the same pseudo-random tokens.
+Each line of standard input is a request in JSON: the name of a function of `COMMANDS` and its
+arguments. Each line of standard output is the answer. The model is loaded once, before the first
+answer. Both engines are timed by one piece of code, on one list of pseudo-random tokens.
 
     echo '["prefill", 128]' | python benchmarks/engines.py phicore '{"model": "model.gguf"}'
 """
@@ -31,7 +31,7 @@ PORTABLE_BUILD = (
 
 
 class LlamaCpp:
-    """llama.cpp by its C functions: its Python class copies more than they need."""
+    """llama.cpp, called through its C functions, since its Python class makes needless copies."""
 
     def __init__(self, **options: Any) -> None:
         import llama_cpp
@@ -47,7 +47,7 @@ class LlamaCpp:
         return f"llama-cpp-python {self._c.__version__} ({used})"
 
     def tokens(self, ids: list[int], count: int) -> Iterator[int]:
-        """The `count` most probable tokens after `ids`."""
+        """Yield `count` greedily chosen tokens after `ids`."""
         self._c.llama_memory_clear(self._c.llama_get_memory(self._llama.ctx), False)
         for _ in range(count):
             ids = [self._next(ids)]
@@ -70,7 +70,7 @@ class LlamaCpp:
 
 
 class Phicore:
-    """phicore, on a backend."""
+    """phicore on one of its backends."""
 
     def __init__(self, model: str, backend: str = "jax", **options: Any) -> None:
         import phicore
@@ -82,7 +82,7 @@ class Phicore:
         return f"phicore {version('phicore')} (jax {version('jax')})"
 
     def tokens(self, ids: list[int], count: int) -> Iterator[int]:
-        """The `count` most probable tokens after `ids`."""
+        """Return an iterator over `count` greedily chosen tokens after `ids`."""
         generation = self._model.generate(
             ids, max_tokens=count, temperature=0, repeat_penalty=1, seed=0, ignore_eos=True
         )
@@ -97,12 +97,12 @@ ENGINES: dict[str, type[Engine]] = {"llama.cpp": LlamaCpp, "phicore": Phicore}
 
 
 def about(engine: Engine) -> str:
-    """Versions."""
+    """Describe the engine: its versions and, for llama.cpp, the CPU features that it uses."""
     return engine.about()
 
 
 def prefill(engine: Engine, count: int) -> float:
-    """Seconds from a prompt, with nothing in the cache, to the first token."""
+    """Measure the seconds from a prompt of `count` tokens, uncached, to the first token."""
     ids = _prompt(engine, count)
     started = time.perf_counter()
     list(engine.tokens(ids, 1))
@@ -110,20 +110,20 @@ def prefill(engine: Engine, count: int) -> float:
 
 
 def decode(engine: Engine, steps: int, depth: int) -> float:
-    """Median seconds of a greedy step after `depth` tokens and one more."""
+    """Measure the median seconds of a greedy step after `depth` prompt tokens and one new token."""
     times = [time.perf_counter() for _ in engine.tokens(_prompt(engine, depth), 1 + steps)]
     return float(np.median(np.diff(times)))
 
 
 def save_logits(engine: Engine, count: int, path: str) -> None:
-    """Write those of `count` tokens, (count, V) float32, to a file for `np.load`."""
+    """Write the logits of `count` tokens, (count, V) float32, to a file for `np.load`."""
     np.save(path, engine.logits(_prompt(engine, count)))
 
 
 def peak_bytes(_: Engine) -> int:
-    """The most memory that was resident in this process, mapped pages of the file included."""
+    """Return the peak resident memory of this process, mapped pages of the file included."""
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage's figure begins with that of the parent process
+    if status.is_file():  # getrusage's peak would start at the memory of the parent process
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     import resource
 
@@ -141,9 +141,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def serve(name: str, options: str) -> None:
-    """Make an engine and answer, to the end of standard input."""
+    """Make an engine and answer requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # send what libraries print to standard error, since it is no answer
     engine = ENGINES[name](**json.loads(options))
     for line in sys.stdin:
         command, *args = json.loads(line)
@@ -151,7 +151,7 @@ def serve(name: str, options: str) -> None:
 
 
 class Worker:
-    """A process with an engine; a context manager. The engine is made with the options."""
+    """A process that runs an engine made with the given options; also a context manager."""
 
     def __init__(self, python: str, engine: str, **options: Any) -> None:
         self._engine = engine
@@ -159,10 +159,13 @@ class Worker:
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
     def ask(self, command: str, *args: Any) -> Any:
-        """What a function of `COMMANDS` finds there; ends this program if the process has ended."""
+        """Run a function of `COMMANDS` in the process and return its result.
+
+        If the process has ended, this program exits with a message.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with suppress(BrokenPipeError):  # then there is no answer either
+        with suppress(BrokenPipeError):  # then readline returns nothing, which is handled below
             print(json.dumps([command, *args]), file=self._process.stdin, flush=True)
         if answer := self._process.stdout.readline():
             return json.loads(answer)

@@ -1,23 +1,25 @@
-"""How fast and how exact phicore is with JAX on a GPU: kernels, decoding, prompts, batches.
+"""Measure the speed and errors of phicore with JAX on a GPU: kernels, decoding, prompts, batches.
 
     python benchmarks/gpu.py --out results
 
-writes `gpu.json` and `gpu.md` there, a few minutes later. It needs JAX with a GPU, NumPy, and the
-packages gguf, llvmlite, pluggy and platformdirs; phicore itself need not be installed, and nothing
-is downloaded: the model has Phi-3-mini's sizes and random weights. Measured are
+This writes `gpu.json` and `gpu.md` to the folder, which takes a few minutes. It needs JAX with a
+GPU, NumPy, and the packages gguf, llvmlite, pluggy and platformdirs. phicore itself need not be
+installed. Nothing is downloaded: the model has Phi-3-mini's sizes and random weights. The program
+measures
 
-- the GPU's bandwidth: a copy of 1 GiB, bytes read and written;
-- the product of each quantized type with 1, 4 and 8 rows: its error against float64, and how many
-  bytes of weights it reads in a second, of more matrices than the caches hold;
-- attention of a token behind 64 and 3000 others, and how fast it reads the cache;
-- logits of a model of 4 layers against float32 on NumPy;
-- 200 tokens as `generate` writes them, greedy and drawn;
-- decoding behind 64 and 3000 tokens, of 1, 4 and 8 sequences at a time, several steps in a call as
-  `generate` does it, and for one sequence a step in a call (the models have a window of 2047);
+- the GPU's bandwidth: bytes read and written per second by a copy of 1 GiB;
+- the product of each quantized type with 1, 4 and 8 rows: its error against float64, and the bytes
+  of weights that it reads per second, from more matrices than the GPU's caches hold;
+- attention of a token that follows 64 or 3000 others, and how fast it reads the cache;
+- logits of a model of 4 layers, compared with float32 on NumPy;
+- 200 tokens written by `generate`, greedy and sampled;
+- decoding after 64 and 3000 tokens, for 1, 4 and 8 sequences at a time, with several steps in a
+  call as in `generate`; and for one sequence with one step in a call (the models have a window of
+  2047);
 - prompts of 512 and 2048 tokens, exact and with `--fast-prefill`.
 
-Each figure is the median of several runs. What fails is told, and the rest is measured all the
-same. `--device cpu --model tiny` tries the program on any machine.
+Each figure is the median of several runs. When a measurement fails, the failure is reported and the
+other measurements go on. `--device cpu --model tiny` tries the program on any machine.
 """
 
 from __future__ import annotations
@@ -63,13 +65,14 @@ except ImportError as error:
     sys.exit(f"gpu: {name} cannot be imported; install it (this file begins with what is needed)")
 
 TYPES = (Type.Q4_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K)
-# Bytes of a block where its scale is, and the minimum; else the scale comes first.
+# Offsets in a block of the scale and, where there is one, of the minimum. In types that are not
+# listed the scale comes first.
 SCALES_AT = {
     **dict.fromkeys((Type.Q4_1, Type.Q5_1, Type.Q4_K, Type.Q5_K), (0, 2)),
     **{Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q6_K: (208,)},
 }
 REPETITIONS = 5
-INSIDE = 8  # times that something short is done in a call
+INSIDE = 8  # the number of times that one call repeats a short operation
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
 DRAWN = Sampling(temperature=0.7, top_k=40, top_p=0.95)
 CAPACITY = 4096
@@ -78,7 +81,7 @@ Section = dict[str, Any]
 
 
 class OnNumPy(Backend):
-    """The protocol's defaults: float32."""
+    """The protocol's default operations on NumPy, in float32."""
 
     xp = np
 
@@ -90,7 +93,7 @@ class OnNumPy(Backend):
 
 
 def seconds(run: Callable[[], Any], repetitions: int = REPETITIONS) -> float:
-    """The median time of a call, after one that is not counted and may compile."""
+    """Measure the median seconds of a call, after an uncounted first call that may compile."""
     jax.block_until_ready(run())
     found = []
     for _ in range(repetitions):
@@ -101,10 +104,10 @@ def seconds(run: Callable[[], Any], repetitions: int = REPETITIONS) -> float:
 
 
 class Benchmark:
-    """The sections, on a device.
+    """The benchmark's sections, run on one device.
 
     Args:
-        args: The program's.
+        args: The program's command-line arguments.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -126,7 +129,7 @@ class Benchmark:
         }
 
     def bandwidth(self) -> Section:
-        """Bytes per second of a copy, read and written."""
+        """Measure the bytes per second, read and written, of a copy."""
         size = 2**20 if self.is_small else 2**28
         x = self.ops.asarray(np.ones(size, np.float32))
         copies = jax.jit(lambda x: lax.fori_loop(0, INSIDE, lambda _, x: x + 1, x))
@@ -135,7 +138,7 @@ class Benchmark:
     # ---- kernels -----------------------------------------------------------------------------
 
     def products(self) -> list[Section]:
-        """Products of the largest matrices of a layer; rare types with one row only."""
+        """Measure products with the largest matrices of a layer; rare types with one row only."""
         shapes = [(256, 512)] if self.is_small else [(16384, 3072), (3072, 8192)]
         plan = [(ggml_type, shape, m) for ggml_type in TYPES for shape in shapes for m in (1, 4, 8)]
         plan += [(ggml_type, shapes[0], 1) for ggml_type in AFFINE_TYPES if ggml_type not in TYPES]
@@ -175,7 +178,7 @@ class Benchmark:
 
     @staticmethod
     def _chain(f: Callable[[Array, Any], Array], x: Array, weights: Sequence[Any]) -> float:
-        """The time of f, of which each call waits for the one before."""
+        """Measure the seconds of a call f(x, weight) in a chain where each call needs the last."""
 
         def all_weights(x: Array, weights: Sequence[Any]) -> Array:
             for w in weights:
@@ -189,7 +192,7 @@ class Benchmark:
         return seconds(lambda: run(x, weights)) / (INSIDE * len(weights))
 
     def _blocks(self, ggml_type: Type, rows: int, columns: int) -> np.ndarray:
-        """Random rows of finite numbers."""
+        """Make random blocks of finite values, (rows, bytes of a row) uint8."""
         block, size = GGML_QUANT_SIZES[ggml_type]
         count = rows * columns // block
         blocks = self._rng.integers(0, 256, (count, size), np.uint8)
@@ -199,7 +202,7 @@ class Benchmark:
         return blocks.reshape(rows, -1)
 
     def attention(self) -> list[Section]:
-        """Attention of a token, in as many layers as Phi-3-mini has."""
+        """Measure a token's attention in as many layers as Phi-3-mini has."""
         heads, dim = (2, 32) if self.is_small else (32, 96)
         layers, capacity = (2, 256) if self.is_small else (32, CAPACITY)
         caches = [self.ops.new_cache(1, heads, capacity, dim) for _ in range(layers)]
@@ -233,7 +236,7 @@ class Benchmark:
     # ---- models ------------------------------------------------------------------------------
 
     def logits(self) -> Section:
-        """Errors of four layers, norm over norm."""
+        """Compute the relative errors of a four-layer model's logits: norm of error over norm."""
         name = f"{self.model}-4-layers"
         MODELS[name] = replace(MODELS[self.model], num_hidden_layers=4, vocab_size=4096)
         path = synthetic_model(name)
@@ -258,7 +261,7 @@ class Benchmark:
             return Engine.load(ops, file)
 
     def load(self) -> Section:
-        """From a file in memory to the first token, a start and a warm one."""
+        """Measure loading from a file in memory, then 20 tokens with compilation and 20 without."""
         path = synthetic_model(self.model)
         path.read_bytes()
         started = time.perf_counter()
@@ -296,15 +299,18 @@ class Benchmark:
         ]
 
     def _decode(self, batch: int, position: int, steps: int) -> Section:
-        """Steps behind so many tokens; nothing of the cache beyond zeros matters for the time."""
+        """Measure decode steps after `position` tokens.
+
+        The cache holds zeros, since its values do not affect the time.
+        """
         engine = self._model()
         config, ops, size = engine.runner.config, engine.runner.ops, engine.vocab_size
-        # the same for each position, so that steps are compiled once
+        # one capacity for all positions, so that steps are compiled once
         capacity = engine.runner.new_cache(self._positions()[-1] + 300).capacity
         heads, dim = config.num_key_value_heads, config.head_dim
         layers = range(config.num_hidden_layers)
         caches = [ops.new_cache(batch, heads, capacity, dim) for _ in layers]
-        position = min(position, capacity - 200)  # a window holds no more
+        position = min(position, capacity - 200)  # a window may limit the capacity
         tables = engine.runner.tables.until(capacity, is_long=False)
 
         def rows(x: float, dtype: Any) -> Array:
@@ -347,7 +353,7 @@ class Benchmark:
         }
 
     def generate(self) -> list[Section]:
-        """Whole generations by the engine, with random numbers made on the host."""
+        """Measure whole generations by the engine, which makes random numbers on the host."""
         engine = self._model()
         found = []
         for name, sampling in (("greedy", GREEDY), ("drawn", DRAWN)):
@@ -402,7 +408,7 @@ SECTIONS = (
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """What was found as tables."""
+    """Format the results as Markdown tables."""
     about, copy = found.get("about", {}), found.get("bandwidth", {}).get("bytes_per_s")
     lines = [
         f"{about.get('device')}, JAX {about.get('jax')}, Python {about.get('python')}, kernels: "
@@ -491,10 +497,10 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", help="as `phicore backends` names it [the first GPU]")
+    parser.add_argument("--device", help="a device that `phicore backends` lists [the first GPU]")
     parser.add_argument("--model", choices=MODELS, default="phi-3-mini")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="some of %(default)s")
-    parser.add_argument("--out", type=Path, default=Path(), help="where results are written")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="a selection of %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the results")
     args = parser.parse_args()
     try:
         benchmark = Benchmark(args)
@@ -510,7 +516,7 @@ def main() -> int:
         started = time.perf_counter()
         try:
             found[name] = getattr(benchmark, name)()
-        except Exception:  # noqa: BLE001 - whatever it is, the rest is measured
+        except Exception:  # noqa: BLE001 - after any failure, the other sections still run
             found["failed"][name] = traceback.format_exc()
             print(found["failed"][name], file=sys.stderr)
         found["seconds"][name] = time.perf_counter() - started

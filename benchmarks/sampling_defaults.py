@@ -1,24 +1,25 @@
-"""How often does a model's answer go wrong, with which sampling parameters?
+"""Measure how often a model's answers go wrong with various sampling parameters.
 
-The defaults of `Sampling` are chosen by these figures. A small model answers a few plain questions
-with many seeds and several settings, and a program judges each answer. It went wrong if it has
+The defaults of `Sampling` were chosen by these figures. A small model answers a few plain questions
+with many seeds and several settings, and this program judges each answer. An answer has gone wrong
+if it contains
 
-- a non-word: one in lower case, of three letters or more, that the 320,000 words of wordfreq's
-  English list do not have (those that occur at least once in 100 million), and that is not made of
-  two common words (sailbuilding) or of one and a prefix (undispersed);
-- a loop: of the sequences of four words in it, more than a fifth have occurred in it before
+- a non-word: a lower-case word of three letters or more that is not among the 320,000 words of
+  wordfreq's English list (which occur at least once in 100 million words) and is neither made of
+  two common words (sailbuilding) nor of a prefix and a common word (undispersed);
+- a loop: more than a fifth of its sequences of four words have occurred earlier in the answer
   ("seq-rep-4" of Welleck et al., "Neural Text Generation with Unlikelihood Training", 2019);
-- a place where it strays: 20 tokens in a row to which the model itself, before any sampling
-  parameter, gives less than 5 % each (the mean of their log probabilities is below -3).
+- a stray: 20 tokens in a row to which the model itself, before any sampling parameter applies,
+  gives less than 5 % on average (the mean of their log probabilities is below -3).
 
-The word at which an answer was cut off for its length is not looked at. Names are often invented
-and so are not counted. `--show 40` prints answers with what was found in them, to see for yourself
-how good the judge is.
+An answer's last word is ignored if the answer was cut off for its length. Capitalized words are not
+judged, since names are often invented. `--show 40` prints answers and the faults found in them, so
+that you can see how well the program judges.
 
     uv run --with wordfreq==3.1.1 benchmarks/sampling_defaults.py
 
-takes about an hour on two cores. Answers are kept in a file as they come, and a second run goes
-on where the first was stopped.
+This takes about an hour on two cores. Answers are written to a file as they come, and a second run
+continues where the first was stopped.
 """
 
 from __future__ import annotations
@@ -67,11 +68,11 @@ FAULTS = ("non-word", "loop", "stray")
 
 
 Words = Mapping[str, float]
-"""English words, and how many of all words each is."""
+"""English words, each with its frequency as a fraction of all words."""
 
 
 def is_word(word: str, known: Words) -> bool:
-    """Whether a list has a word, or the common words that it is made of."""
+    """Return whether a word is known, or made of two known common words or a prefix and one."""
     if word in known:
         return True
     halves = [(word[:i], word[i:]) for i in range(2, len(word) - 3)]
@@ -84,7 +85,7 @@ def is_word(word: str, known: Words) -> bool:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and how probable it found each token of that."""
+    """A model's answer, with the model's log probability of each token."""
 
     setting: str
     prompt: str
@@ -94,28 +95,28 @@ class Answer:
     finish_reason: str
 
     def words(self) -> list[str]:
-        """In order, without those of digits, and without one that was cut off."""
+        """Return the words in order, without numbers and without a last word that was cut off."""
         found = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", self.text)
         return found[:-1] if self.finish_reason == "length" else found
 
     def non_words(self, known: Words) -> list[str]:
-        """Words in lower case that are none."""
+        """Return the lower-case words of three letters or more that are not English words."""
         plain = {w.replace("’", "'").removesuffix("'s") for w in self.words() if w.islower()}
         return sorted(w for w in plain if len(w) >= 3 and not is_word(w, known))
 
     def repeated(self) -> float:
-        """The share of sequences of words that have occurred before."""
+        """Return the fraction of four-word sequences that have occurred earlier in the answer."""
         words = [word.lower() for word in self.words()]
         ngrams = [tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)]
         return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
     def least_log_probability(self) -> float:
-        """The mean of the least probable stretch."""
+        """Return the mean log probability of the least probable 20 tokens in a row."""
         window = np.ones(min(STRETCH, len(self.log_probabilities)))
         return float(np.convolve(self.log_probabilities, window / len(window), "valid").min())
 
     def faults(self, known: Words) -> list[str]:
-        """What is wrong with it, of `FAULTS`."""
+        """Return the faults of the answer, a selection of `FAULTS`."""
         found = (
             bool(self.non_words(known)),
             self.repeated() > MOST_REPEATED,
@@ -127,7 +128,7 @@ class Answer:
 def answer(
     model: phicore.Model, setting: str, sampling: Sampling, prompt: str, seed: int, most: int
 ) -> Answer:
-    """Generate an answer of at most so many tokens, and look up how probable each was."""
+    """Generate an answer of at most `most` tokens, and compute each token's log probability."""
     generation = model.generate(prompt, max_tokens=most, seed=seed, **asdict(sampling))
     pieces = list(generation)
     ids, start = [piece.token_id for piece in pieces], len(generation.prompt_ids)
@@ -145,14 +146,14 @@ def answer(
 
 
 def kept(path: Path) -> Iterator[Answer]:
-    """The answers of a file."""
+    """Yield the answers that a file holds; none if there is no such file."""
     if path.exists():
         for line in path.read_text().splitlines():
             yield Answer(**json.loads(line))
 
 
 def collect(args: argparse.Namespace, settings: dict[str, Sampling]) -> list[Answer]:
-    """All answers that the options ask for: those of the file, and those that are still to come."""
+    """Return all answers that the options ask for: read them from the file, or generate them."""
     found = {(a.setting, a.prompt, a.seed): a for a in kept(args.answers)}
     wanted = [(s, p, seed) for seed in range(args.seeds) for p in args.prompt for s in settings]
     with phicore.load(args.model, threads=args.threads) as model, args.answers.open("a") as file:
@@ -167,7 +168,7 @@ def collect(args: argparse.Namespace, settings: dict[str, Sampling]) -> list[Ans
 
 
 def report(answers: Sequence[Answer], known: Words, by: str) -> None:
-    """Print a table in Markdown: how many answers of each setting, or each prompt, went wrong."""
+    """Print a Markdown table of the answers that went wrong, a row for each setting or prompt."""
     print(f"| {by} | answers | {' | '.join(f'{f}s' for f in FAULTS)} | any |")
     print(f"| --- | --- |{' --- |' * (len(FAULTS) + 1)}")
     for name in dict.fromkeys(getattr(a, by) for a in answers):
@@ -180,7 +181,7 @@ def report(answers: Sequence[Answer], known: Words, by: str) -> None:
 
 
 def show(answers: Sequence[Answer], known: Words, count: int) -> None:
-    """Print answers, half of them with faults if there are so many, with what was found."""
+    """Print `count` random answers with their faults; up to half of the answers are faulty ones."""
     mixed = random.Random(0).sample(answers, len(answers))
     wrong = [a for a in mixed if a.faults(known)][: count // 2]
     right = [a for a in mixed if not a.faults(known)][: count - len(wrong)]
@@ -193,7 +194,7 @@ def show(answers: Sequence[Answer], known: Words, count: int) -> None:
 
 
 def english_words() -> Words:
-    """Those of wordfreq."""
+    """Return wordfreq's English words with their frequencies; exit if wordfreq is missing."""
     try:
         from wordfreq import get_frequency_dict
     except ImportError:
@@ -205,13 +206,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     option = parser.add_argument
     option("--model", default="smollm2")
-    option("--answers", type=Path, default=Path("answers.jsonl"), help="the file to keep them in")
+    option("--answers", type=Path, default=Path("answers.jsonl"), help="file for the answers")
     option("--seeds", type=int, default=40, help="answers to each prompt, with each setting")
-    option("--tokens", type=int, default=200, help="the most that an answer may have")
-    option("--threads", type=int, help="all CPUs, unless given")
-    option("--prompt", action="append", help="in place of the five; may be given again")
-    option("--defaults", action="store_true", help="compare prompts, with the defaults alone")
-    option("--show", type=int, default=0, metavar="N", help="print N answers, too")
+    option("--tokens", type=int, default=200, help="largest number of tokens in an answer")
+    option("--threads", type=int, help="number of threads (default: all CPUs)")
+    option("--prompt", action="append", help="replaces the five prompts; may be given repeatedly")
+    option("--defaults", action="store_true", help="use only the defaults, and compare prompts")
+    option("--show", type=int, default=0, metavar="N", help="also print N answers")
     args = parser.parse_args()
     args.prompt = args.prompt or PROMPTS
     known = english_words()

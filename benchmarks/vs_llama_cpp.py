@@ -1,29 +1,32 @@
-"""llama.cpp and phicore on the same file, in one run, with as many threads: which is faster?
+"""Compare the speed of llama.cpp and phicore on one file, with equally many threads.
 
-Each engine is a process that loads the model once (see `engines.py`), and one of them computes at a
-time. They take turns within a round, and every second round goes backwards, so that a slow minute
-of the machine hits all alike; a ratio is the median of the rounds' ratios. One more round before
-the others warms up. Measured are
+Each engine is a process that loads the model once (see `engines.py`). Only one process computes at
+a time. The engines take turns within a round, and every second round goes in reverse order, so that
+a slow minute of the machine affects all engines. A ratio is the median of the rounds' ratios. An
+uncounted first round warms up. The program measures
 
-- decoding: the median time of a greedy step after some tokens. It reads all weights, so the share
-  of the memory's bandwidth is given too, which is measured in turn with the rest;
-- prompts: from their tokens to the first one of the answer. phicore reads them twice: as it does
-  by default and, where the processor allows it, with `fast_prefill`, whose products are of 8-bit
-  integers as llama.cpp's are;
-- starts: a fresh process, from being asked for to the first token after a prompt of 16, with the
-  file and phicore's compiled programs cached. Both by their Python packages;
-- memory: the most that is resident, mapped pages of the file included;
-- fidelity: the error of the logits of 100 tokens, norm over norm, against float32 on NumPy.
+- decoding: the median time of a greedy step after some tokens. A step reads all weights, so its
+  share of the memory's bandwidth is given too; the bandwidth is sampled before each turn;
+- prompts: the time from a prompt's tokens to the first token of the answer. phicore is measured as
+  it is by default and, where the processor supports it, with `fast_prefill`, whose products use
+  8-bit integers as llama.cpp's do;
+- starts: the time from starting a process to the first token after a prompt of 16 tokens. The file
+  and phicore's compiled programs are cached, and both engines are started by their Python packages;
+- memory: the peak resident memory, mapped pages of the file included;
+- fidelity: the relative error of the logits of 100 tokens (norm of the error over norm), against
+  float32 on NumPy.
 
-llama.cpp computes up to 512 tokens at once, keeps keys and values in float16 and has flash
-attention, as it does by default (llama-cpp-python has not: `--no-flash-attn`). Let nothing else run
-meanwhile: llama.cpp's threads wait for each other after every operation, so a busy machine slows it
-several times more than phicore. The share of the CPUs that other processes took is printed.
+llama.cpp runs with its own defaults: up to 512 tokens at once, keys and values in float16, and
+flash attention. (llama-cpp-python's default is no flash attention: `--no-flash-attn`.) Run nothing
+else meanwhile: llama.cpp's threads wait for each other after every operation, so a busy machine
+slows it several times more than phicore. The share of the CPUs that other processes took is
+printed.
 
     uv run --with llama-cpp-python==0.3.36 benchmarks/vs_llama_cpp.py
 
-compiles llama.cpp (minutes, once), writes random weights of Phi-3-mini's sizes (2.4 GB; nothing is
-downloaded) and runs three processes with them. For an installed llama.cpp: `--llama-python PATH`.
+This compiles llama.cpp (minutes, once), writes random weights of Phi-3-mini's sizes (2.4 GB;
+nothing is downloaded) and runs three processes with them. To use an installed llama.cpp, give
+`--llama-python PATH`.
 """
 
 from __future__ import annotations
@@ -58,14 +61,14 @@ from phicore.sources import resolve
 START_PROMPT = 16
 FIDELITY_PROMPT = 100
 FIDELITY_BYTES = 1e9  # NumPy expands the weights to several times the size of the file
-PAUSE_S = 0.1  # for the threads of the last one to go to sleep
+PAUSE_S = 0.1  # lets the threads of the last engine go to sleep
 NO_FAST_PREFILL = "phicore has no fast prefill on this processor: its rows are left out"
 COLUMNS = ["", "llama.cpp", "phicore", "phicore / llama.cpp"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of both, round by round."""
+    """One measurement of both engines: a value for each round."""
 
     name: str
     unit: str  # tokens/s, s, MB, share or error
@@ -78,10 +81,10 @@ class Row:
 
 
 class Comparison:
-    """What the options ask for, of a file.
+    """The measurements that the options ask for, on one file.
 
     Attributes:
-        about: The versions of each engine.
+        about: Each engine's description, with its versions.
         bandwidths: Samples of the memory's bandwidth, in bytes per second.
     """
 
@@ -94,21 +97,21 @@ class Comparison:
 
     def _worker(self, name: str, context: int) -> Worker:
         model, threads = self._path, self._args.threads
-        if name != "llama.cpp":  # without a number, both use all CPUs
+        if name != "llama.cpp":  # if `threads` is None, both engines use all CPUs
             options = {"threads": threads, "fast_prefill": name == "fast"}
             return Worker(sys.executable, "phicore", model=model, **options)
         return Worker(
             self._args.llama_python,
             name,
             model_path=model,
-            n_ctx=-(-context // 256) * 256,  # phicore takes what it needs
+            n_ctx=-(-context // 256) * 256,  # phicore sizes its cache itself
             n_threads=threads or cpu_count(),
             n_threads_batch=threads or cpu_count(),
             flash_attn=self._args.flash_attn,
         )
 
     def starts(self) -> list[Row]:
-        """Fresh processes: the time to the first token, and their memory."""
+        """Measure the time to the first token and the peak memory of fresh processes."""
         names = self._names[:2]
         found = [[self._start(name) for name in names] for _ in range(1 + self._args.starts)]
         seconds, peaks = np.array(found[1:]).transpose(2, 1, 0)  # (engines, starts) each
@@ -125,7 +128,11 @@ class Comparison:
             return time.perf_counter() - started, worker.ask("peak_bytes") / 1e6
 
     def rounds(self, step_bytes: int) -> list[Row]:
-        """Decoding and prompts in turn, and the memory for all of it."""
+        """Measure decoding and prompts, with the engines in turn, and the peak memory of them all.
+
+        Args:
+            step_bytes: Bytes of weights that a decode step reads.
+        """
         args = self._args
         context = max([*args.prompts, *(depth + 1 + args.steps for depth in args.depths)])
         with ExitStack() as stack:
@@ -160,19 +167,24 @@ class Comparison:
     def _round(
         self, workers: dict[str, Worker], before: Callable[[], None] = lambda: None
     ) -> dict[tuple[tuple[Any, ...], str], float]:
-        """Tokens per second for each command and worker."""
+        """Measure the tokens per second of each command and worker.
+
+        Args:
+            before: Called before each command.
+        """
         found = {}
         commands = [(("decode", self._args.steps, depth), 1) for depth in self._args.depths]
         commands += [(("prefill", count), count) for count in self._args.prompts]
         for command, tokens in commands:
             before()
-            for name, worker in workers.items():  # "fast" decodes too: who has slept starts slowly
+            # "fast" decodes too, since an engine that has slept is slow at first
+            for name, worker in workers.items():
                 time.sleep(PAUSE_S)
                 found[command, name] = tokens / worker.ask(*command)
         return found
 
     def fidelity(self) -> list[Row]:
-        """Errors of the logits."""
+        """Compute the relative errors of the logits."""
         exact = _logits(Worker(sys.executable, "phicore", model=self._path, backend="numpy"))
         found = {name: _logits(self._worker(name, FIDELITY_PROMPT)) for name in self._names}
         errors = {
@@ -194,7 +206,7 @@ def _logits(worker: Worker) -> np.ndarray:
 
 
 def cells(row: Row, size_bytes: int) -> list[str]:
-    """A line of the table: medians, and between what they lie."""
+    """Format a row of the table: medians, with the least and the greatest values."""
 
     def figure(value: float) -> str:
         if row.unit == "MB":
@@ -213,7 +225,7 @@ def cells(row: Row, size_bytes: int) -> list[str]:
 
 
 def report(found: dict[str, Any], rows: Sequence[Row], *, is_markdown: bool) -> None:
-    """Print a head that says of what, and a table."""
+    """Print a head with the file, the versions and the machine, and then the table."""
     low, middle, high = np.percentile(found["bandwidth_bytes_per_s"], [0, 50, 100]) / 1e9
     head = [
         f"{found['file']}, {size(found['size_bytes'])}",
@@ -234,7 +246,7 @@ def report(found: dict[str, Any], rows: Sequence[Row], *, is_markdown: bool) -> 
 
 
 def check_llama_cpp(python: str) -> None:
-    """Exit with a line that says how to get it, if this Python has no llama_cpp."""
+    """Exit with a line on how to install llama_cpp, if this Python has none."""
     try:
         subprocess.run([python, "-c", "import llama_cpp"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
@@ -246,17 +258,17 @@ def check_llama_cpp(python: str) -> None:
 
 
 def has_fast_prefill(threads: int | None) -> bool:
-    """Whether phicore can read prompts faster, and less exactly, on this processor.
+    """Return whether phicore can read prompts faster, and less exactly, on this processor.
 
     Raises:
-        PhicoreError: If the JAX backend does not work here, or cannot be told how many threads.
+        PhicoreError: If the JAX backend does not work here, or does not accept a number of threads.
     """
     options = BackendOptions(device="cpu", threads=threads)
     return choose_backend("jax", Plugins()).create(options).capabilities.has_fast_prefill
 
 
 def others_cpu_s() -> float:
-    """Seconds that CPUs worked for processes other than this one and its children that ended."""
+    """Return the CPU seconds spent on processes other than this one and its ended children."""
     times = Path("/proc/stat")
     if not times.is_file():
         return 0.0
@@ -266,7 +278,7 @@ def others_cpu_s() -> float:
 
 
 def positive(text: str) -> int:
-    """The number of an option that cannot be 0."""
+    """Parse an option's number, which must be 1 or more."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {text!r}")
@@ -274,7 +286,7 @@ def positive(text: str) -> int:
 
 
 def numbers(text: str) -> list[int]:
-    """The numbers of an option such as 128,512, each once."""
+    """Parse the numbers of an option such as 128,512, without repetitions."""
     found = list(dict.fromkeys(int(number) for number in text.split(",")))
     if min(found) < 0:
         raise argparse.ArgumentTypeError(f"expected 0 or more, such as 128,512; got {text!r}")
@@ -282,30 +294,30 @@ def numbers(text: str) -> list[int]:
 
 
 def prompts(text: str) -> list[int]:
-    """The lengths of prompts; 0 is none."""
+    """Parse the lengths of prompts; 0 stands for no prompt."""
     return [count for count in numbers(text) if count]
 
 
 def depths(text: str) -> list[int]:
-    """How many tokens come before decoding; 0 is 1, since there must be one to go on from."""
+    """Parse the numbers of tokens before decoding; 0 becomes 1, since decoding needs a token."""
     return list(dict.fromkeys(max(depth, 1) for depth in numbers(text)))
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     option, yes_no = parser.add_argument, argparse.BooleanOptionalAction
-    option("--model", help="a GGUF file, or what else phicore calls a model")
-    option("--synthetic", choices=MODELS, default="phi-3-mini", help="else one of random weights")
+    option("--model", help="a GGUF file, or another model reference of phicore")
+    option("--synthetic", choices=MODELS, default="phi-3-mini", help="model of random weights")
     option("--llama-python", default=sys.executable, help="a Python that has llama_cpp")
-    option("--threads", type=positive, help="all CPUs, unless given")
-    option("--prompts", type=prompts, default=[16, 128, 512], help="16,128,512 tokens; 0: none")
-    option("--depths", type=depths, default=[1], help="tokens before decoding: 0,1000,2000")
+    option("--threads", type=positive, help="number of threads (default: all CPUs)")
+    option("--prompts", type=prompts, default=[16, 128, 512], help="lengths of prompts; 0: none")
+    option("--depths", type=depths, default=[1], help="tokens before decoding, e.g. 0,1000,2000")
     option("--steps", type=positive, default=32, help="tokens to decode")
-    option("--repetitions", type=positive, default=5, help="rounds")
-    option("--starts", type=int, default=3, help="fresh processes of each; 0 is none")
-    option("--fast-prefill", action=yes_no, default=True, help="phicore's, besides the default")
-    option("--flash-attn", action=yes_no, default=True, help="llama.cpp's")
-    option("--fidelity", action=yes_no, help="errors of the logits; default: if below 1 GB")
+    option("--repetitions", type=positive, default=5, help="number of rounds")
+    option("--starts", type=int, default=3, help="fresh processes of each engine; 0: none")
+    option("--fast-prefill", action=yes_no, default=True, help="also measure with fast prefill")
+    option("--flash-attn", action=yes_no, default=True, help="run llama.cpp with flash attention")
+    option("--fidelity", action=yes_no, help="errors of the logits (default: for files below 1 GB)")
     option("--markdown", action="store_true")
     option("--json", action="store_true")
     return parser.parse_args()

@@ -1,25 +1,27 @@
-"""mlx-lm and phicore on MLX, the same weights, in one run: which is faster, which is closer?
+"""Compare the speed and the errors of mlx-lm and phicore on MLX, with one set of weights.
 
-mlx-lm reads no K-quants, so the file's weights are put into its model as phicore's MLX backend lays
-them out, which is MLX's own format and exact: both multiply the same numbers. Types whose groups
-have 16 weights (Q6_K, Q2_K) have no such form; mlx-lm gets them from `mx.quantize` with as many
-bits, in groups of 32, as its own converter would.
+mlx-lm cannot read K-quants. So its model gets the file's weights in the layout of phicore's MLX
+backend, which is MLX's own format and exact: both engines multiply equal numbers. Types whose
+groups have 16 weights (Q6_K, Q2_K) do not fit this layout. For mlx-lm `mx.quantize` quantizes them
+with as many bits in groups of 32, as mlx-lm's converter would.
 
-They take turns within a round, and every second round goes backwards; a ratio is the median of the
-rounds' ratios, and one more round before the others warms up. Both answer greedily. Measured are
+The engines take turns within a round, and every second round goes in reverse order. A ratio is the
+median of the rounds' ratios. An uncounted first round warms up. Both engines answer greedily. The
+program measures
 
 - decoding: the median time of a token after the first few;
-- phicore's products alone: what `mx.quantized_matmul` takes for all matrices of one token, called
-  once each as MLX would (phicore shares rows among CPU streams), against phicore's whole step;
-- prompts: from their tokens to the first one of the answer;
-- fidelity: the error of the logits of 100 tokens, norm over norm, against float32 on NumPy.
+- phicore's products alone: the time of `mx.quantized_matmul` for all matrices of one token, called
+  once for each matrix (phicore divides the rows among CPU streams), against phicore's whole step;
+- prompts: the time from a prompt's tokens to the first token of the answer;
+- fidelity: the relative error of the logits of 100 tokens (norm of the error over norm), against
+  float32 on NumPy.
 
     uv run --with mlx-lm benchmarks/vs_mlx_lm.py
     uv run --with mlx-lm benchmarks/vs_mlx_lm.py --synthetic phi-3-mini
 
-The first takes the demo model, the second random weights of Phi-3-mini's sizes (2.4 GB, written
-once). On a Mac both run on the GPU, in float16 unless `--dtype` says otherwise; on Linux without a
-GPU in float32, since MLX's CPU rounds sums of half precision.
+The first command uses the demo model, the second random weights of Phi-3-mini's sizes (2.4 GB,
+written once). On a GPU both engines run in float16 unless `--dtype` says otherwise. Without a GPU
+they run in float32, since MLX rounds sums to half precision on a CPU.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ NAMES = {
 
 
 class MlxLm:
-    """mlx-lm's model of a GGUF file's weights."""
+    """mlx-lm's model, filled with the weights of a GGUF file."""
 
     def __init__(self, path: Path, dtype: Any) -> None:
         with open_gguf(path) as file:
@@ -99,7 +101,7 @@ class MlxLm:
     def _weights(
         self, name: str, file: GGUFFile, config: Phi3Config
     ) -> Iterator[tuple[str, mx.array]]:
-        """A tensor of the file as mlx-lm's parameters."""
+        """Yield the names and arrays of the mlx-lm parameters that a tensor of the file becomes."""
         tensor, target = file.tensors[name], _target(name, config.architecture)
         if config.architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             heads = config.num_attention_heads
@@ -145,7 +147,7 @@ def _model(config: Phi3Config, file: GGUFFile) -> nn.Module:
 
 
 def _target(name: str, architecture: str) -> str:
-    """mlx-lm's name of a tensor, without `.weight`."""
+    """Return mlx-lm's name for a tensor, without `.weight`."""
     name = name.removesuffix(".weight")
     whole = {
         "token_embd": "model.embed_tokens",
@@ -186,14 +188,14 @@ class Phicore:
         return self._model.logits(ids)
 
     def products_s(self) -> float:
-        """Seconds of MLX's products for one token, and of nothing else."""
+        """Measure the seconds that MLX's products alone take for one token."""
         engine = self._model.engine
         ops, params = engine.runner.ops, engine.runner.params
         e, f = engine.runner.config.hidden_size, engine.runner.config.intermediate_size
         attended = engine.runner.config.num_attention_heads * engine.runner.config.head_dim
         x = {n: mx.random.normal((1, n)) for n in {e, f, attended}}
         mx.eval(x)
-        streams, ops._streams = ops._streams, None  # as MLX computes, without more streams
+        streams, ops._streams = ops._streams, None  # compute on MLX's default stream alone
         started = time.perf_counter()
         try:
             products = [
@@ -214,20 +216,20 @@ class Phicore:
 
 
 def prefill(engine: Any, ids: list[int]) -> float:
-    """Tokens of a prompt in a second."""
+    """Measure the tokens per second of a prompt."""
     started = time.perf_counter()
     next(iter(engine.tokens(ids, 1)))
     return len(ids) / (time.perf_counter() - started)
 
 
 def decode(engine: Any, ids: list[int], count: int) -> float:
-    """Tokens in a second, after a prompt."""
+    """Measure the tokens per second of decoding after a prompt."""
     times = [time.perf_counter() for _ in engine.tokens(ids, 1 + SKIPPED + count)]
     return 1 / float(np.median(np.diff(times[SKIPPED:])))
 
 
 def measure(args: argparse.Namespace, engines: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """What each row of the table found in each round, by engine."""
+    """Measure the tokens per second of each row of the table, by engine, one value a round."""
     random = np.random.default_rng(0)
     ids = random.integers(100, engines["phicore"].vocab_size - 100, max(args.prompts)).tolist()
     tests: dict[str, Callable[[Any], float]] = {
@@ -265,7 +267,7 @@ def errors(path: Path, engines: dict[str, Any]) -> dict[str, float]:
 
 
 def report(args: argparse.Namespace, path: Path, found: dict[str, Any], dtype: str) -> None:
-    """Print a head that says of what, and a table."""
+    """Print a head with the file, the versions and the machine, and then the table."""
     device = devices.find_device(None)[0]
     machine = cpu_name() if device == "cpu" else devices.about()
     head = [
@@ -299,10 +301,10 @@ def options() -> argparse.Namespace:
         return [int(number) for number in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a GGUF file, or what else phicore calls a model")
-    parser.add_argument("--synthetic", choices=MODELS, help="one of random weights instead")
+    parser.add_argument("--model", help="a GGUF file, or another model reference of phicore")
+    parser.add_argument("--synthetic", choices=MODELS, help="a model of random weights instead")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--prompts", type=numbers, default=[128, 512], help="128,512 tokens")
+    parser.add_argument("--prompts", type=numbers, default=[128, 512], help="lengths of prompts")
     parser.add_argument("--steps", type=int, default=32, help="tokens to decode")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", action="store_true")

@@ -1,4 +1,4 @@
-"""Fetch Phi-3, write a haiku, print it as it is decoded. `python examples/haiku.py`"""
+"""Fetch Phi-3 and print a haiku as the model writes it: `python examples/haiku.py`."""
 
 import sys
 

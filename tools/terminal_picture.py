@@ -25,11 +25,12 @@ def main() -> None:
     console.print(Text.assemble(("$ ", "bold green"), f"uv run phicore {arguments}"))
     console.print(Text(notes[0], style="dim"))
     console.print(Text(done.stdout.rstrip()))
-    # What is said while loading and compiling vanishes on a terminal.
+    # On a terminal, the lines about loading and compiling disappear once they are done.
     for line in (n for n in notes[1:] if not n.startswith(("loading:", "compiling:", "prompt:"))):
         console.print(Text(line, style="dim"))
     picture = console.export_svg(title="phicore")
-    picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # nothing to fetch
+    # without web fonts, which a viewer would have to download
+    picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
     Path(__file__).parent.parent.joinpath("docs", "terminal.svg").write_text(picture)
 
 

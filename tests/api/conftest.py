@@ -1,4 +1,4 @@
-"""Fixtures: one tiny model on every installed backend."""
+"""Fixtures: a tiny model on every installed backend."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tiny: Path) -> Iterator[Model]:
-    """The tiny model on the reference backend."""
+    """Load the tiny model on the reference backend."""
     with phicore.load(tiny, backend="numpy") as loaded:
         yield loaded
 
 
 @pytest.fixture(scope="session")
 def on_backend(tiny: Path, backend_name: str, ops: object) -> Iterator[Model]:
-    """The tiny model on each installed backend in turn (`ops` skips those that do not work)."""
+    """Load the tiny model on each installed backend in turn; `ops` skips unusable backends."""
     with phicore.load(tiny, backend=backend_name) as loaded:
         yield loaded

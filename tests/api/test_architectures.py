@@ -1,4 +1,4 @@
-"""Architectures of plugins: files of another name are read, inspected and computed."""
+"""Tests of plugins' architectures: files of a new architecture are read, inspected and run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_architecture_of_a_plugin_is_loaded(install: Install, tmp_path: Path):
     with pytest.raises(GGUFError, match=r"'exaone' is not supported \(supported: phi3, .*qwen2\)"):
         phicore.load(path, "numpy")
     install("phicore-exaone", "exaone", exaone())
-    same = write_tiny(tmp_path / "phi3.gguf")  # the same weights, fused
+    same = write_tiny(tmp_path / "phi3.gguf")  # equal weights, with fused matrices
     with phicore.load(path, "numpy") as model, phicore.load(same, "numpy") as phi3:
         assert model.config.architecture == "exaone"
         assert np.allclose(model.logits(TOKENS), phi3.logits(TOKENS), rtol=0, atol=1e-5)

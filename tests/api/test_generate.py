@@ -1,4 +1,4 @@
-"""`Model.generate`: pieces, seeds, prompts, and what a generation leaves behind."""
+"""Tests of `Model.generate`: pieces, seeds, prompts, and independence of generations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def text(pieces: list[Piece]) -> str:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_text_of_the_pieces_is_what_the_tokens_decode_to(model: Model, seed: int) -> None:
-    """Bytes of incomplete characters are among the tokens, so pieces differ from tokens."""
+    """Some tokens are bytes of incomplete characters, so pieces differ from tokens."""
     pieces = run(model, max_tokens=60, temperature=3.0, seed=seed)
     assert len(pieces) == 60
     assert text(pieces) == model.tokenizer.decode(ids(pieces))
@@ -183,7 +183,7 @@ def test_early_close_leaves_the_model_usable(on_backend: Model) -> None:
 
 
 def test_warm_generation_does_not_compile(on_backend: Model, caplog) -> None:
-    """Prompts and answers of other lengths, other seeds and other values, in the same cache."""
+    """Other lengths, seeds and sampling values do not compile again if the cache size stays."""
     options = {"ignore_eos": True, "temperature": 0.9, "top_p": 0.9}
     list(on_backend.generate([1] * 10, max_tokens=4, **options))
     if on_backend.backend == "jax":
@@ -200,19 +200,19 @@ def test_warm_generation_does_not_compile(on_backend: Model, caplog) -> None:
         if on_backend.backend == "jax":
             jax.config.update("jax_log_compiles", False)
     assert generation.timings.compile_s == 0.0
-    # The library's own word for it, where it has one.
+    # JAX also logs each compilation.
     assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
 
 
 def test_scores_that_are_no_numbers_are_an_error(tmp_path, backend_name: str) -> None:
-    """Once, damaged weights gave the same token for ever, and exit code 0."""
+    """Damaged weights once gave one token again and again, and exit code 0."""
     path = spoilt(write_tiny(tmp_path / "m.gguf"), "blk.1.ffn_down.weight", np.nan)
     with phicore.load(path, backend_name) as model, pytest.raises(PhicoreError, match="not finite"):
         list(model.generate("Hello", max_tokens=3))
 
 
 def test_context_that_is_absurd_costs_nothing(tmp_path) -> None:
-    """Once, rotary tables were made for the whole context: 8 GB for this file."""
+    """Rotary tables were once made for the whole context, which took 8 GB for this file."""
     path = write_tiny(tmp_path / "m.gguf", max_position_embeddings=2**31 - 1)
     with phicore.load(path, "numpy") as model:
         assert len(list(model.generate("Hello", max_tokens=3))) == 3

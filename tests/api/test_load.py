@@ -1,4 +1,4 @@
-"""`phicore.load`, what a model knows about itself, and its end."""
+"""Tests of `phicore.load`, of a model's attributes and of closing a model."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_recommended_sampling_is_the_default(tmp_path: Path) -> None:
         assert model.sampling == Sampling(0.25, 1, 0.5, 0.125, 1.5, 32)
         options = {"max_tokens": 8, "ignore_eos": True}
         recommended = model.generate("Hello", seed=1, **options).text()
-        # The best token alone is left, whatever the seed.
+        # top_k = 1 leaves only the best token, whatever the seed.
         assert recommended == model.generate("Hello", seed=2, **options).text()
         other = model.generate(
             "Hello", seed=2, temperature=2.0, top_k=0, top_p=1.0, min_p=0.0, **options
@@ -139,7 +139,7 @@ def test_devices_outside_of_their_range(tiny: Path, devices: object) -> None:
 
 
 def test_devices_of_a_backend_that_has_one(tiny: Path, backend_name: str) -> None:
-    """In a process that sees a single device."""
+    """A process that sees a single device refuses two."""
     with pytest.raises(BackendError, match=r"^devices: "):
         phicore.load(tiny, backend_name, device="cpu", devices=2)
 

@@ -1,4 +1,4 @@
-"""`Model.logits`, and greedy generation as its argmax, across all sizes of chunks and caches."""
+"""Tests of `Model.logits` and of greedy generation, its argmax, for all chunk and cache sizes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_logits_of_no_token_ids_are_refused(model: Model, ids: object) -> None:
 def test_logits_that_are_no_numbers_are_an_error(
     tmp_path: Path, backend_name: str, ops: object, value: float
 ) -> None:
-    """Once they were handed out. A warning of NumPy, on the way, would be another error."""
+    """Such logits were once returned. A NumPy warning on the way would be an error too."""
     path = spoilt(write_tiny(tmp_path / "m.gguf"), "blk.0.ffn_down.weight", value)
     message = "scores are not finite numbers: the file"
     with phicore.load(path, backend_name) as model, pytest.raises(PhicoreError, match=message):

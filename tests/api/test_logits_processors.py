@@ -1,4 +1,4 @@
-"""Logits processors: on every backend in the compiled step, on the host where they must be."""
+"""Tests of logits processors: in the compiled step of every backend, and on the host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def greedy(model: Model, prompt: Sequence[int] = PROMPT, n: int = 12, **options:
 
 
 class Dictated(LogitsProcessor):
-    """Leaves one token each time: the host tells which."""
+    """A logits processor that allows one token at each step, which the host chooses."""
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = list(tokens)
@@ -84,7 +84,7 @@ def test_host_decides_from_each_token(on_backend: Model):
 
 
 def test_several_come_one_after_the_other(on_backend: Model):
-    """The bias cannot bring back what was forbidden before."""
+    """A bias cannot bring back a token that another processor forbade."""
     bias = LogitBias({7: 1e6, 8: 1e5})
     both = [bias, LogitBias({7: -float("inf")})]
     assert greedy(on_backend, n=3, processors=both) == [8] * 3
@@ -98,7 +98,7 @@ def test_none_that_is_left_is_an_error(on_backend: Model):
 
 
 class Narrow(LogitsProcessor):
-    """Does everything wrong that it is told to."""
+    """A logits processor with a fault: `wide`, `name` or `shape` of its state is wrong."""
 
     def __init__(self, fault: str) -> None:
         self._fault = fault
@@ -238,6 +238,7 @@ def test_processor_of_a_plugin(install: Install, tmp_path: Path):
     with phicore.load(write_tiny(tmp_path / "m.gguf"), "numpy") as model:
         [piece] = model.generate("Hi", max_tokens=1, processors=["only=q"])
         assert model.tokenizer.piece(piece.token_id) == "q"
-        assert greedy(model, n=1, processors=["logit-bias=7:1e6"]) == [7]  # it stays phicore's
+        # the plugin's `logit-bias` does not replace phicore's
+        assert greedy(model, n=1, processors=["logit-bias=7:1e6"]) == [7]
         with pytest.raises(PhicoreError, match="'nothing': made None, expected a LogitsProcessor"):
             greedy(model, processors=["nothing"])

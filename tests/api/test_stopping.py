@@ -1,4 +1,4 @@
-"""How a generation ends: end tokens, stop strings, length, context."""
+"""Tests of the ends of a generation: end tokens, stop strings, length, context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from phicore.text.stop_strings import StopStrings
 
 @pytest.fixture(scope="module")
 def greedy(model: Model) -> list[Piece]:
-    """24 tokens without any reason to stop."""
+    """Generate 24 tokens greedily, with no reason to stop earlier."""
     return list(model.generate("Hello", max_tokens=24, temperature=0, ignore_eos=True))
 
 
@@ -27,7 +27,7 @@ def text(pieces: list[Piece]) -> str:
 
 
 def test_end_token_stops_and_prints_nothing(tmp_path: Path, greedy: list[Piece]) -> None:
-    """An end token that the vocabulary holds for text is not part of the answer either."""
+    """Even an end token that the vocabulary marks as text is not part of the answer."""
     end = next(i for i, piece in enumerate(greedy) if i > 2 and piece.text)
     first = [piece.token_id for piece in greedy].index(greedy[end].token_id)
     edit = with_value("tokenizer.ggml.eos_token_id", greedy[end].token_id)
@@ -57,7 +57,7 @@ def test_context_ends_before_max_tokens(tiny: Path, greedy: list[Piece]) -> None
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
 def test_stop_string_ends_the_text_wherever_it_is(model, greedy, length: int) -> None:
-    """Most of these strings span tokens."""
+    """Most of the stop strings span several tokens."""
     whole = text(greedy)
     for start in range(0, len(whole) - length, 3):
         stop = whole[start : start + length]

@@ -1,4 +1,4 @@
-"""Tiny models for tests of the program: quick on any backend, their metadata edited at will."""
+"""Tiny models for tests of the program: quick on any backend, with editable metadata."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_tiny(path: Path, edit: Edit | None = None, **changes: Any) -> Path:
 
     Args:
         edit: Called with the writer before anything is written.
-        changes: To the hyperparameters `TINY`.
+        changes: Hyperparameters that differ from `TINY`.
     """
 
     class Writer(gguf.GGUFWriter):
@@ -43,7 +43,7 @@ def write_tiny(path: Path, edit: Edit | None = None, **changes: Any) -> Path:
 
 
 def spoilt(path: Path, tensor: str, value: float) -> Path:
-    """The file, after the fourth number of a tensor of float32 was overwritten."""
+    """Overwrite the fourth number of a float32 tensor in a file; return the file's path."""
     reader = gguf.GGUFReader(path, "r+")
     (data,) = (t.data for t in reader.tensors if t.name == tensor)
     data.reshape(-1)[3] = value
@@ -51,12 +51,12 @@ def spoilt(path: Path, tensor: str, value: float) -> Path:
 
 
 def without(key: str) -> Edit:
-    """Leave a key out."""
+    """Return an edit that removes a key."""
     return lambda writer: writer.kv_data[0].pop(key)
 
 
 def with_value(key: str, value: Any) -> Edit:
-    """Change the value of a key that is there."""
+    """Return an edit that changes the value of an existing key."""
 
     def edit(writer: gguf.GGUFWriter) -> None:
         writer.kv_data[0][key].value = value
@@ -65,7 +65,7 @@ def with_value(key: str, value: Any) -> Edit:
 
 
 def with_number(key: str, value: float) -> Edit:
-    """Add a key: int32 or float32, as the number is."""
+    """Return an edit that adds a key: int32 for an integer, float32 for a float."""
 
     def edit(writer: gguf.GGUFWriter) -> None:
         add = writer.add_int32 if isinstance(value, int) else writer.add_float32

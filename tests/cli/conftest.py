@@ -1,4 +1,4 @@
-"""Fixtures: tiny models, and the command line in this process or in one of its own."""
+"""Fixtures: tiny models, and the command line in this process or in a separate one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from phicore.__main__ import main
 
 @dataclass(frozen=True)
 class Result:
-    """How a run of the command ended, and what it printed."""
+    """The exit code of a run of the command, and what it printed."""
 
     code: int
     out: str
@@ -31,7 +31,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the settings nor the colours of whoever runs the tests."""
+    """Hide the settings and colours of the person who runs the tests."""
     monkeypatch.setenv("PHICORE_CONFIG", str(tmp_path / "config.toml"))
     for name in ("PHICORE_MODEL", "GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
         monkeypatch.delenv(name, raising=False)
@@ -41,7 +41,7 @@ def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def phicore(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Result]:
-    """Run the command in this process."""
+    """Return a function that runs the command in this process."""
 
     def run(*args: object, stdin: bytes = b"") -> Result:
         monkeypatch.setattr(sys, "argv", ["phicore", *map(str, args)])
@@ -59,9 +59,9 @@ def phicore(
 
 @pytest.fixture
 def start() -> Callable[..., subprocess.Popen[bytes]]:
-    """Start the command in a process of its own, where warnings are errors too.
+    """Return a function that starts the command in a separate process, where warnings are errors.
 
-    `redirect` is for a shell to do, such as closing standard output with ">&-".
+    Its argument `redirect` is a redirection for a shell, such as ">&-" to close standard output.
     """
 
     def popen(

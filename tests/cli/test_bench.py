@@ -1,4 +1,4 @@
-"""`phicore bench`: figures that fit together, in three shapes."""
+"""Tests of `phicore bench`: consistent figures in three forms (JSON, table, Markdown)."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_rows_run_as_many_tokens_as_they_say_and_one_to_begin_with(
 def test_measure_tells_the_row_the_run_the_tokens_and_the_time_left(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once, all that was told for minutes was "measuring"."""
+    """A benchmark once reported nothing but "measuring" for minutes."""
     monkeypatch.setattr(bench, "TELL_EVERY_S", 0.0)
     rows, moments = bench.plan(["5"], ["3"], ["0"]), []
     with load(tiny, "numpy") as model:
@@ -114,7 +114,7 @@ def test_measure_tells_the_row_the_run_the_tokens_and_the_time_left(
         of_row = [m for m in moments if m.name == name]
         assert [m.done for m in of_row] == steps * 3
         assert {m.tokens for m in of_row} == {tokens}
-    # What a row takes is known after its first run.
+    # The time of a row is known after its first run.
     assert all((m.left_s is None) == (m.run == 0) for m in moments)
     assert all(m.left_s >= 0 for m in moments if m.run)
 

@@ -1,4 +1,4 @@
-"""`phicore conformance`: the kit from the command line."""
+"""Tests of `phicore conformance`, the conformance kit on the command line."""
 
 from __future__ import annotations
 

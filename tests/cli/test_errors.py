@@ -1,4 +1,4 @@
-"""What goes wrong is one clear line on standard error, and an exit code."""
+"""Tests that each failure gives one clear line on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from phicore.__main__ import _as_option
 
 @pytest.fixture
 def fails(phicore: Callable, tiny: Path) -> Callable[..., str]:
-    """Run `phicore generate`, which must fail; the message without "phicore: "."""
+    """Return a function that runs `phicore generate`, which must fail.
+
+    The function returns the error message without "phicore: ".
+    """
 
     def run(*args: object, code: int = 1, model: object = tiny, stdin: bytes = b"") -> str:
         options = ["-m", model, "-b", "numpy", "-n", 4]
@@ -29,7 +32,7 @@ def checked(result, code: int) -> str:
     assert result.code == code
     assert result.out == ""
     assert last.startswith("phicore: ")
-    # What came before it is the progress of loading.
+    # The lines before the message report the progress of loading.
     assert all(line.startswith(("loading: ", "model: ")) for line in before)
     return last.removeprefix("phicore: ")
 
@@ -127,7 +130,7 @@ def test_context_larger_than_the_models(fails) -> None:
 def test_parameter_is_spelled_as_the_command_has_it(
     monkeypatch: pytest.MonkeyPatch, command: str, spelled: str
 ) -> None:
-    """`phicore parity` has an option --prompt, and `phicore generate` has none."""
+    """`phicore parity` has an option --prompt, but `phicore generate` has an argument."""
     monkeypatch.setattr(sys, "argv", ["phicore", "--no-plugins", command, "--raw", ""])
     assert _as_option("prompt") == spelled
 

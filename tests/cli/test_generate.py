@@ -1,4 +1,4 @@
-"""`phicore generate`: what is printed where, and what each option does."""
+"""Tests of `phicore generate`: its output streams and the effect of each option."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ except metadata.PackageNotFoundError:
 
 @pytest.fixture
 def generate(phicore: Callable, tiny: Path) -> Callable:
-    """Run `phicore generate` on the tiny model, greedily unless told otherwise."""
+    """Return a function that runs `phicore generate` on the tiny model, by default greedily."""
 
     def run(*args: object, model: Path = tiny, stdin: bytes = b""):
         options = ["-m", model, "-b", "numpy", "-n", 8, "-t", 0]
@@ -37,7 +37,7 @@ def generate(phicore: Callable, tiny: Path) -> Callable:
 
 @pytest.fixture
 def expected(tiny: Path) -> Callable[..., str]:
-    """What the Python API generates with the same arguments."""
+    """Return a function that generates the expected text with the Python API."""
 
     def text(prompt: object, **options: object) -> str:
         with api.load(tiny, backend="numpy") as model:
@@ -47,7 +47,7 @@ def expected(tiny: Path) -> Callable[..., str]:
 
 
 def test_help_names_the_defaults_of_the_sampler(phicore: Callable) -> None:
-    """Help and `Sampling` both name them, and neither can change alone."""
+    """The help and `Sampling` must name equal defaults."""
     shown = re.sub(r"[^\w.,'\[\]-]+", " ", phicore("generate", "--help").out)
     for field in fields(Sampling):
         option = f"--{field.name.replace('_', '-')} "
@@ -130,7 +130,7 @@ def test_sampling_options_reach_the_sampler(generate, expected) -> None:
 
 @pytest.mark.parametrize("option", ["--temperature", "--repeat-penalty"])
 def test_sampling_option_overrides_the_file(tmp_path: Path, generate, option: str) -> None:
-    """A value given must count even where it equals the default of `Sampling`."""
+    """A given value counts even if it equals the default of `Sampling`."""
     key, default = {
         "--temperature": ("general.sampling.temp", 0.7),
         "--repeat-penalty": ("general.sampling.penalty_repeat", 1.1),

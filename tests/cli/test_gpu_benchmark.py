@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` on a CPU: it runs to its end, and tells of what fails."""
+"""Tests of `benchmarks/gpu.py` on a CPU: it runs to its end and reports failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`phicore inspect`, `tokenize`, `backends`, `models` and `--version`."""
+"""Tests of `phicore inspect`, `tokenize`, `backends`, `models` and `--version`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_inspect_of_another_architecture_shows_its_tensors(phicore, tmp_path: Pa
 
 
 def with_any(key: str, value: Any) -> Edit:
-    """Set a key to a value of any type, as a file may that nobody checked."""
+    """Set a key to a value of any type, even of one that the key does not allow."""
 
     def edit(writer: gguf.GGUFWriter) -> None:
         writer.kv_data[0].pop(key, None)

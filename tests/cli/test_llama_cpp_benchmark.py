@@ -1,4 +1,4 @@
-"""`benchmarks/vs_llama_cpp.py` with stand-ins for both engines: what it asks of them, and tells."""
+"""Tests of `benchmarks/vs_llama_cpp.py` with fake engines: its requests and its output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUICK = (
 
 
 class StandIn:
-    """A worker that answers at once, and remembers with what it was made and what it was asked."""
+    """A fake worker that answers at once and records its options and the requests."""
 
     made: tuple[dict[str, Any], ...] = ()
     asked: tuple[tuple[Any, ...], ...] = ()
@@ -74,7 +74,7 @@ def test_fast_prefill_has_rows_where_the_processor_has_it(program, monkeypatch, 
 
 
 def test_fast_prefill_is_left_out_where_the_processor_has_none(program, monkeypatch, capsys):
-    """A worker was made for it all the same, which failed after all the starts."""
+    """A worker for fast prefill was once made anyway, and failed after all the starts."""
     monkeypatch.setattr(program, "has_fast_prefill", lambda threads: False)
     run(program, monkeypatch, "--json")
     found = capsys.readouterr()
@@ -85,7 +85,7 @@ def test_fast_prefill_is_left_out_where_the_processor_has_none(program, monkeypa
 
 
 def test_threads_are_named_to_phicore_only_if_they_were_given(program, monkeypatch, capsys):
-    """A JAX backend without kernels cannot be told how many threads, and refuses any number."""
+    """The JAX backend without kernels refuses any number of threads."""
     run(program, monkeypatch, "--no-fast-prefill")
     peer, phicore = StandIn.made
     assert (phicore["threads"], peer["n_threads"] >= 1) == (None, True)
@@ -97,7 +97,7 @@ def test_threads_are_named_to_phicore_only_if_they_were_given(program, monkeypat
 
 
 def test_depth_of_0_goes_on_from_one_token(program, monkeypatch, capsys):
-    """The peer has no scores after no tokens: its answer was a NULL pointer."""
+    """Without a token llama.cpp has no logits, and once returned a NULL pointer for them."""
     run(program, monkeypatch, "--depths", "0,1,40", "--steps", "5")
     asked = {command for command in StandIn.asked if command[0] == "decode"}
     assert asked == {("decode", 5, 1), ("decode", 5, 40)}

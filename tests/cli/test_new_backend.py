@@ -1,4 +1,4 @@
-"""`phicore new-backend`: what it writes is a plugin that works at once."""
+"""Tests of `phicore new-backend`, which writes a plugin that works at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def written(phicore: Callable, tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """Python in the folder, as if the distribution were installed."""
+    """Run Python in a folder as if the distribution in it were installed."""
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir(exist_ok=True)

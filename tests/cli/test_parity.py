@@ -1,4 +1,4 @@
-"""`phicore parity` from the command line."""
+"""Tests of `phicore parity` on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`phicore plugins`, and switching them off."""
+"""Tests of `phicore plugins`, of commands of plugins and of disabling plugins."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HELLO = """
 
 @pytest.fixture(autouse=True)
 def _switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PHICORE_DISABLE_PLUGINS", "")  # the command sets it
+    monkeypatch.setenv("PHICORE_DISABLE_PLUGINS", "")  # --no-plugins sets it
 
 
 def test_plugins_lists_what_each_provides(phicore: Callable) -> None:

@@ -1,4 +1,4 @@
-"""What only a process of its own shows: imports, pipes, signals, terminals, completion."""
+"""Tests that need a separate process: imports, pipes, signals, terminals, completion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER_LIBRARIES = {"gguf", "tokenizers", "huggingface_hub", "jinja2"}
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has text for longer than any of these tests waits, with the options below."""
+    """Write a model that, with the options `ENDLESS`, generates for longer than any test waits."""
 
     def never_end(writer) -> None:
         tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
@@ -36,7 +36,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(path, never_end, max_position_embeddings=20000)
 
 
-# Without a penalty the greedy text goes round in a circle, in which there is no end token.
+# Without a penalty the greedy text repeats a cycle of tokens that contains no end token.
 ENDLESS = ("-b", "numpy", "-n", 19000, "-t", 0, "--repeat-penalty", 1)
 
 
@@ -149,7 +149,7 @@ def test_stderr_that_is_closed_does_not_matter(start, tiny: Path) -> None:
 
 
 def test_stdin_is_read_strictly_in_the_c_locale(start, tiny: Path) -> None:
-    """Python lets bytes that are no text through there, as lone surrogates."""
+    """Python decodes bytes that are not text to lone surrogates in the C locale."""
     env = {**os.environ, "LC_ALL": "C"}
     code, out, err = finished(start("tokenize", "-m", tiny, "-", env=env), b"a\xffb")
     assert (code, out) == (2, "")
@@ -164,7 +164,10 @@ def test_output_in_an_encoding_that_lacks_characters(start, tiny: Path) -> None:
 
 
 def in_terminal(*args: object, interrupt_at: bytes = b"", **env: str) -> tuple[int, str]:
-    """Run the command with all its streams on a terminal; press Ctrl-C at this output."""
+    """Run the command on a terminal; return its exit code and its output.
+
+    All its streams are on the terminal. Ctrl-C is pressed when the output `interrupt_at` appears.
+    """
     import pty
 
     controller, terminal = pty.openpty()
@@ -181,7 +184,7 @@ def in_terminal(*args: object, interrupt_at: bytes = b"", **env: str) -> tuple[i
     while True:
         try:
             data = os.read(controller, 65536)
-        except OSError:  # how Linux says that the other side is closed
+        except OSError:  # Linux raises this when the other side is closed
             break
         if not data:
             break
@@ -218,7 +221,7 @@ def test_terminal_shows_how_far_a_benchmark_is(tiny: Path) -> None:
 
 @posix
 def test_interrupt_while_compiling_gives_the_cursor_back(tiny: Path, tmp_path: Path) -> None:
-    """At some moments JAX swallows the exception, and it crashes when Python ends after it."""
+    """JAX sometimes swallows the exception, and then crashes when Python ends."""
     pytest.importorskip("phicore_jax", reason="install phicore-jax")
     args = ("generate", "-m", tiny, "-b", "jax", "-n", 300, "Hello")
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}  # an empty one
@@ -244,12 +247,12 @@ def test_table_on_a_terminal_is_not_cut() -> None:
     assert "mini-4k-instruct-q4.gguf" in plain.replace("phi-3-mini-fp16", "")
 
 
-# ---- completion, as shells ask for it --------------------------------------------------------
+# ---- shell completion ------------------------------------------------------------------------
 
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Callable[..., str]:
-    """Run the installed command as a shell's completion does."""
+    """Return a function that runs the installed command as a shell's completion does."""
     command = shutil.which("phicore", path=sysconfig.get_path("scripts"))
     assert command is not None
 

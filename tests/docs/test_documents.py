@@ -1,4 +1,4 @@
-"""What the documents say is so: their commands run, their Python runs, their hooks exist."""
+"""Tests of the documents: their commands and their Python code run, and their hooks exist."""
 
 import ast
 import html
@@ -23,7 +23,7 @@ __all__ = ["install"]
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md")), *sorted(ROOT.glob("*/*/README.md"))]
-# Commands that install, download or take long; each is run by other means.
+# Parts of commands that install, download or take long; such commands are checked by other means.
 NOT_HERE = (
     "pip install",
     "uv run pytest",
@@ -51,7 +51,7 @@ def commands() -> list[str]:
 
 
 def is_long(command: str) -> bool:
-    """Whether a command is left to the complete run."""
+    """Return whether a command takes long and therefore runs only in the complete run."""
     return any(
         name in command
         for name in ("bench", "parity", "conformance", "mlx", "jax", "--raw", "--system", "-n 50")
@@ -88,7 +88,7 @@ def test_documented_command_works(command, demo_model, monkeypatch):
 
 @pytest.mark.complete
 def test_picture_of_the_readme_shows_what_its_command_writes(demo_model, monkeypatch):
-    """tools/terminal_picture.py makes it anew."""
+    """If this fails, tools/terminal_picture.py makes the picture again."""
     monkeypatch.delenv("PHICORE_MODEL", raising=False)
     picture = (ROOT / "docs" / "terminal.svg").read_text()
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture.partition('-matrix">')[2])
@@ -107,7 +107,7 @@ def test_plugins_of_the_documents_work(demo_model, install, tmp_path, monkeypatc
     examples = [b for b in blocks(ROOT / "plugins" / "README.md", "python") if "@hookimpl" in b]
     names = [re.search(r"def (phicore_register_\w+)", code)[1] for code in examples]
     for name, code in zip(names, examples, strict=True):
-        if name != "phicore_register_backends":  # which is installed
+        if name != "phicore_register_backends":  # the backend of this example is installed already
             install(name, name, code)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(tmp_path / name) for name in names))
 
@@ -161,7 +161,7 @@ def test_documents_link_to_files_that_exist():
 
 
 def lines_of_code(path: Path) -> int:
-    """Without blank lines, comments and docstrings."""
+    """Count a file's lines without blank lines, comments and docstrings."""
     text = path.read_text()
     code: set[int] = set()
     layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)

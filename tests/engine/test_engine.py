@@ -1,4 +1,4 @@
-"""Requests go in, steps give outputs, and nothing is left behind."""
+"""Tests of the engine: requests, the outputs of steps, and slots that are freed at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def engine(ops: Backend, path: Path) -> Engine:
 
 
 def run(engine: Engine, request: Request) -> tuple[list[int], str | None]:
-    """The tokens of a request, and why they end."""
+    """Run a request; return its tokens and its finish reason."""
     sequence, tokens = engine.add(request), []
     while True:
         [output] = engine.step([sequence])
@@ -159,7 +159,7 @@ def test_generate_takes_a_request(tmp_path: Path):
 
 
 def test_rows_on_long_and_short_factors_and_other_slots_share_a_step(ops: Backend, tmp_path: Path):
-    """Two rows of a step, against each row in a step of its own."""
+    """Two rows in one step equal each row in a separate step."""
     [case] = [c for c in tiny_models.cases() if c.name == "phi4_mini"]
     engine = engine_of(ops, case.write(tmp_path / "m.gguf"))
     score = ops.compile(engine.runner.steps.pure.score, donate=(1,))

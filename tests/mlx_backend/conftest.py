@@ -1,4 +1,4 @@
-"""The MLX backend: what it does otherwise than the protocol's defaults."""
+"""Fixtures for tests of the MLX backend, where it differs from the protocol's defaults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if find_spec("phicore_mlx") is None or find_spec("mlx") is None:  # install phic
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu():
-    """Operations that a test calls by themselves run there, whatever MLX's default device is."""
+    """Run operations outside of compiled functions on the CPU, whatever MLX's default device is."""
     import mlx.core as mx
 
     with mx.stream(mx.cpu):

@@ -1,4 +1,4 @@
-"""Transcoding: MLX reads the numbers of the file, exactly as the gguf package reads them."""
+"""Tests of the conversion to MLX's layout: MLX and the gguf package read exactly equal values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tensor_of(ggml_type: Type, data: np.ndarray) -> GGUFTensor:
 
 
 def edges(ggml_type: Type, rng: np.random.Generator) -> GGUFTensor:
-    """Blocks of all bits 0, of all bits 1 and of random ones, with every pair of ENDS."""
+    """Make blocks of bits 0, bits 1 and random bits, with every pair of `ENDS` as d and dmin."""
     size = GGML_QUANT_SIZES[ggml_type][1]
     pairs = [half.ravel() for half in np.meshgrid(ENDS, ENDS)]
     blocks = np.zeros((4, len(pairs[0]), size), np.uint8)
@@ -97,7 +97,7 @@ def test_compact_scales_cost_what_the_documentation_says(ggml_type: Type, rng: n
     expected = values(tensor)
     error = np.linalg.norm(rows - expected) / np.linalg.norm(expected)
     has_halves = ggml_type not in (Type.Q2_K, Type.Q4_K, Type.Q5_K, Type.Q6_K)
-    if has_halves:  # the scales are float16 in the file; only -16 * d or the like is rounded
+    if has_halves:  # the scales are float16 in the file; only a bias such as -16 * d is rounded
         assert error < 1e-7
     else:
         assert 5e-5 < error < 4e-4

@@ -1,4 +1,4 @@
-"""What the MLX backend does behind the protocol: memory, traces, the host's share, errors."""
+"""Tests of the MLX backend's own features: memory, tracing, work for NumPy, errors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_prompts_run_untraced_on_the_host_and_single_tokens_are_traced_once(ops:
             ops.to_numpy(compiled(ops.asarray(np.ones((rows, 2), np.float32)))).tolist()
             == [[2, 2]] * rows
         )
-    # a trace of one row; of 20 rows one that is given up, and then each call as it is
+    # One trace for one row. For 20 rows one trace, which is given up, and then each call untraced.
     assert runs == [1, 20, 20, 20, 20]
 
 
@@ -97,7 +97,7 @@ def test_step_is_traced_once_while_the_cache_fills(tmp_path: Path, monkeypatch):
         list(model.generate([1, 2, 3], max_tokens=100, ignore_eos=True))
         assert traces.count((1, 1)) == 1
         list(model.generate([3, 2, 1, 0], max_tokens=50, ignore_eos=True, temperature=0.3))
-        assert traces.count((1, 1)) <= 2  # greedy or not is another step
+        assert traces.count((1, 1)) <= 2  # greedy and sampled decoding are two compiled steps
 
 
 def test_cache_is_overwritten_in_place(ops: MlxBackend):

@@ -1,4 +1,4 @@
-"""The GPU kernels' text, compiled for the CPU: the decoding that Metal and CUDA will do."""
+"""Tests of the GPU kernels' source text, compiled for the CPU with a C++ compiler."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ static inline float bits_of(uint u) { float f; std::memcpy(&f, &u, 4); return f;
 #define PHI_FUNCTION static inline
 #define PHI_BITS(u) bits_of(u)
 """
-# The bodies, with a thread's place as arguments. The lanes come one after the other, the first one
-# last: it finds the sum of all.
+# The kernels' bodies as functions, with a thread's position as arguments. The lanes run one after
+# the other. Lane 0 runs last, when the sum over all lanes is complete.
 MAIN = """
 #define PHI_SUM(x) (total[0] += (x))
 extern "C" void product_of(const float* x, const unsigned char* blocks, float* y, int ROWS,
@@ -43,7 +43,7 @@ extern "C" void expansion_of(const int* ids, const unsigned char* blocks, float*
 
 @pytest.fixture(scope="module", params=blocks.TYPES, ids=lambda t: t.name)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """A type, and its kernels as functions of one thread."""
+    """Compile a type's kernels as C functions; return the type and the library."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("install a C++ compiler, such as g++")
@@ -51,7 +51,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     main = MAIN.replace("PRODUCT", blocks.PRODUCT).replace("EXPANSION", blocks.EXPANSION)
     source = PREAMBLE + blocks.text(blocks.HEADER + main, request.param, "place_{}", "(of - 1)")
     (folder / "kernels.cpp").write_text(source)
-    # words of Metal's language, which a C++ compiler would let pass as names
+    # reserved words of Metal's language, which a C++ compiler would accept as names
     reserved = ("half", "device", "constant", "thread", "kernel", "fragment", "vertex", "sample")
     options = ["-std=c++14", "-O1", "-shared", "-fPIC", *(f"-D{word}=1;" for word in reserved)]
     command = [compiler, *options, "kernels.cpp", "-o", "kernels.so"]

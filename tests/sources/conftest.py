@@ -1,4 +1,4 @@
-"""Fixtures: a Hub on loopback, and phicore in a process of its own that knows no other Hub."""
+"""Fixtures: a Hub on loopback, and phicore in a separate process that can reach only this Hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sources.hub_server import Hub, serve
 
-# A fresh interpreter, because huggingface_hub reads its settings when it is imported.
+# Run in a fresh interpreter, because huggingface_hub reads its settings when it is imported.
 PROGRAM = """
 import json, sys
 from phicore.errors import SourceError
@@ -35,7 +35,7 @@ for reference in sys.argv[1:]:
 
 @dataclass(frozen=True)
 class Client:
-    """Runs phicore with an empty home folder and the loopback Hub as its only one."""
+    """A way to run phicore in a process with an empty home folder and the loopback Hub."""
 
     hub: Hub
     home: Path
@@ -50,7 +50,10 @@ class Client:
         return kept | home | {"HF_ENDPOINT": self.hub.url, "NO_PROXY": "127.0.0.1"} | variables
 
     def answers(self, *references: str, **variables: str) -> list[Any]:
-        """What each reference resolves to: [path, tokenizer], or the message of a SourceError."""
+        """Resolve references: to [path, tokenizer], or to the message of a SourceError.
+
+        The reference `known` gives the known models.
+        """
         done = subprocess.run(
             [*self.command, *references],
             env=self.environment(**variables),

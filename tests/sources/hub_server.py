@@ -1,7 +1,7 @@
-"""A small Hub on 127.0.0.1: what `huggingface_hub` asks when it lists and downloads files.
+"""A small Hub on 127.0.0.1 that answers `huggingface_hub`'s requests to list and download files.
 
-GGUF files redirect to a second port, as large files of the real Hub do to its storage, so that a
-client that sends its token there is seen. Every request is recorded.
+Requests for GGUF files are redirected to a second port, as the real Hub redirects large files to
+its storage. So tests can see whether a client sends its token there. Every request is recorded.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _RANGE = re.compile(r"bytes=(\d+)-")
 
 @dataclass
 class Repository:
-    """Files of one commit, which the branch `main` points to, and how the server treats them."""
+    """The files of one commit, to which the branch `main` points, and the server's behaviour."""
 
     files: dict[str, bytes]
     commit: str = "c0" * 20
-    token: str | None = None  # access only with this token
-    status: int | None = None  # answer everything with this HTTP status
-    file_status: int | None = None  # answer requests for files with it
-    cut_after: int | None = None  # close the connection after so many bytes, the first time
-    stall: threading.Event | None = None  # after half of a file, wait for this
+    token: str | None = None  # the token without which files are refused
+    status: int | None = None  # the HTTP status with which all requests are answered
+    file_status: int | None = None  # the HTTP status with which requests for files are answered
+    cut_after: int | None = None  # bytes after which the first connection is closed
+    stall: threading.Event | None = None  # the event to wait for after half of a file
     next_commit: str | None = None  # the commit after the first file is sent
 
 
@@ -44,7 +44,7 @@ class Request:
 
 @dataclass
 class Hub:
-    """The repositories by name, the requests so far, and the ports of the API and the storage."""
+    """The state of the server: repositories by name, requests so far, ports of API and storage."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Hub:
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
-    """Serve a Hub until the block ends."""
+    """Serve a Hub on two loopback ports until the `with` block ends."""
 
     class Handler(_Handler):
         state = hub

@@ -1,4 +1,4 @@
-"""`hf:` references against a Hub on loopback: downloads, the cache, and what can go wrong."""
+"""Tests of `hf:` references with a Hub on loopback: downloads, the cache and failures."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_commit_in_the_cache_makes_no_request(hub: Hub, client: Client) -> None:
 
 
 def test_interrupted_download_resumes_where_it_stopped(hub: Hub, client: Client) -> None:
-    # huggingface_hub writes pieces of 10 MiB and resumes after the last whole one.
+    # huggingface_hub writes pieces of 10 MiB and resumes after the last complete piece.
     piece = 10 * 2**20
     content = model(piece + 2**20)
     hub.repositories["o/r"] = Repository({"m.gguf": content}, cut_after=piece + 2**19)
@@ -115,7 +115,7 @@ FAILURES = {
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """The answers to all of FAILURES, from one process."""
+    """Resolve all references of FAILURES in one process and return the answers."""
     repositories = {
         "o/r": Repository({"m.gguf": model()}),
         "o/gated": Repository({"m.gguf": model()}, token="hf_secret"),
@@ -181,9 +181,9 @@ def test_hub_that_never_answers_is_waited_for_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the system accepts, nobody answers
         client = Client(Hub(port=silent.getsockname()[1]), tmp_path)
         started = time.monotonic()
-        # without the question, once a day, about the program that started this one
+        # telemetry would make one more request a day
         assert client.files("phi-3-mini", HF_HUB_DISABLE_TELEMETRY="1") == first
-        assert time.monotonic() - started < 9  # a time-out of 3 s, and the start of a process
+        assert time.monotonic() - started < 9  # one time-out of 3 s and the start of a process
         silent.settimeout(0)
         silent.accept()[0].close()
         with pytest.raises(BlockingIOError):

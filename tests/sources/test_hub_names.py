@@ -1,4 +1,4 @@
-"""What an `hf:` reference says, and which of a repository's files it means."""
+"""Tests of the parts of an `hf:` reference and of choosing among a repository's files."""
 
 from __future__ import annotations
 

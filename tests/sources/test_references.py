@@ -1,4 +1,4 @@
-"""Paths, packages, aliases and the default: references that need no network."""
+"""Tests of references that need no network: paths, packages, aliases and the default."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_smollm2_is_found_without_importing_it(reference: str) -> None:
 
 
 def distribution(folder: Path, module: str, *files: str) -> None:
-    """Install a distribution `fake-<module>` with some empty files, by hand."""
+    """Write an installed distribution `fake-<module>` with some empty files to a folder."""
     package = folder / module
     info = folder / f"fake_{module}-1.0.dist-info"
     for path in (package, info):
@@ -211,7 +211,10 @@ def test_package_not_installed_suggests_similar_names() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A configuration file that does not exist yet, in the home folder, and no PHICORE_MODEL."""
+    """Return the path of a configuration file that does not exist yet, in a temporary home folder.
+
+    PHICORE_MODEL is not set.
+    """
     path = tmp_path / "settings" / "config.toml"
     path.parent.mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))

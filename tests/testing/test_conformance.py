@@ -1,4 +1,4 @@
-"""The conformance kit itself: a sound backend passes, and each planted fault is named."""
+"""Tests of the conformance kit: a correct backend passes, and each planted fault is named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phicore.testing import runner
 
 
 class RopeOfNeighbours(NumpyBackend):
-    """Pairs channels 2i and 2i + 1, as other models do."""
+    """A backend that rotates channels 2i and 2i + 1 together, as other models do."""
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         r, y = cos.shape[-1], np.array(x)
@@ -32,7 +32,7 @@ class RopeOtherWay(NumpyBackend):
 
 
 class MaskWithoutSelf(NumpyBackend):
-    """A token does not see itself, but for the first."""
+    """A backend in which a token does not attend to itself, except for the first token."""
 
     def attention(
         self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
@@ -48,7 +48,7 @@ class WindowOneWider(NumpyBackend):
 
 
 class HalfPrecisionAttention(NumpyBackend):
-    """The softmax, and what it weighs, in float16."""
+    """A backend whose attention returns results rounded to float16."""
 
     def attention(
         self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
@@ -65,7 +65,7 @@ class AttentionWithoutScale(NumpyBackend):
 
 
 class KeysOfTheNextHead(NumpyBackend):
-    """Query heads share key heads in turns instead of in groups."""
+    """A backend that assigns key heads to query heads in turn instead of in groups."""
 
     def attention(
         self, q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None
@@ -77,12 +77,12 @@ class KeysOfTheNextHead(NumpyBackend):
 
 
 class DroppedScales(NumpyBackend):
-    """Every block of a quantized matrix has the scale of the first."""
+    """A backend that gives every Q4_0 block of a row the scale of the first block."""
 
     def load_weight(self, matrix: Matrix) -> Weight:
         data = [np.array(part.data) for part in matrix.parts]
         for rows, part in zip(data, matrix.parts, strict=True):
-            if part.type.name == "Q4_0":  # blocks of 18 bytes, the first two their scale
+            if part.type.name == "Q4_0":  # blocks of 18 bytes, of which the first two are the scale
                 blocks = rows.reshape(len(rows), -1, 18)
                 blocks[:, :, :2] = blocks[:, :1, :2]
         parts = [replace(p, data=d) for p, d in zip(matrix.parts, data, strict=True)]
@@ -111,7 +111,7 @@ class NormWithoutEpsilon(NumpyBackend):
 
 
 class CacheOneLate(NumpyBackend):
-    """Writes new positions one slot later, if there is one."""
+    """A backend that writes new positions one slot too late, if the cache has such a slot."""
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, slots: Array) -> LayerCache:
         last = cache["k"].shape[2] - 1
@@ -119,7 +119,7 @@ class CacheOneLate(NumpyBackend):
 
 
 class ExpertsByRank(NumpyBackend):
-    """Multiplies each row by the matrix of its place instead of its expert's."""
+    """A backend that chooses each row's expert by the row's position."""
 
     def expert_linear(self, x: Array, experts: Array, weight: Weight) -> Array:
         return super().expert_linear(x, np.arange(len(experts)) % len(weight), weight)
@@ -131,7 +131,7 @@ class KeepsTheHostsMemory(NumpyBackend):
 
 
 class SharedState(NumpyBackend):
-    """All instances have the first one's weights of a name."""
+    """A backend whose instances all use the first instance's weights of a name."""
 
     weights: dict[str, Weight] = {}  # noqa: RUF012
 
@@ -163,7 +163,7 @@ FAULTS = {
 
 
 LONG = (SharedState, DroppedScales, ExpertsByRank)
-"""Faults whose tests take seconds to find them."""
+"""Faults that take the tests seconds to find."""
 
 
 @pytest.mark.parametrize(

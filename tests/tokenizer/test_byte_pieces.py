@@ -1,4 +1,4 @@
-"""Tokens of type BYTE, whatever the tokenizer's model."""
+"""Tests of tokens of type BYTE, with any tokenizer model."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from phicore.text.tokenizer import Tokenizer
 
 
 def test_byte_token_with_an_ordinary_spelling_is_an_error():
-    """Once, such a token loaded in a gpt2 vocabulary, and printing it failed with a ValueError."""
+    """Such a token once loaded in a gpt2 vocabulary, and printing it failed with a ValueError."""
     metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",

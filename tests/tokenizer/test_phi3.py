@@ -1,4 +1,4 @@
-"""The real Phi-3 vocabulary, against the ids that llama.cpp's own tests expect."""
+"""Tests of the real Phi-3 vocabulary, with the ids that llama.cpp's own tests expect."""
 
 import json
 import os
@@ -32,7 +32,10 @@ def tokenizer() -> Tokenizer:
 
 
 def read_cases() -> list[tuple[str, list[int]]]:
-    """Split as llama.cpp's test-tokenizer-0 does: a separator at the end begins no case."""
+    """Read llama.cpp's test cases, texts and ids; a separator at the end begins no case.
+
+    llama.cpp's test-tokenizer-0 splits the file like this.
+    """
     if not VOCABULARY.exists():
         return []
     texts = VOCABULARY.with_suffix(".gguf.inp").read_bytes().decode()
@@ -127,7 +130,7 @@ def test_decode_encoded_text_is_the_text(tokenizer: Tokenizer, text: str) -> Non
 
 
 def merge_best_neighbours(tokenizer: Tokenizer, scores: list[float], text: str) -> list[int]:
-    """SentencePiece's rule, step by step: join the neighbours whose piece scores best, leftmost."""
+    """Encode by SentencePiece's rule: always join the best-scoring neighbours, leftmost first."""
     parts = list(text.replace(" ", "▁"))
     while True:
         joined = [tokenizer.token_id(a + b) for a, b in pairwise(parts)]
@@ -177,7 +180,7 @@ def test_from_file_without_padding_fits_and_that_of_llama_2_does_not(
     own["model"]["vocab"] = {p: id for p, id in vocabulary.items() if id < 32011}
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(own))
-    again = Tokenizer.from_file(path, metadata)  # as the model's own file, which ends there
+    again = Tokenizer.from_file(path, metadata)  # the model's own file ends there too
     assert again.vocab_size == 32064
     assert again.end_token_ids == tokenizer.end_token_ids
 

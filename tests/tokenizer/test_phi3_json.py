@@ -1,8 +1,8 @@
-"""Phi-3's tokenizer.json against the tokenizer made from the GGUF file: the same tokens.
+"""Tests that Phi-3's tokenizer.json and its GGUF vocabulary give equal tokens.
 
-The vocabulary is the real one. The tokenizer.json is made here by transformers' recipe for Llama's
-family (convert_slow_tokenizer.py, `generate_merges` and `LlamaConverter`), with the added tokens of
-Phi-3's tokenizer_config.json.
+The vocabulary is the real one. The tokenizer.json is made here, as transformers makes it for
+Llama's family (convert_slow_tokenizer.py, `generate_merges` and `LlamaConverter`), with the added
+tokens of Phi-3's tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from phicore.text.tokenizer import Tokenizer
 
 __all__ = ["pytestmark"]  # skips without the vocabulary
 
-TRAINED = 32000  # tokens from SentencePiece's training; those after them were added
-KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}  # the others swallow what space is behind them
+TRAINED = 32000  # tokens from SentencePiece's training; the tokens after them were added
+KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}  # other added tokens swallow spaces after them
 
 
 def merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that make another one, the best first."""
+    """Return all pairs of pieces that together make a piece, the best first."""
     ids = {piece: id for id, piece in enumerate(pieces)}
     found = []
     for piece, score in zip(pieces[3:], scores[3:], strict=True):
@@ -39,7 +39,7 @@ def merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
-    """From the GGUF file, and from a tokenizer.json."""
+    """Make one tokenizer from the GGUF file and one from a tokenizer.json."""
     with open_gguf(VOCABULARY) as file:
         metadata = dict(file.metadata)
     pieces = metadata["tokenizer.ggml.tokens"]
@@ -126,7 +126,7 @@ def test_any_text_gives_the_same_tokens(both: tuple[Tokenizer, Tokenizer], text:
 
 
 def test_padding_has_a_spelling_in_the_file_alone(both: tuple[Tokenizer, Tokenizer]):
-    """The one difference: ids that no text gives."""
+    """The two tokenizers differ only in ids that no text gives."""
     ours, theirs = both
     assert ours.vocab_size == theirs.vocab_size == 32064
     differ = [id for id in range(32064) if ours.piece(id) != theirs.piece(id)]

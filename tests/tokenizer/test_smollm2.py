@@ -1,4 +1,4 @@
-"""A real byte-level vocabulary: SmolLM2, against the ids and the rules of other programs."""
+"""Tests of SmolLM2's byte-level vocabulary, compared with the ids and rules of other programs."""
 
 import importlib.util
 from pathlib import Path

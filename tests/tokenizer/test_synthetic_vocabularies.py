@@ -1,4 +1,4 @@
-"""Small vocabularies made here: what files leave out, get wrong or lie about."""
+"""Tests with small vocabularies made here: missing, wrong and inconsistent metadata of files."""
 
 import json
 import re
@@ -17,7 +17,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def llama(**changes: Any) -> dict[str, Any]:
-    """Metadata of a SentencePiece vocabulary; a change to None takes a key away."""
+    """Return the metadata of a SentencePiece vocabulary; a change to None removes a key."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]
     text = ["▁a", "ab", "▁ab", "▁", "a", "b", "c", "é", "s", ">", "<", "s>"]  # best first
@@ -34,7 +34,11 @@ def llama(**changes: Any) -> dict[str, Any]:
 
 
 def gpt2(pre: str | None = "gpt-2", **changes: Any) -> dict[str, Any]:
-    """Metadata of a byte-level vocabulary: a token for each byte, two merges, a control token."""
+    """Return the metadata of a byte-level vocabulary; a change to None removes a key.
+
+    The vocabulary has a token for each byte, two merged tokens, a control token and a user-defined
+    token.
+    """
     pieces = [
         *sorted(pre_tokenizers.ByteLevel.alphabet()),
         "ab",
@@ -59,7 +63,7 @@ def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def longer(values: dict[str, Any], pieces: list[str], types: list[int]) -> dict[str, Any]:
-    """The same metadata with more tokens at the end."""
+    """Return metadata with more tokens, of the given types, at the end."""
     more: dict[str, list[Any]] = {
         "tokenizer.ggml.tokens": pieces,
         "tokenizer.ggml.token_type": types,
@@ -86,7 +90,7 @@ PRE_TOKENIZER_CASES = {
         ("x²½", ["x", "²", "½"]),
     ],
     "default": [
-        (CONTRACTIONS, ["I", "'", "m", " we", "'", "LL"]),  # punctuation is cut off first
+        (CONTRACTIONS, ["I", "'", "m", " we", "'", "LL"]),  # punctuation is split off first
         ("a1234 567", ["a", "123", "4", " ", "567"]),
         ("a == b", ["a", " ", "==", " b"]),
     ],

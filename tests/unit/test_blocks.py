@@ -1,4 +1,4 @@
-"""The fields of quantized blocks: together they are the block, and every code has its bits."""
+"""Tests of the fields of quantized blocks: they fill the block, and each code has enough bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shared comparison must fail where it should."""
+"""Tests that the shared comparison `assert_close` fails on wrong input."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Hyperparameters: what is read, what is refused and with which words."""
+"""Tests of hyperparameters: which are read, which are refused, and with which messages."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ ABSENT = object()
 
 
 def metadata(arch: str = "phi3", **changes: Any) -> dict[str, Any]:
-    """Metadata of a sound file, with changes: `block_count=3`, or ABSENT to leave a key out.
+    """Return the metadata of a valid file with changes, such as `block_count=3`.
 
-    A dot in a name is written as two underscores.
+    The value ABSENT removes a key. A dot in a key is written as two underscores.
     """
     result = {k.replace("phi3.", f"{arch}.", 1): v for k, v in PHI3.items()}
     result["general.architecture"] = arch
@@ -149,7 +149,7 @@ BAD_VALUES = [
     ("rope__freq_base", float("inf"), "expected 1 to 1e+30, found inf"),
     ("rope__freq_base", -1e4, "expected 1 to 1e+30, found -10000.0"),
     ("rope__freq_base", 1e39, "expected 1 to 1e+30, found 1e+39"),  # infinite in float32
-    ("rope__freq_base", 1e-42, "expected 1 to 1e+30, found 1e-42"),  # so is its reciprocal
+    ("rope__freq_base", 1e-42, "expected 1 to 1e+30, found 1e-42"),  # infinite reciprocal
     ("rope__scaling__attn_factor", 1e20, "expected 0.01 to 100, found 1e+20"),
     ("rope__dimension_count", 95, "expected an even number up to the head size 128, found 95"),
     ("rope__dimension_count", 130, "expected an even number up to the head size 128, found 130"),
@@ -223,8 +223,8 @@ def test_config_llama_partial_rotation_is_refused():
     [
         pytest.param(32, 8, 4096, 2047, id="mini-4k"),
         pytest.param(40, 8, 4096, 2047, id="medium-4k"),
-        pytest.param(32, 32, 131072, None, id="mini-128k"),  # 262144 is more than the context
-        pytest.param(40, 10, 131072, None, id="medium-128k"),  # 131072 is all of it
+        pytest.param(32, 32, 131072, None, id="mini-128k"),  # its window exceeds the context
+        pytest.param(40, 10, 131072, None, id="medium-128k"),  # its window equals the context
         pytest.param(24, 8, 4096, None, id="other"),
     ],
 )

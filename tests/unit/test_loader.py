@@ -1,4 +1,4 @@
-"""From tensors to parameters: both architectures, and files that do not fit together."""
+"""Tests of loading parameters from tensors: all architectures, and inconsistent files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
 class Host(Backend):
-    """Only what loading needs; weights are dense NumPy arrays."""
+    """The part of a backend that loading needs; weights are dense NumPy arrays."""
 
     xp = np
 
@@ -41,7 +41,7 @@ def quiet(what: str, done: int, total: int) -> None:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Write a model, change its tensors, load it."""
+    """Return a function that writes a model, changes its tensors and loads its parameters."""
 
     def call(
         tiny: Tiny = TINY,
@@ -134,7 +134,7 @@ def test_load_params_tied_model_has_no_head(load: Callable[..., dict[str, Any]])
 def test_load_params_llama_file_gives_the_same_as_phi3(
     load: Callable[..., dict[str, Any]], data_type: Type
 ):
-    """The same network in the two forms: undoing split and permutation changes no bit."""
+    """A network gives equal bits from a phi3 file and from a split, permuted llama file."""
     phi3 = load(TINY, data_type)
     llama = load(replace(TINY, arch="llama"), data_type)
     for name in set(phi3) - {"layers"}:
@@ -261,7 +261,7 @@ LONG = replace(TINY, original_max_position_embeddings=16)
 
 @pytest.fixture
 def factors(tmp_path: Path) -> Callable[..., Any]:
-    """Write a model with LongRoPE, change its tensors, and load the factors."""
+    """Return a function that writes a LongRoPE model, changes it and loads its factors."""
 
     def call(
         change: Callable[[GGUFFile], None] = lambda file: None, tiny: Tiny = LONG, **config: Any

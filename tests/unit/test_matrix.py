@@ -1,4 +1,4 @@
-"""A matrix of several tensors is their rows on top of each other."""
+"""Tests of `Matrix`, which stacks the rows of several tensors."""
 
 import re
 
@@ -48,7 +48,7 @@ def test_matrix_dequantized_values_are_a_copy():
 
 
 def mixed(split: Split) -> Matrix:
-    """Parts of 8, 4 and 12 rows of 512 columns, of three types."""
+    """Make a matrix of three parts with 8, 4 and 12 rows of 512 columns, each of another type."""
     rng = np.random.Generator(np.random.PCG64(1))
     parts = []
     for ggml_type, rows in ((Type.Q4_K, 8), (Type.Q6_K, 4), (Type.F16, 12)):

@@ -1,4 +1,4 @@
-"""Observers of generations: when they are called, and that they break nothing."""
+"""Tests of observers of generations: when they are called, and that failures stop nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_observers_see_the_start_each_token_and_the_end(install: Install, tiny: 
     with load(tiny, backend="numpy") as model:
         generation = model.generate([1, 2], max_tokens=3, **GREEDY)
         calls = calls_of("throwaway_watcher")
-        assert calls == []  # nothing was asked for
+        assert calls == []  # no token was asked for yet
         tokens = [piece.token_id for piece in generation]
     assert calls == [("started", [1, 2]), *[("piece", t) for t in tokens], ("ended", 3, None)]
 

@@ -1,4 +1,4 @@
-"""Comparing readings, and finding where two backends part."""
+"""Tests of comparing backends' readings and finding the first operation in which they differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plugins, as throwaway distributions that the interpreter finds like installed ones."""
+"""Tests of plugins, with temporary distributions that the interpreter finds like installed ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GOOD = """
 
 @pytest.fixture
 def only_throwaways(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if nothing else were installed: other distributions' entry points are not found."""
+    """Hide the entry points of all distributions except the temporary ones."""
 
     found = manager.entry_points
 
@@ -51,7 +51,7 @@ def test_backends_installed_distribution_is_found(install: Install):
     plugins = Plugins()
     backends = plugins.backends()
     assert set(backends) == {*before, "abacus"}
-    assert next(iter(backends)) == before[0]  # those with a preference come first
+    assert next(iter(backends)) == before[0]  # preferred backends come first
     info = choose_backend("abacus", plugins)
     assert (info.name, info.distribution, info.version) == ("abacus", "phicore-abacus", "3.1")
     assert info.devices() == ["cpu"]
@@ -90,7 +90,7 @@ def test_backends_one_name_from_two_distributions_is_neither_s_and_both_are_name
     install("quipu", "knots", GOOD.format(name="abacus", protocol=2))
     install("slide", "rule", GOOD.format(name="rule", protocol=2))
     plugins = Plugins()
-    for _ in range(2):  # it is told once
+    for _ in range(2):  # a second call must not report the conflict again
         assert list(plugins.backends()) == [*before, "rule"]
     reason = "claimed by two distributions, phicore-abacus and quipu; uninstall one"
     assert [(b.name, b.distribution, b.reason) for b in plugins.broken] == [
@@ -170,7 +170,8 @@ def test_backends_misspelt_hook_is_broken_and_stops_nothing(install: Install):
         "abacus",
         GOOD.format(name="abacus", protocol=2).replace("_backends", "_backend"),
     )
-    install("phicore-zither", "zither", GOOD.format(name="zither", protocol=2))  # loaded after it
+    # a plugin that is loaded after the broken one
+    install("phicore-zither", "zither", GOOD.format(name="zither", protocol=2))
     plugins = Plugins()
     assert "zither" in plugins.backends()
     [broken] = plugins.broken
@@ -438,7 +439,8 @@ def test_plugins_two_entry_points_of_one_name_leave_the_first(install: Install):
 
 
 def test_blame_is_for_the_plugin_whose_code_it_was(install: Install):
-    install("model", "model", GOOD.format(name="model", protocol=2))  # as a module of phicore's
+    # phicore has a module of this name too
+    install("model", "model", GOOD.format(name="model", protocol=2))
     install("slide", "rule", HOOK.format(hook="sources", body="pass") + "    def fail(): 1 / 0")
     loaded = Plugins()
     with pytest.raises(PhicoreError) as own:

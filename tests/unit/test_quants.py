@@ -1,4 +1,4 @@
-"""The affine form of quantized blocks is `gguf.quants`, bit for bit."""
+"""Tests that the affine form of quantized blocks equals `gguf.quants.dequantize` bit for bit."""
 
 import gguf
 import numpy as np
@@ -12,8 +12,8 @@ BLOCKS = 4096
 
 
 def assert_same_bits(data_type: Type, data: np.ndarray) -> None:
-    actual = affine(data_type, data).dequantize()  # a warning of NumPy would be an error here
-    with np.errstate(all="ignore"):  # random bytes are NaNs and infinities too
+    actual = affine(data_type, data).dequantize()  # NumPy's warnings are errors in the tests
+    with np.errstate(all="ignore"):  # random bytes can be NaN or infinity
         expected = gguf.quants.dequantize(data, data_type)
     assert actual.dtype == np.float32
     assert actual.shape == expected.shape
@@ -33,11 +33,14 @@ def test_affine_random_bytes_equal_gguf(data_type: Type):
 
 @pytest.mark.parametrize("data_type", AFFINE_TYPES, ids=lambda t: t.name)
 def test_affine_edge_blocks_equal_gguf(data_type: Type):
-    """All bits clear, all set, each byte alone set or clear: every field at both of its ends."""
+    """Every field takes its least and greatest values.
+
+    The blocks have all bits clear, all bits set, a single byte set, or a single byte clear.
+    """
     size = GGML_QUANT_SIZES[data_type][1]
     alone = np.eye(size, dtype=np.uint8) * np.uint8(255)
     ends = np.stack([np.zeros(size, np.uint8), np.full(size, 255, np.uint8)])
-    scaled = np.full((size, size), 0x3C, np.uint8)  # a scale of 1.06 wherever it is kept
+    scaled = np.full((size, size), 0x3C, np.uint8)  # float16 scales are 1.06, wherever they are
     scaled[np.diag_indices(size)] = 255
     assert_same_bits(data_type, np.concatenate([ends, alone, ~alone, scaled]))
 

@@ -1,4 +1,4 @@
-"""The contracts of the rooms hold, and each one notices when it is broken."""
+"""Tests that the import contracts between rooms hold, and that each one detects a violation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytest.importorskip("importlinter", reason="install import-linter (uv sync --gro
 
 
 def lint(folder: Path) -> tuple[int, str]:
-    """Run the contracts on the packages in a folder."""
+    """Check the contracts on the packages in a folder; return the exit status and the output."""
     code = "import importlinter.cli; importlinter.cli.lint_imports_command()"
     done = subprocess.run(
         [sys.executable, "-c", code, "--no-cache", "--no-logo"],
@@ -45,7 +45,7 @@ def lint(folder: Path) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All packages side by side."""
+    """Copy all packages into one folder."""
     folder = tmp_path_factory.mktemp("house")
     shutil.copy(ROOT / "pyproject.toml", folder)
     for parent in (*PARENTS, "plugins/torch"):
@@ -66,7 +66,7 @@ def test_contracts_hold(house: Path):
 @pytest.mark.parametrize("contract", BREAKS)
 @pytest.mark.parametrize("is_typing", [False, True], ids=["import", "type-checking"])
 def test_contract_that_is_broken_is_named(house: Path, contract: str, is_typing: bool):
-    """Also by an import that only a type checker sees."""
+    """An import that only a type checker sees is a violation too."""
     file, line = BREAKS[contract]
     path = house / file
     text = path.read_text()

@@ -1,4 +1,4 @@
-"""The rotary tables against the formula in float64."""
+"""Tests of the rotary tables, compared with the formula in float64."""
 
 from dataclasses import replace
 
@@ -39,7 +39,8 @@ def test_rope_tables_equal_float64_formula(rotary_dim: int, theta: float):
     for table, expected in ((cos, np.cos(angle)), (sin, np.sin(angle))):
         assert table.shape == (4096, rotary_dim // 2)
         assert table.dtype == np.float32
-        # The angle's error moves a cosine by as much; the last rounding adds half a unit.
+        # An error of the angle changes a cosine by no more than itself. The final rounding adds
+        # half a unit.
         assert (np.abs(table - expected) <= angle_error + 2.0**-24).all()
 
 
@@ -58,7 +59,7 @@ def test_rope_tables_longer_table_starts_with_the_shorter():
 
 
 def test_rope_tables_two_thetas_differ():
-    """A table that is kept for the next model must not come back for another base."""
+    """A table cached for one model must not be used for a model with another base."""
     first, _ = rope_tables(CONFIG, np.arange(10))
     second, _ = rope_tables(replace(CONFIG, rope_theta=500.0), np.arange(10))
     assert not np.array_equal(first, second)
@@ -97,7 +98,7 @@ def test_rope_scale_of_a_file_wins():
 
 
 def test_rope_scale_of_phi_3_5_moe_is_that_of_its_training():
-    """Its files have what the formula gives, though the model's configuration has another."""
+    """Its files hold the scale of the formula, but the model's configuration has another scale."""
     scale = PhiMoE().rope_scale
     model = replace(CONFIG, max_position_embeddings=131072)
     assert scale(model, 4096) == 1.243163121016122

@@ -1,4 +1,4 @@
-"""The rotary tables of an engine: by absolute position, short factors before long ones."""
+"""Tests of an engine's rotary tables: rows by absolute position, short factors before long ones."""
 
 from dataclasses import replace
 
@@ -49,7 +49,7 @@ def test_short_sequences_need_no_long_rows():
 
 
 def test_one_set_of_factors_for_all_lengths_is_one_table():
-    """Llama 3.1 has one set for all lengths."""
+    """Llama 3.1 has one set of factors for all lengths."""
     same = RopeFactors(FACTORS.short, FACTORS.short)
     tables = RopeTables(Reference(), long_config(), same)
     assert tables.start(True) == tables.start(False) == 0
@@ -69,4 +69,4 @@ def test_tables_grow_by_doubling_and_are_kept(is_long: bool):
         assert len(found[0]) - tables.start(is_long) >= end
         assert tables.until(max(1, end - 5), is_long)[0] is found[0]
         sizes.add(len(found[0]))
-    assert len(sizes) == 4  # 4096 positions, and three times twice as many
+    assert len(sizes) == 4  # 4096 positions, doubled three times

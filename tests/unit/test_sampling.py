@@ -1,4 +1,4 @@
-"""The host's part of sampling: its parameters and its random numbers."""
+"""Tests of the host's part of sampling: parameters and random numbers."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_sampling_allowed_arguments_are_kept(arguments: dict[str, float]):
 
 
 def test_sampling_defaults_are_those_of_llama_cpp():
-    """Once none was filtered, and a quarter of the demo model's answers went wrong."""
+    """Older defaults had no filter, and a quarter of the demo model's answers went wrong."""
     assert Sampling() == Sampling(0.8, 40, 0.95, 0.05, 1.0, 64)
 
 
@@ -73,10 +73,11 @@ def test_sampling_properties_tell_what_has_an_effect():
 
 
 def test_uniforms_of_a_known_seed_and_step_never_change():
-    """A text that somebody got with a seed must come again with every later version.
+    """Every later version must give the same text for a seed.
 
-    The first word is the lower half of Philox4x64-10 of key 0 and counter 1, which NumPy counts up
-    to before it computes; `test_uniforms_equal_the_published_philox` checks the generator itself.
+    NumPy's Philox increments its counter before it computes, so the words are Philox4x64-10 of key
+    42 and counter (7 << 64) + 1. `test_uniforms_equal_the_published_philox` checks the generator
+    itself.
     """
     words = [round(float(x) * 2**32 - 0.5) for x in uniforms(42, 7, 3).astype(np.float64)]
     raw = np.random.Philox(key=42, counter=7 << 64).random_raw(2)
@@ -86,7 +87,7 @@ def test_uniforms_of_a_known_seed_and_step_never_change():
 
 
 def test_uniforms_equal_the_published_philox():
-    """Philox4x64-10 of key 0 and counter 0 is 16554d9eca36314c... (Random123, kat_vectors)."""
+    """Philox4x64-10 of key 0 and counter 0 gives 16554d9eca36314c... (Random123, kat_vectors)."""
     assert int(np.random.Philox(key=0, counter=2**256 - 1).random_raw()) == 0x16554D9ECA36314C
 
 

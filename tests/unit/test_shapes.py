@@ -1,4 +1,4 @@
-"""How a prompt is cut, and how large a cache is."""
+"""Tests of the chunks of a prompt and the capacity of a cache."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from phicore.backend.shapes import PROMPT_CHUNKS
 from phicore.engine.chunks import LOGITS_CHUNKS, capacity_for, capacity_of_window, chunks
 
-SIZES = [PROMPT_CHUNKS, LOGITS_CHUNKS, (1, 256, 2048)]  # the last are those of GPUs
+SIZES = [PROMPT_CHUNKS, LOGITS_CHUNKS, (1, 256, 2048)]  # the last are the sizes on GPUs
 
 
 @given(length=st.integers(1, 5000), is_padded=st.booleans())

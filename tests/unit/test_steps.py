@@ -1,4 +1,4 @@
-"""Several decode steps in a call: the same tokens, as many as are wanted, up to an end."""
+"""Tests of several decode steps in one call: equal tokens, the right number, the end tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPT = [3, 1, 4, 1, 5]
 
 
 class Follow(LogitsProcessor):
-    """After each token the next number: it has to be told each."""
+    """A logits processor that makes each token the last one plus 1, so it needs every token."""
 
     def __init__(self) -> None:
         self._last = 0
@@ -109,7 +109,7 @@ def test_processors_keep_their_state(engines: Callable[[int], Engine]):
 
 @pytest.mark.complete
 def test_a_call_has_no_more_steps_than_are_left(engines: Callable[[int], Engine]):
-    """The last fills the context, whose cache has no slot more."""
+    """The last call fills the context, so the cache has no slot for a further step."""
     one, many = engines(1), engines(8)
     limit = one.context - len(PROMPT)
     assert tokens(many, max_tokens=limit) == tokens(one, max_tokens=limit)

@@ -1,4 +1,4 @@
-"""Stop strings, against a search in the whole text."""
+"""Tests of stop strings, compared with a search in the whole text."""
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ texts = st.text("ab\n", max_size=12)
 
 
 def naive(text: str, stops: list[str]) -> str:
-    """Read one character after another; the first stop string that is complete ends the text."""
+    """Read a text by characters and return the part before the first complete stop string."""
     for end in range(1, len(text) + 1):
         ended = [end - len(s) for s in stops if text[:end].endswith(s)]
         if ended:
@@ -36,7 +36,7 @@ def test_push_any_split_gives_the_text_before_the_first_stop(pieces: list[str], 
 
 
 def test_push_overlapping_stops_do_not_depend_on_the_split():
-    """In one piece the longer one was found, which starts first; in two the shorter one."""
+    """A bug made the split decide: one piece ended at "abcd", two pieces at "bc"."""
     for pieces in (["xabcd"], ["xabc", "d"], list("xabcd")):
         assert "".join(run(StopStrings(["abcd", "bc"]), pieces)) == "xa"
 

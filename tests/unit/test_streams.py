@@ -1,4 +1,4 @@
-"""Ctrl-C that does not arrive as an exception where the program waits for one."""
+"""Tests of `swallowed_interrupts`, which notices each Ctrl-C, even if a library catches it."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from phicore.lab.interrupts import swallowed_interrupts
 
 @pytest.fixture(autouse=True)
 def python_s_own_handler() -> Iterator[None]:
-    """A job in the background may have been started with Ctrl-C ignored."""
+    """Set Python's own handler, since a background job may have been started ignoring Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""Models of random weights: the sizes and types of real ones, files that load, written once."""
+"""Tests of random-weight models: sizes and types of real models, files that load, one writing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_phi_3_mini_has_the_types_of_q4_k_m() -> None:
 
 @pytest.mark.parametrize(
     ("name", "weights", "size_bytes"),
-    # The published numbers of parameters; Phi-3-mini is a download of 2.39 GB.
+    # Published numbers of parameters. The Phi-3-mini download has 2.39 GB.
     [("phi-3-mini", 3_821_079_552, 2_392_493_568), ("phi-3-medium", 13_960_238_080, None)],
 )
 def test_models_are_as_large_as_the_real_ones(
@@ -76,7 +76,7 @@ def test_file_has_the_tensors_of_the_description_and_weights_of_one_scale() -> N
         if len(spec.shape) == 2:
             assert values.std() == pytest.approx(synthetic.WEIGHT_STD, rel=0.1)
             assert abs(values.mean()) < 0.1 * synthetic.WEIGHT_STD
-            assert len(np.unique(tensor.data, axis=0)) == len(values)  # no row twice
+            assert len(np.unique(tensor.data, axis=0)) == len(values)  # rows differ
     assert not found
 
 

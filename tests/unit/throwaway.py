@@ -1,4 +1,4 @@
-"""Throwaway distributions that the interpreter finds like installed ones."""
+"""A fixture for temporary distributions, which the interpreter finds like installed ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Make a distribution with one module and one entry point, and put it on the path."""
+    """Return a function that makes a distribution and puts it on the import path.
+
+    The distribution has one module and one entry point.
+    """
     modules = []
 
     def call(distribution: str, name: str, code: str, version: str = "1.2") -> None:

@@ -6,7 +6,7 @@ from phicore import hookimpl
 @hookimpl
 def phicore_register_backends(register):  # type: ignore[no-untyped-def]
     def create(options):  # type: ignore[no-untyped-def]
-        from phicore_mlx import devices  # noqa: F401 - first: it says what is wrong with MLX
+        from phicore_mlx import devices  # noqa: F401 - first, as it raises if MLX is unusable
         from phicore_mlx.backend import MlxBackend
 
         return MlxBackend(options)

@@ -2,13 +2,13 @@
 
 Every type keeps its values exactly, up to the float32 rounding of the addition:
 
-- Groups of 32 (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K) are MLX's own.
-- Groups of 16 (Q6_K, Q2_K) have no kernel. Their codes are stored once, with two sets of scales for
-  groups of 32: `scales` is right in the first half of each group, `scales2` in the second.
-- Q3_K's products of a 6-bit scale and a 3-bit code span 253 integers, so they are codes of 8 bits;
-  what remains is one scale for a block of 256, which MLX takes as groups of 128.
+- Types with groups of 32 (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K) fit MLX's layout.
+- For groups of 16 (Q6_K, Q2_K) MLX has no kernel. The codes are stored once, with two sets of
+  scales for groups of 32: `scales` applies to the first half of a group, `scales2` to the second.
+- In Q3_K the products of a 6-bit scale and a 3-bit code span 253 integers, so the products are
+  stored as codes of 8 bits. One scale for each block of 256 remains, stored for groups of 128.
 
-Codes are one stream of bits a row, least significant first, as MLX reads them.
+The codes of a row are one stream of bits, least significant bit first, as MLX reads them.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from phicore.gguf.quants import affine
 from phicore.gguf.reader import GGUFTensor
 
 Type = GGMLQuantizationType
-TILE_CODES = 1 << 20  # that a thread has unpacked at a time
+TILE_CODES = 1 << 20  # the number of codes that a thread unpacks at a time
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How MLX reads a type.
+    """MLX's storage of a GGUF type.
 
     Attributes:
-        is_split: Whether the halves of a group have scales of their own.
+        is_split: Whether each half of a group has its own scale and bias.
     """
 
     bits: int
@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def bits_per_weight(self) -> float:
-        """In memory, with float32 scales and biases."""
+        """Bits of memory per weight, float32 scales and biases included."""
         return self.bits + (128 if self.is_split else 64) / self.group_size
 
 
@@ -55,11 +55,11 @@ Arrays = dict[str, np.ndarray]
 
 
 def transcode(tensors: Sequence[GGUFTensor]) -> Arrays:
-    """The arrays of tensors of one type that lie on top of each other, N rows by K columns.
+    """Convert tensors of one type, stacked along the rows to (N, K), to MLX's affine layout.
 
     Returns:
-        `codes` (N, K * bits / 32) uint32; `scales` and `biases` (N, K / group size) float32; of a
-        split layout `scales2` and `biases2` too.
+        `codes` (N, K * bits / 32) uint32; `scales` and `biases` (N, K / group size) float32. A
+        split layout also has `scales2` and `biases2`.
     """
     layout = LAYOUTS[tensors[0].type]
     rows, columns = sum(t.shape[0] for t in tensors), tensors[0].shape[1]
@@ -82,7 +82,7 @@ def transcode(tensors: Sequence[GGUFTensor]) -> Arrays:
 def _tiles(
     tensors: Sequence[GGUFTensor], rows: int
 ) -> Iterator[tuple[int, GGMLQuantizationType, np.ndarray]]:
-    """Pieces of tensors: the row of the whole that each starts at, its type and its bytes."""
+    """Yield the stacked tensors in tiles of up to `rows` rows: first row, type, bytes."""
     start = 0
     for tensor in tensors:
         for row in range(0, tensor.shape[0], rows):
@@ -108,13 +108,17 @@ def _transcode_rows(ggml_type: GGMLQuantizationType, data: np.ndarray) -> Arrays
 def _q3_k_products(
     data: np.ndarray, codes: np.ndarray, scales: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Q3_K as scale * (code - 128), with minus the scale of a block for each half of it.
+    """Rewrite Q3_K as scale * (code - 128), where a code holds the product of a scale and a code.
 
-    Products of scale and code are -124 to 128, so their negatives are what fits a byte around 128.
+    The products are -124 to 128, so 128 - product fits a byte and 128 + product does not. The
+    returned scale is therefore minus the scale of the block, given once for each half of the block.
+
+    Returns:
+        The codes, (N, K) uint8, and the scales, (N, K / 128) float32.
     """
     blocks = data.reshape(len(data), -1, Q3_K.size)
     d = np.ascontiguousarray(Q3_K.d.of(blocks)).view("<f2").astype(np.float32)  # (N, blocks, 1)
-    # exact: the scales are these integers times d; where d is 0 or no number they do not matter
+    # Exact, since `scales` are integers times d. Where d is 0 or not finite, any integer will do.
     is_number = (d != 0) & np.isfinite(d)
     integers = scales.reshape(*d.shape[:2], 16) / np.where(is_number, d, 1)
     integers = np.where(is_number, integers, 0).astype(np.int16)
@@ -126,15 +130,19 @@ def _q3_k_products(
 
 
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes (N, K) uint8 below 2**bits as streams of bits: (N, K * bits / 32) uint32.
+    """Pack codes (N, K) uint8 below 2**bits into a stream of bits a row.
 
-    K is a multiple of 32.
+    K must be a multiple of 32.
+
+    Returns:
+        (N, K * bits / 32) uint32.
     """
     rows = len(codes)
     word = np.ascontiguousarray(codes)
     if bits == 8:
         return word.view("<u4")
-    width, size = bits, 8  # of the bits in use, and of the word that holds them, at its lower end
+    # A word of `size` bits holds codes in its `width` least significant bits.
+    width, size = bits, 8
     while width % 8:
         wide = word.view(f"<u{size // 4}")
         low = wide & wide.dtype.type((1 << width) - 1)
@@ -145,7 +153,7 @@ def packed(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
-    """The reverse of `packed`: (N, K * bits / 32) uint32 gives (N, K) uint8."""
+    """Unpack the streams of `packed`, (N, K * bits / 32) uint32, to codes (N, K) uint8."""
     rows = len(words)
     used = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
@@ -169,7 +177,7 @@ def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def dequantized(arrays: Arrays, layout: Layout) -> np.ndarray:
-    """The values of some rows, on the host: (N, K) float32."""
+    """Compute the values of rows in MLX's affine layout with NumPy, (N, K) float32."""
     groups = arrays["scales"].shape
     values = unpacked(arrays["codes"], layout.bits).astype(np.float32)
     if layout.is_split:

@@ -1,10 +1,10 @@
 """The tensor protocol on MLX.
 
-Weights keep their values: quantized ones in MLX's affine layout (see `affine.py`), or, on a GPU,
-Q6_K, Q3_K and Q2_K as the blocks of the file (see `blocks.py`).
-Products are float32 on a CPU. On a GPU they are float32 for a few rows, where reading the weights
-is what takes time, and the chosen dtype for prompts. Norms, rotation and the residual stream are
-float32 everywhere.
+Loading does not change the values of weights. Quantized weights are stored in MLX's affine layout
+(see `affine.py`). On a GPU, Q6_K, Q3_K and Q2_K stay in the blocks of the file (see `blocks.py`).
+Products are float32 on a CPU. On a GPU a product of a few rows is float32, since reading the
+weights takes longer than multiplying; a product of many rows (a prompt) uses the chosen dtype.
+Norms, rotation and the residual stream are float32 everywhere.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from phicore_mlx import affine, blocks, devices, host, namespace
 from phicore_mlx.affine import LAYOUTS, Layout
 
 FEW_ROWS = 32
-"""On a GPU, a product of up to this many rows takes as long as reading the weights."""
+"""Largest number of rows whose product takes no longer than reading the weights, on a GPU."""
 SORTED_ROWS = 64
-"""On a GPU, from this many rows on the rows are sorted by expert."""
+"""Smallest number of rows for which the rows are sorted by expert, on a GPU."""
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn MLX's report that memory is out, or no folder to compile in, into a line."""
+    """Raise a `BackendError` of one line when MLX lacks memory or a folder to compile in."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -69,10 +69,11 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 class MlxBackend(Backend):
     """MLX on one device.
 
-    A weight is a tuple of parts that lie on top of each other. A part is a dictionary, so that
-    `mx.compile` can look inside: arrays, and the number of the GGUF type. It holds `dense` (N, K);
-    or `blocks` (N, bytes of a row) uint8; or what `affine.transcode` gives. Those of experts have
-    an axis of X in front, and no `blocks`.
+    A weight is a tuple of parts, stacked along the rows. A part is a dictionary, so that
+    `mx.compile` can look inside. It holds one of three forms: `dense` (N, K); `blocks` (N, bytes of
+    a row) uint8; or the arrays that `affine.transcode` returns. The last two come with `type`, the
+    number of the GGUF type. The arrays of expert weights have a leading axis X, the expert, and
+    never have the form `blocks`.
     """
 
     xp = namespace
@@ -95,7 +96,7 @@ class MlxBackend(Backend):
         self._streams = host.streams() if is_cpu else None
         if not is_cpu:
             devices.wire_memory()
-        self._thread = threading.local()  # `is_tracing`, while a function of this thread is traced
+        self._thread = threading.local()  # `is_tracing`: whether this thread is tracing a function
 
     # ---- edges -----------------------------------------------------------------------------
 
@@ -143,7 +144,7 @@ class MlxBackend(Backend):
         return tuple(parts)
 
     def _load(self, tensors: list[GGUFTensor], has_blocks: bool = True) -> dict[str, Any]:
-        """A part of tensors of one type."""
+        """Load tensors of one type as one part of a weight."""
         ggml_type = tensors[0].type
         if ggml_type not in LAYOUTS:
             return {"dense": mx.concatenate([self._dense(tensor) for tensor in tensors])}
@@ -166,13 +167,13 @@ class MlxBackend(Backend):
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         compiled = mx.compile(fn)
-        # Shapes of the arrays among the arguments that cannot be traced. Where this happens hangs
-        # on the number of tokens alone, so the containers need not be looked at.
+        # Shapes of array arguments for which `fn` cannot be traced. Only the number of tokens
+        # decides that, so arrays inside containers are not part of the key.
         untraceable: set[Any] = set()
 
         def call(*args: Any) -> Any:
             key = tuple(a.shape for a in args if isinstance(a, mx.array))
-            # An array is overwritten in place only if nobody else refers to it.
+            # MLX overwrites an array in place only if nothing else refers to it.
             args = tuple(_taken(a) if i in donate else a for i, a in enumerate(args))
             with self._on_device():
                 result = None
@@ -208,7 +209,7 @@ class MlxBackend(Backend):
             return host.product(x, part)
         if "dense" in part:
             weight = part["dense"]
-            # to float32 at each product would take several times as long as reading it
+            # converting a 16-bit weight to float32 would take several times as long as reading it
             dtype = mx.float32 if self.options.dtype == "float32" else weight.dtype
             return (x.astype(dtype) @ weight.T.astype(dtype)).astype(mx.float32)
         ggml_type = GGMLQuantizationType(part["type"])
@@ -243,7 +244,7 @@ class MlxBackend(Backend):
         dtype = mx.float32 if x.shape[0] <= FEW_ROWS else self._product_dtype()
         x = mx.expand_dims(x, axis=1)  # (M, 1, K)
         if "dense" in part:
-            # as in `_product`; and it would be all experts that are made float32
+            # for the reason in `_product`; a conversion here would convert every expert
             dtype = mx.float32 if self.options.dtype == "float32" else part["dense"].dtype
             weight = part["dense"].swapaxes(1, 2).astype(dtype)
             y = mx.gather_mm(x.astype(dtype), weight, rhs_indices=experts, sorted_indices=is_sorted)
@@ -264,7 +265,11 @@ class MlxBackend(Backend):
         return DTYPES[self.options.dtype or self.capabilities.dtypes[0]]
 
     def _is_for_host(self, rows: int) -> bool:
-        """Whether NumPy computes something for so many tokens."""
+        """Return whether NumPy computes an operation on this many tokens.
+
+        Raises:
+            NeedsHostError: If it does and a function is being traced.
+        """
         if self._streams is None or rows < host.ROWS:
             return False
         if getattr(self._thread, "is_tracing", False):
@@ -325,8 +330,8 @@ class MlxBackend(Backend):
         return {name: shift(a) for name, a in cache.items()}
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, slots: Array) -> LayerCache:
-        # Taken out of what was handed over: an array is overwritten in place only if nobody else
-        # refers to it.
+        # The arrays are popped from the cache that was passed in, because MLX overwrites an array
+        # in place only if nothing else refers to it.
         new = cache_types.stored(namespace, k, v, self._cache_type)
         return {name: _put(cache.pop(name), a, slots) for name, a in new.items()}
 
@@ -339,13 +344,13 @@ class MlxBackend(Backend):
         j = mx.arange(cache["k"].shape[2], dtype=mx.int32)
         visible = j <= i if window is None else (j <= i) & (j > i - window)
         k, v = cache["k"], cache["v"]
-        if self._streams is not None or "k_scale" in cache:  # a CPU is slow with 16 bits
+        if self._streams is not None or "k_scale" in cache:  # 16-bit floats are slow on a CPU
             k, v = cache_types.numbers(namespace, cache)
         y = mx.fast.scaled_dot_product_attention(q.astype(k.dtype), k, v, scale=scale, mask=visible)
         return y.astype(mx.float32)
 
     def contains(self, ids: Array, size: int) -> Array:
-        # the last column takes what is outside
+        # ids out of range are written to the last column, which is then dropped
         index = mx.where((ids >= 0) & (ids < size), ids, size)
         found = mx.zeros((ids.shape[0], size + 1), mx.bool_)
         return mx.put_along_axis(found, index, mx.array(True), axis=1)[:, :size]
@@ -356,20 +361,20 @@ def _type_of(matrix: Matrix) -> Callable[[int], GGMLQuantizationType]:
 
 
 def _loaded_bytes(tensor: GGUFTensor) -> int:
-    """What a tensor takes on a CPU."""
+    """Return the number of bytes that a tensor takes after loading on a CPU."""
     layout = LAYOUTS.get(tensor.type)
     return int(prod(tensor.shape) * (layout.bits_per_weight if layout else 32) / 8)
 
 
 def _halved(array: np.ndarray) -> np.ndarray:
-    """In float16, if no number is too large for that."""
+    """Convert to float16, or return the array unchanged if a number would overflow."""
     with np.errstate(over="ignore"):
         halved = array.astype(np.float16)
     return halved if np.isfinite(halved).all() else array
 
 
 def _taken(container: Any) -> Any:
-    """A container's contents in new ones; the old ones are empty then."""
+    """Move a container's contents to new containers, recursively; the old ones become empty."""
     if isinstance(container, dict):
         taken: Any = {name: _taken(value) for name, value in container.items()}
         container.clear()
@@ -386,7 +391,7 @@ def _row_count(part: dict[str, Any]) -> int:
 
 
 def _rows(part: dict[str, Any], index: Any) -> dict[str, Any]:
-    """Some rows of each array."""
+    """Index each array of a part by `index`, which selects rows."""
     return {n: a[index] if isinstance(a, mx.array) else a for n, a in part.items()}
 
 
@@ -398,7 +403,15 @@ def _affine_product(
     experts: Array | None = None,
     is_sorted: bool = False,
 ) -> Array:
-    """(M, K) by a part: (M, N); or, given the expert of each row, (M, 1, K): (M, 1, N)."""
+    """Multiply activations by a part in MLX's affine layout.
+
+    Args:
+        x: (M, K); with `experts` (M, 1, K).
+        experts: Expert of each row, (M,) int32.
+        is_sorted: Whether `experts` is in ascending order.
+    Returns:
+        (M, N); with `experts` (M, 1, N).
+    """
     choices: dict[str, Any] = {"group_size": layout.group_size, "bits": layout.bits}
     multiply: Callable[..., Array] = mx.quantized_matmul
     if experts is not None:
@@ -422,12 +435,12 @@ def _affine_product(
 
 
 def _dequantized(part: dict[str, Any], layout: Layout) -> Array:
-    """All values, (N, K) float32."""
+    """Return the values of a part in MLX's affine layout, (N, K) float32."""
 
     def values(suffix: str) -> Array:
         return mx.dequantize(
             part["codes"],
-            part[f"scales{suffix}"].astype(mx.float32),  # it computes in the type of the scales
+            part[f"scales{suffix}"].astype(mx.float32),  # MLX computes in the type of the scales
             part[f"biases{suffix}"].astype(mx.float32),
             group_size=layout.group_size,
             bits=layout.bits,
@@ -440,7 +453,7 @@ def _dequantized(part: dict[str, Any], layout: Layout) -> Array:
 
 
 def _is_first_half(columns: int, layout: Layout) -> Array:
-    """Which columns lie in the first half of their group: (K,) bool."""
+    """Mark the columns that lie in the first half of their group, (K,) bool."""
     return mx.arange(columns) % layout.group_size < layout.group_size // 2
 
 

@@ -1,9 +1,10 @@
-"""GPU kernels that read the blocks of a file as they are: types whose scales MLX has no groups for.
+"""GPU kernels that read the file's blocks of Q6_K, Q3_K and Q2_K, which do not suit MLX's groups.
 
-They read 6.6 bits a weight of Q6_K instead of 16 in two passes, and 3.4 and 2.6 of Q3_K and Q2_K.
-One text serves Metal and CUDA, and the C++ compiler of the tests; what differs is in `PREAMBLES`.
+They read 6.6 bits a weight for Q6_K, where MLX's layout reads 16 in two passes, 3.4 for Q3_K and
+2.6 for Q2_K. One source text serves Metal, CUDA and the C++ compiler of the tests; `PREAMBLES`
+holds the differences.
 
-A kernel is used once it has given, on this machine, what the portable form gives (`is_usable`).
+A kernel is used only after it has computed correct values on this machine (see `is_usable`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from phicore_mlx import devices
 
 Type = GGMLQuantizationType
 FEW_ROWS = 8
-"""Up to this many rows of activations each reads the blocks anew; for more, the blocks are expanded
-once."""
+"""Largest number of activation rows that are multiplied by the blocks directly.
+
+Each row then reads the blocks anew. For more rows the blocks are expanded once.
+"""
 MOST_ROWS = 32768
-"""How many rows a kernel expands at a time: the second axis of CUDA's grids ends at 65535."""
+"""Number of rows that a kernel expands at a time. The second axis of a CUDA grid ends at 65535."""
 
 PREAMBLES = {
     "metal": """
@@ -45,17 +48,20 @@ __device__ inline float phi_sum(float x) {
 }
 """,
 }
-"""What a platform calls things: a function, the bits of a float, the sum over 32 threads."""
+"""Each platform's spelling of a function, a float made of its bits, and a sum over 32 threads."""
 
 LANES = {"metal": "thread_index_in_simdgroup", "cuda": "(threadIdx.x % 32)"}
 PLACES = {
     "metal": "thread_position_in_grid.{}",
     "cuda": "(blockIdx.{0} * blockDim.{0} + threadIdx.{0})",
 }
-"""A thread's place. MLX looks for Metal's names in a kernel's body, so these cannot be macros."""
+"""Each platform's expression for a thread's position along an axis of the grid.
 
-# Pointers are template arguments, since Metal's have an address space in their type.
-# <Q6_K.high> stands for where the field starts in a block, see `text`.
+These cannot be macros, because MLX looks for Metal's names in the body of a kernel.
+"""
+
+# Pointer types are template arguments, since a pointer type of Metal includes an address space.
+# <Q6_K.high> stands for the first byte of the field in a block (see `text`).
 HEADER = """
 template <typename P> PHI_FUNCTION float phi_half(P at) {
   uint bits = uint(at[0]) | uint(at[1]) << 8;
@@ -131,7 +137,12 @@ TYPES = {Type.Q6_K: "q6_k", Type.Q3_K: "q3_k", Type.Q2_K: "q2_k"}
 
 
 def text(source: str, ggml_type: GGMLQuantizationType, place: str = "", lane: str = "") -> str:
-    """Source text for a type, with these names of a thread's place and lane."""
+    """Fill in the placeholders of a kernel's source text.
+
+    Args:
+        place: Expression for a thread's position, with {} for the axis (see `PLACES`).
+        lane: Expression for a thread's lane (see `LANES`).
+    """
     for axis in "xyz":
         source = source.replace(f"PLACE_{axis}", place.format(axis))
     source = re.sub(r"<(Q\w+)\.(\w+)>", lambda found: str(_fact(*found.groups())), source)
@@ -140,14 +151,18 @@ def text(source: str, ggml_type: GGMLQuantizationType, place: str = "", lane: st
 
 
 def _fact(type_name: str, name: str) -> int:
-    """The first byte of a block's field, or another number of its description."""
+    """Return the first byte of a field of a block type, or another number of its description."""
     found = getattr(BLOCKS[Type[type_name]], name)
     return found.start if isinstance(found, Field) else int(found)
 
 
 @cache
 def _kernel(name: str, ggml_type: GGMLQuantizationType, label: str = "") -> Any:
-    """A kernel. Metal compiles it anew when its source changes: then it has another label."""
+    """Return the kernel `product` or `expansion` for a type.
+
+    Kernels for which MLX generates different source text need different labels: Metal compiles a
+    kernel anew whenever the source of its name changes.
+    """
     kind = devices.gpu_kind()
     assert kind is not None
     make = mx.fast.metal_kernel if kind == "metal" else mx.fast.cuda_kernel
@@ -165,7 +180,10 @@ def _kernel(name: str, ggml_type: GGMLQuantizationType, label: str = "") -> Any:
 
 
 def product(x: Array, blocks: Array, ggml_type: GGMLQuantizationType) -> Array:
-    """(M, K) float32 by blocks (N, bytes of a row) uint8: (M, N). For a few rows of activations."""
+    """Multiply (M, K) float32 by blocks (N, bytes of a row) uint8; return (M, N) float32.
+
+    This is fast for few rows of activations only, since each row reads all blocks.
+    """
     (m, columns), rows = x.shape, blocks.shape[0]
     (y,) = _kernel("product", ggml_type)(
         inputs=[x, blocks],
@@ -179,12 +197,13 @@ def product(x: Array, blocks: Array, ggml_type: GGMLQuantizationType) -> Array:
 
 
 def expanded(ids: Array, blocks: Array, ggml_type: GGMLQuantizationType, dtype: Any) -> Array:
-    """Rows of blocks as numbers: ids (n,) int32 below N gives (n, K)."""
+    """Dequantize the rows `ids`, (n,) int32, of blocks (N, bytes of a row); return (n, K)."""
     columns = blocks.shape[1] // BLOCKS[ggml_type].size * 256
     parts = []
     for start in range(0, ids.shape[0], MOST_ROWS):
         some = ids[start : start + MOST_ROWS]
-        label = "_few" if some.shape[0] < 8 else ""  # MLX puts them into another kind of memory
+        # MLX passes an input of fewer than 8 elements in another kind of memory (see `_kernel`).
+        label = "_few" if some.shape[0] < 8 else ""
         parts += _kernel("expansion", ggml_type, label)(
             inputs=[some, blocks],
             template=[("T", dtype), ("COLUMNS", columns)],
@@ -198,7 +217,7 @@ def expanded(ids: Array, blocks: Array, ggml_type: GGMLQuantizationType, dtype: 
 
 @cache
 def is_usable(ggml_type: GGMLQuantizationType) -> bool:
-    """Whether the kernels of a type work here: they are tried on rows whose values are known."""
+    """Return whether the kernels of a type work here, by trying them on rows of known values."""
     if devices.gpu_kind() is None or ggml_type not in TYPES:
         return False
     from gguf.quants import dequantize
@@ -219,7 +238,7 @@ def is_usable(ggml_type: GGMLQuantizationType) -> bool:
         )
         mx.eval(on_gpu)
         found, y = (np.array(a) for a in on_gpu)
-    except (RuntimeError, ValueError):  # what MLX raises for a kernel that does not compile
+    except (RuntimeError, ValueError):  # MLX raises these for a kernel that does not compile
         return False
     expected = x.astype(np.float64) @ values.T
     return bool(

@@ -1,4 +1,4 @@
-"""Where MLX computes, and what is different there. Nothing else asks which platform this is."""
+"""MLX's devices and their peculiarities; all platform checks of the package are in this module."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 from phicore.errors import BackendError
 
-# MLX would multiply float32 with the 11 bits of TF32 where the hardware can. It reads this once.
+# By default MLX multiplies float32 in TF32, which keeps 11 bits, where the hardware supports it.
+# MLX reads this variable once.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 OLDEST = (0, 31, 2)
-"""The first version with streams of threads."""
+"""The first MLX version with thread-local streams."""
 
 try:
     import mlx.core as mx
@@ -25,7 +26,7 @@ except ImportError as _error:
     raise BackendError(f"backend mlx: MLX cannot be imported ({_error}); install {_hint}") from None
 
 
-VERSION: str = getattr(mx, "__version__", "0")  # which its type stubs leave out
+VERSION: str = getattr(mx, "__version__", "0")  # MLX's type stubs leave `__version__` out
 
 if tuple(int(part) for part in VERSION.split(".")[:3] if part.isdecimal()) < OLDEST:
     raise BackendError(
@@ -35,15 +36,18 @@ if tuple(int(part) for part in VERSION.split(".")[:3] if part.isdecimal()) < OLD
 
 @atexit.register
 def _end_streams() -> None:
-    """MLX wants its streams cleared before Python ends, and aborts the process now and then if they
-    are not: what threads that have just ended leave to it is not done yet."""
+    """Clear MLX's streams before Python ends.
+
+    MLX sometimes aborts the process otherwise, because threads that have just ended may have left
+    work that is not finished yet.
+    """
     mx.synchronize()
     if hasattr(mx, "clear_streams"):
         mx.clear_streams()
 
 
 class _OfThread:
-    """Ends the streams of the thread that it belongs to, when that ends."""
+    """A thread-local object that clears the streams of its thread when the thread ends."""
 
     def __del__(self) -> None:
         if hasattr(mx, "clear_streams"):
@@ -55,13 +59,16 @@ _threads = threading.local()
 
 
 def end_streams_with_thread() -> None:
-    """Call in each thread that computes: MLX leaves the streams of one that has ended running."""
+    """Arrange that this thread's MLX streams are cleared when the thread ends.
+
+    Call it in each thread that computes: MLX does not stop the streams of an ended thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         _threads.streams = getattr(_threads, "streams", None) or _OfThread()
 
 
 def gpu_kind() -> str | None:
-    """`metal`, `cuda`, or None where MLX has no GPU."""
+    """Return `metal` or `cuda`, or None if MLX has no GPU here."""
     if mx.metal.is_available():
         return "metal"
     if mx.cuda.is_available():
@@ -70,7 +77,7 @@ def gpu_kind() -> str | None:
 
 
 def device_names() -> list[str]:
-    """The devices of this machine that MLX can use, the fastest first."""
+    """Return the names of the devices that MLX can use on this machine, the fastest first."""
     kind = gpu_kind()
     if kind is None:
         return ["cpu"]
@@ -79,10 +86,10 @@ def device_names() -> list[str]:
 
 
 def find_device(name: str | None) -> tuple[str, Any]:
-    """The name and the MLX device of a name, or of the fastest one for None.
+    """Return the normalized name and the MLX device for a device name; None means the fastest.
 
     Raises:
-        BackendError: If there is no such device; the message lists those there are.
+        BackendError: If there is no such device; the message lists the available devices.
     """
     names = device_names()
     name = names[0] if name is None else name.removesuffix(":0")
@@ -100,7 +107,7 @@ def find_device(name: str | None) -> tuple[str, Any]:
 
 
 def about() -> str:
-    """What `phicore backends` says of MLX here."""
+    """Return the note that `phicore backends` prints about MLX on this machine."""
     kind = gpu_kind()
     if kind is None:
         return f"MLX {VERSION}, no GPU: for small models"
@@ -108,20 +115,22 @@ def about() -> str:
 
 
 def wire_memory() -> None:
-    """Let Metal keep what MLX holds in memory, as mlx-lm does: macOS would page weights out.
+    """Wire MLX's memory on Metal, as mlx-lm does, so that macOS does not page weights out.
 
-    It concerns only memory that MLX has in use, up to the size that macOS recommends, and holds for
-    the life of the process.
+    The setting affects only memory that MLX uses, up to the size that macOS recommends. It lasts
+    until the process ends.
     """
     if gpu_kind() == "metal":
         mx.set_wired_limit(int(mx.device_info(mx.gpu)["max_recommended_working_set_size"]))
 
 
 def check_room(needed: int) -> None:
-    """See that MLX will find memory on a CPU, where it crashes if it does not.
+    """Check that a CPU allocation will fit, because MLX crashes on a CPU when memory runs out.
 
+    Args:
+        needed: Bytes that MLX is about to allocate.
     Raises:
-        MemoryError: If the machine has not so many bytes besides those in use.
+        MemoryError: If the machine's memory, less MLX's active memory, is smaller than `needed`.
     """
     if not hasattr(os, "sysconf"):
         return

@@ -1,8 +1,9 @@
-"""What MLX's CPU device does not do well: products of many rows, and the second processor.
+"""Operations that NumPy or several threads compute faster than MLX's CPU device.
 
-MLX's wheel for Linux multiplies matrices with the reference BLAS, at 1 % of the speed of NumPy's,
-and reads quantized ones with one thread. NumPy sees the memory of MLX's arrays, so it takes prompts
-over; and rows of a weight are shared among streams, each of which has a thread.
+MLX's wheel for Linux multiplies matrices with the reference BLAS, at 1 % of the speed of NumPy's
+BLAS, and reads quantized matrices with one thread. So NumPy, which can read the memory of MLX's
+arrays, computes the products and the attention of prompts. For few tokens the rows of a weight are
+divided among MLX streams, each of which has a thread.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from phicore.backend.host import cpu_count
 from phicore_mlx.affine import LAYOUTS, TILE_CODES, dequantized
 
 ROWS = 8
-"""From this many rows of activations on NumPy is faster, though it has to expand weights."""
+"""Smallest number of activation rows for which NumPy is faster, although it expands the weights."""
 
 SHARED_WEIGHTS = 1 << 18
-"""A product of this many weights takes longer than handing a part of it to a thread."""
+"""Number of weights whose product takes longer than starting it on another thread."""
 
 
 class NeedsHostError(Exception):
-    """A trace would need values: this shape has to run as it is, operation by operation."""
+    """Raised when tracing needs values, because NumPy computes; the shape must run uncompiled."""
 
 
 class _NumPy(Backend):
-    """The protocol's defaults on arrays of the host."""
+    """The protocol's default operations, on NumPy arrays."""
 
     xp = np
 
@@ -47,13 +48,25 @@ _NUMPY = _NumPy()
 
 
 class Streams:
-    """Threads of MLX's CPU device, this thread's default one among them."""
+    """One MLX stream for each processor: the default stream of the CPU device and further ones.
+
+    Each stream computes in a thread of its own.
+    """
 
     def __init__(self) -> None:
         self._others = [mx.new_thread_local_stream(mx.cpu) for _ in range(cpu_count() - 1)]
 
     def shared(self, rows: int, columns: int, product: Callable[[slice, Any], Array]) -> Array:
-        """A product (M, rows), computed in pieces of a few rows: product(rows, stream)."""
+        """Compute a product by dividing the rows of its weight among the streams.
+
+        Args:
+            rows: Number of rows of the weight.
+            columns: Number of columns of the weight.
+            product: Called as product(rows, stream) with a slice of the rows; None is the default
+                stream. It returns (M, number of rows in the slice).
+        Returns:
+            (M, rows).
+        """
         count = min(len(self._others) + 1, rows * columns // SHARED_WEIGHTS)
         if count < 2:
             return product(slice(None), None)
@@ -65,12 +78,15 @@ class Streams:
 
 @cache
 def streams() -> Streams:
-    """The streams of this process. MLX gives each thread that computes its own, for good."""
+    """Return the streams of this process.
+
+    They are made once, since MLX keeps the streams that a computing thread gets from them.
+    """
     return Streams()
 
 
 def product(x: Array, part: dict[str, Any]) -> Array:
-    """(M, K) by a part of a weight: (M, N), in float32 and in NumPy.
+    """Multiply (M, K) float32 by a part of a weight with NumPy; return (M, N) float32.
 
     Quantized weights are expanded a tile of rows at a time, on all processors.
     """
@@ -78,7 +94,15 @@ def product(x: Array, part: dict[str, Any]) -> Array:
 
 
 def expert_product(x: Array, experts: Array, part: dict[str, Any]) -> Array:
-    """`product` of each row (M, K) and the matrix of its expert, int32 (M,): (M, N)."""
+    """Multiply each row of `x` by the matrix of its expert with NumPy.
+
+    Args:
+        x: (M, K) float32.
+        experts: Expert of each row, (M,) int32.
+        part: Part of an expert weight; its arrays have a leading axis X.
+    Returns:
+        (M, N) float32.
+    """
     left, numbers, weights = np.asarray(x), np.asarray(experts), _seen(part)
     columns = next(a.shape[1] for a in weights.values() if isinstance(a, np.ndarray))
     result = np.empty((len(left), columns), np.float32)
@@ -90,7 +114,7 @@ def expert_product(x: Array, experts: Array, part: dict[str, Any]) -> Array:
 
 
 def _seen(part: dict[str, Any]) -> dict[str, Any]:
-    """A part with NumPy's arrays, which share the memory of MLX's."""
+    """Return a part with NumPy arrays that share the memory of its MLX arrays."""
     return {n: np.asarray(a) if isinstance(a, mx.array) else a for n, a in part.items()}
 
 
@@ -117,9 +141,9 @@ def _product(left: np.ndarray, part: dict[str, Any]) -> np.ndarray:
 
 
 def attention(q: Array, cache: LayerCache, slots: Array, scale: float, window: int | None) -> Array:
-    """The protocol's attention over what is live of the cache, in NumPy."""
+    """Compute the protocol's attention with NumPy, reading only the slots that were written."""
     numbers = np.asarray(slots)
     live = int(numbers.max()) + 1
     prefix = {name: np.asarray(array)[:, :, :live] for name, array in cache.items()}
-    with np.errstate(over="ignore", invalid="ignore"):  # the sampler tells of NaNs
+    with np.errstate(over="ignore", invalid="ignore"):  # the sampler reports NaNs
         return mx.array(_NUMPY.attention(np.asarray(q), prefix, numbers, scale, window))

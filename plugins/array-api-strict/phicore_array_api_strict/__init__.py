@@ -1,4 +1,4 @@
-"""phicore on array-api-strict, for tests."""
+"""Array-api-strict backend of phicore, for tests."""
 
 from phicore import BackendError, hookimpl
 

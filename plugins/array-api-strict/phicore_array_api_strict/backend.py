@@ -1,4 +1,4 @@
-"""The smallest backend there can be: the required part of the protocol, on the listed functions."""
+"""The smallest possible backend: the required part of the protocol, on the listed functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ array_api_strict.set_array_api_strict_flags(api_version="2024.12")
 
 
 class ListedNames:
-    """A namespace that has the listed names only, and remembers which were used."""
+    """A view of a namespace with only the listed names; it records which of them were used."""
 
     def __init__(self, namespace: Any, names: Collection[str]) -> None:
         self._namespace = namespace
@@ -37,11 +37,11 @@ class ListedNames:
 
 
 class StrictBackend(Backend):
-    """On array-api-strict, which does nothing unspecified."""
+    """The protocol on array-api-strict, which implements only what the standard specifies."""
 
     def __init__(self, options: BackendOptions = DEFAULTS) -> None:
         super().__init__(options, Capabilities(cache_types=("f32", "i16")))
-        # int16 is for caches of `i16`
+        # int16 is needed for the cache type `i16`
         self.xp = ListedNames(array_api_strict, {*FUNCTIONS, *DTYPES, "int16"})
 
     def asarray(self, x: np.ndarray) -> Array:
@@ -52,7 +52,7 @@ class StrictBackend(Backend):
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            with np.errstate(all="ignore"):  # NumPy underneath would warn
+            with np.errstate(all="ignore"):  # array-api-strict computes with NumPy, which warns
                 return fn(*args)
 
         return run

@@ -1,4 +1,4 @@
-"""The reference backend: the tensor protocol on NumPy, as a third party would write it."""
+"""NumPy backend of phicore, the reference; it is written as a third party would write one."""
 
 from phicore import BackendError, hookimpl
 

@@ -1,8 +1,8 @@
 """The tensor protocol on NumPy: dense float32 weights, one line for most operations.
 
-Only the required part, `xp` and the two edges, is needed to run everything. The overrides below it
-save work that NumPy can avoid because it sees values: multiplying by the chosen experts alone,
-writing a cache in place, reading only what is live of it, and looking tokens up by index.
+The required part, `xp` and the conversions `asarray` and `to_numpy`, is enough to run everything.
+The other methods save work, which NumPy can do because it sees values: they multiply by the chosen
+experts alone, write a cache in place, read only its written slots, and look tokens up by index.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from phicore.gguf.matrix import Matrix
 
 
 class NumpyBackend(Backend):
-    """Runs on the CPU, through the BLAS that NumPy was built with."""
+    """NumPy on the CPU, with the BLAS that NumPy was built with."""
 
     xp = np
 
@@ -38,11 +38,11 @@ class NumpyBackend(Backend):
         return np.array(x)
 
     def load_weight(self, matrix: Matrix) -> Weight:
-        return matrix.dequantize()  # as the default, without a copy
+        return matrix.dequantize()  # like the default, but without a copy
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            # exp(-gate) may be inf: its reciprocal, 0, is right. The sampler tells of NaNs.
+            # exp(-gate) may be inf; its reciprocal, 0, is right. The sampler reports NaNs.
             with np.errstate(all="ignore"):
                 return fn(*args)
 
@@ -70,7 +70,8 @@ class NumpyBackend(Backend):
         return super().attention(q, prefix, slots, scale, window)
 
     def contains(self, ids: Array, size: int) -> Array:
-        found = np.zeros((ids.shape[0], size + 1), bool)  # the last column takes what is outside
+        # ids out of range are written to the last column, which is then dropped
+        found = np.zeros((ids.shape[0], size + 1), bool)
         rows = np.arange(ids.shape[0])[:, None]
         found[rows, np.where((ids >= 0) & (ids < size), ids, size)] = True
         return found[:, :size]

@@ -1,4 +1,7 @@
-"""PyTorch backend of phicore, written as a third party would. torch is imported when it is used."""
+"""PyTorch backend of phicore, written as a third party would write one.
+
+torch is imported when the backend is used.
+"""
 
 from phicore import hookimpl
 

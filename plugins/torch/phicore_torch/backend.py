@@ -1,9 +1,10 @@
 """The tensor protocol on PyTorch.
 
-Weights stay quantized: codes of 8 bits with the scales and biases of their groups, expanded to
-float32 in each product, for one row inside a compiled kernel. Types without such a form are dense.
-Products, norms and attention are float32; on CUDA torch multiplies float32 as it is, unless told
-otherwise. All but that kernel runs eagerly.
+Quantized weights are stored as codes of 8 bits with the scales and biases of their groups. Each
+product expands them to float32; for one row of activations a compiled kernel does this. Types
+without a form of codes, scales and biases are stored dense. Products, norms and attention are
+float32. On CUDA torch multiplies in float32, not in TF32, unless it is told otherwise. Only the
+kernel for one row is compiled; everything else runs eagerly.
 """
 
 from __future__ import annotations
@@ -33,16 +34,20 @@ from phicore_torch import namespace
 
 
 def device_names() -> list[str]:
-    """The devices of this machine that torch can use: `cpu`, `cuda`, `cuda:1`, `mps`."""
+    """Return the devices of this machine that torch can use, out of `cpu`, `cuda`, `cuda:1`, `mps`.
+
+    `cpu` comes first.
+    """
     gpus = [f"cuda:{i}" if i else "cuda" for i in range(torch.cuda.device_count())]
     return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 class TorchBackend(Backend):
-    """torch on one device.
+    """PyTorch on one device.
 
-    A weight is a tuple of parts that lie on top of each other: dense (N, K), or codes (N, G, n)
-    uint8 with scales and biases (N, G); those of experts have an axis of X in front.
+    A weight is a tuple of parts, stacked along the rows. A part is a dense array (N, K), or codes
+    (N, G, n) uint8 with scales and biases (N, G), where G is the number of groups in a row and n
+    the size of a group. The arrays of expert weights have a leading axis X, the expert.
     """
 
     xp = namespace
@@ -67,7 +72,7 @@ class TorchBackend(Backend):
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            with torch.inference_mode(), self._device:  # where new arrays are made
+            with torch.inference_mode(), self._device:  # new arrays are made on this device
                 return fn(*args)
 
         return run
@@ -101,11 +106,11 @@ class TorchBackend(Backend):
     def _row_product(self, x: Array, *part: Array) -> Array:
         if len(part) == 1:
             return part[0] @ x
-        if self._product is None:  # with dynamic shapes, or each matrix would take its time
+        if self._product is None:  # dynamic shapes, so that torch does not compile for each matrix
             self._product = torch.compile(_product, dynamic=True)
         try:
             return self._product(x, *part)
-        except RuntimeError:  # such as no compiler on this machine
+        except RuntimeError:  # for example, this machine has no compiler
             self._product = _product
             return _product(x, *part)
 
@@ -130,7 +135,7 @@ class TorchBackend(Backend):
         assert values is not None
         return values.reshape(*ids.shape, -1)
 
-    # ---- what torch has of its own ---------------------------------------------------------
+    # ---- operations that torch provides ----------------------------------------------------
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -156,7 +161,7 @@ class TorchBackend(Backend):
 
 
 def _values(part: tuple[Array, ...]) -> Array:
-    """A part's values, (N, K) float32."""
+    """Return a part's values, (N, K) float32."""
     if len(part) == 1:
         return part[0]
     codes, scales, biases = part
@@ -164,7 +169,7 @@ def _values(part: tuple[Array, ...]) -> Array:
 
 
 def _product(x: Array, codes: Array, scales: Array, biases: Array) -> Array:
-    """Multiply quantized weights by one row: (K,) gives (N,)."""
+    """Multiply quantized weights by one row of activations (K,); return (N,)."""
     groups = x.reshape(codes.shape[1:])  # (G, n)
     dots = (codes.float() * groups).sum(-1)
     return (dots * scales + biases * groups.sum(-1)).sum(-1)

@@ -1,6 +1,7 @@
 """torch's functions under the names and with the meanings of the Python Array API standard.
 
-From `array-api-compat`, but for indices: torch wants them of 64 bits.
+They come from `array-api-compat`, except for two functions that take indices, because torch needs
+indices of 64 bits.
 """
 
 from typing import Any

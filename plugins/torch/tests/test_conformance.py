@@ -1,4 +1,4 @@
-"""Whether the backend is right: every operation, every quantization, whole models."""
+"""Tests of the backend: every operation, every quantization and whole models."""
 
 from dataclasses import replace
 
