@@ -159,21 +159,35 @@ class Model:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The template that turns messages into a prompt."""
-        return ChatTemplate.from_gguf(self.metadata)
+        return ChatTemplate.from_gguf(self.metadata, self.tokenizer)
 
-    def encode(self, prompt: Prompt, *, system: str | None = None, raw: bool = False) -> list[int]:
-        """The tokens of a prompt, as `generate` would use them.
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the tokens of a prompt, as `generate` would use them.
 
         Args:
             prompt: A string, a list of messages ({"role": ..., "content": ...}), or token ids,
                 which are taken as they are.
             system: A system message to put before a string.
             raw: Take a string as it is, special tokens included, instead of as a user's message.
+            tools: JSON schemas of functions that the model may call, for the chat template.
+            documents: Texts that the model may cite, for the chat template.
+            chat_template_kwargs: Other variables of the chat template, such as `enable_thinking`.
         """
+        for_template = {"tools": tools, "documents": documents, **(chat_template_kwargs or {})}
         if isinstance(prompt, str):
             if raw:
                 if system is not None:
                     raise ArgumentError("a raw prompt has no system message", parameter="system")
+                _refuse_without_template(for_template)
                 return self.tokenizer.encode(prompt)
             prompt = [{"role": "user", "content": prompt}]
             if system is not None:
@@ -181,7 +195,9 @@ class Model:
         elif system is not None or raw:
             raise ArgumentError("system, raw: only for a prompt that is a string")
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            return self.tokenizer.encode(self.chat_template.render(prompt))  # type: ignore[arg-type]
+            messages: Sequence[Message] = prompt  # type: ignore[assignment]
+            return self.tokenizer.encode(self.chat_template.render(messages, **for_template))
+        _refuse_without_template(for_template)
         return _checked_ids(prompt, self.vocab_size)
 
     def request(
@@ -194,6 +210,9 @@ class Model:
         ignore_eos: bool = False,
         system: str | None = None,
         raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         processors: Sequence[LogitsProcessor | str] = (),
         **sampling: Any,
     ) -> Request:
@@ -208,7 +227,14 @@ class Model:
             raise ArgumentError(parameter="processors", expected="a list", got=processors)
         chosen = {name: value for name, value in sampling.items() if value is not None}
         return Request(
-            self.encode(prompt, system=system, raw=raw),
+            self.encode(
+                prompt,
+                system=system,
+                raw=raw,
+                tools=tools,
+                documents=documents,
+                chat_template_kwargs=chat_template_kwargs,
+            ),
             replace(self.sampling, **chosen),
             max_tokens=max_tokens,
             seed=seed,
@@ -229,7 +255,7 @@ class Model:
                 random one.
             stop: A string or strings that end the text, which does not hold them.
             ignore_eos: Go on after end tokens.
-            system, raw: As for `encode`.
+            system, raw, tools, documents, chat_template_kwargs: As for `encode`.
             processors: What changes the scores before a token is chosen, one after the other:
                 objects, or `NAME=ARGUMENT` as on the command line.
         Raises:
@@ -371,6 +397,12 @@ def _checked_context(context: int | None, config: Phi3Config) -> int:
             parameter="ctx", expected=f"1 to {most}, the model's context", got=context
         )
     return int(context)
+
+
+def _refuse_without_template(for_template: Mapping[str, Any]) -> None:
+    given = [name for name, value in for_template.items() if value is not None]
+    if given:
+        raise ArgumentError("only for a prompt of messages", parameter=given[0])
 
 
 def _checked_ids(ids: Any, vocab_size: int) -> list[int]:

