@@ -94,7 +94,7 @@ class Rows:
         return ((bits.to(I32) << 8) + low.to(I32)).to(F32)
 
     def store(self, f: Function, x: Sequence[Value], row: Value, scale_at: Value) -> None:
-        """Store a row, given as vectors like `pieces`, and its scale, if it has one, at `scale_at`."""
+        """Store a row, given as the vectors of `pieces`, and its separate scale, if it has one."""
         if self.type == "q8_0":
             self._store_blocks(f, x, row)
             return
@@ -211,9 +211,7 @@ def emit_store(module: Module, cache: Cache) -> None:
     job = module.function("store_head", [PTR, I64, I64], head, exported=False)
 
     def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
-        keys, values, positions = args[
-            :3
-        ]  # the others are the cache: they share memory with the results
+        keys, values, positions = args[:3]  # the others share their memory with the results
         heads, tokens, capacity = keys.dim(1), keys.dim(2), rets[0].dim(2)
         all_heads = keys.dim(0) * heads
         own = []
@@ -319,7 +317,7 @@ def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
 
 
 def _dot(f: Function, x: Sequence[Value], y: Sequence[Value]) -> Value:
-    """Return the dot product of two rows, given as vectors of 16 channels; the last may be short."""
+    """Return the dot product of rows given as vectors of 16 channels; the last may be shorter."""
     whole: Value | None = None
     rest: Value | None = None
     for a, b in zip(x, y, strict=True):
