@@ -83,7 +83,7 @@ print(len(compiled))
 
 @pytest.mark.complete
 def test_library_damaged_file_is_compiled_again(tmp_path: Path):
-    """The test runs in a process of its own, since damaged code would crash it."""
+    """The program runs in a process of its own, since damaged code would crash the process."""
     assert run_python(DAMAGED.replace("FOLDER", str(tmp_path))) == "6\n"  # the first, and 5 damaged
     assert [path.name for path in tmp_path.iterdir()] == ["pack.o"]
 

@@ -97,7 +97,7 @@ class Product:
 
     @property
     def offset(self) -> int:
-        """Offset of the codes. Products of 8 bits add 128 to signed codes, to make them unsigned."""
+        """Offset of the codes. Products of 8 bits make signed codes unsigned by adding 128."""
         is_signed_byte = self.format.planes[0][0] == 8
         return 128 if self.bits == 8 and is_signed_byte else self.format.offset
 
