@@ -1,4 +1,4 @@
-"""What all tests share: every installed backend, and strict settings for their libraries."""
+"""Fixtures for all tests: every installed backend, and strict settings for tensor libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-# Read when NumPy is imported: each process of the tests has a processor of its own.
+# NumPy reads this when it is imported. One thread, since each test process has its own processor.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
@@ -26,10 +26,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled programs go to pytest's own cache, not to the user's.
+    """Keep compiled programs in pytest's own cache, not in the user's.
 
-    MLX keeps those of a CPU in the folder for temporary files, where two processes would write the
-    same one at a time: each has its own.
+    MLX keeps CPU programs in the folder for temporary files. There, two test processes would write
+    one file at the same time, so each process gets a folder of its own.
     """
     if config.pluginmanager.hasplugin("cacheprovider"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
@@ -44,15 +44,15 @@ settings.load_profile("phicore")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark `complete` what `each_value` leaves out of the default run.
+    """Mark the tests as `complete` that `each_value` leaves out of the default run.
 
     `@pytest.mark.each_value("data_type", "backend")` stands for the product of these parameters.
-    By default a value of the parameter with the most values is tested with one value of each other
-    parameter, in turn, so that every value of every parameter is tested; the complete run has the
-    rest of the product.
+    The default run takes each value of the parameter with the most values, together with one value
+    of every other parameter, in turn. So it tests every value of every parameter. The complete run
+    tests the rest of the product.
     """
     products: dict[Any, list[tuple[pytest.Item, dict[str, int]]]] = defaultdict(list)
-    places: dict[Any, dict[int, int]] = defaultdict(dict)  # of a parameter's values, in order
+    places: dict[Any, dict[int, int]] = defaultdict(dict)  # indices of a parameter's values
     for item in items:
         callspec = getattr(item, "callspec", None)
         for marker in item.iter_markers("each_value"):
@@ -75,20 +75,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs() -> Iterator[None]:
-    """JAX keeps every program that it compiled; without this a worker grows to gigabytes."""
+    """Clear JAX's compiled programs after each module; otherwise a worker grows to gigabytes."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
 
 
 ALL_BACKENDS = tuple(Plugins().backends())
-"""The names that `--backend` takes here, from the registry that the command line uses."""
+"""The names of the installed backends, from the registry that the command line uses."""
 BACKENDS = tuple(name for name in ALL_BACKENDS if name != "array-api-strict")
-"""The backends without the slow one, which is for the tests of the protocol alone."""
+"""The backends without the slow `array-api-strict`, which only tests of the protocol use."""
 
 
 def make_backend(name: str, options: BackendOptions = DEFAULTS) -> Backend:
-    """A backend on its best device. Where its library does not work the test is skipped, in CI not.
+    """Make a backend on its best device. If its library does not work, skip the test; in CI, fail.
 
     A backend whose package is not installed is not in `BACKENDS` at all.
     """
@@ -102,11 +102,11 @@ def make_backend(name: str, options: BackendOptions = DEFAULTS) -> Backend:
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend_name(request: pytest.FixtureRequest) -> str:
-    """Each installed backend in turn."""
+    """Return the name of each backend in `BACKENDS` in turn."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def ops(backend_name: str) -> Backend:
-    """Each installed backend in turn, made."""
+    """Return each backend in `BACKENDS` in turn."""
     return make_backend(backend_name)

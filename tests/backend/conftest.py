@@ -1,4 +1,4 @@
-"""Settings of the tests of backends."""
+"""Fixtures for the tests of backends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _no_fused_kernels():
-    """MLX has a C++ compiler make these on a CPU, a second each; other tests use them."""
+    """Switch off MLX's fused kernels, which other tests use.
+
+    On a CPU, MLX has a C++ compiler make them, which takes a second for each.
+    """
     mlx = sys.modules.get("mlx.core")
     if mlx is None:
         yield

@@ -1,4 +1,4 @@
-"""Every backend that the conformance kit is run on."""
+"""The backends that the conformance kit is run on."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from phicore.backend import DEFAULTS, Backend, BackendOptions
 from phicore.testing.conformance.base import Make
 
 XLA = ("jax-xla",) if "jax" in ALL_BACKENDS else ()
-"""JAX where its kernels cannot be used."""
+"""JAX without its kernels, as where they cannot be used."""
 OTHER_KERNELS = ("jax-avx2", "jax-generic") if "jax" in ALL_BACKENDS else ()
-"""JAX as it is on other processors. tests/kernels/test_targets.py compares these kernels, too."""
+"""JAX with the kernels of other processors. tests/kernels/test_targets.py compares them, too."""
 
 
 def make_any(name: str, options: BackendOptions = DEFAULTS) -> Backend:
@@ -35,7 +35,10 @@ def make_any(name: str, options: BackendOptions = DEFAULTS) -> Backend:
 
 
 class EveryLibrary:
-    """Each installed backend, and JAX without kernels: for operations that no kernel computes."""
+    """Mixin that runs tests on each installed backend and on JAX without kernels.
+
+    This is enough for operations that no kernel computes.
+    """
 
     @pytest.fixture(scope="class", params=[*ALL_BACKENDS, *XLA])
     @classmethod
@@ -44,7 +47,10 @@ class EveryLibrary:
 
 
 class EveryBackend:
-    """Each installed backend, and JAX without kernels and with those of other processors."""
+    """Mixin that runs tests on each installed backend and on more variants of JAX.
+
+    The variants are JAX without kernels and JAX with the kernels of other processors.
+    """
 
     @pytest.fixture(
         scope="class",

@@ -1,4 +1,4 @@
-"""The conformance kit's attention, on every backend."""
+"""The conformance kit's tests of attention, on every backend."""
 
 from backend.every import EveryBackend
 

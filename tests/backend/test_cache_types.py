@@ -1,4 +1,4 @@
-"""The conformance kit's cache types, on every backend."""
+"""The conformance kit's tests of cache types, on every backend."""
 
 import pytest
 from backend.every import EveryBackend

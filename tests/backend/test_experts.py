@@ -1,4 +1,4 @@
-"""The conformance kit's experts, on every backend."""
+"""The conformance kit's tests of experts, on every backend."""
 
 import pytest
 from backend.every import EveryBackend

@@ -1,4 +1,4 @@
-"""How the JAX backend stores keys and values, and attention over them."""
+"""Tests of how the JAX backend stores keys and values, and of attention over them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ pytest.importorskip("jax", reason="install phicore-jax")
 from phicore_jax.cache import ROW_TYPES, rows_of_cache
 
 ERRORS = {name: row_type.error for name, row_type in ROW_TYPES.items()}
-"""Bounds of attention's error. `i24` rounds to 16 bits only the values."""
+"""Bounds on the error of attention, by cache type. `i24` rounds only the values to 16 bits."""
 LARGEST = {name: [rows.largest for rows in rows_of_cache(name)] for name in ("i24", "i16")}
-"""The integers of the largest key and the largest value of a head."""
+"""The integers that stand for the largest key and the largest value of a row, by cache type."""
 
 B, K, S = 2, 2, 83
-SHAPES = [(12, 3), (20, 1), (64, 3), (96, 8), (128, 1)]  # dimension of a head, queries of a key
+SHAPES = [(12, 3), (20, 1), (64, 3), (96, 8), (128, 1)]  # size of a head, query heads of a key head
 OTHERS = [pytest.param(name, marks=pytest.mark.complete) for name in ("avx2", "generic")]
-"""Kernels of other processors. tests/kernels/test_targets.py compares these, too."""
+"""Kernels of other processors. tests/kernels/test_targets.py compares them, too."""
 CASES = [
     *(("host", *shape) for shape in SHAPES),
     *(("xla", *shape) for shape in SHAPES[:2]),
@@ -37,13 +37,13 @@ CASES = [
         for shape in SHAPES[:2]
     ),
 ]
-STARTS = (3, 37)  # of the two sequences
+STARTS = (3, 37)  # first positions of the two sequences
 STEPS = [(1, 1000), (1, 3), (2, 1), (16, 17), (17, None), (40, 3)]  # tokens, window
 
 
 @cache
 def make(variant: str, cache_type: str) -> Backend:
-    """JAX with kernels for an instruction set, or without any."""
+    """Return JAX with kernels for an instruction set (`host`: the best), or without any (`xla`)."""
     from phicore_jax.backend import JaxBackend
 
     kernels = None
@@ -88,7 +88,7 @@ def positions_of(tokens: int) -> np.ndarray:
 
 
 def stored(ops: Backend, k: np.ndarray, v: np.ndarray) -> LayerCache:
-    """A cache that holds these (B, K, S, D)."""
+    """Return a cache that holds keys and values (B, K, S, D)."""
     batch, heads, capacity, dim = k.shape
     positions = np.tile(np.arange(capacity, dtype=np.int32), (batch, 1))
     empty = ops.new_cache(batch, heads, capacity, dim)
@@ -96,18 +96,21 @@ def stored(ops: Backend, k: np.ndarray, v: np.ndarray) -> LayerCache:
 
 
 def host(ops: Backend, arrays: LayerCache) -> dict[str, np.ndarray]:
-    """Copies, since an update may write into the cache that it is handed."""
+    """Copy a cache's arrays to NumPy, since an update may overwrite the cache that it is handed."""
     return {name: np.array(ops.to_numpy(a)) for name, a in arrays.items()}
 
 
 @pytest.fixture
 def dim(cache_type: str) -> int:
-    """The size of a head: no multiple of anything, where that is allowed."""
+    """Return the size of a head. It is no multiple of a vector's lanes where that is allowed."""
     return 64 if cache_type == "q8_0" else 20
 
 
 def integers(rows: np.ndarray) -> np.ndarray:
-    """Rows of int16, or of 24 bits: the upper 16 of all channels, then the bytes to add to them."""
+    """Return the integers of rows, which are int16 or 24 bits.
+
+    A row of 24 bits holds the upper 16 of all channels, then the bytes to add to them.
+    """
     if rows.dtype == np.int16:
         return rows.astype(int)
     high, low = np.split(rows, [rows.shape[-1] // 3 * 2], axis=-1)
@@ -115,7 +118,7 @@ def integers(rows: np.ndarray) -> np.ndarray:
 
 
 def numbers(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """What a cache holds, in float64."""
+    """Return the keys or values of a cache in float64."""
     if arrays[name].dtype == np.int8 and f"{name}_scale" not in arrays:
         rows = arrays[name]
         codes, scales = np.split(rows, [rows.shape[-1] // 34 * 32], axis=-1)
@@ -130,7 +133,7 @@ def numbers(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
 def test_attention_equals_float64(
     ops: Backend, cache_type: str, dim: int, group: int, rng: np.random.Generator
 ):
-    """Over what is stored it is exact; over what was given, as exact as the type of the cache."""
+    """Attention over the stored rows is exact; over the given rows, as exact as the cache type."""
     if cache_type == "q8_0" and dim % 32:
         with pytest.raises(
             BackendError, match=rf"^cache type q8_0: this model's heads have {dim} "
@@ -163,10 +166,10 @@ def test_attention_equals_float64(
 def test_attention_does_not_see_beyond_the_live_prefix(
     ops: Backend, variant: str, dim: int, rng: np.random.Generator
 ):
-    """XLA alone reads all values, with a weight of 0, so these must be finite."""
+    """Plain XLA reads values beyond the live prefix with a weight of 0, so they must be finite."""
     k, v = normal(rng, B, K, S, dim), normal(rng, B, K, S, dim)
     qs = [normal(rng, B, 3 * K, t, dim) for t in (1, 2, 17)]
-    lasts = [17, 49]  # of 17 tokens from 1 and from 33 on; the others are the last of them
+    lasts = [17, 49]  # the last of 17 tokens from 1 and from 33 on; fewer tokens end there, too
     positions = [
         (np.array(lasts)[:, None] - np.arange(t)[::-1]).astype(np.int32) for t in (1, 2, 17)
     ]
@@ -230,19 +233,19 @@ def test_cache_of_integers_holds_multiples_of_the_largest(
         assert scales.shape == (B, K, S)
         assert scales.dtype == np.float32
         np.testing.assert_allclose(scales, largest / most, rtol=2e-7, atol=0)  # two roundings
-        rounding = most * 2e-7  # of a quotient and of its divisor
+        rounding = most * 2e-7  # errors of a quotient and of its divisor
         assert (np.abs(codes.max(axis=-1) - np.where(largest > 0, most, 0)) <= rounding).all()
         error = np.abs(numbers(held, name) - given)
         assert (error <= (0.5 + rounding) * scales[..., None]).all()
 
 
-# Not on XLA alone, whose maximum of many numbers may be blind to NaN.
+# Plain XLA is not tested, since its maximum of many numbers may ignore NaN.
 @pytest.mark.parametrize("variant", ["host", *OTHERS], indirect=True)
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
 def test_cache_a_number_that_is_not_finite_is_not_lost(
     ops: Backend, bad: float, dim: int, rng: np.random.Generator
 ):
-    """Such a number spoils the row of its head in its slot, and so the tokens that see it."""
+    """The number spoils its head's row in its slot, and so the tokens that see that row."""
     k, v = normal(rng, B, K, S, dim), normal(rng, B, K, S, dim)
     k[0, 1, 30, 7] = v[1, 0, 20, 3] = bad
     held = host(ops, stored(ops, k, v))
@@ -289,7 +292,7 @@ def test_grow_cache_keeps_what_is_stored_and_adds_zeros(
 
 
 def test_cache_q8_0_holds_what_ggml_would(variant: str, rng: np.random.Generator):
-    """Codes of the gguf package, but for those that lie between two; its scales."""
+    """Scales equal the gguf package's; codes do, except that near-ties may differ by 1."""
     ops = make(variant, "q8_0")
     x = normal(rng, B, K, S, 96) * 10.0 ** rng.integers(-2, 3, (B, K, S, 1))
     x = x.astype(np.float32)

@@ -1,4 +1,4 @@
-"""What XLA makes of quantized products: the expanded weights must not pile up."""
+"""Tests of XLA's memory: expanded weights must not pile up, and running out gives a clear error."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ LAYERS, SIZE = 8, 512
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_products_keep_at_most_two_expanded_matrices_at_a_time(rows: int):
-    """Once, XLA:CPU expanded every matrix of the model before it began with the first product."""
+    """Regression: XLA:CPU expanded all matrices of a model before it began the first product."""
     from phicore_jax.backend import CPU_OPTIONS, JaxBackend
 
     from phicore.backend import BackendOptions

@@ -1,4 +1,4 @@
-"""The conformance kit's laws, on every backend."""
+"""The conformance kit's tests of laws, on every backend."""
 
 import pytest
 from backend.every import EveryBackend

@@ -1,4 +1,4 @@
-"""The conformance kit's models, on every installed backend."""
+"""The conformance kit's tests of models, on every installed backend."""
 
 import pytest
 from backend.every import make_any

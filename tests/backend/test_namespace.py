@@ -1,4 +1,4 @@
-"""The defaults, the graph, the sampler and the engine ask for the listed functions, and no more."""
+"""Tests that defaults, graph, sampler and engine use exactly the listed functions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +57,7 @@ def generate(ops: StrictBackend, path: Path) -> None:
 
 @pytest.mark.parametrize("edge", ["asarray", "to_numpy"])
 def test_backend_without_what_is_required_cannot_be_made(edge: str):
-    """`phicore backends` shows it as the reason why it is not usable."""
+    """`phicore backends` shows this TypeError as the reason why the backend is not usable."""
     incomplete = type("Incomplete", (StrictBackend,), {edge: getattr(Backend, edge)})
     with pytest.raises(TypeError, match=rf"abstract class Incomplete .*{edge}"):
         incomplete()

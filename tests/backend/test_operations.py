@@ -1,4 +1,4 @@
-"""The conformance kit's operations, on every backend."""
+"""The conformance kit's tests of operations, on every backend."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ class TestOperations(EveryBackend, OperationsConformance):
 
 
 class TestStepsInACall(Conformance):
-    """JAX where a call runs several steps, which a compiled loop does."""
+    """Tests of JAX when a call runs several decode steps, in a compiled loop."""
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -1,4 +1,4 @@
-"""The conformance kit's products, on every backend."""
+"""The conformance kit's tests of products, on every backend."""
 
 import pytest
 from backend.every import EveryBackend

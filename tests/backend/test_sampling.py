@@ -1,4 +1,4 @@
-"""The conformance kit's sampling, on every backend."""
+"""The conformance kit's tests of sampling, on every backend."""
 
 from backend.every import EveryLibrary
 

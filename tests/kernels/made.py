@@ -1,4 +1,4 @@
-"""Kernels and weights that the tests share."""
+"""Kernels, weights and helpers that the tests of kernels share."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TYPES = (*FORMATS, *dense.ELEMENT_BYTES)
 
 
 def kernels_of(target: str, threads: int = 2) -> Kernels:
-    """Kernels of an instruction set, with a pool of their own.
+    """Return kernels of an instruction set, with a pool of their own.
 
-    XLA knows a kernel by one name for the life of the process, and the name does not tell the
-    number of threads, so these get names of their own. They share the folder of compiled code.
+    XLA knows a kernel by one name until the process ends, and that name does not include the number
+    of threads. So these kernels get names of their own. They share the folder of compiled code.
     """
     return _kernels_of(target, threads)
 
@@ -37,7 +37,7 @@ def _kernels_of(target: str, threads: int) -> Kernels:
     kernels = Kernels(target)
     kernels.set_threads(threads)
     compiler = kernels._compiler
-    compiler.folder  # noqa: B018 - it is fixed before the names change
+    compiler.folder  # noqa: B018 - it is computed from the digest, which changes next
     compiler.digest = f"{compiler.digest}-tests-{threads}"
     return kernels
 
@@ -47,7 +47,7 @@ def block_columns(ggml_type: Type) -> int:
 
 
 def from_bytes(ggml_type: Type, data: np.ndarray) -> GGUFTensor:
-    """Rows of blocks (N, bytes) uint8 as a tensor."""
+    """Make a tensor of rows of blocks, (N, bytes) uint8."""
     block, size = GGML_QUANT_SIZES[ggml_type]
     columns = data.shape[1] // size * block
     return GGUFTensor("w", ggml_type, (len(data), columns), np.ascontiguousarray(data))
@@ -59,13 +59,13 @@ def random_tensor(ggml_type: Type, rows: int, columns: int, rng: np.random.Gener
 
 
 def values(tensor: GGUFTensor) -> np.ndarray:
-    """The values (N, K) float32 as the gguf package reads them."""
+    """Return the values (N, K) float32 as the gguf package reads them."""
     with np.errstate(all="ignore"):  # NaN and infinities come through
         return dequantize(tensor.data, tensor.type).reshape(tensor.shape)
 
 
 def run_python(code: str, **environment: str) -> str:
-    """What a program prints in a process of its own; an error there is one here."""
+    """Run a program in a process of its own and return what it prints; it must not fail."""
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[1],

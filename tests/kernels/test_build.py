@@ -1,4 +1,4 @@
-"""Compiled kernels on disk: found again, and rebuilt when they cannot be used."""
+"""Tests of compiled kernels on disk: they are found again, and compiled again if damaged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ packed = kernels.pack([random_tensor(Type.Q4_K, 16, 256, np.random.default_rng(0
 assert packed.strips.any()
 print(len(compiled))
 """
-"""Uses two modules, the helpers' and one that packs, and prints how many were compiled."""
+"""A program that uses two modules (`worker` and one that packs) and prints how many it compiled."""
 
 
 def files(cache: Path) -> dict[str, bytes]:
@@ -83,14 +83,14 @@ print(len(compiled))
 
 @pytest.mark.complete
 def test_library_damaged_file_is_compiled_again(tmp_path: Path):
-    """In a process of its own, since code that is damaged ends the process that loads it."""
+    """The program runs in a process of its own, since damaged code would crash the process."""
     assert run_python(DAMAGED.replace("FOLDER", str(tmp_path))) == "6\n"  # the first, and 5 damaged
     assert [path.name for path in tmp_path.iterdir()] == ["pack.o"]
 
 
 @pytest.mark.complete
 def test_library_without_a_folder_is_compiled_each_time(tmp_path: Path):
-    """A file lies where the folder should be: no user can write there, not even root."""
+    """A file lies where the folder should be, so no user can write there, not even root."""
     file = tmp_path / "file"
     file.touch()
     environment = {"XDG_CACHE_HOME": str(file), "HOME": str(file)}

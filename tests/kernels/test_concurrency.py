@@ -40,7 +40,7 @@ def tokens(model: Model, prompt: str) -> list[int]:
 
 
 def test_generate_in_two_threads_gives_the_tokens_of_each_alone(models: list[Model]):
-    prompts = ["Hello", "the " * 50]  # fewer rows of activations and more
+    prompts = ["Hello", "the " * 50]  # few rows of activations, and many
     alone = [[tokens(model, prompt) for prompt in prompts] for model in models]
     assert alone[0] != alone[1]
     start = Barrier(2)

@@ -1,4 +1,4 @@
-"""When there are kernels, and what is said when there are none."""
+"""Tests of finding kernels: which are found, and the reason given when there are none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from phicore_jax.kernels import build, ffi, find_kernels, runtime
 
 import phicore
 
-find = find_kernels.__wrapped__  # without its memory
+find = find_kernels.__wrapped__  # the function without its cache
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Products: against float64, and the laws of rows, threads and neighbours, bit for bit."""
+"""Tests of products: they are close to float64, and a row's bits depend on nothing but the row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BEST = supported_targets()[0]
 
 
 def products(kernels: Kernels, xs: Sequence[np.ndarray], ws: list, **options: bool) -> list:
-    """Every x by every w, compiled together."""
+    """Multiply every x by every w, compiled as one function."""
 
     def run(xs, ws):
         return [[kernels.linear(x, w, **options) for w in ws] for x in xs]
@@ -37,7 +37,7 @@ def products(kernels: Kernels, xs: Sequence[np.ndarray], ws: list, **options: bo
 def test_linear_equals_float64_and_rows_do_not_depend_on_their_number(
     target: str, kernels: Kernels, ggml_type: Type, rng: np.random.Generator
 ):
-    rows = ROWS if target == BEST else ROWS[::3]  # the others have fewer tiles
+    rows = ROWS if target == BEST else ROWS[::3]  # other targets have fewer sizes of tiles
     block = block_columns(ggml_type)
     for columns in (block, 3 * block) if block > 32 else (block, 9 * block):
         tensors = [random_tensor(ggml_type, n, columns, rng) for n in OUT]
@@ -67,7 +67,7 @@ def test_linear_of_experts_gives_the_bits_of_each_expert_s_matrix(
         for is_fast in {False, ggml_type in FORMATS and kernels.has_fast_products}:
             options = {"is_fast": is_fast}
             each = products(kernels, [x], [kernels.pack([t]) for t in tensors], **options)[0]
-            counts = (max(rows),) if is_fast else rows  # a few rows are exact
+            counts = (max(rows),) if is_fast else rows  # few rows are always multiplied exactly
             run = jax.jit(
                 lambda x, w, ids, counts=counts, options=options: [
                     kernels.linear(x[:m], w, ids[:m], **options) for m in counts
@@ -95,7 +95,7 @@ def test_linear_does_not_depend_on_the_number_of_threads(ggml_type: Type, rng: n
         assert all(map(np.array_equal, others, found[0]))
 
 
-# One plane or two, a scale or a scale and a minimum, one or two of them in a group.
+# Types with one plane or two, with and without a minimum, with one or two scales in a group.
 LAWFUL = (Type.Q4_1, Type.Q2_K, Type.Q5_0, Type.Q6_K, Type.F16)
 
 
@@ -104,7 +104,7 @@ LAWFUL = (Type.Q4_1, Type.Q2_K, Type.Q5_0, Type.Q6_K, Type.F16)
 def test_linear_of_a_row_depends_on_nothing_but_the_row(
     ggml_type: Type, m: int, n: int, random: object
 ):
-    """Neither on its place nor on its neighbours; and a strip not on the rest of the matrix."""
+    """The result of a row depends neither on its place nor on its neighbours."""
     rng = np.random.default_rng(random.getrandbits(32))  # type: ignore[attr-defined]
     columns = block_columns(ggml_type) * int(rng.integers(1, 4))
     kernels = kernels_of(BEST)
@@ -125,7 +125,7 @@ def test_linear_of_a_row_depends_on_nothing_but_the_row(
 def test_linear_zero_tiny_and_huge_rows(
     kernels: Kernels, ggml_type: Type, rng: np.random.Generator
 ):
-    """Quantized, rows below 1e-30 are taken as zero."""
+    """Kernels for quantized types treat activations below 1e-30 as zero."""
     tensor = random_tensor(ggml_type, 20, 512, rng)
     x = rng.standard_normal((40, 512), np.float32)
     sizes = np.array([0, 1e-35, 1e-25, 1e-10, 1e10, 1e30], np.float32)
@@ -164,7 +164,7 @@ def test_linear_one_number_that_is_not_finite_spoils_its_row_and_no_other(
 def test_linear_fast_takes_8_bits_for_many_rows_alone(
     kernels: Kernels, ggml_type: Type, rng: np.random.Generator
 ):
-    """The error bound is that of the documentation; below 1e-4 it would be the exact product."""
+    """The error is within the documented bound; below 1e-4, the product would be the exact one."""
     tensor = random_tensor(ggml_type, 100, 768, rng)
     weight = kernels.pack([tensor])
     x = rng.standard_normal((70, 768), np.float32)

@@ -1,4 +1,4 @@
-"""Packing and reading rows: the numbers of the file, exactly as the gguf package reads them."""
+"""Tests of packing and reading rows: the numbers equal those that the gguf package reads."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ HALVES = np.array(
 
 
 def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Equal numbers, so equal bits, but for the signs of zeros and the bits of NaN."""
+    """Assert that bits are equal, except for the signs of zeros and the bits of NaN."""
     assert actual.dtype == expected.dtype == np.float32
     np.testing.assert_array_equal(actual, expected)
 
 
 def every_number(ggml_type: Type) -> GGUFTensor:
-    """All bit patterns of 16 bits, in rows; of float32 those with 16 zeros below."""
+    """Return a tensor of all 16-bit patterns; in float32, 16 zero bits follow each of them."""
     words = np.arange(65536, dtype="<u2").reshape(-1, 64)
     if ggml_type == Type.F32:
         words = (words.astype("<u4") << 16).view("<u2")
@@ -41,7 +41,7 @@ def every_number(ggml_type: Type) -> GGUFTensor:
 
 
 def edges(ggml_type: Type, rng: np.random.Generator) -> GGUFTensor:
-    """Blocks of three kinds (all bits 0, all bits 1, random) with every pair of HALVES."""
+    """Return blocks of three kinds (bits 0, bits 1, random) with each pair of HALVES as d, dmin."""
     if ggml_type not in FORMATS:
         return every_number(ggml_type)
     block = BLOCKS[ggml_type]
@@ -57,7 +57,7 @@ def edges(ggml_type: Type, rng: np.random.Generator) -> GGUFTensor:
 def test_rows_of_packed_weights_equal_the_files(
     target: str, ggml_type: Type, rng: np.random.Generator
 ):
-    """On XLA's own thread, where subnormal float32 numbers count as zero."""
+    """The kernels run on XLA's own thread, where subnormal float32 numbers count as zero."""
     kernels = kernels_of(target, threads=1)
     columns = 3 * block_columns(ggml_type)
     matrices = [[random_tensor(ggml_type, n, columns, rng)] for n in ROWS]
@@ -79,7 +79,7 @@ def test_rows_of_packed_weights_equal_the_files(
 def test_rows_of_ids_that_do_not_exist_are_rows_that_do(
     kernels: Kernels, ggml_type: Type, rng: np.random.Generator
 ):
-    """A negative one is the first; one that is too large reads no memory beyond the matrix."""
+    """A negative id gives the first row; a too large one reads no memory beyond the matrix."""
     tensor = random_tensor(ggml_type, 40, 256, rng)
     ids = np.array([-1, -(2**31), 40, 47, 48, 1000, 2**31 - 1], np.int32)
     found = np.asarray(jax.jit(kernels.rows)(ids, kernels.pack([tensor])))

@@ -1,4 +1,4 @@
-"""The threads: every chunk is done once, whoever else is at work, asleep, or gone."""
+"""Tests of the thread pool: each chunk runs once, even if helpers are busy, asleep or gone."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from phicore_jax.kernels import build, pool
 from phicore_jax.kernels.lang import I64, PTR, VOID, Function, Module, Target, Value
 
 SIZES = (1, 2, 5)
-PATIENCE_S = 60  # how long a test waits for what is to happen in a moment
+PATIENCE_S = 60  # how long a test waits for an event that is due in a moment
 
 Job = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
 def emit(module: Module) -> None:
-    """`run(state, job, args, chunks)`, and a job that counts the visits of each chunk."""
+    """Write `run(state, job, args, chunks)`, and a job that counts the visits of each chunk."""
     pool.emit(module)
 
     def run(f: Function, *args: Value) -> None:
@@ -36,7 +36,7 @@ def emit(module: Module) -> None:
         f.builder.atomic_rmw("add", at.ir, I64(1), "monotonic")
 
     def run_flushing(f: Function, *args: Value) -> None:
-        """As `run`, with the processor's bits for subnormal numbers, of x86 and of AArch64."""
+        """Run a job like `run`; if `is_flushing` is 1, subnormal numbers are 0 on this thread."""
         *args, is_flushing = args
         bits = 0x8040 if f.target.is_x86 else 1 << 24
         old = f.target.float_control(f)
@@ -51,21 +51,21 @@ def emit(module: Module) -> None:
 
 @cache
 def libraries() -> tuple[build.Library, build.Library]:
-    """The code above, and that of the helpers."""
+    """Return the library of `emit` and that of the helpers."""
     compiler = build.Compiler(Target(build.supported_targets()[0]))
-    compiler.folder = Path(os.devnull)  # nothing is kept
+    compiler.folder = Path(os.devnull)  # no file is written
     worker = compiler.library("worker", pool.emit_worker, ["pool_worker"])
     return compiler.library("pool", emit, ["run", "run_flushing", "count"]), worker
 
 
 @cache
 def pool_of(size: int) -> pool.Pool:
-    """Pools live as long as their threads, which never end."""
+    """Return a pool of some size. It is cached, since its threads never end."""
     return pool.Pool(libraries()[1], size)
 
 
 def run(threads: pool.Pool, job: Any, chunks: int, args: int = 0) -> None:
-    """Do the chunks of a job: a Python function or an address."""
+    """Run the chunks of a job, which is a Python function or an address."""
     address = ctypes.cast(job, ctypes.c_void_p)
     function = ctypes.CFUNCTYPE(
         None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
@@ -74,8 +74,8 @@ def run(threads: pool.Pool, job: Any, chunks: int, args: int = 0) -> None:
 
 
 def counting(chunks: int) -> tuple[np.ndarray, Callable[[pool.Pool], None]]:
-    """Counters, and what adds one to each."""
-    counters = np.zeros(chunks + 1, np.int64)  # one more, which nobody is to touch
+    """Return counters of chunks, and a function that adds one to each on a pool."""
+    counters = np.zeros(chunks + 1, np.int64)  # the last must stay 0
     job = libraries()[0].address("count")
     return counters, lambda threads: run(threads, job, chunks, counters.ctypes.data)
 
@@ -104,7 +104,7 @@ def test_run_visits_every_chunk_once(size: int, chunks: int):
 @pytest.mark.parametrize("is_parked", [True, False], ids=["asleep", "awake"])
 @pytest.mark.parametrize("size", SIZES)
 def test_run_all_threads_take_part(size: int, is_parked: bool):
-    """Each chunk waits for the others: one thread alone would wait for ever."""
+    """Each chunk waits for the others, so one thread alone would wait for ever."""
     for _ in range(20):
         if is_parked:
             wait_until_parked(pool_of(size))
@@ -120,7 +120,7 @@ def test_run_all_threads_take_part(size: int, is_parked: bool):
 
 
 def test_helpers_compute_as_the_caller_does():
-    """XLA's threads take subnormal numbers for 0, others do not: results are alike."""
+    """Helpers treat subnormal numbers as the caller does. XLA's threads take them for 0."""
     call = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int64)(
         libraries()[0].address("run_flushing")
     )
@@ -128,7 +128,7 @@ def test_helpers_compute_as_the_caller_does():
         barrier, halves = threading.Barrier(2), {}
 
         def halve(args: int, chunk: int, slot: int, barrier=barrier, halves=halves) -> None:
-            barrier.wait(PATIENCE_S)  # so that each thread does one
+            barrier.wait(PATIENCE_S)  # so that each thread gets one chunk
             halves[slot] = float(np.float32(2.0**-126) * np.float32(0.5))
 
         call(pool_of(2).state, ctypes.cast(Job(halve), ctypes.c_void_p), None, 2, is_flushing)
@@ -137,7 +137,7 @@ def test_helpers_compute_as_the_caller_does():
 
 
 def test_run_while_the_pool_is_busy_works_alone():
-    """The first caller's job ends when the second caller's has been done."""
+    """The second caller's job runs while the first caller's job waits for its end."""
     seen, callers = [], []
 
     def second(args: int, chunk: int, slot: int) -> None:
@@ -204,5 +204,5 @@ print("done")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_run_in_a_forked_process_needs_no_helpers():
-    """They stay behind in the parent, awake, asleep or in the middle of a job."""
+    """The helpers stay behind in the parent, awake, asleep or in the middle of a job."""
     assert run_python(FORK) == "done\n"

@@ -1,4 +1,4 @@
-"""Normalization and SwiGLU: any size of a row, any size of a number."""
+"""Tests of RMS normalization and SwiGLU, with rows and numbers of any size."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_rows_of_any_size_equal_float64(kernels: Kernels, rng: np.random.Generat
 
 
 def test_rms_norm_of_zeros_tiny_and_huge_rows(kernels: Kernels, rng: np.random.Generator):
-    """Each row by itself: what is wrong with one does not show in the next."""
+    """Each row is normalized by itself: a row of NaN does not affect the others."""
     x = rng.standard_normal((1, 40), np.float32) * np.array([[0], [1e-10], [1], [1e15]], np.float32)
     x = np.concatenate([x, np.full((1, 40), np.nan, np.float32)])
     weight = rng.standard_normal(40, np.float32)
@@ -45,7 +45,7 @@ def test_rms_norm_of_zeros_tiny_and_huge_rows(kernels: Kernels, rng: np.random.G
 
 @pytest.mark.parametrize("lanes", [16, 1], ids=["vector", "single"])
 def test_swiglu_of_any_gate_equals_float64(kernels: Kernels, lanes: int):
-    """From where silu is 0 to where it is the gate; each number is as exact as float32 has it."""
+    """Gates range from where silu is 0 to where silu(x) is x; each result is exact to float32."""
     sizes = np.concatenate([[0], np.geomspace(1e-6, 1e30, 127)])
     gates = np.concatenate([sizes, -sizes]).astype(np.float32).reshape(-1, lanes)
     both = np.concatenate([gates, np.full_like(gates, 0.75)], axis=1)

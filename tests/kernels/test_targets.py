@@ -1,4 +1,4 @@
-"""One source, several instruction sets: the results agree, and the code is what it should be."""
+"""Tests of several instruction sets: results agree, and code has the instructions it should."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ from phicore.testing.compare import assert_close
 
 BEST = build.supported_targets()[0]
 SEPARATE = 1e-6
-"""A sum of hundreds of products, each rounded before it is added or not (`Function.fma`)."""
+"""Bound on the difference of long sums whose products are rounded before they are added or not."""
 
 
 def assert_agree(target: str, actual: np.ndarray, best: np.ndarray) -> None:
-    """Sums of integers are exact, and all but the generic code multiply and add in one rounding."""
+    """Assert that results are equal bit for bit. Those of generic code need only be close.
+
+    Sums of integers are exact. In sums of float products, generic code rounds each product before
+    it adds it; all other code rounds once (`Function.fma`).
+    """
     if target == "generic":
         assert_close(actual, best, SEPARATE)
     else:
@@ -39,7 +43,7 @@ def assert_agree(target: str, actual: np.ndarray, best: np.ndarray) -> None:
 
 @pytest.fixture(scope="session", params=build.supported_targets()[1:])
 def target(request: pytest.FixtureRequest) -> str:
-    """Each target that this processor can run but the best, which the others are compared with."""
+    """Return each target of this processor except the best, which the others are compared with."""
     return request.param
 
 
@@ -63,7 +67,7 @@ def test_products_of_all_targets_agree(
 def test_caches_and_attention_of_all_targets_agree(
     target: str, kernels: Kernels, cache_type: str, rng: np.random.Generator
 ):
-    """What is stored is the same, bit for bit."""
+    """The stored caches are equal bit for bit."""
     dim = 64 if cache_type == "q8_0" else 20
     k, v = (rng.standard_normal((1, 2, 50, dim), np.float32) for _ in range(2))
     qs = [rng.standard_normal((1, 6, tokens, dim), np.float32) for tokens in (1, 20)]
@@ -133,19 +137,23 @@ WANTED = {
     "generic": {"exact": r"p(maddwd|mulhw) .*%xmm", "floats": r"mulps .*%xmm"},
     "neon": {"exact": r"sml?al", "floats": r"fmla", "halves": r"fcvtl"},
 }
-"""Instructions of products of 16 and of 8 bits, of float32, and of float16 numbers."""
+"""Patterns of instructions that code of a kind must have, by target.
+
+The kinds are products of 16-bit integers (`exact`), products of 8-bit integers (`fast`), products
+of float32 numbers (`floats`), and conversions from float16 (`halves`).
+"""
 ABSENT = {
     "avxvnni": r"%zmm|%ymm(1[6-9]|2\d|3[01])|%k\d",
     "avx2": r"%zmm|%ymm(1[6-9]|2\d|3[01])|%k\d|vpdp",
     "generic": r"%[yz]mm|\tv[a-z0-9]+ps ",
 }
-"""What would be an illegal instruction on a processor that has no more than it must."""
+"""Patterns of instructions that code must not have, since not every processor of a target does."""
 LIBRARY = {"read", "write", "memcpy", "memset", "bzero"}
-"""Functions that code may call: those of the C library that every process has."""
+"""Functions of the C library that code may call, since every process has them."""
 
 
 def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]]]:
-    """Names, the kind of their instructions, and what writes them."""
+    """Return kernels by name: the kind of their instructions, and the function that writes them."""
     i24, f16 = (Cache(*(Rows(t.name, 20) for t in rows_of_cache(name))) for name in ("i24", "f16"))
     q8_0 = Cache(Rows("q8_0", 64), Rows("q8_0", 64))
     found: dict[str, tuple[str, Callable[[Module], None]]] = {
@@ -182,7 +190,7 @@ def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]
 
 @pytest.fixture(scope="module", params=MACHINES, ids="-".join)
 def code(request: pytest.FixtureRequest) -> tuple[str, dict[str, tuple[str, str]]]:
-    """A target, and the kind and the assembly of its kernels."""
+    """Return a target, and the kind and the assembly of each of its kernels."""
     name, triple = request.param
     target = Target(name)
     machine = build.target_machine(target, triple)
@@ -210,7 +218,7 @@ def test_code_has_the_instructions_of_its_target(code: tuple[str, dict[str, tupl
 def test_code_calls_nothing_for_its_numbers(code: tuple[str, dict[str, tuple[str, str]]]):
     """Conversions, rounding and fma are instructions, not calls for each lane.
 
-    The oldest x86 processors cannot round; there it is rintf of the C library.
+    The oldest x86 processors cannot round, so generic code calls rintf of the C library.
     """
     name, kernels = code
     allowed = LIBRARY | ({"rintf"} if name == "generic" else set())

@@ -1,6 +1,6 @@
-"""Four layers of random weights of each type: the error that `linear` and the cache leave.
+"""Tests of four layers of random weights of each type, for errors of `linear` and of the cache.
 
-The reference is the NumPy backend, in float32, which other tests hold to transformers.
+The reference is the NumPy backend, in float32, which other tests compare with transformers.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif("numpy" not in BACKENDS, reason="install phicore
 
 @dataclass(frozen=True)
 class Expected:
-    """A model, and what NumPy makes of it: computed once for all backends."""
+    """A model with the logits and greedy tokens of NumPy, computed once for all backends."""
 
     path: Path
     logits: list[np.ndarray]
@@ -92,4 +92,4 @@ def test_fast_prefill_is_as_exact_as_bytes_allow_and_faithful_for_one_token(
         one, _, many = prompts()
         assert_close(fast.logits(one), reference.logits[0], FLOAT32_LOGITS)
         error = relative_error(fast.logits(many), reference.logits[2])
-    assert 1e-4 < error < 1.3e-2  # if it were below, it would not be the fast path
+    assert 1e-4 < error < 1.3e-2  # a smaller error would not be the fast path's

@@ -1,6 +1,7 @@
-"""Every backend against transformers in float32, on tiny random models of every type and shape.
+"""Tests of every backend against transformers in float32, on tiny models of every type and shape.
 
-The goldens are made by tools/make_reference.py; tests/golden/README.md says what they hold.
+The weights are random. The goldens are made by tools/make_reference.py; tests/golden/README.md says
+what they hold.
 """
 
 import hashlib
@@ -59,7 +60,7 @@ def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
 
 
 def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatch):
-    """With an original context of 32: 24 tokens and 8 more are short, 24 and 9 more are long."""
+    """With an original context of 32, 24 + 8 tokens take short factors, 24 + 9 take long ones."""
     engine = engine_of(ops, CASES["short_factors"].write(tmp_path / "tiny.gguf"))
     chosen = []
     tables = engine.runner.tables
@@ -78,15 +79,15 @@ def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatc
 @pytest.mark.each_value("name", "backend_name")
 @pytest.mark.parametrize("name", ["long_factors", "phimoe_beyond_original"])
 def test_conversation_that_crosses_the_original_context_is_read_again(name, ops, tmp_path):
-    """Turns of one engine, each longer: the last is beyond the original context of 16."""
+    """The turns of a conversation grow, and the last is beyond the original context of 16."""
     engine = engine_of(ops, CASES[name].write(tmp_path / "tiny.gguf"))
     conversation = golden()["token_ids"].tolist()
     short = engine.logits(conversation[:12])
-    for turn in (4, 12):  # 4 + 8 and 12 + 4 tokens are within it
+    for turn in (4, 12):  # 4 + 4 and 12 + 4 tokens are within it
         list(engine.generate(Request(conversation[:turn], GREEDY, max_tokens=4, seed=0)))
 
     assert_close(engine.logits(conversation), golden()[f"{name}/logits"], FLOAT32_LOGITS)
-    assert relative_error(short, golden()[f"{name}/logits"][:12]) > 1e-2  # otherwise rotated
+    assert relative_error(short, golden()[f"{name}/logits"][:12]) > 1e-2  # other rotation
     assert_close(engine.logits(conversation[:12]), short, SAME_GRAPH)
 
 
@@ -96,7 +97,7 @@ def test_conversation_that_crosses_the_original_context_is_read_again(name, ops,
     ids=str,
 )
 def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, monkeypatch):
-    """3000 tokens, one at a time or in chunks, through a cache that has room for 512."""
+    """A cache for 512 tokens is enough for 3000 tokens, one at a time or in chunks."""
     monkeypatch.setattr("phicore.engine.runner.LOGITS_CHUNKS", sizes)
     capacities = []
     for name in ("new_cache", "grow_cache"):
@@ -121,6 +122,6 @@ def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, m
 def test_greedy_tokens_far_beyond_the_window_equal_transformers(ops, tmp_path):
     engine = engine_of(ops, tiny_models.windowed().write(tmp_path / "tiny.gguf"))
     ids, expected = (golden()[f"windowed/{name}"].tolist() for name in ("token_ids", "greedy_ids"))
-    for count in (len(ids), len(ids) - 1500):  # no layer of two sees more than 126 tokens back
+    for count in (len(ids), len(ids) - 1500):  # two layers see 126 tokens back
         tokens = engine.generate(Request(ids[-count:], GREEDY, max_tokens=len(expected), seed=0))
         assert list(tokens) == expected

@@ -1,8 +1,9 @@
-"""Kernels for XLA on a CPU, written in Python and compiled by LLVM for the processor at hand.
+"""Kernels for XLA on CPUs, written in Python and compiled by LLVM for the processor at hand.
 
-`lang` is the language they are written in, `formats` how weights lie in memory, `linear`, `dense`
-and `attention` the kernels, `pool` the threads, `build` and `ffi` the ways to LLVM and XLA, and
-`runtime` the functions of JAX arrays that come out.
+`lang` is the language that kernels are written in. `formats` and `packed` describe how weights are
+stored in memory. `linear`, `dense`, `attention` and `rowwise` hold the kernels, and `matrix` what
+kernels for matrices share. `pool` runs a kernel on several threads. `build` compiles kernels with
+LLVM, and `ffi` registers them with XLA. `runtime` offers them as functions of JAX arrays.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ __all__ = ["ROWS_OF_STRIP", "Packed", "find_kernels"]
 
 @cache
 def find_kernels() -> tuple[Kernels | None, str]:
-    """The kernels of this process, or None; and which they are, or why there are none."""
+    """Return this process's kernels and their description, or None and why there are none."""
     if os.environ.get("PHICORE_KERNELS") == "0":
         return None, "switched off by PHICORE_KERNELS=0"
     if sys.platform == "win32":
-        return None, "not made for Windows yet"
+        return None, "not available on Windows yet"
     try:
         from phicore_jax.kernels import build, ffi
         from phicore_jax.kernels.runtime import Kernels
@@ -35,7 +36,7 @@ def find_kernels() -> tuple[Kernels | None, str]:
     version = ffi.interface_version()
     if version not in ffi.KNOWN:
         found = "unknown" if version is None else "{}.{}".format(*version)
-        return None, f"made for another version of XLA's interface than the installed one ({found})"
+        return None, f"they do not support the FFI version of the installed XLA ({found})"
     names = build.supported_targets()
     name = os.environ.get("PHICORE_CPU", names[0])
     if name not in names:

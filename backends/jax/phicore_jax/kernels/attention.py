@@ -1,10 +1,11 @@
-"""Kernels of the cache of keys and values, and of attention over it.
+"""Kernels for the cache of keys and values, and for attention over it.
 
-The cache holds float32, float16, integers with a float32 scale for each head and position, or
-bytes with a float16 scale for each 32.
-Attention reads the positions that a token sees and no others. It goes over them in blocks and
-keeps a running maximum and sum (Milakov and Gimelshein, "Online normalizer calculation for
-softmax", 2018; Dao et al., "FlashAttention", 2022), so its memory does not grow with the prompt.
+The cache holds float32 or float16 numbers, integers with a float32 scale for each head and
+position, or bytes with a float16 scale for every 32 channels.
+
+Attention reads only the positions that a token sees. It processes them in blocks and keeps a
+running maximum and sum (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018;
+Dao et al., "FlashAttention", 2022), so its memory does not grow with the prompt.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ from phicore_jax.kernels.lang import (
 FLOATS = vec(F32)
 LOWEST = -1e30  # below every score
 PREFETCH = 4096  # bytes ahead
-BLOCK = 32  # positions that are looked at together
+BLOCK = 32  # positions that are processed together
 BLOCK_OF_Q8_0 = ROW_TYPES["q8_0"].group or 0  # channels that share a scale
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How the numbers of a head at a position are stored: `f32`, `f16`, `i16`, `i24` or `q8_0`.
+    """Storage of a head's numbers at a position: `f32`, `f16`, `i16`, `i24` or `q8_0`.
 
-    Integers are multiples of the row's scale. Those of 24 bits are their upper 16 bits, one after
-    the other, and then the rest, signed bytes. A row of `q8_0` is bytes, and then the scales.
+    Integers (`i16`, `i24`) are multiples of the row's scale. A row of `i24` holds the upper 16 bits
+    of all channels and then the rest of each channel, a signed byte. A row of `q8_0` holds a byte
+    for each channel and then the float16 scales.
     """
 
     type: str
@@ -58,7 +60,7 @@ class Rows:
 
     @property
     def has_scales(self) -> bool:
-        """Whether rows have a scale each, in an array of its own."""
+        """Say whether each row has one scale, which a separate array holds."""
         return self.kind.scale_dtype is not None and self.kind.group is None
 
     @property
@@ -67,17 +69,17 @@ class Rows:
 
     @property
     def bytes(self) -> int:
-        """Bytes of a row, without a scale that is not in it."""
+        """Number of bytes of a row, without a scale in a separate array."""
         return (
             self.dim * self.kind.bits // 8 if self.has_scales else self.kind.bytes_of_row(self.dim)
         )
 
     def pieces(self) -> list[tuple[int, int]]:
-        """A row as vectors: (first channel, number of channels), the last one perhaps short."""
+        """Split a row into vectors: (first channel, number of channels); the last may be short."""
         return [(d, min(LANES, self.dim - d)) for d in range(0, self.dim, LANES)]
 
     def load(self, f: Function, row: Value, d: int, lanes: int) -> Value:
-        """Channels of a row as float32, without their scale."""
+        """Load channels of a row as float32, not multiplied by a scale in a separate array."""
         if self.type == "f32":
             return f.load(vec(F32, lanes), row, 4 * d)
         if self.type == "q8_0":
@@ -92,7 +94,7 @@ class Rows:
         return ((bits.to(I32) << 8) + low.to(I32)).to(F32)
 
     def store(self, f: Function, x: Sequence[Value], row: Value, scale_at: Value) -> None:
-        """Store a row, given in pieces, and its scale."""
+        """Store a row, given as the vectors of `pieces`, and its separate scale, if it has one."""
         if self.type == "q8_0":
             self._store_blocks(f, x, row)
             return
@@ -100,7 +102,7 @@ class Rows:
             largest = f.f32(0.0)
             for v in x:
                 largest = f.maximum(largest, f.maximum_of_lanes(f.absolute(v)))
-            is_none = largest <= 1e-30  # false for NaN, which is to be seen
+            is_none = largest <= 1e-30  # false for NaN, which must reach the result
             f.store(is_none.select(0.0, largest * (1 / self.largest)), scale_at)
             inverse = is_none.select(0.0, f.f32(self.largest) / largest)
             x = [f.round_even(v * inverse.splat(v.type.count)).to(I32) for v in x]
@@ -131,7 +133,7 @@ class Rows:
             inverse = (scale > 0.0).select(f.like(scale, 1.0) / scale, 0.0)
             for j, v in enumerate(block):
                 code = f.round_even(v * inverse).to(I32)
-                # a scale that was rounded down a lot, a tiny one, leaves more than fits
+                # a tiny scale may be rounded down so much that codes exceed the largest
                 code = (code > most).select(most, code)
                 code = (code < -most).select(-most, code)
                 f.store(code.to(I8), row, LANES * (i + j))
@@ -139,7 +141,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Cache:
-    """What a kernel is made for: the rows of keys and those of values."""
+    """The storage of keys and of values, which a kernel is specialized for."""
 
     keys: Rows
     values: Rows
@@ -158,11 +160,11 @@ class Cache:
 
 
 def exp(f: Function, x: Value) -> Value:
-    """e to the power of x, for x <= 0, to within 2 units in the last place.
+    """Compute e to the power of x, for x <= 0, to within 2 units in the last place.
 
-    2**n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes, expf.c).
+    The result is 2**n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes, expf.c).
     """
-    is_tiny = x < -87.0  # nothing, to float32
+    is_tiny = x < -87.0  # the result is 0
     x = is_tiny.select(-87.0, x)
     n = f.round_even(x * (1 / log(2)))
     r = f.fma(n, f.like(x, -0.693359375), x)
@@ -178,16 +180,17 @@ def exp(f: Function, x: Value) -> Value:
 
 
 def emit_store(module: Module, cache: Cache) -> None:
-    """`store`: keys and values (B, K, T, D) and positions (B, T), then the cache, in place.
+    """Write the handler `store`, which stores new keys and values in a cache, in place.
 
-    The cache is the rows (B, K, S, D) of keys and, if there are any, their scales (B, K, S), and
-    then those of values.
+    Its arguments are keys and values (B, K, T, D) float32, positions (B, T) int32, and the arrays
+    of the cache: the rows (B, K, S, D) of keys and, if there are any, their scales (B, K, S), then
+    the rows and scales of values. The arrays of the cache are also its results.
     """
     pool.emit(module)
     count = 2 if cache.has_scales else 1
 
     def head(f: Function, args: Value, chunk: Value, slot: Value) -> None:
-        """A chunk is a head of keys, or after those of values."""
+        """Store all tokens of a head. The chunks are the heads of keys, then those of values."""
         positions = f.load(PTR, args, 0)
         heads, tokens, capacity, all_heads = (f.load(I64, args, 8 * i) for i in range(1, 5))
         head, is_value = chunk % all_heads, chunk // all_heads
@@ -208,7 +211,7 @@ def emit_store(module: Module, cache: Cache) -> None:
     job = module.function("store_head", [PTR, I64, I64], head, exported=False)
 
     def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
-        keys, values, positions = args[:3]  # the results are the memory of the others
+        keys, values, positions = args[:3]  # the others share their memory with the results
         heads, tokens, capacity = keys.dim(1), keys.dim(2), rets[0].dim(2)
         all_heads = keys.dim(0) * heads
         own = []
@@ -223,7 +226,7 @@ def emit_store(module: Module, cache: Cache) -> None:
 
 # ---- attention -----------------------------------------------------------------------------
 
-# args of attention, in 64-bit words
+# Arguments of the jobs, in 64-bit words.
 Q, POSITIONS, KEYS, VALUES, KEY_SCALES, VALUE_SCALES, OUT, WINDOW = range(8)
 HEADS, KV_HEADS, TOKENS, CAPACITY = range(8, 12)
 
@@ -233,7 +236,7 @@ def _scale(f: Function, cache: Cache, scales: Value, number: Value) -> Value | N
 
 
 def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
-    """A chunk is a head of keys: one token of the `group` heads of queries that share it."""
+    """Write a job for one token; a chunk is the `group` heads of queries that share a key head."""
     pieces = cache.keys.pieces()
     queries = range(group)
 
@@ -287,7 +290,7 @@ def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
                 highest[r].value = new
                 total = sums[r].value * factor
                 for b, a in zip(block, at, strict=True):
-                    # beyond the last position scores are LOWEST, and this is 0
+                    # beyond the last position, scores are LOWEST and p is 0
                     p = (b > LOWEST).select(exp(f, b - new.splat()), f.zeros(FLOATS))
                     total = total + p
                     f.store(p, scores, a)
@@ -314,7 +317,7 @@ def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
 
 
 def _dot(f: Function, x: Sequence[Value], y: Sequence[Value]) -> Value:
-    """The sum of products of vectors of 16 channels; the last may be shorter."""
+    """Return the dot product of rows given as vectors of 16 channels; the last may be shorter."""
     whole: Value | None = None
     rest: Value | None = None
     for a, b in zip(x, y, strict=True):
@@ -333,7 +336,7 @@ KEYS_TOGETHER, CHANNELS_TOGETHER = 8, 4
 
 
 def _emit_many_tokens(module: Module, cache: Cache) -> ir.Function:
-    """A chunk is 16 tokens of a head of queries: a lane of every vector is a token."""
+    """Write a job for many tokens; a chunk is 16 tokens of a head of queries, one in each lane."""
     dim = cache.dim
     vector = 4 * LANES
     channels = -(-dim // CHANNELS_TOGETHER) * CHANNELS_TOGETHER
@@ -347,14 +350,14 @@ def _emit_many_tokens(module: Module, cache: Cache) -> ir.Function:
         )
         blocks = (tokens + (LANES - 1)) // LANES
         head, block = chunk // blocks, chunk % blocks
-        # the last blocks see most: with the largest first, threads end together
+        # later blocks see more positions; they come first, so that all threads end together
         block = blocks - 1 - block
         sequence, h = head // heads, head % heads
         kv_head = sequence * kv_heads + h // (heads // kv_heads)
         last_token = tokens - 1
 
         def token(lane: Value) -> Value:
-            """Lanes beyond the last token are copies of it, whose results are not stored."""
+            """Return the token of a lane. Lanes beyond the last token copy it, without effect."""
             t = block * LANES + lane
             return (t < tokens).select(t, last_token)
 
@@ -377,7 +380,7 @@ def _emit_many_tokens(module: Module, cache: Cache) -> ir.Function:
         oldest = place - window.to(I32).splat()  # the last position that is out of the window
 
         def load_rows(kind: Rows, source: Value, first: Value, count: Value) -> None:
-            """Positions of the cache as float32, without their scales."""
+            """Load positions of the cache into `rows` as float32, without separate scales."""
             with f.loop(count) as j:
                 row = f.offset(source, (kv_head * capacity + first + j) * kind.bytes)
                 to = f.offset(rows, j * (4 * channels))
@@ -403,7 +406,7 @@ def _emit_many_tokens(module: Module, cache: Cache) -> ir.Function:
                     p = first + j + i
                     score = s.value
                     if cache.has_scales:
-                        # beyond the capacity there is nothing to read; the score is masked anyway
+                        # p may be beyond the capacity; the score is masked anyway
                         safe = (p < end).select(p, first)
                         scale = f.load(F32, f.offset(key_scales, (kv_head * capacity + safe) * 4))
                         score = score * scale.splat()
@@ -453,10 +456,14 @@ def _emit_many_tokens(module: Module, cache: Cache) -> ir.Function:
 
 
 def emit_attention(module: Module, cache: Cache, group: int | None) -> None:
-    """`attention`: q (B, H, T, D) scaled, positions (B, T), window (1,), then keys and values.
+    """Write the handler `attention` for one token or for many.
+
+    Its arguments are scaled queries (B, H, T, D) float32, positions (B, T) int32, the window (1,)
+    int32, keys and values (B, K, S, D), and their scales (B, K, S), if they have separate ones. Its
+    result is (B, H, T, D) float32.
 
     Args:
-        group: Heads of queries that share a head of keys, for one token; None for many tokens.
+        group: Number of query heads that share a key head, for one token; None for many tokens.
     """
     pool.emit(module)
     is_one = group is not None

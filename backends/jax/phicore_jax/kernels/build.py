@@ -1,4 +1,4 @@
-"""From kernels as text to kernels in memory: compiled by LLVM for this processor, kept on disk."""
+"""Compilation of kernels by LLVM for this processor, with a cache of compiled code on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from phicore.gguf import blocks
 from phicore_jax import cache as jax_cache
 from phicore_jax.kernels.lang import Module, Target
 
-# What a target needs of an x86 processor.
+# The features that a target requires of an x86 processor.
 X86_FEATURES = {
     "avx512vnni": (
         "avx512f",
@@ -40,7 +40,7 @@ DIGEST_BYTES = 32
 
 
 class Library:
-    """Compiled functions. Their code stays in memory for the life of the process."""
+    """Compiled functions. Their code stays in memory as long as this object exists."""
 
     def __init__(self, jit: Any, name: str, code: bytes, exports: Sequence[str]) -> None:
         builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
@@ -49,12 +49,12 @@ class Library:
         self._tracker = builder.link(jit, name)
 
     def address(self, name: str) -> int:
-        """The address of a function or a variable."""
+        """Return the address of a function or a variable."""
         return int(self._tracker[name])
 
 
 class Compiler:
-    """Compiles modules for this processor, as one of the targets that it supports."""
+    """Compiler of modules for one of the targets that this processor supports."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -70,7 +70,11 @@ class Compiler:
 
     @cached_property
     def digest(self) -> str:
-        """Changes with any kernel, what it reads, the compiler, target and processor."""
+        """Hash of everything that compiled code depends on.
+
+        It covers the sources of the kernels and of the modules that describe their data, the
+        version of llvmlite, the target and the processor.
+        """
         digest = hashlib.sha256()
         described = (blocks.__file__, cache_types.__file__, jax_cache.__file__)
         for path in (*sorted(Path(__file__).parent.glob("*.py")), *map(Path, described)):
@@ -82,11 +86,17 @@ class Compiler:
 
     @cached_property
     def folder(self) -> Path:
-        """Where compiled modules are kept."""
+        """Folder of the compiled modules on disk."""
         return platformdirs.user_cache_path("phicore") / "kernels" / self.digest
 
     def library(self, name: str, emit: Callable[[Module], None], exports: Sequence[str]) -> Library:
-        """The functions of a module: from memory, from disk, or compiled now."""
+        """Return the functions of a module: from memory, from disk, or compiled now.
+
+        Args:
+            name: Name of the module and of its file.
+            emit: Writes the module's functions.
+            exports: Names of the functions and variables whose addresses are needed.
+        """
         if name not in self._libraries:
             path = self.folder / f"{name}.o"
             code = _read(path)
@@ -107,7 +117,7 @@ def _initialize() -> None:
 
 @cache
 def supported_targets() -> list[str]:
-    """The instruction sets that this processor has, fastest first."""
+    """Return the names of the targets that this processor supports, fastest first."""
     features = llvm.get_host_cpu_features()
     names = [n for n, needed in X86_FEATURES.items() if all(features.get(f) for f in needed)]
     if llvm.get_process_triple().split("-")[0] in ("aarch64", "arm64"):
@@ -116,7 +126,13 @@ def supported_targets() -> list[str]:
 
 
 def target_machine(target: Target, triple: str | None = None) -> Any:
-    """LLVM's description of a processor: this one's, cut to the target, or that of a triple."""
+    """Return LLVM's description of a processor with the features of a target.
+
+    On this platform, the best supported target gets all features of this processor.
+
+    Args:
+        triple: The platform to compile for; this one if None.
+    """
     _initialize()
     host = llvm.get_process_triple()
     cpu, features = "", ",".join(f"+{f}" for f in X86_FEATURES.get(target.name, ()))
@@ -130,7 +146,7 @@ def target_machine(target: Target, triple: str | None = None) -> Any:
 
 
 def optimized(module: Module, machine: Any, emit: Callable[[Any, Any], Any]) -> Any:
-    """Optimize a module, and `emit` it: object code, or assembly to look at."""
+    """Optimize a module and return `emit(machine, module)`: object code, or assembly to look at."""
     parsed = llvm.parse_assembly(str(module.ir))
     parsed.triple = machine.triple
     parsed.verify()
@@ -142,7 +158,10 @@ def optimized(module: Module, machine: Any, emit: Callable[[Any, Any], Any]) -> 
 
 
 def _read(path: Path) -> bytes | None:
-    """What `_write` wrote; None if it is not there, or is damaged: it would crash the process."""
+    """Return the code that `_write` stored, or None if the file is missing or damaged.
+
+    Damaged code would crash the process.
+    """
     try:
         data = path.read_bytes()
     except OSError:
@@ -152,7 +171,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> None:
-    """Write a file as a whole, unless the folder cannot be written."""
+    """Write code and its hash to a file, atomically; do nothing if the folder is not writable."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

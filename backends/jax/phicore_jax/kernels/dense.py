@@ -1,8 +1,9 @@
-"""Kernels of matrices of float16, bfloat16 and float32 numbers.
+"""Kernels for matrices of float16, bfloat16 and float32 numbers.
 
-Rows come in strips of 16; a strip has the 16 numbers of the first column, then those of the second.
-Sums are float32, four of them side by side (columns 0, 4, 8, ... and so on), whatever the number of
-rows of activations.
+A matrix is stored in strips of 16 rows. A strip holds the 16 numbers of its first column, then the
+16 of its second column, and so on. A product is the sum of four float32 sums: one over columns
+0, 4, 8, ..., one over columns 1, 5, 9, ..., and so on. The order of additions does not depend on
+the number of rows of activations.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def strip_bytes(ggml_type: GGMLQuantizationType, columns: int) -> int:
 
 
 def _values(f: Function, ggml_type: GGMLQuantizationType, at: Value) -> Value:
-    """16 numbers as float32."""
+    """Load 16 numbers of a matrix as float32."""
     if ggml_type == Type.F32:
         return f.load(FLOATS, at)
     bits = f.load(vec(I16), at)
@@ -48,11 +49,12 @@ def _values(f: Function, ggml_type: GGMLQuantizationType, at: Value) -> Value:
     return (bits.to(I32, signed=False) << 16).bits_as(FLOATS)
 
 
-W, X, Y, COLUMNS, OUT, PER_CHUNK, ROWS = range(7)  # from ROWS on, see `matrix.Tiles`
+# Arguments of the job, in 64-bit words; `matrix.Tiles` describes those from ROWS on.
+W, X, Y, COLUMNS, OUT, PER_CHUNK, ROWS = range(7)
 
 
 def _emit_tile(module: Module, ggml_type: GGMLQuantizationType, tiles: matrix.Tiles) -> ir.Function:
-    """Some strips by all rows, a tile of them at a time."""
+    """Write a job: a chunk multiplies some strips by all rows of activations, tile by tile."""
     size, tile = ELEMENT_BYTES[ggml_type] * LANES, tiles.size
 
     def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
@@ -99,9 +101,12 @@ def _emit_tile(module: Module, ggml_type: GGMLQuantizationType, tiles: matrix.Ti
 def emit_linear(
     module: Module, ggml_type: GGMLQuantizationType, tile: int, is_grouped: bool = False
 ) -> None:
-    """`linear`: x (rows, columns) and strips to y (rows, out).
+    """Write the handler `linear`: x (rows, columns) and strips to y (rows, out).
 
-    By many matrices, `order` and `firsts` come after the strips.
+    Args:
+        tile: Rows of activations in a tile.
+        is_grouped: The strips are of several matrices; the arguments `order` and `firsts` of
+            `matrix.Tiles` follow the strips.
     """
     pool.emit(module)
     tiles = matrix.Tiles(tile, ROWS, is_grouped)
@@ -120,7 +125,7 @@ def emit_linear(
 
 
 def emit_pack(module: Module, ggml_type: GGMLQuantizationType) -> None:
-    """`pack`, see `matrix.emit_pack`."""
+    """Write the function `pack` of a type; see `matrix.emit_pack`."""
     size = ELEMENT_BYTES[ggml_type]
     element = ir.IntType(8 * size)
 
@@ -131,7 +136,7 @@ def emit_pack(module: Module, ggml_type: GGMLQuantizationType) -> None:
 
 
 def emit_rows(module: Module, ggml_type: GGMLQuantizationType) -> None:
-    """`rows`, see `matrix.emit_rows`."""
+    """Write the handler `rows` of a type; see `matrix.emit_rows`."""
 
     def read_block(f: Function, block: Value, pick: matrix.Pick, to: Value) -> None:
         f.store(pick(_values(f, ggml_type, block)), to)

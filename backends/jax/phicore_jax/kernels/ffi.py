@@ -1,8 +1,8 @@
-"""Kernels as custom calls of XLA.
+"""Registration of kernels with XLA as custom calls.
 
-XLA calls a handler with a frame of pointers to structures of its C interface (xla/ffi/api/c_api.h,
-shipped with jaxlib). The handler reads them by their offsets in 64-bit words, which are those of
-all versions of the interface in `KNOWN`.
+XLA calls a handler with a call frame, which points to structures of XLA's C interface
+(xla/ffi/api/c_api.h, shipped with jaxlib). The handler reads their fields at fixed offsets. All
+versions of the interface in `KNOWN` have these offsets.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from phicore_jax.kernels.build import Library
 from phicore_jax.kernels.lang import I32, I64, PTR, Function, Module, Value
 
 KNOWN = [(0, minor) for minor in range(3, 6)]
-"""Versions of the interface whose structures have been checked."""
+"""Versions (major, minor) of the interface whose structures have been checked."""
 
-# XLA_FFI_CallFrame, XLA_FFI_Args / Rets, XLA_FFI_Buffer, XLA_FFI_Metadata, in 64-bit words
+# Offsets in 64-bit words: in XLA_FFI_CallFrame with its XLA_FFI_Args and XLA_FFI_Rets, in
+# XLA_FFI_Buffer, in XLA_FFI_Metadata_Extension, and in XLA_FFI_Metadata (METADATA_VERSION).
 FRAME_EXTENSION, FRAME_ARGS, FRAME_RETS = 1, 9, 14
 BUFFER_DATA, BUFFER_DIMS = 3, 5
 EXTENSION_TYPE, EXTENSION_METADATA = 1, 3
-METADATA_EXTENSION = 1  # XLA_FFI_Extension_Metadata
+METADATA_EXTENSION = 1  # the type XLA_FFI_Extension_Metadata, not an offset
 METADATA_VERSION = 3
 
 
 def interface_version() -> tuple[int, int] | None:
-    """The version of the interface that the installed XLA was built with."""
+    """Return the interface version (major, minor) of the installed XLA, or None if unknown."""
     try:
         header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
         text = header.read_text(encoding="utf-8")
@@ -41,7 +42,7 @@ def interface_version() -> tuple[int, int] | None:
 
 
 class Buffer:
-    """An argument or a result of a call."""
+    """An array that is an argument or a result of a call by XLA."""
 
     def __init__(self, f: Function, buffer: Value) -> None:
         self._f = f
@@ -59,9 +60,14 @@ Call = Callable[[Function, Value, Sequence[Buffer], Sequence[Buffer]], None]
 
 
 def emit_handler(module: Module, name: str, args: int, rets: int, call: Call) -> None:
-    """Define a handler; `call(f, pool_state, args, rets)` writes what it does.
+    """Define the handler `name`; `call(f, pool_state, args, rets)` writes its instructions.
 
+    XLA may also call a handler to ask for its interface version; the handler then only answers.
     The module gets a variable NAME_state, which `register` sets.
+
+    Args:
+        args: Number of arrays that are arguments.
+        rets: Number of arrays that are results.
     """
     state = ir.GlobalVariable(module.ir, I64, f"{name}_state")
     state.initializer = I64(0)
@@ -94,7 +100,11 @@ def exports(name: str) -> list[str]:
 
 
 def register(library: Library, name: str, target: str, pool_state: int) -> None:
-    """Make a handler known to XLA as `target`."""
+    """Register the handler `name` with XLA under the name `target`.
+
+    Args:
+        pool_state: Address of the state of the pool whose threads run the kernel.
+    """
     ctypes.c_int64.from_address(library.address(f"{name}_state")).value = pool_state
     pointer = ctypes.c_void_p(library.address(name))
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(pointer), platform="cpu")

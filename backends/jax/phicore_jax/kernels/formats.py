@@ -1,15 +1,15 @@
-"""How quantized matrices lie in memory for the kernels, and how blocks of a file become that.
+"""Memory layout of quantized matrices for the kernels, and the packing of a file's blocks into it.
 
-Rows come in strips of 16, one for each lane of a vector, and columns in groups of 32. The codes of
-a group are cut into bit planes of 8, 4, 2 or 1 bits. A plane is a few vectors of 16-bit lanes, two
-for each row: field i of the two lanes of vector j holds bits of the codes of columns 2p and 2p + 1,
-where p = j * 16 / bits + i. So one shift and one mask give 16 rows of a pair of columns, which is
-what a dot product of 16-bit numbers takes.
+A matrix is stored in strips of 16 rows, one row for each lane of a vector, and its columns in
+groups of 32. The codes of a group are cut into bit planes of 8, 4, 2 or 1 bits. A plane is a few
+vectors of 16-bit lanes, two lanes for each row. Field i of the two lanes of vector j holds bits of
+the codes of columns 2p and 2p + 1, where p = j * 16 / bits + i. So one shift and one mask give 16
+rows of a pair of columns, which a dot product of 16-bit numbers takes.
 
-A block of a strip is, for 16 rows: d and dmin (float16), scales and minima (bytes), and then the
-planes, group by group. The numbers are those of the file; nothing is rounded.
+A block of a strip holds, for 16 rows, d and dmin (float16), then scales and minima (bytes), and
+then the planes, group by group. The numbers are those of the file; nothing is rounded.
 
-Where a block of the file has what is said in `phicore.gguf.blocks`.
+`phicore.gguf.blocks` describes the blocks of a file.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ from phicore.gguf.blocks import (
 from phicore_jax.kernels.lang import F32, I8, I16, I32, LANES, Function, Value, vec
 
 Type = GGMLQuantizationType
-GROUP = 32  # columns that share a scale of the activations
+GROUP = 32  # columns in a group
 PAIRS = GROUP // 2
 CODES = vec(I16, 2 * LANES)
 
 
 @dataclass(frozen=True)
 class Format:
-    """A quantized type.
+    """The memory layout of a quantized type.
 
     Attributes:
         block: The fields of a block of the file.
-        scale_bits: 0 if each group has a float16 scale of its own; 8 if super-blocks of 256 have
-            one and each subgroup a byte to multiply it with; 4 if scale and minimum share a byte.
-        scales: Writes instructions that take such bytes from a block of the file: the scales of
-            the block and then the minima.
+        scale_bits: 0 if each group has its own float16 scale. 8 if a super-block of 256 columns has
+            a float16 scale, and each subgroup a byte to multiply it by. 4 if that byte holds a
+            scale and a minimum.
+        scales: Writes instructions that load these bytes from a block of the file: first the
+            block's scales, then its minima. None if `scale_bits` is 0.
     """
 
     block: Block
@@ -66,28 +67,28 @@ class Format:
 
     @cached_property
     def planes(self) -> tuple[tuple[int, int], ...]:
-        """(bits, shift) of each bit plane: a code is the sum of field << shift."""
+        """The (bits, shift) of each bit plane. A code is the sum of field << shift over planes."""
         low, high = self.block.low_bits, self.block.high_bits
         return ((low, 0), (high, low)) if high else ((low, 0),)
 
     @property
     def offset(self) -> int:
-        """What is subtracted from a code; codes of 8 bits are signed and have none."""
+        """Number that is subtracted from a code. It is 0 for codes of 8 bits, which are signed."""
         return self.block.offset
 
     @property
     def subgroups(self) -> int:
-        """Scales in a group of 32 columns: 1 or 2."""
+        """Number of scales in a group of 32 columns: 1 or 2."""
         return GROUP // self.block.group_size
 
     @property
     def has_min(self) -> bool:
-        """Whether a minimum is subtracted: value = scale * (code - offset) - min."""
+        """Say whether values have a bias (`dmin`): value = scale * (code - offset) + bias."""
         return bool(self.block.dmin)
 
     @property
     def halves(self) -> tuple[int, ...]:
-        """Where a block of the file has d and, if there are minima, dmin."""
+        """Offsets of d and, if there are minima, dmin in a block of the file, in bytes."""
         return tuple(field.start for field in (self.block.d, self.block.dmin) if field)
 
     # ---- sizes, in bytes -------------------------------------------------------------------
@@ -102,7 +103,7 @@ class Format:
 
     @cached_property
     def groups(self) -> int:
-        """Groups of 32 columns in a block."""
+        """Number of groups of 32 columns in a block."""
         return self.columns // GROUP
 
     @property
@@ -111,7 +112,7 @@ class Format:
 
     @property
     def scale_count(self) -> int:
-        """Bytes of scales, and of minima if they have their own, of one row's block."""
+        """Number of bytes of one row's block for scales, and for minima with bytes of their own."""
         kinds = 2 if self.has_min and self.scale_bits == 8 else 1
         return self.groups * self.subgroups * kinds if self.scale_bits else 0
 
@@ -133,7 +134,7 @@ class Format:
     # ---- reading a strip -------------------------------------------------------------------
 
     def super_scales(self, f: Function, block: Value) -> list[Value]:
-        """d and dmin of 16 rows, float32."""
+        """Load d and, if the type has it, dmin of 16 rows as float32."""
         return [
             f.target.half_to_float(f.load(vec(I16), block, 2 * LANES * i))
             for i in range(len(self.halves))
@@ -142,7 +143,7 @@ class Format:
     def group_scales(
         self, f: Function, block: Value, supers: list[Value], group: Value
     ) -> list[tuple[Value, Value | None]]:
-        """The scale and the bias (what is added) of 16 rows for each subgroup, float32."""
+        """Compute the scale and the bias, if any, of each subgroup for 16 rows, float32."""
         if not self.scale_bits:
             return [(supers[0], supers[1] if self.has_min else None)]
         found: list[tuple[Value, Value | None]] = []
@@ -159,15 +160,15 @@ class Format:
             s = supers[0] * scale.to(I32, signed=is_signed).to(F32)
             if minimum is None:
                 found.append((s, None))
-            else:  # of super-blocks, the minimum is subtracted
+            else:  # in super-blocks, the minimum is subtracted
                 m = supers[1] * minimum.to(I32, signed=False).to(F32)
                 found.append((s, f.zeros(m.type) - m))
         return found
 
     def group_codes(self, f: Function, group: Value) -> list[Value]:
-        """Codes of 16 rows by 32 columns: for each pair of columns 2 x 16 numbers of 16 bits.
+        """Load the codes of 16 rows by 32 columns: for each pair of columns, (2 * 16,) int16.
 
-        Unsigned, with the offset still in them; those of 8 bits are signed.
+        Codes are unsigned and still contain the offset; codes of 8 bits are signed.
         """
         pairs: list[Value | None] = [None] * PAIRS
         start = 0
@@ -186,7 +187,7 @@ class Format:
     # ---- writing a strip -------------------------------------------------------------------
 
     def pack_block(self, f: Function, source: Value, block: Value, lane: Value) -> None:
-        """Bring a block of a row of the file into a lane of a strip."""
+        """Write one row's block from the file into a lane of a strip's block."""
         for i, at in enumerate(self.halves):
             f.store(f.load(I16, source, at), f.offset(block + 2 * LANES * i, lane * 2))
         if self.scales is not None:
@@ -203,7 +204,7 @@ class Format:
 
 
 def _field(plane: Value, bits: int, i: int, shift: int) -> Value:
-    """Field i of every 16-bit lane, shifted to its place in the code."""
+    """Extract field i of every 16-bit lane, shifted to its place in the code."""
     if bits == 8:  # signed
         return plane.sar(8) if i else (plane << 8).sar(8)
     mask, move = (2**bits - 1) << shift, shift - bits * i
@@ -212,7 +213,7 @@ def _field(plane: Value, bits: int, i: int, shift: int) -> Value:
 
 
 def _plane_words(codes: Value, bits: int, shift: int) -> Value:
-    """The bit plane of 32 codes of a row, as 32-bit words: one for every 32 / bits codes."""
+    """Return a bit plane of 32 codes of a row as 32-bit words, one for every 32 / bits codes."""
     fields, count = 16 // bits, PAIRS * bits // 16
     narrow = codes if bits == 8 else (codes >> shift) & (2**bits - 1)
     lanes: Value | None = None
@@ -228,7 +229,7 @@ def _plane_words(codes: Value, bits: int, shift: int) -> Value:
 
 
 def _codes(f: Function, source: Value, block: Block, group: int) -> Value:
-    """32 codes of a block of the file, a byte for each."""
+    """Load the 32 codes of a group from a block of the file, one byte for each."""
     low = _part(f, source, block.low, block.low_bits, group)
     if not block.high:
         return low
@@ -236,11 +237,11 @@ def _codes(f: Function, source: Value, block: Block, group: int) -> Value:
 
 
 def _part(f: Function, source: Value, field: Bits, bits: int, group: int) -> Value:
-    """Some bits of each of the 32 codes of a group."""
+    """Load the bits that a field of the file has of the 32 codes of a group."""
     if field.run == 1:
         word = f.load(I32, source, field.start)
         return word.bits_as(vec(ir.IntType(1), GROUP)).to(I8, signed=False)
-    if field.run < GROUP:  # 16 bytes: columns 0-15 in the low halves, 16-31 in the high ones
+    if field.run < GROUP:  # 16 bytes: columns 0-15 in the low nibbles, 16-31 in the high ones
         packed = f.load(vec(I8, 16), source, field.start)
         return (packed & 15).lanes(list(range(GROUP)), packed >> 4)
     run, column = divmod(GROUP * group, field.run * 8 // bits)
@@ -296,4 +297,4 @@ FORMATS = {
         Format(Q6_K, 8, _bytes_of(Q6_K.scales)),
     )
 }
-"""The types that have kernels."""
+"""The layouts of the quantized types that have kernels, by type."""

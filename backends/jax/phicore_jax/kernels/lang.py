@@ -1,10 +1,10 @@
 """A small language for vector kernels: Python that writes LLVM IR.
 
-A kernel is a Python function that is run once, with symbols in place of numbers, and leaves behind
-the instructions for them: Python loops are unrolled, `Function.loop` makes one that runs. Vectors
-are as wide as the kernel likes; LLVM cuts them to what the processor has. So one source serves
-every instruction set, but for the few operations of `Target`, which have a name on some processors
-and are spelled out on the others.
+A kernel is a Python function that runs once, on symbols instead of numbers, and writes the
+instructions that compute with them. So Python loops are unrolled; `Function.loop` writes a loop
+that runs. Vectors may have any width, since LLVM splits them to fit the processor's registers. So
+one source serves every instruction set. Only the few operations of `Target` differ: some
+processors have an instruction for them, and on others they take several.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VOID = ir.VoidType()
 
 
 def f32_bits(x: float) -> int:
-    """A float32 number as the integer of the same bits."""
+    """Return the bits of a float32 number as an integer."""
     return int.from_bytes(struct.pack("<f", x), "little")
 
 
@@ -39,7 +39,10 @@ Operand = Any
 
 
 class Value:
-    """A number, vector or pointer of a kernel, with operators. Shifts to the right are unsigned."""
+    """A number, vector or pointer of a kernel, with Python's operators.
+
+    On integers `/`, `//`, `%` and `>>` are unsigned, and comparisons are signed.
+    """
 
     __slots__ = ("f", "ir")
 
@@ -96,7 +99,7 @@ class Value:
         return self._binary(other, "lshr")
 
     def sar(self, bits: int) -> Value:
-        """Shift to the right, sign kept."""
+        """Shift to the right and keep the sign."""
         return self._binary(bits, "ashr")
 
     def compare(self, op: str, other: Operand) -> Value:
@@ -120,14 +123,14 @@ class Value:
         return self.compare("==", other)
 
     def select(self, yes: Operand, no: Operand) -> Value:
-        """`yes` where this condition is true, else `no`."""
+        """Return `yes` where this condition is true, else `no`."""
         yes = yes if isinstance(yes, Value) else self.f.like(no, yes)
         return Value(self.f, self.f.builder.select(self.ir, yes.ir, self.f.like(yes, no).ir))
 
     # ---- conversions -----------------------------------------------------------------------
 
     def to(self, element: ir.Type, signed: bool = True) -> Value:
-        """Convert the numbers to another type: widened, narrowed, or rounded toward zero."""
+        """Convert the numbers to another type; floats become integers by rounding toward zero."""
         b, source = self.f.builder, _element(self.type)
         target = _with_element(self.type, element)
         if self.type == target:
@@ -144,18 +147,18 @@ class Value:
         return Value(self.f, getattr(b, name)(self.ir, target))
 
     def bits_as(self, target: ir.Type) -> Value:
-        """Read the bits as another type of the same size."""
+        """Reinterpret the bits as another type of equal size."""
         return Value(self.f, self.f.builder.bitcast(self.ir, target))
 
     def splat(self, lanes: int = LANES) -> Value:
-        """A vector that holds this number in every lane."""
+        """Return a vector that holds this number in every lane."""
         b, wide = self.f.builder, vec(self.type, lanes)
         first = b.insert_element(ir.Constant(wide, ir.Undefined), self.ir, I32(0))
         zeros = ir.Constant(vec(I32, lanes), [0] * lanes)
         return Value(self.f, b.shuffle_vector(first, ir.Constant(wide, ir.Undefined), zeros))
 
     def lanes(self, indices: Sequence[int], other: Value | None = None) -> Value:
-        """The lanes of these numbers, of this vector and then of `other`."""
+        """Return the lanes with these indices, which count through this vector and then `other`."""
         second = ir.Constant(self.type, ir.Undefined) if other is None else other.ir
         mask = ir.Constant(vec(I32, len(indices)), list(indices))
         return Value(self.f, self.f.builder.shuffle_vector(self.ir, second, mask))
@@ -166,7 +169,7 @@ class Value:
 
 
 def joined(vectors: Sequence[Value]) -> Value:
-    """The lanes of vectors of the same size, one after the other; a power of two of them."""
+    """Concatenate vectors of equal size; the number of vectors must be a power of two."""
     while len(vectors) > 1:
         n = 2 * vectors[0].type.count
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
@@ -183,7 +186,7 @@ def _with_element(t: ir.Type, element: ir.Type) -> ir.Type:
 
 
 class Variable:
-    """A number or vector that changes in a loop."""
+    """A number or vector of a kernel that can be assigned anew, for example in a loop."""
 
     def __init__(self, f: Function, initial: Value) -> None:
         self._f = f
@@ -202,7 +205,7 @@ class Variable:
 
 
 class Target:
-    """The instruction set: operations that not every processor has under one name.
+    """An instruction set, with the operations that are written differently for each.
 
     Attributes:
         name: `avx512vnni`, `avxvnni`, `avx2`, `neon` or `generic`.
@@ -217,21 +220,21 @@ class Target:
 
     @property
     def has_byte_dot(self) -> bool:
-        """Whether sums of products of bytes are faster than those of 16-bit numbers."""
+        """Say whether the target has `dot_bytes`, which is faster than `dot_pairs`."""
         return self.name in ("avx512vnni", "avxvnni")
 
     @property
     def tile(self) -> int:
-        """Rows of activations for which a product of two strips keeps its sums in registers."""
+        """Rows of activations in a tile whose sums with two strips fit in the registers."""
         return {"avx512vnni": 6, "neon": 3}.get(self.name, 2)
 
     @property
     def fused_tile(self) -> int:
-        """Rows of activations for which a product of one strip, decoded in registers, does so."""
+        """Rows of activations in a tile whose sums fit in the registers beside a decoded strip."""
         return {"avx512vnni": 8, "neon": 4}.get(self.name, 3)
 
     def dot_pairs(self, acc: Value, x: Value, y: Value) -> Value:
-        """acc + x0 * y0 + x1 * y1 in every 32-bit lane, of signed 16-bit numbers x and y."""
+        """Return acc + x0 * y0 + x1 * y1 in every 32-bit lane, of signed 16-bit numbers x and y."""
         f = acc.f
         if self.name == "avx512vnni":
             return f.call("llvm.x86.avx512.vpdpwssd.512", acc.type, acc, *_as_arguments(f, x, y))
@@ -247,33 +250,33 @@ class Target:
         return acc + x0 * y0 + x1 * y1
 
     def dot_bytes(self, acc: Value, codes: Value, y: Value) -> Value:
-        """acc + the sum of 4 products in every 32-bit lane, unsigned codes by signed bytes."""
+        """Return acc + 4 products in every 32-bit lane, of unsigned bytes `codes` and signed y."""
         if self.name == "avx512vnni":
             return acc.f.call("llvm.x86.avx512.vpdpbusd.512", acc.type, acc, codes, y)
         return _in_halves(acc.f, "llvm.x86.avx512.vpdpbusd.256", acc, codes, y)
 
     def half_to_float(self, bits: Value) -> Value:
-        """Numbers of float16, given as their bits, in float32."""
+        """Convert float16 numbers, given as their bits, to float32."""
         if self.name != "generic":
             half = vec(F16, bits.type.count)
             return bits.bits_as(half).to(F32)
         wide = bits.to(I32, signed=False)
         size, floats = wide & 0x7FFF, vec(F32, bits.type.count)
-        number = (size << 13) + (112 << 23)  # exponents differ by 112
+        number = (size << 13) + (112 << 23)  # the exponents' biases differ by 112
         number = (size >= 0x7C00).select(number | 0x7F800000, number)
-        # by way of an integer: XLA lets processors take subnormal numbers for 0
+        # converted as an integer, because XLA's threads treat subnormal numbers as 0
         subnormal = (size.to(F32) * 2.0**-24).bits_as(wide.type)
         number = (size < 0x400).select(subnormal, number)
         return (number | (wide & 0x8000) << 16).bits_as(floats)
 
     def float_to_half(self, x: Value) -> Value:
-        """The bits of numbers rounded to float16 (to nearest, ties to even)."""
+        """Round numbers to float16 (to nearest, ties to even) and return their bits."""
         shape = vec(I16, x.type.count)
         if self.name != "generic":
             return x.to(F16).bits_as(shape)
         bits = x.bits_as(vec(I32, x.type.count))
         size, sign = bits & 0x7FFFFFFF, (bits >> 16) & 0x8000
-        # a normal half: round the mantissa to 10 bits; a subnormal one: let the adder do it
+        # normal halves: round the mantissa to 10 bits; subnormal ones: a float addition rounds
         normal = (size + 0xFFF + ((size >> 13) & 1) - (112 << 23)) >> 13
         magic = f32_bits(0.5)
         small = (size.bits_as(x.type) + 0.5).bits_as(bits.type) - magic
@@ -283,7 +286,10 @@ class Target:
         return (half | sign).to(I16)
 
     def float_control(self, f: Function) -> Value:
-        """How this thread rounds, and whether it takes subnormal numbers for 0, as XLA's do."""
+        """Return this thread's floating-point control register, as int64.
+
+        It says how the thread rounds and whether it treats subnormal numbers as 0, as XLA's do.
+        """
         if self.is_x86:
             word = f.buffer(4)
             f.call("llvm.x86.sse.stmxcsr", VOID, word)
@@ -291,7 +297,7 @@ class Target:
         return f.call("llvm.aarch64.get.fpcr", I64) if self.name == "neon" else f.i64(0)
 
     def set_float_control(self, f: Function, control: Value) -> None:
-        """Compute as the thread does whose `float_control` this is."""
+        """Set this thread's floating-point control register to a value of `float_control`."""
         if self.is_x86:
             word = f.buffer(4)
             f.store(control.to(I32), word)
@@ -300,7 +306,7 @@ class Target:
             f.call("llvm.aarch64.set.fpcr", VOID, control)
 
     def pause(self, f: Function) -> None:
-        """Tell the processor that this thread only waits."""
+        """Tell the processor that this thread waits in a loop."""
         if self.is_x86:
             f.call("llvm.x86.sse2.pause", VOID)
         elif self.name == "neon":
@@ -312,7 +318,7 @@ def _as_arguments(f: Function, *vectors: Value) -> list[Value]:
 
 
 def _halved(f: Function, name: str, result: ir.Type, *vectors: Value) -> Value:
-    """Apply an operation that takes half as many lanes."""
+    """Apply an operation of half as many lanes to both halves of vectors, and join the results."""
     halves = []
     for half in range(2):
         parts = []
@@ -357,7 +363,7 @@ class Module:
 
 
 class Function:
-    """A function being written."""
+    """A function that is being written; its methods write instructions."""
 
     def __init__(self, module: Module, function: ir.Function) -> None:
         self.module = module
@@ -379,7 +385,7 @@ class Function:
         return Value(self, ir.Constant(F32, x))
 
     def vector(self, numbers: Sequence[Value]) -> Value:
-        """A vector of numbers of one type."""
+        """Return a vector of numbers of one type."""
         found = ir.Constant(vec(numbers[0].type, len(numbers)), ir.Undefined)
         for i, number in enumerate(numbers):
             found = self.builder.insert_element(found, number.ir, I32(i))
@@ -393,11 +399,11 @@ class Function:
         return Value(self, self.builder.icmp_unsigned("!=", number, I64(0)))
 
     def address_of(self, named: ir.Function | ir.GlobalVariable) -> Value:
-        """The address of a function or a global variable, as a pointer of any type."""
+        """Return the address of a function or a global variable, as an untyped pointer."""
         return Value(self, _Address(named))
 
     def like(self, model: Value, x: Operand) -> Value:
-        """`x` as the type of `model`, if it is a Python number."""
+        """Convert `x`, if it is a Python number, to a constant of the type of `model`."""
         if isinstance(x, Value):
             return x
         t = model.type
@@ -408,7 +414,7 @@ class Function:
     # ---- memory ----------------------------------------------------------------------------
 
     def offset(self, pointer: Value, offset: Operand) -> Value:
-        """A pointer some bytes further."""
+        """Return a pointer `offset` bytes beyond `pointer`."""
         if isinstance(offset, int) and offset == 0:
             return pointer
         offset = offset.ir if isinstance(offset, Value) else I64(offset)
@@ -422,7 +428,7 @@ class Function:
         self.builder.store(value.ir, self.offset(pointer, offset).ir, align=align)
 
     def buffer(self, size: int) -> Value:
-        """Memory of a function call, of constant size, aligned for vectors."""
+        """Reserve `size` bytes on the stack until the function returns, aligned for vectors."""
         with self.builder.goto_entry_block():
             slot = self.builder.alloca(ir.ArrayType(I8, size))
             slot.align = 64
@@ -430,19 +436,19 @@ class Function:
         return Value(self, slot)
 
     def pack(self, *values: Value) -> Value:
-        """Memory with these 64-bit values, for the arguments of a job."""
+        """Store 64-bit values on the stack, as arguments of a job, and return their address."""
         packed = self.buffer(8 * len(values))
         for i, value in enumerate(values):
             self.store(value, packed, 8 * i)
         return packed
 
     def align(self, pointer: Value, to: int) -> Value:
-        """The next address that is a multiple of `to`."""
+        """Round an address up to a multiple of `to`, a power of two."""
         number = Value(self, self.builder.ptrtoint(pointer.ir, I64))
         return self.offset(pointer, (self.i64(0) - number) & (to - 1))
 
     def prefetch(self, pointer: Value, offset: Operand) -> None:
-        """Ask for the line at an address that may lie beyond the end of the data."""
+        """Prefetch the cache line at an address, which may lie beyond the end of the data."""
         one, address = I32(1), self.offset(pointer, offset)
         f = self._intrinsic("llvm.prefetch.p0", VOID, [PTR, I32, I32, I32])
         self.builder.call(f, [address.ir, I32(0), I32(3), one])
@@ -484,7 +490,7 @@ class Function:
 
     @contextmanager
     def if_else(self, condition: Value) -> Iterator[Any]:
-        """`with f.if_else(condition) as (yes, no)`, and in it `with yes` and `with no`."""
+        """Run one of two blocks: `with f.if_else(x) as (yes, no)`, then `with yes`, `with no`."""
         with self.builder.if_else(condition.ir) as branches:
             yield branches
 
@@ -502,31 +508,31 @@ class Function:
         return Value(self, self.builder.call(function, [a.ir for a in args]))
 
     def call_pointer(self, pointer: Value, *args: Value) -> None:
-        """Call a function without result by its address."""
+        """Call a function without a result by its address."""
         callee = _Callee(pointer.ir, ir.FunctionType(VOID, [a.type for a in args]))
         self.builder.call(callee, [a.ir for a in args])
 
     def fma(self, x: Value, y: Value, z: Value) -> Value:
-        """x * y + z, rounded once where the processor can."""
+        """Return x * y + z, rounded once if the processor has an instruction for that."""
         return self.call("llvm.fmuladd" + suffix(x.type), x.type, x, y, z)
 
     def maximum(self, x: Value, y: Value) -> Value:
-        """The larger one; NaN if either is."""
+        """Return the larger number, or NaN if either is NaN."""
         return self.call("llvm.maximum" + suffix(x.type), x.type, x, y)
 
     def larger(self, x: Value, y: Value) -> Value:
-        """The larger one; where one is NaN, the other."""
+        """Return the larger number, or if one is NaN, the other."""
         return self.call("llvm.maxnum" + suffix(x.type), x.type, x, y)
 
     def absolute(self, x: Value) -> Value:
         return self.call("llvm.fabs" + suffix(x.type), x.type, x)
 
     def round_even(self, x: Value) -> Value:
-        # rint, not roundeven: not every C library has the latter, for processors without either
+        # Not roundeven: processors without it would call the C library, which may lack it, too.
         return self.call("llvm.rint" + suffix(x.type), x.type, x)
 
     def sum_of_lanes(self, x: Value) -> Value:
-        """The sum of a vector's lanes, added in pairs."""
+        """Return the sum of a vector's lanes, added in pairs."""
         return self._reduce(x, lambda a, b: a + b)
 
     def maximum_of_lanes(self, x: Value) -> Value:
@@ -547,7 +553,7 @@ class Function:
 
 
 class _Callee:
-    """An address that is called; llvmlite asks a callee for its type, which pointers have not."""
+    """A pointer to call. llvmlite asks a callee for its function type, which pointers lack."""
 
     def __init__(self, pointer: ir.Value, function_type: ir.FunctionType) -> None:
         self.type = pointer.type
@@ -556,7 +562,7 @@ class _Callee:
 
 
 def suffix(t: ir.Type) -> str:
-    """An overloaded intrinsic's type, as in `llvm.fabs.v16f32`."""
+    """Return the type suffix of an overloaded intrinsic: `.v16f32` in `llvm.fabs.v16f32`."""
     if isinstance(t, ir.VectorType):
         return f".v{t.count}{suffix(t.element)[1:]}"
     if isinstance(t, ir.IntType):
@@ -565,7 +571,7 @@ def suffix(t: ir.Type) -> str:
 
 
 class _Address:
-    """A function or a global variable as an operand; llvmlite gives them typed pointers."""
+    """A function or a global variable as an operand of type PTR; llvmlite types its pointers."""
 
     def __init__(self, named: ir.Function | ir.GlobalVariable) -> None:
         self.type = PTR

@@ -1,13 +1,13 @@
-"""Kernels of quantized matrices: packing, products, rows.
+"""Kernels for quantized matrices: packing, products, and reading of rows.
 
-Activations are made integers too: in every 8 columns, multiples of 1 / 32767 of the largest, so
-that the sum of their products is exact in 32 bits, and rounding them costs 1e-5 of a product
-(llama.cpp's bytes: 7e-3). Sums over groups are float32, in the order of the columns,
-whatever the number of rows or threads: a prompt gives the same bits in one piece or in many.
+Activations are rounded to integers, too: every 8 columns of a row become multiples of 1 / 32767 of
+their largest number. Sums of products of 8 columns are then exact in 32 bits, and the rounding
+changes a product by 1e-5 of its size (llama.cpp's bytes: 7e-3). Sums over groups are float32 and
+run in the order of the columns, whatever the number of rows or threads. So a prompt gives the same
+bits in one piece and in many.
 
-In memory, activations are tiles of a few rows. A record of a tile is a group of 32 columns: for
-each pair of columns the pairs of all rows, then the rows' scales, then what the format needs of
-their sums (`_sums`).
+In memory, activations are tiles of a few rows. A tile has a record for each group of 32 columns.
+`Product` describes a record: integers, their scales, and the sums that the format needs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from phicore_jax.kernels.lang import (
     vec,
 )
 
-STRIPS_AT_ONCE = 4  # decoded at a time, for all rows
-STRIPS_TOGETHER = 2  # multiplied at a time, so that activations are loaded once for both
+STRIPS_AT_ONCE = 4  # strips that are decoded at a time, for all rows
+STRIPS_TOGETHER = 2  # strips multiplied at a time, so that activations are loaded once for both
 SPAN = 8  # groups that are decoded at a time
 PREFETCH = 8192  # bytes ahead
 
@@ -49,12 +49,21 @@ FLOATS, INTS = vec(F32), vec(I32)
 
 @dataclass(frozen=True)
 class Product:
-    """A kernel: rows of a format by a tile of activations of 16 or 8 bits.
+    """A kernel that multiplies matrices of a format by tiles of activations of 16 or 8 bits.
 
-    The record of a group is, in 32-bit words, each for all rows of the tile: `words` times the
-    integers of 2 or 4 columns; the units they are multiples of, one for every `unit_columns`; and
-    sums of the activations, one for each subgroup, if the format has a minimum, or else of the
-    integers of each unit, times -offset.
+    The record of a group of columns is made of 32-bit words. Each word listed here is stored once
+    for each row of the tile, one row after the other:
+
+    - `words` words with the integers of 2 columns (16 bits) or 4 columns (8 bits) each.
+    - `units` words with the float32 units that integers are multiples of: one for every
+      `unit_columns` columns.
+    - `sums` words. If the format has a minimum: the float32 sum of the activations of each
+      subgroup. If not: the int32 sum of the integers of each unit, times -offset.
+
+    Args:
+        tile: Number of rows of activations in a tile.
+        bits: Bits of an activation's integer.
+        is_grouped: True if rows are multiplied by several matrices, as of experts.
     """
 
     format: Format
@@ -88,7 +97,7 @@ class Product:
 
     @property
     def offset(self) -> int:
-        """What is in the codes as they are multiplied: bytes are made unsigned."""
+        """Offset of the codes. Products of 8 bits make signed codes unsigned by adding 128."""
         is_signed_byte = self.format.planes[0][0] == 8
         return 128 if self.bits == 8 and is_signed_byte else self.format.offset
 
@@ -100,19 +109,19 @@ class Product:
         return tiles * (columns // GROUP) * self.record_bytes
 
     def sums_bytes(self, tiles: int) -> int:
-        """Memory of a thread for the sums of the strips it works on."""
+        """Return the number of bytes that a thread needs for the sums of its strips."""
         return tiles * self.tile * STRIPS_AT_ONCE * 4 * LANES
 
 
-# args of products, in 64-bit words
-W, X, Y, WORKSPACE, COLUMNS, OUT, PER_CHUNK, ROWS = range(8)  # from ROWS on, see `matrix.Tiles`
+# Arguments of the jobs, in 64-bit words; `matrix.Tiles` describes those from ROWS on.
+W, X, Y, WORKSPACE, COLUMNS, OUT, PER_CHUNK, ROWS = range(8)
 
 
 # ---- activations ---------------------------------------------------------------------------
 
 
 def _quantize_group(f: Function, p: Product, x: Value, record: Value, row: Value) -> None:
-    """32 columns of a row, to their places in a record."""
+    """Round 32 columns of a row of activations to integers, and store them in a record."""
     size, at = p.unit_columns, f.offset(record, row * 4)
 
     def put(value: Value, word: int) -> None:
@@ -122,7 +131,7 @@ def _quantize_group(f: Function, p: Product, x: Value, record: Value, row: Value
     for i in range(p.units):
         part = f.load(vec(F32, size), x, 4 * size * i)
         largest = f.maximum_of_lanes(f.absolute(part))
-        is_none = largest <= 1e-30  # false for NaN, which is to be seen
+        is_none = largest <= 1e-30  # false for NaN, which must reach the result
         units.append(is_none.select(0.0, largest * (1 / p.largest)))
         inverse = is_none.select(0.0, f.f32(p.largest) / largest)
         integers.append(f.round_even(part * inverse.splat(size)).to(I32))
@@ -142,7 +151,7 @@ def _quantize_group(f: Function, p: Product, x: Value, record: Value, row: Value
     columns = joined(integers)
     if p.bits == 16:
         words = columns.to(I16).bits_as(vec(I32, p.words))
-    else:  # as two pairs of columns lie in a word of codes, see `_code_bytes`
+    else:  # in the order in which `_code_bytes` puts two pairs of columns into a word
         order = [4 * q + i for q in range(p.words) for i in (0, 2, 1, 3)]
         words = columns.lanes(order).to(I8).bits_as(vec(I32, p.words))
     if p.tile == 1:
@@ -153,7 +162,7 @@ def _quantize_group(f: Function, p: Product, x: Value, record: Value, row: Value
 
 
 def _emit_quantize(module: Module, p: Product) -> ir.Function:
-    """A chunk is a tile."""
+    """Write a job that rounds activations to integers and stores records; a chunk is a tile."""
 
     def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
         x, out = f.load(PTR, args, 8 * X), f.load(PTR, args, 8 * WORKSPACE)
@@ -172,12 +181,12 @@ def _emit_quantize(module: Module, p: Product) -> ir.Function:
 
 
 class Strip(NamedTuple):
-    """16 rows of weights by a group of columns, on their way through a product.
+    """A group of columns of 16 rows of weights, decoded for a product.
 
     Attributes:
-        codes: The codes of a word of columns, (16,) int32.
+        codes: Returns the codes of the word of columns with an index, (16,) int32.
         scales: The scale and the bias of each subgroup.
-        totals: Sums of all groups, for each row of the tile.
+        totals: The sums over all groups so far, one for each row of the tile.
     """
 
     codes: Callable[[int], Value]
@@ -192,7 +201,12 @@ def _dot_group(
     record: Value,
     has_offset: bool,
 ) -> None:
-    """Add strips of weights by a tile of activations, over a group of columns."""
+    """Add the products of strips and a tile, over a group of columns, to the strips' totals.
+
+    Args:
+        record: The group's record of the tile.
+        has_offset: The codes contain an offset, which the record's sums compensate.
+    """
 
     def broadcast(t: ir.Type, word: int, m: int) -> Value:
         return f.load(t, record, 4 * (word * p.tile + m)).splat()
@@ -240,7 +254,7 @@ def _strips_of_chunk(f: Function, args: Value, chunk: Value) -> tuple[Value, Val
 
 
 def _emit_fused(module: Module, p: Product) -> ir.Function:
-    """Products by one tile after the other, decoding codes in registers for each."""
+    """Write a job that multiplies one tile after the other, and decodes codes anew for each."""
     fmt = p.format
 
     def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
@@ -281,13 +295,14 @@ def _emit_fused(module: Module, p: Product) -> ir.Function:
 
 
 def _code_bytes(pairs: Sequence[Value], offset: int) -> list[Value]:
-    """Codes of 16 bits, two pairs of columns at a time, as unsigned bytes."""
+    """Pack 16-bit codes, two pairs of columns at a time, into unsigned bytes."""
     words = [a | b << 8 for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
-    return [w ^ -0x7F80 for w in words] if offset == 128 else words  # 0x8080
+    # -0x7F80 has the bits 0x8080: it makes both signed bytes of a lane unsigned, 128 larger
+    return [w ^ -0x7F80 for w in words] if offset == 128 else words
 
 
 def _emit_tiled(module: Module, p: Product) -> ir.Function:
-    """Products of many rows: codes of a few strips are decoded once for all tiles."""
+    """Write a job for many rows, which decodes the codes of a few strips once for all tiles."""
     fmt = p.format
     vector = 4 * LANES
     group_bytes = vector * p.words
@@ -299,7 +314,7 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
     def decode(
         f: Function, block: Value, supers: list[Value], g: Value, to: Value, n: Value
     ) -> None:
-        """Group g of a block becomes group n of the decoded strip."""
+        """Decode group g of a block into group n of a decoded strip."""
         codes = fmt.group_codes(f, f.offset(block + fmt.planes_start, g * fmt.group_bytes))
         if p.bits == 8:
             codes = [c & 255 for c in codes] if fmt.planes[0][0] == 8 else codes
@@ -318,7 +333,7 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
                 at = at + vector
 
     def multiply(f: Function, codes: Value, record: Value, groups: Value, sums: Value) -> None:
-        """Add a span of adjacent decoded strips by a tile to the tile's sums."""
+        """Add the products of adjacent decoded strips and a tile, over a span, to its sums."""
         totals = [
             [
                 f.variable(f.load(FLOATS, sums, vector * (s * p.tile + m), align=64))
@@ -361,7 +376,7 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
         first_tile: Value,
         last_tile: Value,
     ) -> None:
-        """The strips of a chunk of one matrix by all its tiles."""
+        """Multiply the strips of a chunk, of one matrix, by all tiles of that matrix."""
         w, y, act = (f.load(PTR, args, 8 * i) for i in (W, Y, WORKSPACE))
         columns, out = (f.load(I64, args, 8 * i) for i in (COLUMNS, OUT))
         blocks, groups = columns // fmt.columns, columns // GROUP
@@ -406,9 +421,13 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
 
 
 def emit_linear(module: Module, p: Product, is_fused: bool) -> None:
-    """`linear`: x (rows, columns) and strips to y (rows, out), with a workspace.
+    """Write the handler `linear`: x (rows, columns) and strips to y (rows, out) and a workspace.
 
-    By many matrices, `order` and `firsts` come after the strips.
+    If the product is grouped, the arguments `order` and `firsts` of `matrix.Tiles` follow the
+    strips.
+
+    Args:
+        is_fused: Decode codes anew for each tile, instead of once for all tiles.
     """
     fmt = p.format
     pool.emit(module)
@@ -435,13 +454,13 @@ def emit_linear(module: Module, p: Product, is_fused: bool) -> None:
 
 
 def emit_pack(module: Module, ggml_type: GGMLQuantizationType) -> None:
-    """`pack`, see `matrix.emit_pack`."""
+    """Write the function `pack` of a type; see `matrix.emit_pack`."""
     fmt = FORMATS[ggml_type]
     matrix.emit_pack(module, fmt.columns, fmt.file_block_bytes, fmt.block_bytes, fmt.pack_block)
 
 
 def emit_rows(module: Module, ggml_type: GGMLQuantizationType) -> None:
-    """`rows`, see `matrix.emit_rows`: the values of `gguf.quants` exactly."""
+    """Write the handler `rows` of a type, bit-exact with `gguf.quants`; see `matrix.emit_rows`."""
     fmt = FORMATS[ggml_type]
 
     def read_block(f: Function, block: Value, pick: matrix.Pick, to: Value) -> None:

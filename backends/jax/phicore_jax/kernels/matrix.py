@@ -1,9 +1,9 @@
-"""What matrices of any type share.
+"""Parts of kernels that matrices of all types share.
 
-Strips of 16 rows are made from a file, and rows read again, block by block of columns: how one
-block is written or read is the type's own affair.
+`emit_pack` packs the rows of a file into strips of 16 rows, and `emit_rows` reads rows of strips.
+Both go over a row in blocks of columns; each type has its own functions to write and read a block.
 
-Products take rows of activations in tiles, of one matrix or of many (`Tiles`).
+Products process rows of activations in tiles, for one matrix or for several (`Tiles`).
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from phicore_jax.kernels import ffi, pool
 from phicore_jax.kernels.ffi import Buffer
 from phicore_jax.kernels.lang import F32, I32, I64, LANES, PTR, VOID, Function, Module, Value
 
-CHUNK_BYTES = 64 << 10  # of weights, the unit of work of a thread
+CHUNK_BYTES = 64 << 10  # weights in a chunk, which is the unit of work of a thread
 
 Pick = Callable[[Value], Value]
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of activations in tiles, and the matrices that they are multiplied by.
+    """Tiles of rows of activations, and the matrix that each tile is multiplied by.
 
-    By one matrix, rows are in tiles as they come. By many, such as experts, a tile has rows of one
-    matrix: `order` (slots,) int32 is the row in each slot of the tiles, or -1; matrix i has tiles
-    `firsts[i]` to `firsts[i + 1]`, (X + 1,) int32.
+    With one matrix, the rows fill the tiles in order. With X matrices, such as experts, all rows of
+    a tile are multiplied by one matrix. Then `order` (slots,) int32 holds the row in each slot of
+    the tiles, or -1 for an empty slot. Matrix i has the tiles from `firsts[i]` up to, but not
+    including, `firsts[i + 1]`; `firsts` is (X + 1,) int32.
 
     Args:
-        size: Rows of a tile.
-        first_argument: Where a kernel's arguments have the number of rows and that of tiles,
-            `order`, `firsts` and X.
+        size: Number of rows in a tile.
+        first_argument: Index of the first of five arguments of a job: the number of rows, the
+            number of tiles, `order`, `firsts`, and X.
+        is_grouped: True if there are several matrices.
     """
 
     size: int
@@ -40,7 +42,7 @@ class Tiles:
     is_grouped: bool = False
 
     def arguments(self, f: Function, x: Buffer, others: Sequence[Buffer]) -> list[Value]:
-        """What goes there: `others` are `order` and `firsts`, if there are many matrices."""
+        """Return the five arguments of a job; `others` are `order` and `firsts`, if grouped."""
         rows = x.dim(0)
         if not self.is_grouped:
             return [rows, (rows + (self.size - 1)) // self.size, f.null(), f.null(), f.i64(1)]
@@ -52,7 +54,7 @@ class Tiles:
         return f.load(I64, args, 8 * (self.first_argument + 1))
 
     def row(self, f: Function, args: Value, slot: Value) -> tuple[Value, Value]:
-        """The row in a slot, and whether there is one; else it is some row."""
+        """Return the row in a slot and whether there is one; if not, some row that exists."""
         if not self.is_grouped:
             rows = f.load(I64, args, 8 * self.first_argument)
             return (slot < rows).select(slot, rows - 1), slot < rows
@@ -62,7 +64,7 @@ class Tiles:
 
     @contextmanager
     def matrices(self, f: Function, args: Value) -> Iterator[tuple[Value, Value, Value]]:
-        """For each matrix that has rows: its number, its first tile, the tile after its last."""
+        """Loop over the matrices that have tiles: number, first tile, and tile after the last."""
         if not self.is_grouped:
             yield f.i64(0), f.i64(0), self.count(f, args)
             return
@@ -75,7 +77,7 @@ class Tiles:
 
 
 def store(f: Function, y: Value, row: Value, strip: Value, out: Value, x: Value) -> None:
-    """Store 16 results of a row, or as many as there are columns left."""
+    """Store 16 results of a row of y, or fewer if fewer columns are left."""
     column = strip * LANES
     place = f.offset(y, (row * out + column) * 4)
     with f.if_else(column + LANES <= out) as (whole, part):
@@ -95,12 +97,17 @@ def emit_pack(
     strip_bytes: int,
     pack_block: Callable[[Function, Value, Value, Value], None],
 ) -> None:
-    """`pack(state, args)`; args: 0 file rows, 8 strips, 16 rows, 24 columns.
+    """Write the function `pack(state, args)`, which packs rows of a file into strips.
+
+    `args` points to four 64-bit words: the address of the file's rows, the address of the strips,
+    the number of rows and the number of columns.
 
     Args:
+        block_columns: Columns of a block.
         file_bytes: Bytes of a block in the file.
-        strip_bytes: Bytes of a block of 16 rows.
-        pack_block: Called as (f, block of the file, block of the strip, lane).
+        strip_bytes: Bytes of a block in a strip, for 16 rows.
+        pack_block: Writes the instructions that put one row's block into a strip; called as
+            (f, block of the file, block of the strip, lane).
     """
     pool.emit(module)
 
@@ -130,11 +137,16 @@ def emit_rows(
     strip_bytes: int,
     read_block: Callable[[Function, Value, Pick, Value], None],
 ) -> None:
-    """`rows`: ids (n,) int32 and strips to y (n, columns). Ids are kept within the matrix.
+    """Write the handler `rows`: ids (n,) int32 and strips to y (n, columns) float32.
+
+    Ids are clamped to the rows of the strips.
 
     Args:
-        read_block: Called as (f, block of the strip, pick, y), to write a row's float32 numbers;
-            `pick(vector)` is the row's lane of 16 numbers of 32 bits.
+        block_columns: Columns of a block.
+        strip_bytes: Bytes of a block in a strip, for 16 rows.
+        read_block: Writes the instructions that store one row's block in y; called as
+            (f, block of the strip, pick, y). `pick(vector)` returns the row's lane of a vector of
+            16 numbers of 32 bits.
     """
     pool.emit(module)
 

@@ -1,4 +1,4 @@
-"""A matrix as the kernels read them."""
+"""The packed form of a matrix, which the kernels read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class Packed:
     """A matrix as the kernels read it: strips of 16 rows.
 
     Attributes:
-        strips: (ceil(rows / 16), bytes of a strip) uint8; those of X matrices one after the other.
+        strips: (ceil(rows / 16), bytes of a strip) uint8. If there are X matrices, such as experts,
+            there are X times as many strips, matrix after matrix.
+        rows: Rows of one matrix.
     """
 
     strips: Array

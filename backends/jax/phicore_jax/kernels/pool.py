@@ -1,10 +1,11 @@
 """Threads that share the work of a kernel.
 
-XLA calls a kernel on one thread; the others are Python threads that never come back from
-`pool_worker`. A job is a function and a number of chunks. Each thread owns a contiguous range of
-them, since memory is read fastest in order, and helps the others when its own is done, so that a
-thread that is late, or was never started, costs nothing but its help. Whoever finds the pool busy
-(another model's kernel) does its job alone.
+XLA calls a kernel on one thread. The other threads of the pool, the helpers, are Python threads
+that never return from `pool_worker`. A job is a function and a number of chunks. Each thread owns a
+contiguous range of chunks, since memory is read fastest in order. A thread that has finished its
+range takes chunks from the ranges of other threads. So nobody waits for a helper that is late or
+was never started. A caller that finds the pool busy, with another model's kernel, does its job
+alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from phicore_jax.kernels.lang import I32, I64, PTR, Function, Module, Value
 if TYPE_CHECKING:
     from phicore_jax.kernels.build import Library
 
-# The shared state, in bytes; what different threads write lies on different lines.
+# Offsets in the shared state, in bytes. Different threads write to different cache lines.
 GATE = 0  # generation << 32 | closed << 31 | number of helpers at work
 LOCK = 64
 JOB, ARGS, SIZE, CONTROL = 128, 136, 144, 152
@@ -32,13 +33,13 @@ SLOT_BYTES = 128
 
 CLOSED = 1 << 31
 COUNT = CLOSED - 1
-SPINS = 20_000  # about 0.3 ms: the next kernel of a step comes sooner, the next prompt later
+SPINS = 20_000  # about 0.3 ms: the next kernel of a step comes earlier, the next prompt later
 
 
 def emit(module: Module) -> None:
     """Add `pool_run(state, function, args, chunks)` to a module.
 
-    The function is called as function(args, chunk, slot).
+    It calls function(args, chunk, slot) for each chunk. The slot is the number of the thread.
     """
     module.function("pool_work", [PTR, I64], _work, exported=False)
     module.function("pool_run", [PTR, PTR, PTR, I64], _run, exported=False)
@@ -68,12 +69,12 @@ class _Atomic:
         self.update("xchg", x)
 
     def update(self, op: str, x: Value | int) -> Value:
-        """Apply an operation, and return what was there before."""
+        """Apply an operation such as `add`, and return the previous value."""
         b = self._f.builder
         return Value(self._f, b.atomic_rmw(op, self._pointer.ir, self._value(x), "acq_rel"))
 
     def replace(self, old: Value | int, new: Value | int) -> Value:
-        """Store `new` if `old` is there; whether it was."""
+        """Store `new` if the word is equal to `old`, and return whether it was."""
         b = self._f.builder
         pair = b.cmpxchg(self._pointer.ir, self._value(old), self._value(new), "acq_rel", "acquire")
         return Value(self._f, b.extract_value(pair, 1))
@@ -84,7 +85,7 @@ def _slot(f: Function, state: Value, index: Value) -> Value:
 
 
 def _work(f: Function, state: Value, slot: Value) -> None:
-    """Do chunks: first those of the own range, then those that are left of the others'."""
+    """Run the chunks of this slot's range, then any that are left in other slots' ranges."""
     job, args = f.load(PTR, state, JOB), f.load(PTR, state, ARGS)
     size = f.load(I64, state, SIZE)
     with f.loop(size) as distance:
@@ -131,16 +132,16 @@ def _run_shared(
         ):
             f.call("write", I64, f.load(I32, slot, WRITE_END), slot, f.i64(1))
     f.call("pool_work", ir.VoidType(), state, f.i64(0))
-    gate.update("or", CLOSED)  # nobody comes in any more; wait for those who are
+    gate.update("or", CLOSED)  # no helper can join any more; wait for those at work
     with f.repeat_while(lambda: (gate.load() & COUNT) > 0):
         f.target.pause(f)
 
 
 def _worker(f: Function, state: Value, index: Value) -> None:
-    """The life of a helper: wait for a new generation, help, and after a while sleep."""
+    """Run a helper: wait for a new generation and help with its job; after a while, sleep."""
     gate, slot = _Atomic(f, state + GATE), _slot(f, state, index)
     parked = _Atomic(f, slot + PARKED)
-    last = f.variable(f.i64(0))  # the generation it has helped with
+    last = f.variable(f.i64(0))  # the latest generation that it helped with
     spins = f.variable(f.i64(0))
     buffer = f.buffer(8)
 
@@ -167,17 +168,17 @@ def _worker(f: Function, state: Value, index: Value) -> None:
 
 
 def _park(f: Function, gate: _Atomic, parked: _Atomic, slot: Value, buffer: Value, is_new) -> None:  # type: ignore[no-untyped-def]
-    """Sleep until the next job; if it has come in the meantime, do not."""
+    """Sleep until the next job comes, unless it has come already."""
     parked.update("xchg", 1)
     must_read = f.variable(f.i64(1))
     with f.when(is_new(gate.load())), f.when(parked.replace(1, 0)):
         must_read.value = f.i64(0)
-    with f.when(must_read.value.equals(1)):  # whoever clears `parked` writes a byte
+    with f.when(must_read.value.equals(1)):  # the caller that clears `parked` writes a byte
         f.call("read", I64, f.load(I32, slot, READ_END), buffer, f.i64(1))
 
 
 class Pool:
-    """The threads. One for the process, made at the first use.
+    """The helper threads and the state that they share with callers.
 
     Attributes:
         state: Address of the shared state, the first argument of `pool_run`.
@@ -206,7 +207,7 @@ class Pool:
 
 
 def thread_count() -> int:
-    """PHICORE_THREADS, or the number of processors that this process may use."""
+    """Return PHICORE_THREADS if positive, or the number of processors this process may use."""
     wanted = os.environ.get("PHICORE_THREADS", "")
     if wanted.isdecimal() and int(wanted) > 0:
         return int(wanted)

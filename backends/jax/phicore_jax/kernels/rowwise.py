@@ -1,6 +1,6 @@
-"""Kernels of what is between the products: normalization and SwiGLU, a row at a time.
+"""Kernels for RMS normalization and SwiGLU, which process one row at a time.
 
-XLA needs several operations for each, and does not share them between threads.
+XLA needs several operations for each, and does not split them between threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FLOATS = vec(F32)
 
 
 def _each_vector(f: Function, size: Value, body: Callable[[Value, int], None]) -> None:
-    """Call `body(offset, lanes)` for vectors of 16 numbers, and for single ones at the end."""
+    """Call `body(offset in bytes, lanes)` for vectors of 16 numbers, then for each number left."""
     whole = size // LANES * LANES
     with f.loop(whole, step=LANES) as i:
         body(i * 4, LANES)
@@ -25,7 +25,10 @@ def _each_vector(f: Function, size: Value, body: Callable[[Value, int], None]) -
 
 
 def emit_rms_norm(module: Module) -> None:
-    """`rms_norm`: x (rows, size), weight (size,) and eps (1,) to weight * x / rms(x)."""
+    """Write the handler `rms_norm`: x (rows, size), weight (size,), eps (1,) to y (rows, size).
+
+    y = weight * x / rms(x) in float32, where rms(x) is the root of eps plus a row's mean square.
+    """
     pool.emit(module)
 
     def row(f: Function, args: Value, chunk: Value, slot: Value) -> None:
@@ -63,7 +66,10 @@ def emit_rms_norm(module: Module) -> None:
 
 
 def emit_swiglu(module: Module) -> None:
-    """`swiglu`: gates and then as many others (rows, 2 size) to silu(gate) * other (rows, size)."""
+    """Write the handler `swiglu`: x (rows, 2 size) to silu(gate) * other (rows, size), float32.
+
+    A row of x holds `size` gates and then `size` other numbers.
+    """
     pool.emit(module)
 
     def row(f: Function, args: Value, chunk: Value, slot: Value) -> None:
@@ -75,7 +81,7 @@ def emit_swiglu(module: Module) -> None:
         def one(at: Value, lanes: int) -> None:
             t = FLOATS if lanes == LANES else F32
             gate, other = f.load(t, f.offset(gates, at)), f.load(t, f.offset(others, at))
-            # of the gate's size, so that nothing overflows
+            # exp(-|gate|), since exp(-gate) could overflow
             power = exp(f, f.like(gate, 0.0) - f.absolute(gate))
             share = (gate < 0.0).select(power, 1.0) / (power + 1.0)
             f.store(gate * share * other, f.offset(y, at))

@@ -1,7 +1,7 @@
 """The kernels as functions of JAX arrays.
 
-A kernel is compiled (or read from disk) when a graph first asks for it; its name carries all that
-it was made for.
+A kernel is compiled, or read from disk, when a graph first asks for it. Its name states everything
+that it is specialized for.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _ALL: list[Kernels] = []
 
 
 class Kernels(OwnKernels):
-    """Kernels for an instruction set, and threads that run them.
+    """Kernels for one instruction set, and the threads that run them.
 
     Args:
-        target: One of `build.supported_targets`.
+        target: The instruction set, one of `build.supported_targets`.
     """
 
     packed = Packed
@@ -65,7 +65,7 @@ class Kernels(OwnKernels):
         self._worker = self._compiler.library("worker", emit_worker, ["pool_worker"])
         self._threads = thread_count()
         self._registered: set[str] = set()
-        # Helpers and XLA go on using code and state, so nothing of it may ever be freed.
+        # Helper threads and XLA use the code and the state until the process ends: never free them.
         _ALL.append(self)
         self._number = sum(k._compiler.digest == self._compiler.digest for k in _ALL)
 
@@ -74,15 +74,15 @@ class Kernels(OwnKernels):
         return Pool(self._worker, self._threads)
 
     def set_threads(self, threads: int) -> None:
-        """Take this many threads, the caller's included.
+        """Set the number of threads, including the caller's.
 
         Raises:
-            BackendError: If others are at work already.
+            BackendError: If the pool already runs with another number of threads.
         """
         if "pool" in self.__dict__ and threads != self._threads:
             raise BackendError(
-                f"threads: {self._threads} are at work in this process already; "
-                "ask for as many, or start another process"
+                f"threads: this process already runs kernels with {self._threads}, got {threads}; "
+                "use that number, or start another process"
             )
         self._threads = threads
 
@@ -102,12 +102,13 @@ class Kernels(OwnKernels):
     # ---- weights ---------------------------------------------------------------------------
 
     def pack(self, tensors: Sequence[GGUFTensor], count: int = 1) -> Packed:
-        """Strips of tensors of one type that lie on top of each other.
+        """Pack stacked tensors of one type into strips of 16 rows.
 
-        All but the last of each matrix have a multiple of 16 rows.
+        In each matrix, all tensors except the last must have a multiple of 16 rows.
 
         Args:
-            count: How many matrices they are, with as many tensors each.
+            tensors: The tensors of all matrices, matrix after matrix.
+            count: Number of matrices; each consists of `len(tensors) / count` tensors.
         """
         ggml_type, columns = tensors[0].type, tensors[0].shape[1]
         counts = [ceil(t.shape[0] / ROWS_OF_STRIP) for t in tensors]
@@ -130,14 +131,15 @@ class Kernels(OwnKernels):
     def linear(
         self, x: Array, w: Packed, experts: Array | None = None, *, is_fast: bool = False
     ) -> Array:
-        """(M, K) float32 by a packed (N, K) matrix, or each row by that of its expert: (M, N).
+        """Multiply (M, K) float32 by a packed (N, K) matrix, or each row by its expert's: (M, N).
 
         Args:
-            experts: (M,) int32, if there is a matrix for each expert.
-            is_fast: Take 8 bits of the activations instead of 16, if there are many rows.
+            experts: The expert of each row, (M,) int32, if there is a matrix for each expert.
+            is_fast: Round activations to 8 bits instead of 16, if there are many rows and the
+                processor has fast products of bytes.
         """
         count = w.strips.shape[0] // ceil(w.rows / ROWS_OF_STRIP)
-        m = ceil(x.shape[0] / count)  # rows of a matrix
+        m = ceil(x.shape[0] / count)  # rows of activations for a matrix, on average
         is_grouped, prefix = experts is not None, "" if experts is None else "experts-"
 
         def grouped(tile: int) -> tuple[Array, ...]:
@@ -155,7 +157,7 @@ class Kernels(OwnKernels):
             return jax.ffi.ffi_call(target, result)(x, w.strips, *grouped(tile))
         fmt, is_many = FORMATS[w.type], m > MANY_ROWS
         bits = 8 if is_fast and self.has_fast_products and is_many else 16
-        # Codes of one plane are decoded in a moment, each time anew; others once for many rows.
+        # Codes of one plane are quick to decode for each tile; others are decoded once for many.
         is_fused = bits == 16 and (not is_many or len(fmt.planes) == 1)
         tile = ceil(m / ceil(m / (sizes.fused_tile if is_fused else sizes.tile)))
         product = Product(fmt, tile, bits, is_grouped)
@@ -173,20 +175,20 @@ class Kernels(OwnKernels):
         return jax.ffi.ffi_call(target, (result, workspace))(x, w.strips, *others)[0]
 
     def rows(self, ids: Array, w: Packed) -> Array:
-        """Rows of a packed (N, K) matrix: (n,) int32 gives (n, K) float32."""
+        """Expand rows of a packed (N, K) matrix: (n,) int32 gives (n, K) float32."""
         emit = linear.emit_rows if w.type in FORMATS else dense.emit_rows
         target = self._target(f"rows-{w.type.name}", "rows", lambda module: emit(module, w.type))
         result = jax.ShapeDtypeStruct((ids.shape[0], w.columns), jnp.float32)
         return jax.ffi.ffi_call(target, result)(ids, w.strips)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """Rows (n, E) of root mean square 1, times weight (E,)."""
+        """Scale rows (n, E) to a root mean square of 1, and multiply them by weight (E,)."""
         target = self._target("rms-norm", "rms_norm", rowwise.emit_rms_norm)
         result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
         return jax.ffi.ffi_call(target, result)(x, weight, np.array([eps], np.float32))
 
     def swiglu(self, gate_up: Array) -> Array:
-        """silu(gate) * up of rows (n, 2F), gates first: (n, F)."""
+        """Compute silu(gate) * up (n, F) from rows (n, 2F), which hold gates before ups."""
         target = self._target("swiglu", "swiglu", rowwise.emit_swiglu)
         n, width = gate_up.shape
         return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((n, width // 2), jnp.float32))(gate_up)
@@ -196,10 +198,12 @@ class Kernels(OwnKernels):
     def store(
         self, k: Array, v: Array, positions: Array, cache_type: str, cache: Sequence[Array]
     ) -> list[Array]:
-        """Put the keys and values (B, K, T, D) of new tokens into a cache, in place.
+        """Store the keys and values (B, K, T, D) of new tokens in a cache, in place.
 
         Args:
-            cache: Rows of keys and values, (B, K, S, D), each followed by its scales if it has any.
+            positions: The slots of the tokens in the cache, (B, T) int32.
+            cache: The rows of keys and of values, (B, K, S, D), each followed by its scales if it
+                has any.
         """
         kind = _cache(cache_type, k.shape[3])
         target = self._target(
@@ -222,7 +226,7 @@ class Kernels(OwnKernels):
         values: Array,
         *scales: Array,
     ) -> Array:
-        """Attention of scaled queries (B, H, T, D) over keys and values (B, K, S, D)."""
+        """Compute attention of scaled queries (B, H, T, D) over keys and values (B, K, S, D)."""
         cache = _cache(cache_type, q.shape[3])
         group = q.shape[1] // keys.shape[1] if q.shape[2] == 1 else None
         target = self._target(
@@ -235,9 +239,9 @@ class Kernels(OwnKernels):
         return jax.ffi.ffi_call(target, result)(q, positions, width, keys, values, *scales)
 
     def _target(self, name: str, handler: str, emit: Callable[[Module], None]) -> str:
-        """The name under which XLA knows a kernel."""
-        # XLA keeps compiled programs on disk by the names of their targets.
-        # A name can be registered once in a process: the first kernels have the plain one.
+        """Return the name under which XLA knows a kernel; compile and register it if needed."""
+        # XLA finds compiled programs on disk by the names of their targets: they need the digest.
+        # A name can be registered once in a process: the first `Kernels` has no suffix.
         suffix = "" if self._number == 1 else f"-{self._number}"
         target = f"phicore-{name}-{self._compiler.digest}{suffix}"
         if target not in self._registered:
@@ -253,11 +257,14 @@ def _cache(cache_type: str, dim: int) -> Cache:
 
 
 def _huge_array(shape: tuple[int, int]) -> np.ndarray:
-    """Memory in huge pages where the system has them: walking page tables costs a third."""
+    """Allocate uint8 memory, in huge pages where the system has them.
+
+    Walking the page tables of small pages costs a third.
+    """
     size = shape[0] * shape[1]
     if size < HUGE_PAGE:
         memory = np.empty(size + 64, np.uint8)
-        start = -memory.ctypes.data % 64  # JAX shares the memory of arrays that are aligned so
+        start = -memory.ctypes.data % 64  # JAX does not copy arrays that are aligned so
         return memory[start : start + size].reshape(shape)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has no huge pages by default
     region = mmap.mmap(-1, size + HUGE_PAGE, flags=flags)
