@@ -67,6 +67,23 @@ def gpt2(pre: str | None = "gpt-2", **changes: Any) -> dict[str, Any]:
     return changed(values, changes)
 
 
+def byte_level(pieces: list[str], pre: str) -> dict[str, Any]:
+    """Return the metadata of a byte-level vocabulary whose pieces are in the order of merging."""
+    made = set(pre_tokenizers.ByteLevel.alphabet())
+    merges = []
+    for piece in pieces:
+        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        merges += [f"{a} {b}" for a, b in cuts if a in made and b in made]
+        made.add(piece)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": [NORMAL] * len(pieces),
+        "tokenizer.ggml.merges": merges,
+    }
+
+
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     names = {"architecture": "general.architecture", "chat_template": "tokenizer.chat_template"}
     values |= {names.get(key, f"tokenizer.ggml.{key}"): value for key, value in changes.items()}
