@@ -23,19 +23,10 @@ RULES = {rule: name for name, rule in reversed(PRE_TOKENIZERS.items())}
 PROJECT = Path(__file__).parents[2]
 SCRIPTS = [
     *("the don't I'M we'LL HTTPServer camelCase x²½ ٣٤ 1234567 3.14 a_b", "Ünïcödé naïve Straße"),
-    *(
-        "Привет, мир! Ёлка",
-        "日本語、テスト。漢字",
-        "中文字符，测试",
-        "안녕하세요 세계",
-        "שלום עולם",
-    ),
-    *("مرحبا بالعالم", "नमस्ते दुनिया", "สวัสดีชาวโลก", "Γειά σου Κόσμε", "🦙🚀👩‍👩‍👧 ✓→∞≠"),
-    *(
-        "\t\ttabs\r\n\r\nlines\n\n\n   end ",
-        "a/b//\n/* c */ {x[0] = -1};",
-        "e\u0301 ﬁ Å \u00a0\u2003x",
-    ),
+    *("Привет, мир! Ёлка", "日本語、テスト。漢字", "中文字符，测试", "안녕하세요 세계"),
+    *("שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया", "สวัสดีชาวโลก", "Γειά σου Κόσμε"),
+    *("🦙🚀👩\u200d👧 ✓→∞≠", "\t\ttabs\r\n\r\nlines\n\n\n   end ", "a/b//\n/* c */ {x[0] = -1};"),
+    "e\u0301 ﬁ Å \u00a0\u2003x",
 ]
 
 
@@ -95,11 +86,11 @@ def trained(rule: PreTokenizer) -> list[str]:
 
 @pytest.mark.parametrize("name", ["tekken", "llama-bpe", "glm4", "gpt-4o", "seed-coder", "gpt-2"])
 def test_encode_gives_the_tokens_of_tiktoken(name: str) -> None:
-    """tiktoken takes the pair whose union has the lowest rank, and a whole word if it is a token."""
+    """tiktoken joins the pair whose union has the lowest rank, and takes whole words first."""
     rule = PRE_TOKENIZERS[name]
     pieces = trained(rule)
     assert len(pieces) == 600
-    ours = Ours.from_gguf(byte_level(pieces, name))
+    ours = Ours.from_gguf(byte_level(pieces, name) | {"tokenizer.ggml.add_bos_token": False})
     theirs = tiktoken.Encoding(
         name,
         pat_str=rule.patterns[0],
