@@ -76,7 +76,7 @@ class Architecture:
     rotates_partly: bool = False
     """Whether `rope.dimension_count` may be less than the head size."""
     may_tie_embeddings: bool = True
-    """Whether a file may leave out `output.weight`. The embedding is then also the output matrix."""
+    """Whether a file may leave out `output.weight`. The embedding is then the output matrix too."""
     rope_tensors: tuple[str, ...] = ("rope_freqs.weight",)
     """The tensors of rotary factors, which divide the frequencies, if a file has them."""
 

@@ -46,7 +46,10 @@ class LongRoPE(Architecture):
 
 
 class Phi3(LongRoPE):
-    """Files in the graph's own layout: one matrix for queries, keys and values, one for gate and up."""
+    """Files in the graph's own layout.
+
+    One matrix holds queries, keys and values. Another matrix holds gate and up.
+    """
 
     name = "phi3"
 
