@@ -1,4 +1,4 @@
-"""Chat messages to the prompt that a model was trained on, by its own template."""
+"""Chat templates, which turn messages into the prompt format that a model was trained on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from phicore.errors import TokenizerError
 from phicore.text.vocabulary import PHI
 
 Message = Mapping[str, str]
-"""One turn: {"role": "system", "user" or "assistant", "content": its text}."""
+"""A message of a chat, with the keys "role" ("system", "user" or "assistant") and "content"."""
 
-# The format of every Phi-3 model; the tokenizer puts BOS in front. llama.cpp has the same.
+# The format of every Phi-3 model, as in llama.cpp. The tokenizer puts BOS in front.
 PHI3_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
@@ -30,20 +30,22 @@ _PROBE = "phicore-system-message-probe"
 
 
 class ChatTemplate:
-    """A Jinja template as model files carry it, run in a sandbox, for the file is not trusted.
+    """A model's Jinja template. It runs in a sandbox, since files are not trusted.
 
-    Templates see what `transformers` gives them: `messages`, `add_generation_prompt`, `bos_token`,
-    `eos_token`, `tools` and `documents` (None), `raise_exception`, `strftime_now`, `tojson`.
+    Templates can use the names that `transformers` provides: `messages`, `add_generation_prompt`,
+    `bos_token`, `eos_token`, `tools` and `documents` (None), `raise_exception`, `strftime_now` and
+    `tojson`.
 
-    Some templates drop a system message without a word, as the one in Phi-3's GGUF files does, or
-    refuse it. Its text is then put in front of the first user message, with a blank line between.
+    Some templates refuse a system message, or silently drop it, like the one in Phi-3's GGUF files.
+    The text of the system message is then put in front of the first user message, with a blank line
+    between them.
     """
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
-        """Keep the template; it is compiled by the first `render`, so a bad one only fails there.
+        """Store the template. The first `render` compiles it, so a bad template fails only there.
 
         Args:
-            source: Jinja.
+            source: The Jinja source.
             bos_token: The spelling of the token that begins a text.
             eos_token: The spelling of the token that ends a text.
         """
@@ -52,11 +54,12 @@ class ChatTemplate:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> ChatTemplate:
-        """The template of a GGUF file, or that of Phi-3 if it has none but is such a model.
+        """Return the template of a GGUF file, or Phi-3's if a Phi-3 model has no template.
+
+        Without any template, the result is one whose `render` raises.
 
         Raises:
-            TokenizerError: If the template or the vocabulary is not text. Where there is no
-                template at all, `render` raises.
+            TokenizerError: If the template or the vocabulary is not text.
         """
         pieces = metadata.get("tokenizer.ggml.tokens", [])
         if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
@@ -76,13 +79,14 @@ class ChatTemplate:
         return cls(source, bos_token=spelling("bos"), eos_token=spelling("eos"))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """Write the messages as one prompt.
+        """Turn messages into a prompt.
 
         Args:
-            messages: The turns, the oldest first; at least one.
+            messages: The messages, the oldest first; at least one.
             add_generation_prompt: Whether the prompt ends where the assistant's answer begins.
         Raises:
-            TokenizerError: If a message is malformed, or the template is, or refuses the messages.
+            TokenizerError: If a message or the template is malformed, or if the template refuses
+                the messages.
         """
         turns = _checked(messages)
         if not self._shows_system(turns, add_generation_prompt):
@@ -90,9 +94,11 @@ class ChatTemplate:
         return self._render(turns, add_generation_prompt)
 
     def _shows_system(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> bool:
-        """Whether every system message is in the prompt, found out with a text that is unlike any.
+        """Return whether the template shows every system message in the prompt.
 
-        A template that fails does not show it; without the message, it works or tells the reason.
+        This renders a distinctive text in place of each system message and looks for it in the
+        prompt. If the template fails, the result is False: rendering without a system message then
+        works, or raises the reason.
         """
         probes = [t | {"content": _PROBE} if t["role"] == "system" else t for t in turns]
         wanted = sum(turn["role"] == "system" for turn in turns)
@@ -141,7 +147,7 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def _without_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Move the system's text in front of the first user message."""
+    """Move the text of system messages in front of the first user message."""
     system = "\n\n".join(t["content"] for t in turns if t["role"] == "system" and t["content"])
     others = [turn for turn in turns if turn["role"] != "system"]
     if not system:
@@ -158,7 +164,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Like that of `transformers`: jinja's own escapes <, > and &, which prompts must not."""
+    """Convert a value to JSON as in `transformers`. Jinja's own filter would escape <, > and &."""
     return json.dumps(
         value, ensure_ascii=options.pop("ensure_ascii", False), indent=indent, **options
     )
