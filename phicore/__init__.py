@@ -1,4 +1,6 @@
-"""Phi-3 from quantized GGUF files on any tensor library: one graph, one sampler, many backends.
+"""Runs Phi-3 from quantized GGUF files on any tensor library.
+
+All backends share one graph and one sampler.
 
     import phicore
 
@@ -6,7 +8,7 @@
         for piece in model.generate("Write a haiku about ice hockey"):
             print(piece.text, end="", flush=True)
 
-Importing this loads no tensor library.
+Importing this package imports no tensor library.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ _LAZY = {
 
 
 def backends() -> list[BackendInfo]:
-    """The installed backends, the preferred one first. Imports none of their libraries."""
+    """Return the installed backends, the preferred one first, without importing their libraries."""
     from phicore.plugins import Plugins
 
     return list(Plugins().backends().values())
@@ -70,7 +72,7 @@ def backends() -> list[BackendInfo]:
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version  # costs 0.03 s, which `phicore --help` need not pay
+        from importlib.metadata import version  # takes 0.03 s; `phicore --help` does not need it
 
         return version("phicore")
     if name not in _LAZY:

@@ -1,4 +1,4 @@
-"""The program `phicore`: runs a command, and turns errors into one line and an exit code."""
+"""The program `phicore`. It runs a command, and turns an error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def main() -> NoReturn:
-    """Run the command line. Every error that a user can cause is one line, and an exit code."""
+    """Run the command line and exit.
+
+    Every error that a user can cause becomes one line on standard error and an exit code.
+    """
     if sys.stderr is None:  # closed by the shell
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.stdout is None:
         sys.exit(_fail("standard output is closed", 1))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an encoding that lacks a character prints "?"
-    # huggingface_hub would ask its server about the caller once a day, even for a cached model.
+    # Without this, huggingface_hub would send a request to the Hub once a day, even for a cached
+    # model.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     code: Any
     try:
@@ -39,7 +43,7 @@ def main() -> NoReturn:
         code = _fail_usage(error)
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
-    except SystemExit as exit:  # how typer and rich answer to a closed pipe
+    except SystemExit as exit:  # typer and rich raise this for a closed pipe
         broken = isinstance(exit.__context__, BrokenPipeError)
         code = EXIT_BROKEN_PIPE if broken else exit.code
     except BrokenPipeError:
@@ -47,7 +51,7 @@ def main() -> NoReturn:
         code = EXIT_BROKEN_PIPE
     except OSError as error:
         fault = _fault(error)
-        if fault is None:  # errors of files are handled elsewhere; this is a full disk
+        if fault is None:  # for example a full disk; errors of model files are handled elsewhere
             _discard_stdout()
             fault = f"{error.filename or 'standard output'}: {error.strerror or error}"
         code = _fail(fault, 1)
@@ -55,20 +59,20 @@ def main() -> NoReturn:
         code = _fail("not enough memory; a smaller quantization or --ctx needs less", 1)
     except Exception as error:
         if (fault := _fault(error)) is None:
-            raise  # a fault of phicore's own: the traceback is for a report
+            raise  # a bug in phicore; the user can report the traceback
         code = _fail(fault, 1)
     if code == EXIT_INTERRUPTED:
-        # A library that was interrupted anywhere may crash when Python takes it down: JAX does.
+        # Exit at once, since an interrupted library may crash when Python shuts down. JAX does.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # else a Ctrl-C now prints a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # otherwise a Ctrl-C now prints a traceback
     sys.exit(code or 0)
 
 
 def _fault(error: Exception) -> str | None:
-    """What to say of an error that a plugin's code has raised."""
+    """Return a message for an error that a plugin's code raised, or None for other errors."""
     from phicore.plugins import Plugins
 
     return Plugins().blame(error)
@@ -80,7 +84,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _fail_usage(error: typer.TyperException) -> int:
-    """A wrong option or command, in typer's words."""
+    """Report a wrong option or command in typer's words, and return the exit code."""
     message = error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "phicore"
@@ -88,9 +92,9 @@ def _fail_usage(error: typer.TyperException) -> int:
 
 
 def _as_option(parameter: str) -> str:
-    """A parameter as the command line spells it: --top-k, if the command has such an option."""
+    """Return a parameter's option, such as --top-k, or its name if there is no such option."""
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    # The options before a command take no values.
+    # The command is the first argument without a dash, since options before it take no values.
     name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
     for each in commands[name].params if name in commands else ():
         if each.name == parameter and each.opts[0].startswith("--"):
@@ -99,7 +103,7 @@ def _as_option(parameter: str) -> str:
 
 
 def _discard_stdout() -> None:
-    """Python flushes standard output once more at exit: give it somewhere to go."""
+    """Redirect standard output to the null device, since Python flushes it once more at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,8 +1,8 @@
-"""Every error that phicore raises on purpose: one line that says what is wrong and what to do.
+"""The errors that phicore raises on purpose.
 
-A message reads "where: expected, found; what to do". Whoever shows an error words its parameter:
-`temperature` in Python, `--temperature` on the command line. The command line prints the line and
-exits with `exit_code`; anything else that escapes is a bug in phicore.
+A message is one line and reads "where: expected, found; what to do". The code that shows an error
+chooses the spelling of its parameter: `temperature` in Python, `--temperature` on the command line.
+The command line prints the line and exits with `exit_code`. Other exceptions are bugs in phicore.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ _NOTHING: Any = object()
 
 
 class PhicoreError(Exception):
-    """Base class of the errors that a user can cause and mend.
+    """Base class of the errors that a user can cause and fix.
 
     Args:
-        problem: What is wrong, and what to do. It may be left out where `expected` and `got` say
-            it.
-        parameter: The name of the parameter that is wrong, as Python spells it.
-        expected: What the parameter may be.
-        got: What it was.
+        problem: What is wrong, and what to do. None makes it from `expected` and `got`.
+        parameter: The Python name of the wrong parameter.
+        expected: The values that the parameter may have.
+        got: The value that the parameter had.
     """
 
     exit_code = 1
@@ -45,7 +44,7 @@ class PhicoreError(Exception):
         super().__init__(self.worded())
 
     def worded(self, spell: Callable[[str], str] = str) -> str:
-        """The message, with the name of the parameter as `spell` writes it."""
+        """Return the message, with the parameter's name converted by `spell`."""
         return (
             self.problem if self.parameter is None else f"{spell(self.parameter)}: {self.problem}"
         )
@@ -64,7 +63,7 @@ class SourceError(PhicoreError):
 
 
 class BackendError(PhicoreError):
-    """A backend or device is not installed, does not work here or was asked too much."""
+    """A backend or device is not installed, does not work here or cannot do what was requested."""
 
 
 class ArgumentError(PhicoreError, ValueError):

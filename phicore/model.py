@@ -1,4 +1,4 @@
-"""The Python API: `load` a model, then `generate` text or look at its `logits`."""
+"""The Python API: `load` a model, then `generate` text or compute `logits`."""
 
 from __future__ import annotations
 
@@ -38,12 +38,14 @@ Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray
 
 
 class Generation:
-    """An iterator of `Piece`, one per token, for one thread. It may be closed early or left alone.
+    """An iterator of `Piece`, one per token. It may be closed early or left unfinished.
+
+    Only one thread may use it.
 
     Attributes:
-        seed: The seed in use, so that a random one can be used again.
+        seed: The seed in use, so that a random seed can be used again.
         prompt_ids: The tokens of the prompt.
-        timings: What was done so far, and how long it took.
+        timings: The times and token counts so far.
     """
 
     def __init__(
@@ -59,7 +61,8 @@ class Generation:
         self.timings = sequence.timings
         found = _pieces(engine, sequence, pieces)
         self._pieces = found if observers is None else observers.watch(self, found)
-        # One that is never begun, and never closed, leaves the engine when it is collected.
+        # A generation that is never started or closed is removed from the engine when it is
+        # garbage-collected.
         weakref.finalize(self, engine.abort, sequence).atexit = False
 
     def __iter__(self) -> Self:
@@ -69,7 +72,7 @@ class Generation:
         return next(self._pieces)
 
     def text(self) -> str:
-        """All the text that is still to come."""
+        """Generate the rest of the answer, and return its text."""
         return "".join(piece.text for piece in self)
 
     def close(self) -> None:
@@ -84,7 +87,7 @@ class Generation:
 
 
 def _pieces(engine: Engine, sequence: EngineSequence, pieces: Pieces) -> Iterator[Piece]:
-    """Step a sequence until it finishes, or its text meets a stop string."""
+    """Run a sequence until it finishes or its text has a stop string, and yield its pieces."""
     try:
         while True:
             for output in engine.step([sequence]):
@@ -99,19 +102,20 @@ def _pieces(engine: Engine, sequence: EngineSequence, pieces: Pieces) -> Iterato
 
 
 class Model:
-    """A model on a backend. Made by `load`; a context manager.
+    """A model on a backend. `load` makes it, and it is a context manager.
 
     Attributes:
-        reference, path: What was asked for, and its GGUF file.
+        reference: The reference that the user gave.
+        path: The path of the GGUF file.
         backend: The name of the backend.
         config: The hyperparameters.
-        vocab_size: How many tokens the embedding has.
-        tokenizer: Text to tokens and back.
+        vocab_size: The number of tokens that the embedding has.
+        tokenizer: The tokenizer, which turns text into tokens and back.
         metadata: All key-value pairs of the file.
-        sampling: The sampling parameters where `generate` is given none: the file's recommendation,
-            else those of `Sampling`.
-        context: How many tokens a prompt and what follows it may have together.
-        load_s: How long loading took.
+        sampling: The sampling parameters that `generate` uses by default: the file's
+            recommendations, and the defaults of `Sampling` for the rest.
+        context: The largest number of tokens that a prompt and its answer may have together.
+        load_s: The time that loading took, in seconds.
     """
 
     def __init__(
@@ -158,7 +162,7 @@ class Model:
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """The template that turns messages into a prompt."""
+        """Return the template that turns messages into a prompt."""
         return ChatTemplate.from_gguf(self.metadata, self.tokenizer)
 
     def encode(
@@ -171,13 +175,14 @@ class Model:
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return the tokens of a prompt, as `generate` would use them.
+        """Turn a prompt into tokens, as `generate` does.
 
         Args:
             prompt: A string, a list of messages ({"role": ..., "content": ...}), or token ids,
-                which are taken as they are.
-            system: A system message to put before a string.
-            raw: Take a string as it is, special tokens included, instead of as a user's message.
+                which are used unchanged.
+            system: A system message to put before a prompt that is a string.
+            raw: Whether to use a string unchanged, special tokens included. If False, the string is
+                a user's message in the chat template.
             tools: JSON schemas of functions that the model may call, for the chat template.
             documents: Texts that the model may cite, for the chat template.
             chat_template_kwargs: Other variables of the chat template, such as `enable_thinking`.
@@ -216,7 +221,7 @@ class Model:
         processors: Sequence[LogitsProcessor | str] = (),
         **sampling: Any,
     ) -> Request:
-        """Make the request that `generate` makes of the same arguments, and check it."""
+        """Make a request from the arguments of `generate`, and check it."""
         known = {field.name for field in fields(Sampling)}
         if unknown := sampling.keys() - known:
             raise ArgumentError(
@@ -244,22 +249,22 @@ class Model:
         )
 
     def generate(self, prompt: Prompt | Request, **options: Any) -> Generation:
-        """Generate what follows a prompt.
+        """Generate the answer to a prompt.
 
         Args:
-            prompt: As for `encode`; or a request, which takes no options.
-            max_tokens: How many tokens at most; 256 if it is not given.
-            temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n: As for `Sampling`; None
-                takes the model's own `sampling`.
-            seed: 0 to 2**64 - 1; the same seed gives the same tokens on every backend. None takes a
-                random one.
-            stop: A string or strings that end the text, which does not hold them.
-            ignore_eos: Go on after end tokens.
-            system, raw, tools, documents, chat_template_kwargs: As for `encode`.
-            processors: What changes the scores before a token is chosen, one after the other:
-                objects, or `NAME=ARGUMENT` as on the command line.
+            prompt: A prompt that `encode` takes, or a request, which allows no further options.
+            max_tokens: The largest number of new tokens; 256 by default.
+            temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n: The fields of
+                `Sampling`. None takes the value of the model's `sampling`.
+            seed: The seed, 0 to 2**64 - 1. The same seed gives the same tokens on every backend.
+                None takes a random seed.
+            stop: A string or strings that end the text. They are not part of it.
+            ignore_eos: Whether to continue after end tokens.
+            system, raw, tools, documents, chat_template_kwargs: Arguments of `encode`.
+            processors: Logits processors in the order in which they run: objects, or
+                `NAME=ARGUMENT` as on the command line.
         Raises:
-            ArgumentError: For a value outside of its range.
+            ArgumentError: If a value is outside of its range.
             ContextError: If the prompt leaves no room in the context.
         """
         engine = self.engine
@@ -270,8 +275,9 @@ class Model:
         else:
             request = self.request(prompt, **options)
         sequence = engine.add(request)
-        # A tokenizer that puts a space before every text must not lose the one before a word that
-        # goes on from the prompt's last.
+        # After a control token the answer is a new text, and the space that some tokenizers put
+        # before every text is dropped. Otherwise the answer continues the prompt's text, and a
+        # space at its start is kept.
         is_new = self.tokenizer.is_control(request.prompt_ids[-1])
         stream = self.tokenizer.stream(strip_space=None if is_new else False)
         pieces = Pieces(stream, StopStrings(request.stop), request.ends)
@@ -295,7 +301,7 @@ class Model:
 
     @property
     def engine(self) -> Engine:
-        """What runs the network; `phicore.lab` looks inside.
+        """Return the engine, which runs the network. `phicore.lab` uses its internals.
 
         Raises:
             PhicoreError: If the model is closed.
@@ -305,26 +311,26 @@ class Model:
         return self._engine
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Scores of the next token after each of these tokens: (T, V) float32.
+        """Compute the scores of the next token after each token: (T, V) float32.
 
         Raises:
-            ArgumentError: If there is no token, or one outside of the vocabulary.
-            ContextError: If they are more than the context.
+            ArgumentError: If there is no token, or a token is outside of the vocabulary.
+            ContextError: If there are more tokens than the context holds.
             PhicoreError: If a score is not a finite number.
         """
         return self.engine.logits(_checked_ids(token_ids, self.vocab_size))
 
     @property
     def device(self) -> str:
-        """The name of the backend's device."""
+        """Return the name of the backend's device."""
         return self._ops.capabilities.device
 
     def peak_memory_bytes(self) -> int | None:
-        """The most memory that the process, or the device, has used so far."""
+        """Return the peak memory of the process or the device so far in bytes, None if unknown."""
         return self._ops.peak_memory_bytes()
 
     def close(self) -> None:
-        """Let go of the weights; a `Generation` that is still alive keeps them."""
+        """Release the weights. They stay in memory as long as a `Generation` still uses them."""
         self._engine = None
 
     def __enter__(self) -> Self:
@@ -351,18 +357,19 @@ def load(
     """Load a model.
 
     Args:
-        ref: A path, `hf:owner/repo[:Q4_K_M]`, `package:NAME`, an alias such as `phi-3-mini`, or
+        ref: A path, `hf:owner/repo[:Q4_K_M]`, `package:NAME`, a short name such as `phi-3-mini`, or
             None for the default model.
-        backend: The name of an installed backend; None takes the preferred one that works here.
-        ctx: How many tokens a prompt and its answer may have together; None is as many as the model
-            was made for.
+        backend: The name of an installed backend. None takes the preferred one that works here.
+        ctx: The largest number of tokens that a prompt and its answer may have together. None takes
+            the context that the model was made for.
         tokenizer: A tokenizer.json to use instead of the model's own.
         progress: Called with (what, done, total) while weights are loaded, steps are compiled and
-            a prompt is read.
+            prompts are read.
         options: The fields of `BackendOptions`: `device`, `devices`, `cache_type`, `dtype`,
             `fast_prefill`, `compact`, `threads`.
     Raises:
-        PhicoreError: One of its subclasses, with a line that says what is wrong and what to do.
+        PhicoreError: If the model cannot be loaded. The error is of a subclass, and its one line
+            says what is wrong and what to do.
     """
     known = {field.name for field in fields(BackendOptions)}
     if unknown := options.keys() - known:

@@ -1,6 +1,6 @@
-"""Settings: frozen dataclasses whose fields say what they mean, what they may be, and their help.
+"""Settings: frozen dataclasses whose fields have a default, help text and a check.
 
-The command line makes its options of the same fields, so a setting is named in one place.
+The command line derives its options from these fields, so a setting is described in one place.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def setting(
 
     Args:
         default: The field's default.
-        help: What the setting does, in whole sentences.
-        expected: What a value may be, for the error.
-        check: Whether a value of the right type is one of these.
-        flag: A short option of the command line, such as `-t`.
-        metavar: What stands for the value in help texts.
-        shown_default: What help texts call the default.
+        help: The help text, in complete sentences.
+        expected: A description of the allowed values, for error messages.
+        check: Returns whether a value of the right type is allowed.
+        flag: A short option on the command line, such as `-t`.
+        metavar: The placeholder for the value in help texts.
+        shown_default: The description of the default in help texts.
     """
     metadata = {
         "help": help,
@@ -46,14 +46,15 @@ def setting(
 
 
 _TYPES: dict[str, type] = {"int": Integral, "float": Real, "bool": bool, "str": str}
-# NumPy's numbers are Integral and Real, too.
+# NumPy's numbers are also Integral and Real.
 
 
 def check_settings(settings: Any) -> None:
     """Check every field of a dataclass against its type and its `check`.
 
     Raises:
-        ArgumentError: For the first value that is not allowed, with the fields of the error set.
+        ArgumentError: If a value is not allowed. `parameter`, `expected` and `got` describe the
+            first such value.
     """
     for each in fields(settings):
         value = getattr(settings, each.name)

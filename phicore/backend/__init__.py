@@ -1,6 +1,7 @@
-"""What the author of a backend imports: the tensor protocol and what belongs to it.
+"""The tensor protocol and everything else that the author of a backend imports.
 
-This room knows nothing of the network, the engine or the text; it imports `phicore.gguf` alone.
+This package knows nothing of the network, the engine or the text. Of phicore's packages it imports
+`phicore.gguf` alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the protocol, and NumPy with it, when a name is used: help texts need only options."""
+    """Import the protocol, and NumPy with it, when a name is first used.
+
+    Help texts need only the options, so they do not wait for NumPy.
+    """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from phicore.backend import protocol

@@ -1,12 +1,12 @@
-"""How keys and values are stored: the types of a cache, each described once.
+"""Cache types: the formats in which a cache stores keys and values.
 
 A row is the D numbers of a head at a position. It is stored as floats, or as integers that are
-multiples of a scale: one scale for the row, or one for each group of its numbers (`q8_0` has ggml's
-blocks of 32). A layer's cache is `k` and `v`, rows (B, K, S, D), and with scales `k_scale` and
-`v_scale`.
+multiples of a scale. A scale belongs to a whole row, or to a group of its numbers (`q8_0` has
+ggml's blocks of 32). A layer's cache has the arrays `k` and `v`, rows (B, K, S, D). Types with
+scales add `k_scale` and `v_scale`.
 
-A new type is one entry of `TYPES`, if its numbers and scales have dtypes of `xp`. A backend lists
-the types that it has, and may add types of its own.
+To add a type, add an entry to `TYPES`; this is enough if `xp` has the dtypes of its numbers and
+scales. A backend lists the types that it supports, and may add types of its own.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Cache = dict[str, Array]
 
 @dataclass(frozen=True)
 class CacheType:
-    """How the numbers of a row are stored.
+    """A format for the rows of a cache.
 
     Attributes:
         dtype: The name of the dtype of a cache's rows.
-        bits: Bits of a number.
-        rounding: A number is rounded by at most this share of itself, or, with scales, of the
-            largest number that has the same scale.
-        least: Numbers may be rounded by this much, however small they are.
+        bits: Bits per number.
+        rounding: The bound of the rounding error, relative to the number itself or, for types with
+            scales, to the largest number that shares its scale.
+        least: The absolute rounding error that is always allowed, however small the number.
         error: A bound of the relative error of attention on random numbers.
-        scale_dtype: The name of the dtype of scales; None: the numbers are floats without any.
+        scale_dtype: The name of the dtype of scales. None means floats without scales.
         largest: The largest integer that a scale is multiplied by.
-        group: How many numbers share a scale; None: all of a row.
+        group: The number of values that share a scale. None means all values of a row.
     """
 
     name: str
@@ -49,21 +49,21 @@ class CacheType:
     group: int | None = None
 
     def scale_shape(self, rows: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales of rows (..., D)."""
+        """Return the shape of the scales for rows (..., D)."""
         return rows[:-1] if self.group is None else (*rows[:-1], rows[-1] // self.group)
 
     def bytes_of_row(self, dim: int) -> int:
-        """The memory that the D numbers of a row and their scales take."""
+        """Return the bytes that a row of D numbers takes, scales included."""
         scales = 0
         if self.scale_dtype is not None:
             scales = np.dtype(self.scale_dtype).itemsize * (dim // self.group if self.group else 1)
         return dim * self.bits // 8 + scales
 
     def check(self, dim: int) -> None:
-        """Refuse heads whose rows are no whole number of groups.
+        """Check that the rows of a head of size `dim` divide into groups.
 
         Raises:
-            BackendError: If there is no cache of this type for heads of D = dim.
+            BackendError: If `dim` is not a multiple of the group size.
         """
         if self.group is not None and dim % self.group:
             raise BackendError(
@@ -93,18 +93,18 @@ TYPES = {
             8,
             rounding=1 / 250,
             error=1e-2,
-            least=127 * 2.0**-25,  # of tiny scales float16 has few bits
+            least=127 * 2.0**-25,  # float16 stores tiny scales with few bits
             scale_dtype="float16",
             largest=127,
             group=32,
         ),
     )
 }
-"""The types that the defaults of a backend can store, if `xp` has their dtypes."""
+"""The types that `Backend`'s default operations can store, if `xp` has their dtypes."""
 
 
 def empty(xp: Any, cache_type: str, shape: tuple[int, int, int, int]) -> Cache:
-    """Zeros, for keys and values (B, K, S, D).
+    """Make a cache of zeros for keys and values (B, K, S, D).
 
     Raises:
         BackendError: If the type cannot hold heads of this size.
@@ -120,7 +120,7 @@ def empty(xp: Any, cache_type: str, shape: tuple[int, int, int, int]) -> Cache:
 
 
 def stored(xp: Any, k: Array, v: Array, cache_type: str) -> Cache:
-    """Keys and values (B, K, T, D) float32 as a cache holds them."""
+    """Convert keys and values (B, K, T, D) float32 to the arrays that a cache stores."""
     cache: Cache = {}
     for name, x in (("k", k), ("v", v)):
         cache[name], scales = stored_rows(xp, x, cache_type)
@@ -130,13 +130,17 @@ def stored(xp: Any, k: Array, v: Array, cache_type: str) -> Cache:
 
 
 def numbers(xp: Any, cache: Cache) -> tuple[Array, Array]:
-    """What a cache stands for: keys and values (B, K, S, D) float32."""
+    """Expand a cache to keys and values (B, K, S, D) float32."""
     k, v = (numbers_of_rows(xp, cache[n], cache.get(f"{n}_scale")) for n in ("k", "v"))
     return k, v
 
 
 def stored_rows(xp: Any, x: Array, row_type: str) -> tuple[Array, Array | None]:
-    """Rows (..., D) float32 as numbers or integers, and the scales of these."""
+    """Convert rows (..., D) float32 to the stored dtype.
+
+    Returns:
+        The rows as floats or integers, and their scales; None for a type without scales.
+    """
     kind = TYPES[row_type]
     if kind.scale_dtype is None:
         return xp.astype(x, getattr(xp, kind.dtype)), None
@@ -146,7 +150,7 @@ def stored_rows(xp: Any, x: Array, row_type: str) -> tuple[Array, Array | None]:
 
 
 def numbers_of_rows(xp: Any, rows: Array, scales: Array | None) -> Array:
-    """What rows (..., D) stand for, float32."""
+    """Expand stored rows (..., D) to float32."""
     rows = xp.astype(rows, xp.float32)
     if scales is None:
         return rows
@@ -158,17 +162,17 @@ def numbers_of_rows(xp: Any, rows: Array, scales: Array | None) -> Array:
 
 
 def multiples(xp: Any, x: Array, kind: CacheType) -> tuple[Array, Array]:
-    """Numbers (..., N) that share a scale, as integers times that scale (...,).
+    """Split numbers (..., N) that share a scale into integers and that scale (...,).
 
-    What is not finite makes the scale NaN.
+    If any of the numbers is not finite, their scale is NaN.
     """
     most, dtype = kind.largest, getattr(xp, kind.scale_dtype or "float32")
-    # the sum is 0 or NaN: the maximum of some libraries is blind to NaN
+    # Some libraries ignore NaN in a maximum. The sum is 0, or NaN if a number is not finite.
     scales = xp.max(xp.abs(x), axis=-1) / most + xp.sum(0 * x, axis=-1)
     scales = xp.astype(scales, dtype)
     divisor = xp.expand_dims(xp.astype(scales, xp.float32), axis=-1)
     integers = xp.round(x / xp.where(divisor > 0, divisor, 1.0))
-    # a scale that was rounded down a lot, a tiny one, leaves more than fits
+    # A tiny scale may have been rounded down a lot; the integers are then too large.
     integers = xp.where(integers > most, float(most), integers)
     integers = xp.where(integers < -most, -float(most), integers)
     return xp.where(divisor > 0, integers, 0.0), scales

@@ -1,4 +1,4 @@
-"""What a user may choose about a backend, and what a backend can do."""
+"""The options of a backend, which the user chooses, and the capabilities that a backend has."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from phicore.settings import check_settings, setting
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What a user may choose about a backend. None leaves a choice to the backend.
+    """The options of a backend. None leaves a choice to the backend.
 
-    The command line and `phicore.load` take these names; a backend reads `Backend.options`, where
-    no device, cache type or dtype is None any more.
+    The command line and `phicore.load` take options by these names. A backend reads
+    `Backend.options`, in which device, cache type and dtype are never None.
     """
 
     device: str | None = setting(
@@ -70,13 +70,13 @@ DEFAULTS = BackendOptions()
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do on its device. The defaults are those of the simplest backend."""
+    """The features of a backend on its device. The defaults describe the simplest backend."""
 
     device: str = "cpu"
-    """The name of the device, as `BackendOptions.device` takes it."""
+    """The name of the device, in the form that `BackendOptions.device` takes."""
     cache_types: tuple[str, ...] = ("f32",)
-    """Types of caches, the default first: types of `cache_types.py`, which the protocol's defaults
-    store if `xp` has the dtype, or types of the backend's own."""
+    """The supported cache types, the default first. The protocol's default operations store the
+    types of `cache_types.py` if `xp` has their dtypes; a backend may also have types of its own."""
     dtypes: tuple[str, ...] = ("float32",)
     """The dtypes that prompts can be multiplied in, the default first."""
     has_fast_prefill: bool = False
@@ -86,26 +86,30 @@ class Capabilities:
     has_threads: bool = False
     """Whether the number of threads can be chosen."""
     has_devices: bool = False
-    """Whether several devices can share a model. The graph is then that of one device
-    (`Phi3Config.share`); `linear` combines the products of a matrix with a `split`. Shares of
-    weights and caches are sharded; all other arrays are replicated."""
+    """Whether a model can be split over several devices. Each device then runs the graph with its
+    share of the heads and channels (`Phi3Config.share`), and `linear` combines the products of a
+    matrix that has a `split`. The devices' shares of weights, biases and caches are sharded arrays;
+    all other arrays are replicated."""
 
     compiles: bool = False
-    """Whether the first call of a compiled function with new shapes takes long: it is announced."""
+    """Whether the first call of a compiled function with new shapes compiles, which takes long.
+    The user is then told."""
     compiled_tokens: int | None = None
     """Steps with more tokens than this run uncompiled. None: every step is compiled."""
     prompt_chunks: tuple[int, ...] = PROMPT_CHUNKS
-    """Chunk sizes for prompts, ascending from 1; each divides the next. A backend that compiles
-    sees these shapes only; for others the last is the largest chunk."""
+    """Chunk sizes for prompts, ascending from 1; each divides the next. If every step is compiled,
+    chunks have these sizes only. Otherwise chunks have any size up to the last."""
     asynchronous: bool = False
     """Whether a compiled call returns before its result is computed. The engine then starts the
     next step before it reads the last token."""
     steps: int = 1
-    """How many decode steps one compiled call runs: 8 or fewer, since text appears when a call has
-    ended. More than 1 pays where a call costs much; `while_loop` must then work under `compile`."""
+    """Number of decode steps that one compiled call runs. It should be 8 or fewer, since text
+    appears only when a call has ended. More than 1 pays where the overhead of a call is large;
+    `while_loop` must then work under `compile`."""
 
     linear_error: float = 5e-6
-    """A bound of the relative error of `linear` on random numbers, for tests: that of float32."""
+    """A bound of the relative error of `linear` on random numbers, for tests. The default is
+    right for float32."""
 
     def accept(self, options: BackendOptions) -> BackendOptions:
         """Check options against what this backend can do, and fill in its defaults.
@@ -138,4 +142,4 @@ class Capabilities:
 
 
 SIMPLEST = Capabilities()
-"""What the protocol's defaults can do."""
+"""The capabilities of the protocol's default operations."""

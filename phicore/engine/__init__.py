@@ -1,4 +1,4 @@
-"""Running the network: requests, sequences, the steps that are compiled, and their time."""
+"""The engine, which runs the network: requests, sequences, compiled steps and timings."""
 
 from phicore.engine.engine import Engine
 from phicore.engine.request import Request

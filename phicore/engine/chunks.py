@@ -1,4 +1,4 @@
-"""The few shapes that steps are compiled for: chunks of a prompt, capacities of a cache."""
+"""Sizes that steps are compiled for: chunks of a prompt, and capacities of a cache."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ import numpy as np
 from phicore.backend.shapes import power_of_two
 
 LOGITS_CHUNKS = (1, 64)
-"""Chunk sizes where the logits of all tokens are wanted, which take V numbers each."""
+"""Chunk sizes for computing the logits of all tokens. They are small: a token has V logits."""
 MIN_CAPACITY = 256
 """Capacities are multiples of this."""
 
 
 def capacity_for(positions: int) -> int:
-    """Slots for this many tokens: 256 times a power of two, so that few capacities are compiled.
+    """Return a capacity for this many positions: 256 times a power of two.
 
-    Chunks of a prompt start at multiples of their size, so the padding of the last one fits too.
+    So steps are compiled for few capacities. Chunks of a prompt start at multiples of their size,
+    so the padding of the last chunk fits, too.
     """
     return MIN_CAPACITY * power_of_two(-(-positions // MIN_CAPACITY))
 
 
 def capacity_of_window(window: int, chunk: int) -> int:
-    """Slots for what a token sees before it and for a chunk of a prompt, in multiples of 256."""
+    """Return a capacity for a window and a chunk of a prompt, rounded up to a multiple of 256."""
     return -(-(window - 1 + chunk) // MIN_CAPACITY) * MIN_CAPACITY
 
 
 class Chunk(NamedTuple):
-    """Consecutive tokens of one sequence, perhaps with padding behind them.
+    """Consecutive tokens of one sequence, which may be followed by padding.
 
     Attributes:
-        tokens: (1, T) int32.
-        positions: (1, T) int32.
-        last: (1,) int32, the index of the last token that is no padding.
+        tokens: The token ids, (1, T) int32.
+        positions: The positions of the tokens, (1, T) int32.
+        last: The index of the last token before the padding, (1,) int32.
     """
 
     tokens: np.ndarray
@@ -43,30 +44,31 @@ class Chunk(NamedTuple):
 
     @property
     def start(self) -> int:
-        """The position of the first token."""
+        """Return the position of the first token."""
         return int(self.positions[0, 0])
 
     @property
     def size(self) -> int:
-        """How many tokens it has, padding included."""
+        """Return the number of tokens, padding included."""
         return self.tokens.shape[1]
 
     @property
     def end(self) -> int:
-        """The position after the last token that is no padding."""
+        """Return the position after the last token before the padding."""
         return self.start + int(self.last[0]) + 1
 
 
 def chunk_at(
     tokens: Sequence[int], start: int, sizes: tuple[int, ...], *, is_padded: bool
 ) -> Chunk:
-    """The chunk of a prompt that begins at a position.
+    """Return the chunk of a prompt that begins at position `start`.
 
     Args:
-        sizes: Ascending from 1; each divides the next.
-        is_padded: Whether a chunk must have one of the sizes. It is then padded to a size that is
-            at most one and a half times as large, or to the smallest above 1. Otherwise a chunk is
-            as large as the largest size allows.
+        sizes: The chunk sizes, ascending from 1; each divides the next.
+        is_padded: Whether a chunk must have one of the sizes. The rest of a prompt is then padded
+            to the next size if that is at most 1.5 times as large or is the smallest size above 1;
+            otherwise the chunk has the next smaller size. If False, a chunk has any size up to the
+            largest, without padding.
     """
     left = len(tokens) - start
     size = min(left, sizes[-1])
@@ -82,7 +84,7 @@ def chunk_at(
 
 
 def chunks(tokens: Sequence[int], sizes: tuple[int, ...], *, is_padded: bool) -> Iterator[Chunk]:
-    """Cut a whole prompt into chunks; see `chunk_at`."""
+    """Cut a prompt into chunks; `chunk_at` describes the arguments."""
     start = 0
     while start < len(tokens):
         chunk = chunk_at(tokens, start, sizes, is_padded=is_padded)

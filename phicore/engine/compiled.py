@@ -1,4 +1,4 @@
-"""The compiled steps of a model, each compiled when it is first needed."""
+"""The compiled steps of a model. Each step is compiled when it is first needed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from phicore.progress import Progress
 
 
 class Compiled:
-    """Calls compiled steps; tells when one is compiled, and counts the time.
+    """Calls compiled steps, reports when one is being compiled, and measures the time of that.
 
     Attributes:
-        pure: The functions that are compiled.
+        pure: The functions to compile.
     """
 
     def __init__(self, ops: Backend, pure: Steps, params: Params, progress: Progress) -> None:
@@ -33,15 +33,15 @@ class Compiled:
         self._called: set[Any] = set()
 
     def step(self, kinds: Kinds) -> Callable[..., Any]:
-        """The compiled `Steps.step` with these processors."""
+        """Return the compiled `Steps.step` for these processor classes."""
         return self._function("step", kinds)
 
     def steps(self, kinds: Kinds) -> Callable[..., Any]:
-        """The compiled `Steps.steps` with these processors."""
+        """Return the compiled `Steps.steps` for these processor classes."""
         return self._function("steps", kinds)
 
     def score(self) -> Callable[..., Any]:
-        """The compiled `Steps.score`."""
+        """Return the compiled `Steps.score`."""
         return self._function("score", None)
 
     def _function(self, name: str, kinds: Kinds | None) -> Callable[..., Any]:
@@ -61,10 +61,13 @@ class Compiled:
         args: tuple[Any, ...],
         timings: Timings,
     ) -> Any:
-        """Call a compiled function; the first call with new shapes counts as compiling.
+        """Call a compiled function.
+
+        On a backend that compiles, the time of the first call with new shapes is counted as
+        compile time.
 
         Args:
-            args: Its arguments after `place`; the first is the tokens (B, T).
+            args: The function's arguments after `place`. The first must be the tokens (B, T).
         """
         ops = self._ops.capabilities
         most, tokens = ops.compiled_tokens, args[0]
@@ -91,7 +94,7 @@ class Compiled:
 
 
 def _shapes(arg: Any) -> Any:
-    """What a compiler specializes on: shapes, and which parts of the sampler there are."""
+    """Return the part of an argument that decides on recompiling: shapes, and names or None."""
     if isinstance(arg, list):
         return tuple(map(_shapes, arg))
     if isinstance(arg, dict):

@@ -1,7 +1,7 @@
-"""The engine: it takes requests in, and runs them one step after the other.
+"""The engine, which accepts requests and runs them step by step.
 
-The scheduler of many sequences is yet to come: each sequence has slots of its own, and a step runs
-every sequence it is asked for as a batch of one.
+There is no batching of sequences yet. Each sequence has slots of its own, and a step runs each
+sequence as a batch of one.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from phicore.network.weights import load_params, read_config
 from phicore.progress import Progress, silent
 
 EXPECTED_ANSWER = 512
-"""A new cache has slots for this many tokens of an answer, if so many are asked for."""
+"""A new cache has slots for the prompt and up to this many tokens of the answer. It can grow."""
 
 
 class Engine:
     """Runs the requests of one model on one backend.
 
     Attributes:
-        runner: What runs tokens on the device.
-        context: How many tokens a prompt and its answer may have together.
+        runner: The runner, which runs tokens on the device.
+        context: The largest number of tokens that a prompt and its answer may have together.
         progress: Called while prompts are read.
     """
 
@@ -57,20 +57,22 @@ class Engine:
         context: int | None = None,
         progress: Progress = silent,
     ) -> Self:
-        """Load a file's model.
+        """Load the model of a file.
 
         Args:
-            architecture: What reads the file; None takes the built-in one of its name.
-            config: What `read_config` read from the file; None reads it.
-            context: How many tokens at most; None takes as many as the model was made for.
+            architecture: The file's architecture. None takes the built-in one that the file names.
+            config: The result of `read_config` for the file. None calls it.
+            context: The largest number of tokens. None takes the context that the model was made
+                for.
         Raises:
-            GGUFError: If the file is not understood.
-            BackendError: If the backend cannot hold such a model.
+            GGUFError: If the file is damaged or not supported.
+            BackendError: If the backend cannot hold the model.
         """
         architecture = architecture or architecture_of(file.metadata)
         config = config or read_config(file, architecture)
-        share = config.share(ops.options.devices)  # what can be wrong, before a long load
-        ops.new_cache(1, 1, 1, config.head_dim)  # a cache type may not hold such heads
+        # Raise the errors that are possible here before a long load.
+        share = config.share(ops.options.devices)
+        ops.new_cache(1, 1, 1, config.head_dim)  # not every cache type supports every head size
         factors = architecture.rope_factors(config, file)
         params = load_params(ops, architecture, config, file, progress)
         return cls(
@@ -81,13 +83,13 @@ class Engine:
 
     @property
     def vocab_size(self) -> int:
-        """V, how many tokens the embedding has."""
+        """Return V, the number of tokens that the embedding has."""
         return self.runner.config.vocab_size
 
     # ---- sequences -------------------------------------------------------------------------
 
     def add(self, request: Request) -> Sequence:
-        """Take a request in. It takes no memory of the device until it is stepped.
+        """Add a request. It takes no memory on the device until its first step.
 
         Raises:
             ArgumentError: If the prompt has a token outside of the vocabulary.
@@ -104,7 +106,7 @@ class Engine:
         return sequence
 
     def abort(self, sequence: Sequence) -> None:
-        """End a sequence and free its slots. One that has ended already stays as it is."""
+        """End a sequence and free its slots. Nothing happens if the sequence has ended already."""
         if sequence in self._sequences:
             self._sequences.remove(sequence)
         if sequence.slot is not None:
@@ -112,10 +114,13 @@ class Engine:
             sequence.slot = None
 
     def step(self, sequences: Iterable[Sequence] | None = None) -> list[Output]:
-        """Do a step of some sequences, or of all: read a chunk of the prompt, or decode.
+        """Run one step of each of the given sequences; None means all sequences.
+
+        A step reads a chunk of the prompt or, after the prompt, decodes. A sequence that finishes
+        is ended.
 
         Returns:
-            What each sequence gained; a sequence that finishes has ended.
+            The output of the step for each sequence.
         Raises:
             PhicoreError: If no token can be chosen for a sequence.
         """
@@ -133,7 +138,7 @@ class Engine:
         return outputs
 
     def generate(self, request: Request) -> Iterator[int]:
-        """Add a request and step it until it finishes: the tokens of its answer."""
+        """Add a request, run it until it finishes, and yield the tokens of its answer."""
         sequence = self.add(request)
         try:
             while True:
@@ -159,7 +164,7 @@ class Engine:
     # ---- one sequence ----------------------------------------------------------------------
 
     def _place(self, sequence: Sequence) -> None:
-        """Give a sequence that waited its slots."""
+        """Give slots to a sequence that has none yet."""
         request = sequence.request
         positions = len(request.prompt_ids) + min(sequence.limit, EXPECTED_ANSWER)
         sequence.timings.start(len(request.prompt_ids))
@@ -179,12 +184,15 @@ class Engine:
         return self._slots[sequence.slot]
 
     def _read_chunk(self, sequence: Sequence) -> Output:
-        """Read a chunk of the prompt. Every chunk samples a token; only the last one's counts."""
+        """Read a chunk of the prompt.
+
+        Every chunk samples a token. Only the token that the last chunk samples is used.
+        """
         slots, prompt = self._slots_of(sequence), sequence.request.prompt_ids
         chunk = self.runner.chunk_at(prompt, sequence.computed)
         before, state = slots.token, (slots.penalty, slots.states)
         self.runner.read(sequence, slots, chunk)
-        if before is not None:  # then the chunk before is in the cache
+        if before is not None:  # once this token is computed, the previous chunk is in the cache
             self.runner.ops.to_numpy(before)
             self.progress("prompt", sequence.computed, len(prompt))
         sequence.computed = chunk.end
@@ -196,7 +204,10 @@ class Engine:
         return Output(sequence)
 
     def _decode(self, sequence: Sequence) -> Output:
-        """Read the tokens of a call; where the library works in the background, one call ahead."""
+        """Read the tokens of one decode call.
+
+        On an asynchronous backend, the next call is started before this call's tokens are read.
+        """
         slots = self._slots_of(sequence)
         if not slots.pending:
             self._start_decode(sequence)
@@ -226,7 +237,7 @@ class Engine:
         return Output(sequence, tuple(found), finish_reason)
 
     def _start_decode(self, sequence: Sequence) -> None:
-        """Start a call that runs the last token and samples the next ones, if any are wanted."""
+        """Start a decode call for the next tokens, unless all tokens have been sampled."""
         if not sequence.left:
             return
         most = self.runner.ops.capabilities.steps
@@ -240,7 +251,7 @@ class Engine:
         """Compute the scores of the next token after each token: (T, V) float32.
 
         Raises:
-            ArgumentError: If there is no token, or one outside of the vocabulary.
+            ArgumentError: If there is no token, or a token is outside of the vocabulary.
             ContextError: If there are more tokens than the context holds.
             PhicoreError: If a score is not a finite number.
         """

@@ -1,4 +1,4 @@
-"""What is asked of the engine, checked once for everybody who asks."""
+"""The requests that the engine takes. All of their values are checked here."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from phicore.text.stop_strings import checked_stops
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and how its answer is made. Sequences are stored as tuples.
+    """A prompt, and the settings for generating its answer.
+
+    Lists and other sequences are stored as tuples.
 
     Attributes:
         prompt_ids: The tokens of the prompt.
-        sampling: How a token is chosen.
-        max_tokens: How many tokens the answer has at most.
-        seed: 0 to 2**64 - 1; the same seed gives the same tokens. None is replaced by a random one.
+        sampling: The parameters of the sampler.
+        max_tokens: The largest number of tokens of the answer.
+        seed: The seed, 0 to 2**64 - 1. The same seed gives the same tokens. None is replaced by a
+            random seed.
         ends: Tokens that end the answer.
-        stop: Strings that end the answer's text. The engine, which has no text, ignores them.
-        processors: What changes the scores before a token is chosen, in this order.
+        stop: Strings that end the answer's text. The engine ignores them, since it has no text.
+        processors: The logits processors, in the order in which they run.
     Raises:
-        ArgumentError: For a value that is not allowed, with the fields of the error set.
+        ArgumentError: If a value is not allowed. The error names the parameter, the allowed values
+            and, unless the prompt is empty, the value.
     """
 
     prompt_ids: Sequence[int]
@@ -60,5 +64,5 @@ class Request:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is an integer of Python's or NumPy's, and no bool."""
+    """Return whether a value is an integer of Python or NumPy. A bool does not count."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

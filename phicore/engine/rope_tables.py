@@ -1,4 +1,4 @@
-"""Rotary tables on the device, by absolute position."""
+"""The rotary tables on the device, which sequences look their positions up in."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from phicore.network.config import Phi3Config
 from phicore.network.rope import RopeFactors, Tables, is_long, rope_tables
 
 FIRST = 4096
-"""A table has rows for this many positions at once, or for the whole context if that is less."""
+"""The first table has rows for this many positions, or for the whole context if that is less."""
 
 
 class RopeTables:
-    """Tables that all sequences of a model look their positions up in.
+    """The rotary tables of a model, shared by all of its sequences.
 
-    LongRoPE has one set of factors for sequences within the original context and another for longer
-    ones. Both are in one table, the short part first, so that rows of both kinds share a step: a
-    row looks up `start(is_long)` plus its position.
+    LongRoPE has one set of factors for sequences within the original context, and another for
+    longer sequences. One table holds both parts, first short, then long, so that sequences of both
+    kinds can share a step. A sequence looks up the row `start(is_long)` plus its position.
     """
 
     def __init__(self, ops: Backend, config: Phi3Config, factors: RopeFactors | None) -> None:
@@ -33,15 +33,18 @@ class RopeTables:
         self._rows = 0
 
     def is_long(self, length: int) -> bool:
-        """Whether a sequence that is planned to be so long is rotated by the long factors."""
+        """Return whether a sequence with this planned length is rotated by the long factors."""
         return self._factors is not None and is_long(self._config, length)
 
     def start(self, is_long: bool) -> int:
-        """The row of position 0."""
+        """Return the row of the tables for position 0."""
         return self._short_rows if is_long else 0
 
     def until(self, end: int, is_long: bool) -> Tables:
-        """The tables, with rows for positions up to `end` at least. Few sizes are ever made."""
+        """Return tables with rows for at least the positions below `end`.
+
+        Tables have few different sizes, since steps are compiled for each.
+        """
         if self._short_rows and not is_long:
             assert end <= self._short_rows
             needed = self._short_rows

@@ -1,4 +1,4 @@
-"""Running tokens of sequences on the device: their caches, rotary tables and compiled steps."""
+"""The runner, which runs tokens on the device with caches, rotary tables and compiled steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Runner:
 
     Attributes:
         ops: The backend.
-        config: The hyperparameters of the network that one device computes.
+        config: The hyperparameters of the part of the network that one device computes.
         params: The weights.
         steps: The compiled steps.
         tables: The rotary tables.
@@ -55,12 +55,12 @@ class Runner:
     # ---- steps -----------------------------------------------------------------------------
 
     def chunk_at(self, prompt: Tokens[int], start: int) -> Chunk:
-        """The chunk of a prompt that begins at a position."""
+        """Return the chunk of a prompt that begins at position `start`."""
         sizes = self.ops.capabilities.prompt_chunks
         return chunk_at(prompt, start, sizes, is_padded=self._is_padded)
 
     def read(self, sequence: Sequence, slots: Slots, chunk: Chunk) -> None:
-        """Run a chunk of a sequence's prompt, and sample what follows its last token."""
+        """Run a chunk of a sequence's prompt, and sample the token after it."""
         asarray = self.ops.asarray
         inputs = asarray(chunk.tokens), asarray(chunk.positions), asarray(chunk.last)
         self._step(sequence, slots, inputs, chunk.size)
@@ -68,7 +68,8 @@ class Runner:
     def decode(self, sequence: Sequence, slots: Slots, count: int) -> Array:
         """Run the last token of a sequence and sample `count` tokens in one call: (1, N) int32.
 
-        N is the number of steps of a call; tokens after the first `count` mean nothing.
+        N is `Capabilities.steps`, the number of steps of a call. Tokens after the first `count` are
+        garbage.
         """
         most = self.ops.capabilities.steps
         if most == 1:
@@ -97,10 +98,11 @@ class Runner:
     def _step(
         self, sequence: Sequence, slots: Slots, inputs: tuple[Array, Array, Array], count: int
     ) -> None:
-        """Run `count` tokens, and sample one.
+        """Run tokens, and sample the next token.
 
         Args:
             inputs: Tokens and positions (1, T), and the index of the last token (1,).
+            count: The number of tokens T.
         """
         self.make_room(slots.cache, sequence.computed, count)
         draw = slots.draw and {**slots.draw, "uniforms": self._uniforms(sequence)}
@@ -120,7 +122,12 @@ class Runner:
         slots.penalty = {**slots.penalty, "recent": recent}
 
     def _uniforms(self, sequence: Sequence, count: int = 1, room: int | None = None) -> Array:
-        """Random numbers for the next tokens: (1, V), or (room, 1, V) of which `count` are used."""
+        """Make random numbers for the next `count` tokens.
+
+        Returns:
+            (1, V) float32 for one token if `room` is None; otherwise (room, 1, V) float32, with
+            zeros after the first `count` tokens.
+        """
         seed, size = sequence.request.seed, self.config.vocab_size
         assert seed is not None, "filled in by Request"
         numbers = np.zeros((room or 1, size), np.float32)
@@ -129,7 +136,7 @@ class Runner:
         return self.ops.asarray(numbers if room is None else numbers[:, None])
 
     def scores(self, tokens: Tokens[int]) -> np.ndarray:
-        """Compute the scores of the next token after each of these tokens: (T, V) float32."""
+        """Compute the scores of the next token after each token: (T, V) float32."""
         is_long = self.tables.is_long(len(tokens))
         cache = self.new_cache(len(tokens), is_long)
         rows = np.empty((len(tokens), self.config.vocab_size), np.float32)
@@ -149,12 +156,12 @@ class Runner:
 
     @property
     def _is_padded(self) -> bool:
-        """Whether chunks have few sizes, since each is compiled."""
+        """Return whether chunks are padded to few sizes. They are if every step is compiled."""
         ops = self.ops.capabilities
         return ops.compiles and ops.compiled_tokens is None
 
     def new_cache(self, positions: int, is_long: bool = False) -> Cache:
-        """An empty cache of one row, with slots for this many tokens."""
+        """Make an empty cache of one row with slots for this many positions."""
         c, capacity = self.config, self._capacity_for(positions)
         layers = [
             self.ops.new_cache(1, c.num_key_value_heads, capacity, c.head_dim)
@@ -163,14 +170,14 @@ class Runner:
         return Cache(self.ops, layers, capacity, np.array([self.tables.start(is_long)], np.int32))
 
     def _capacity_for(self, positions: int) -> int:
-        """Slots for this many tokens, and no more than the window needs."""
+        """Return a capacity for this many positions, limited to what the window needs."""
         window, capacity = self.config.sliding_window, capacity_for(positions)
         if window is None:
             return capacity
         return min(capacity, capacity_of_window(window, self.ops.capabilities.prompt_chunks[-1]))
 
     def make_room(self, cache: Cache, start: int, count: int) -> None:
-        """See that `count` tokens from position `start` on have slots."""
+        """Ensure that the cache has slots for `count` tokens from position `start` on."""
         starts = np.array([start], np.int32)
         if not cache.lacks(starts, count):
             return

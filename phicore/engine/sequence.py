@@ -1,4 +1,4 @@
-"""A sequence: a request under way, as the host knows it. Its device arrays are in `slots.py`."""
+"""Running requests, called sequences: their data on the host. `slots.py` has the device arrays."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from phicore.engine.timings import Timings
 
 @dataclass(eq=False)
 class Sequence:
-    """A request under way.
+    """A running request, and its progress so far.
 
     Attributes:
-        request: What is asked for.
-        limit: How many tokens the answer has at most; the context may hold fewer than asked for.
-        at_limit: The reason to finish there: "length" or "context".
-        is_long: Whether its keys are rotated by LongRoPE's long factors.
-        computed: How many of its tokens were run through the network.
-        sampled: How many tokens of the answer were sampled, perhaps not read yet.
-        answer: The tokens of the answer that were read.
-        slot: Where its arrays are on the device; None while it waits, and when it has ended.
-        timings: What was done so far, and how long it took.
+        request: The request.
+        limit: The largest number of tokens of the answer: what was requested, or less if the
+            context holds less.
+        at_limit: The finish reason at the limit, "length" or "context".
+        is_long: Whether the sequence is rotated by LongRoPE's long factors.
+        computed: Number of tokens that were run through the network.
+        sampled: Number of tokens of the answer that were sampled. The host may not have read the
+            last ones yet.
+        answer: The tokens of the answer that the host has read.
+        slot: The number of its slots on the device. None before the first step and after the end.
+        timings: The times and token counts so far.
     """
 
     request: Request
@@ -36,28 +38,29 @@ class Sequence:
 
     @property
     def is_prompt_read(self) -> bool:
-        """Whether every token of the prompt was run through the network."""
+        """Return whether every token of the prompt was run through the network."""
         return self.computed >= len(self.request.prompt_ids)
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether a logits processor must know each token before the next one is sampled."""
+        """Return whether a logits processor needs each token before the next is sampled."""
         return any(processor.needs_tokens for processor in self.request.processors)
 
     @property
     def left(self) -> int:
-        """How many tokens of the answer may still be sampled."""
+        """Return the number of tokens of the answer that may still be sampled."""
         return self.limit - self.sampled
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a step gave a sequence.
+    """The result of a step for a sequence.
 
     Attributes:
         sequence: The sequence.
         tokens: New tokens of its answer; none while the prompt is read.
-        finish_reason: None while it goes on; else "stop" (an end token), "length" or "context".
+        finish_reason: None if the sequence continues; otherwise "stop" (an end token), "length" or
+            "context".
     """
 
     sequence: Sequence

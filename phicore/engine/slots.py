@@ -1,4 +1,4 @@
-"""Slots: rows of the device, in which sequences are computed."""
+"""The arrays on the device with which sequences are computed: caches, and inputs of steps."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from phicore.network import sampler
 from phicore.network.processors import LogitsProcessor, check_same
 
 MIN_RECENT = 64
-"""How many recent tokens a row remembers at least, so that few sizes are compiled."""
+"""The smallest number of recent tokens that a row stores, so that few sizes are compiled."""
 ENDS = 8
 """The number of end tokens of a row is padded to a multiple of this."""
 
 
 @dataclass
 class Cache:
-    """The caches of all layers, for B rows, and which positions they hold.
+    """The caches of all layers for B rows, and the positions that they hold.
 
-    A cache has slots for all tokens or, where the model has a window, for the window and a chunk
-    more. When such a cache is full, the slots of tokens that no later token sees are freed, and
-    slot 0 holds a later position. Keys were rotated when they were stored, so they stay as they
-    are.
+    A cache has slots for all tokens or, if the model has a window, for the window and one chunk.
+    When a cache of a model with a window is full, the slots of tokens that no later token sees are
+    freed, and slot 0 then holds a later position. Keys need no change for that, since they were
+    rotated when they were stored.
 
     Attributes:
         layers: The cache of each layer.
-        capacity: S, the slots of a row.
-        first: (B,) int32 on the host, the position in slot 0 of each row.
-        rope_start: (B,) int32 on the host, the row of the rotary tables for position 0.
+        capacity: S, the number of slots of a row.
+        first: The position in slot 0 of each row, (B,) int32 on the host.
+        rope_start: The row of the rotary tables for position 0, (B,) int32 on the host.
         place: `first` and `rope_start` on the device.
     """
 
@@ -52,28 +52,28 @@ class Cache:
         self.place: Place = {"first": asarray(self.first), "rope_start": asarray(self.rope_start)}
 
     def lacks(self, starts: np.ndarray, count: int) -> bool:
-        """Whether some row has no slots for `count` tokens from its position in `starts` on."""
+        """Return whether a row lacks slots for `count` tokens from its position in `starts` on."""
         return bool((starts + count - self.first > self.capacity).any())
 
     def grow(self, capacity: int) -> None:
-        """Make every row as large as this, if it is smaller."""
+        """Grow the cache to this capacity, if it is smaller."""
         if capacity > self.capacity:
             self.layers = [self.ops.grow_cache(layer, capacity) for layer in self.layers]
             self.capacity = capacity
 
     def unseen(self, starts: np.ndarray, count: int, window: int) -> np.ndarray:
-        """How many slots each row can free that lacks room: (B,) int32.
+        """Return how many slots each row can free, (B,) int32; 0 for a row that has room.
 
         Args:
-            starts: (B,), the positions of the next tokens.
-            count: How many tokens there will be.
-            window: How many positions a token sees.
+            starts: The position of the next token in each row, (B,).
+            count: The number of tokens to make room for.
+            window: The number of positions that a token sees.
         """
         is_full = starts + count - self.first > self.capacity
         return np.where(is_full, starts - (window - 1) - self.first, 0).astype(np.int32)
 
     def freed(self, layers: list[LayerCache], counts: np.ndarray) -> None:
-        """Take over layers in which the first `counts` (B,) slots of each row were freed."""
+        """Replace the layers by layers in which the first `counts` (B,) slots were freed."""
         self.layers = layers
         self.first = self.first + counts
         self._set_place()
@@ -81,15 +81,16 @@ class Cache:
 
 @dataclass
 class Slots:
-    """Rows of the device for B requests: their cache, and the arrays of their next step.
+    """The cache of B requests, and the arrays for their next step.
 
     Attributes:
         states: The states of the rows' logits processors.
-        penalty, draw: What the sampler takes, but for the random numbers; see `sampler.sample`.
-        ends: (B, any) int32, the tokens that end each row; -1 is none.
-        only: (B,) int32 zeros, the index of the last token when there is one.
-        token, position: (B, 1) int32, the last token that was sampled, and its position.
-        pending: Tokens (B, N) that no one has read yet, and how many of them are wanted.
+        penalty, draw: Arguments of `sampler.sample`, without the random numbers.
+        ends: The tokens that end each row, (B, any) int32, padded with -1.
+        only: Zeros, (B,) int32: the index of the last token in a step of one token.
+        token, position: The last token that was sampled and its position, (B, 1) int32.
+        pending: Tokens (B, N) that the host has not read yet, each with the number of tokens that
+            were requested.
     """
 
     cache: Cache
@@ -113,10 +114,10 @@ class Slots:
         vocab_size: int,
         context: int,
     ) -> Slots:
-        """The rows of some requests, which have the same kinds of processors.
+        """Make the rows of requests, which must have processors of the same classes.
 
         Args:
-            limits: How many tokens each answer has at most.
+            limits: The largest number of tokens of each answer.
         """
         ops = cache.ops
         draw = sampler.inputs([request.sampling for request in requests])
@@ -132,11 +133,11 @@ class Slots:
 
     @property
     def kinds(self) -> Kinds:
-        """The classes of the rows' logits processors."""
+        """Return the classes of the rows' logits processors."""
         return tuple(type(p) for p in self.requests[0].processors)
 
     def tell(self, token: int) -> None:
-        """Let the processors that ask for it know the token that the next step begins with."""
+        """Give the token that the next step begins with to the processors that need it."""
         ops = self.cache.ops
         for number, processor in enumerate(self.requests[0].processors):
             if processor.needs_tokens:
@@ -160,7 +161,11 @@ def _states(ops: Backend, requests: Sequence[Request], vocab_size: int) -> State
 def _arrays(
     ops: Backend, processor: LogitsProcessor, rows: Sequence[Mapping[str, np.ndarray]]
 ) -> dict[str, Array]:
-    """The states of rows on the device. Not every library has numbers of 64 bits."""
+    """Copy the states of rows to the device.
+
+    Raises:
+        PhicoreError: If an array has numbers of 64 bits, which not every library has.
+    """
     arrays = {}
     for name in rows[0]:
         values = np.stack([row[name] for row in rows])

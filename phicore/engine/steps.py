@@ -1,4 +1,4 @@
-"""What is compiled: pure functions of B rows. They know nothing of sequences or of time."""
+"""The steps that are compiled: pure functions of B rows, without knowledge of sequences or time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from phicore.network.processors import LogitsProcessor, check_same
 from phicore.network.rope import Tables, rope_at
 
 Kinds = tuple[type[LogitsProcessor], ...]
-"""The classes of logits processors, which are compiled into a step."""
+"""The classes of the logits processors that are compiled into a step."""
 States = list[Mapping[str, Array]]
 """The states of logits processors, arrays (B, ...)."""
 Place = dict[str, Array]
-"""Where rows are: `first`, the position in slot 0 of each row, and `rope_start`, the row of the
-rotary tables for position 0; (B,) int32 each."""
+"""Two arrays (B,) int32: `first`, the position in slot 0 of each row, and `rope_start`, the row of
+the rotary tables for position 0."""
 
 
 class Steps:
@@ -55,16 +55,19 @@ class Steps:
         draw: dict[str, Array] | None,
         states: States,
     ) -> tuple[list[LayerCache], Array, Array, Array, States]:
-        """Run tokens, and sample the token that follows the one at index `last` (B,) of each row.
+        """Run tokens, and sample one token for each row.
 
-        With the chunks of a prompt this is prefill, with one token a row it is decode.
+        This is prefill with a chunk of a prompt, and decode with one token per row.
 
         Args:
-            tokens, positions: (B, T) int32.
-            penalty, draw: See `sampler.sample`.
+            kinds: The classes of the logits processors.
+            tokens, positions: The tokens and their positions, (B, T) int32.
+            last: The index of the token in each row that the sampled token follows, (B,) int32.
+            penalty, draw: Arguments of `sampler.sample`.
+            states: The states of the logits processors.
         Returns:
-            The cache; the token and the position of the next step, (B, 1) int32; `recent` of its
-            penalty; and its states.
+            The cache; the sampled token and its position, (B, 1) int32; the `recent` tokens for the
+            next step's penalty; and the next step's states.
         """
         ops, xp = self.ops, self.ops.xp
         hidden, cache = self.hidden(params, cache, tables, place, tokens, positions)
@@ -102,13 +105,13 @@ class Steps:
         """Run decode steps one after the other, until `count` are done or every row has ended.
 
         Args:
-            token, position: (B, 1) int32, of the first step.
-            draw: As for `step`, with `uniforms` (N, B, V) for N steps.
-            count: (1,) int32, how many steps are wanted, at most N.
-            ends: (B, any) int32, the tokens that end each row. A token below 0 ends a row too.
+            token, position: The token and the position of the first step, (B, 1) int32.
+            draw: The argument of `step`, but with `uniforms` (N, B, V) for N steps.
+            count: The number of requested steps, (1,) int32, at most N.
+            ends: The tokens that end each row, (B, any) int32. A token below 0 also ends a row.
         Returns:
-            What `step` returns, of the last step; and the tokens of all steps, (B, N) int32. What
-            follows the token that ended the steps means nothing.
+            The results of the last `step`, and the tokens of all steps, (B, N) int32. Tokens after
+            the last step that ran are garbage.
         """
         ops, xp = self.ops, self.ops.xp
         most = ops.capabilities.steps
@@ -170,7 +173,7 @@ class Steps:
         tokens: Array,
         positions: Array,
     ) -> tuple[list[LayerCache], Array]:
-        """Run tokens (B, T); return the cache and the logits of all of them, (B, T, V)."""
+        """Run tokens (B, T); return the cache and the logits after each token, (B, T, V)."""
         hidden, cache = self.hidden(params, cache, tables, place, tokens, positions)
         return cache, graph.logits(self.ops, params, hidden)
 

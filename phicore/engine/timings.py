@@ -1,4 +1,4 @@
-"""How long a generation took, and how much it did."""
+"""The times and token counts of a generation."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass
 
 @dataclass
 class Timings:
-    """Where the time of a generation went, in seconds, and how much was done."""
+    """The times of a generation in seconds, and its numbers of tokens."""
 
     prompt_tokens: int = 0
     prompt_s: float = 0.0
-    """From the start to the first token, without compiling."""
+    """The time from the start to the first token, without compiling."""
     generated_tokens: int = 0
     decode_s: float = 0.0
-    """From the first token to the last, without compiling."""
+    """The time from the first token to the last, without compiling."""
     compile_s: float = 0.0
     first_token_s: float = 0.0
-    """From the start to the first token, compiling included."""
+    """The time from the start to the first token, compiling included."""
 
     def __post_init__(self) -> None:
         self._started = 0.0
 
     def start(self, prompt_tokens: int) -> None:
-        """Begin to count."""
+        """Start the clock."""
         self.prompt_tokens = prompt_tokens
         self._started = time.perf_counter()
 
     def count_token(self) -> None:
-        """Count a token; the time that was spent compiling so far is in `compile_s` already."""
+        """Count a token and update the times. `compile_s` must be up to date."""
         since_start_s = time.perf_counter() - self._started
         if self.generated_tokens == 0:
             self.first_token_s = since_start_s
@@ -43,5 +43,5 @@ class Timings:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """The speed of the tokens after the first; the first one's time is the prompt's."""
+        """Return the speed of all tokens after the first, whose time belongs to the prompt."""
         return (self.generated_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0

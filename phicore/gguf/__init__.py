@@ -1,4 +1,4 @@
-"""GGUF files: reading them safely, and what their quantized blocks mean."""
+"""GGUF files: safe reading, and the layout and values of quantized blocks."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["GGUFFile", "GGUFTensor", "open_gguf"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the reader, and with it NumPy and `gguf`, when it is first asked for."""
+    """Import the reader, and NumPy and `gguf` with it, when a name is first used."""
     if name in __all__:
         from phicore.gguf import reader
 

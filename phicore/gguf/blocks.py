@@ -1,12 +1,12 @@
-"""Where a quantized block has what: the fields of each type, described once for all who read them.
+"""The byte layout of quantized blocks: the fields of each type, described once for all readers.
 
-A block holds `columns` consecutive values of a row. A value is, in groups that share a scale,
+A block holds `columns` consecutive values of a row. Values are in groups that share a scale:
 
-    scale * (code - offset) + bias
+    value = scale * (code - offset) + bias
 
-Types of 32 columns have one group, whose scale is `d` and whose bias is `dmin`. Types of 256 have
-groups of 16 or 32, and `scales` has an integer for each: the scale is `d` times that integer, and
-the bias, if there is `dmin`, is minus `dmin` times another integer.
+A block of 32 columns has one group, with scale `d` and bias `dmin`. A block of 256 columns has
+groups of 16 or 32, and `scales` has integers for each group. The scale of a group is `d` times its
+first integer. If the type has `dmin`, the bias is minus `dmin` times its second integer.
 
 Source: ggml-common.h, `block_q4_0` to `block_q6_K`.
 """
@@ -23,7 +23,7 @@ Type = GGMLQuantizationType
 
 @dataclass(frozen=True)
 class Field:
-    """Some bytes of a block. A field that a type lacks has no bytes, and is false."""
+    """A range of bytes in a block. A field that a type lacks has size 0 and is false."""
 
     start: int
     size: int
@@ -36,17 +36,17 @@ class Field:
         return self.size > 0
 
     def of(self, blocks: Any) -> Any:
-        """The bytes of the field, (..., size), of blocks (..., bytes) of any array library."""
+        """Slice the field, (..., size), from blocks (..., bytes), arrays of any library."""
         return blocks[..., self.start : self.end]
 
 
 @dataclass(frozen=True)
 class Bits(Field):
-    """Some bits of every code.
+    """A field with some bits of every code.
 
     Attributes:
-        run: Codes are laid over runs of bytes: the lowest bits of a run's bytes belong to the
-            first `run` codes, the next higher bits to the next `run` codes, and so on.
+        run: The length of a run of bytes. The lowest bits of a run's bytes belong to the first
+            `run` codes, the next higher bits to the next `run` codes, and so on.
     """
 
     run: int
@@ -57,16 +57,17 @@ ABSENT = Bits(0, 0, 1)
 
 @dataclass(frozen=True)
 class Block:
-    """The fields of a type's blocks.
+    """The fields in the blocks of a type.
 
     Attributes:
-        group_size: How many values share a scale.
-        offset: What is subtracted from a code. The codes of Q8_0 are signed and need none.
+        group_size: The number of values that share a scale.
+        offset: The number that is subtracted from a code. It is 0 for Q8_0, whose codes are signed.
         d: The scale of the block, float16.
         low: The lowest bits of the codes.
-        high: The bits above these.
+        high: The bits of the codes above `low`.
         dmin: The minimum of the block, float16.
-        scales: The integers that `d` and `dmin` are multiplied by, packed in the type's own way.
+        scales: The integers that `d` and `dmin` are multiplied by. Each type packs them
+            differently.
     """
 
     type: GGMLQuantizationType
@@ -84,22 +85,22 @@ class Block:
 
     @property
     def size(self) -> int:
-        """Bytes of a block."""
+        """Return the size of a block in bytes."""
         return int(GGML_QUANT_SIZES[self.type][1])
 
     @property
     def low_bits(self) -> int:
-        """How many bits of a code are in `low`."""
+        """Return the number of bits of a code in `low`."""
         return 8 * self.low.size // self.columns
 
     @property
     def high_bits(self) -> int:
-        """How many bits of a code are in `high`."""
+        """Return the number of bits of a code in `high`."""
         return 8 * self.high.size // self.columns
 
     @property
     def bits(self) -> int:
-        """Bits of a code."""
+        """Return the number of bits of a code."""
         return self.low_bits + self.high_bits
 
 
@@ -192,4 +193,4 @@ Q6_K = Block(
 BLOCKS = {
     block.type: block for block in (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
 }
-"""Every type of which this module knows the fields."""
+"""The blocks of every type that this module describes."""

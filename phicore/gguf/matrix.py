@@ -1,4 +1,4 @@
-"""A weight of the graph as the file has it: rows of quantized blocks, of one type or several."""
+"""Weights of the graph in the file's format: rows of quantized blocks, of one type or several."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """How several devices share a matrix (Shoeybi et al., "Megatron-LM", 2019).
+    """The way in which a matrix is split over several devices.
 
     Attributes:
-        sections: Rows that lie on top of each other, such as those of queries, keys and values:
-            each device takes its share of each section, and computes its share of the product.
-            None: each takes its share of the columns, and their products are to be added.
-        is_gathered: Whether each device needs the rows' whole product.
+        sections: The numbers of rows of each section, such as queries, keys and values. Each device
+            gets its share of the rows of each section, and computes its share of the product. None
+            means that each device gets its share of the columns; the devices' products must then
+            be added.
+        is_gathered: Whether each device needs the complete product of a matrix split by rows.
+
+    Source: Shoeybi et al., "Megatron-LM" (2019).
     """
 
     sections: tuple[int, ...] | None = None
@@ -31,13 +34,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Matrix:
-    """N rows by K columns, made of tensors that lie on top of each other.
+    """A matrix of N rows by K columns, which consists of the rows of one or several tensors.
 
-    `attn_q`, `attn_k` and `attn_v` of a `llama` file are three parts, perhaps of three types, of
-    the one `qkv_proj` that the graph has.
+    For example, the graph's `qkv_proj` consists of `attn_q`, `attn_k` and `attn_v` of a `llama`
+    file. These tensors may have different types.
 
     Attributes:
-        split: How devices share it; None: each has all of it.
+        parts: The tensors, from the first rows to the last.
+        split: The way in which devices split the matrix. None means that it is replicated.
     """
 
     name: str
@@ -49,16 +53,16 @@ class Matrix:
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
     def dequantize(self) -> np.ndarray:
-        """All values as `gguf.quants` gives them: (N, K) float32."""
+        """Expand all values with `gguf.quants`: (N, K) float32."""
         if len(self.parts) == 1:
             return self.parts[0].dequantize()
         return np.concatenate([part.dequantize() for part in self.parts])
 
     def share(self, device: int, count: int) -> Matrix:
-        """What one of `count` devices has of it.
+        """Return the part of the matrix that one of `count` devices has.
 
         Raises:
-            BackendError: If rows or blocks are not a multiple of the count.
+            BackendError: If `count` does not divide the rows or the blocks.
         """
         if self.split is None:
             return self

@@ -1,17 +1,18 @@
-"""Parse what stands before the data of a GGUF file: its header, metadata and tensor table.
+"""Parses everything before the data of a GGUF file: header, metadata and tensor table.
 
-The file may come from anyone. Every number in it is compared with the size of the file before it
-is used, so a damaged or hostile file ends in a `GGUFError` that names the field, and no allocation
-is larger than the bytes that are really there. The layout, all little-endian:
+Files are not trusted. Every number in a file is compared with the file's size before it is used.
+So a damaged or hostile file causes a `GGUFError` that names the field, and no allocation is larger
+than the file's contents. The layout, with all numbers little-endian:
 
     magic "GGUF", uint32 version, uint64 number of tensors, uint64 number of metadata keys
     metadata:  string key, uint32 value type, value
     tensors:   string name, uint32 rank, uint64 dimensions (contiguous first), uint32 ggml type,
                uint64 offset into the data
-    padding to `general.alignment`, then the data; each tensor starts at a multiple of it
+    padding to a multiple of `general.alignment`, then the data; each tensor's offset in the data
+               is also a multiple of `general.alignment`
 
-where a string is a uint64 length and its bytes, and an array a uint32 item type, a uint64 count
-and its items.
+A string is a uint64 length and its bytes. An array is a uint32 item type, a uint64 count and its
+items.
 
 Source: the GGUF specification (ggml, docs/gguf.md) and `gguf.cpp`; constants from `gguf`.
 """
@@ -33,11 +34,11 @@ from gguf.constants import (
 
 from phicore.errors import GGUFError
 
-VERSIONS = (2, 3)  # version 1 has 32-bit counts; nobody publishes it any more
+VERSIONS = (2, 3)  # version 1 has 32-bit counts, and is not published any more
 MAX_RANK = 4  # GGML_MAX_DIMS
 MAX_ELEMENTS = 2**63 - 1  # ggml counts in int64
-MAX_KEY_BYTES = 65535  # from the specification, as the next one
-MAX_TENSOR_NAME_BYTES = 64
+MAX_KEY_BYTES = 65535  # from the specification
+MAX_TENSOR_NAME_BYTES = 64  # from the specification
 MAX_ARRAY_DEPTH = 4  # the specification sets no limit; llama.cpp takes no nested array at all
 LENGTH_BYTES = 8  # in front of every string
 MIN_METADATA_BYTES = LENGTH_BYTES + 4 + 1  # empty key, value type, one-byte value
@@ -58,7 +59,7 @@ _STORED_DTYPES: dict[int, np.dtype] = {
     GGUFValueType.FLOAT64: np.dtype("<f8"),
 }
 
-_LOOKS_LIKE = (  # what people have in hand when they expected a model
+_LOOKS_LIKE = (  # how files begin that people mistake for a GGUF file
     (b"version https://git-lfs", "a Git LFS pointer; fetch the real file with `git lfs pull`"),
     (b"<", "a web page; the download went wrong, fetch the file again"),
     (b"{", "JSON; give the .gguf file itself"),
@@ -68,9 +69,10 @@ _LOOKS_LIKE = (  # what people have in hand when they expected a model
 
 
 class TensorInfo(NamedTuple):
-    """A line of the tensor table; `offset` counts bytes from the start of the data.
+    """An entry of the tensor table.
 
-    `shape` is in NumPy order: the contiguous dimension last, and a whole number of blocks.
+    `shape` is in NumPy order, with the contiguous dimension last. This dimension is a multiple of
+    the block size. `offset` is the number of bytes from the start of the data.
     """
 
     name: str
@@ -85,10 +87,10 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """Everything before the data, which starts at byte `data_start` of the file.
+    """The parsed contents of a file before the data, which starts at byte `data_start`.
 
-    The tensors have different names, do not overlap, and end within the file. The types of
-    `metadata` are those of `GGUFFile.metadata`.
+    The tensors have distinct names, do not overlap, and end within the file. `GGUFFile.metadata`
+    describes the types of the metadata.
     """
 
     metadata: dict[str, Any]
@@ -97,14 +99,14 @@ class Header(NamedTuple):
 
 
 def parse_header(file_name: str, view: mmap.mmap) -> Header:
-    """Parse and check everything but the data.
+    """Parse and check everything before the data.
 
     Args:
-        file_name: For messages.
-        view: All of its bytes.
+        file_name: The name of the file, for messages.
+        view: The bytes of the whole file.
     Raises:
-        GGUFError: If it is no GGUF file of version 2 or 3, is damaged or cut short. The message
-            names the file and the field.
+        GGUFError: If the file is not GGUF of version 2 or 3, is damaged or is cut short. The
+            message names the file and the field.
     """
     parser = _Parser(file_name, view)
     n_tensors, n_keys = parser.counts()
@@ -117,20 +119,20 @@ def parse_header(file_name: str, view: mmap.mmap) -> Header:
 
 
 class _Parser:
-    """A position in one mapped file; each read is checked against the end of the file first."""
+    """Reads a mapped file from a current position. Each read is first checked against its end."""
 
     def __init__(self, file_name: str, view: mmap.mmap) -> None:
         self.file_name = file_name
         self.view = view
         self.size = len(view)
         self.position = 0
-        self.where = "header"  # what is being read, for messages
+        self.where = "header"  # the part that is being read, for messages
 
     def error(self, problem: str) -> GGUFError:
         return GGUFError(f"{self.file_name}: {self.where}: {problem}")
 
     def counts(self) -> tuple[int, int]:
-        """Check magic and version; read the number of tensors and that of metadata keys."""
+        """Check the magic and the version; read the numbers of tensors and of metadata keys."""
         magic = GGUF_MAGIC.to_bytes(4, "little")
         if self.view[:4] != magic:
             for start, what in _LOOKS_LIKE:
@@ -207,7 +209,7 @@ class _Parser:
         return TensorInfo(name, ggml_type, shape, offset, size_bytes)
 
     def check_extents(self, tensors: Iterable[TensorInfo], data_start: int) -> None:
-        """Each tensor must end within the file, and before the next one starts."""
+        """Check that each tensor ends within the file and before the next tensor starts."""
         in_order = sorted(tensors, key=lambda tensor: tensor.offset)
         for tensor, following in pairwise(in_order):
             if tensor.end > following.offset:
@@ -239,7 +241,7 @@ class _Parser:
         return self.numbers(item_type, count)
 
     def numbers(self, value_type: int, count: int) -> np.ndarray:
-        """(count,) in the machine's byte order, or bool."""
+        """Read an array of `count` numbers in the machine's byte order, or of bools."""
         stored = _STORED_DTYPES.get(value_type)
         if stored is None:
             raise self.error(f"value type {value_type} is unknown; the file is damaged")
@@ -252,7 +254,7 @@ class _Parser:
         self.require(count * LENGTH_BYTES, f"an array of {count} strings")
         view, size, end = self.view, self.size, self.position
         strings = []
-        for index in range(count):  # as `string` does, in one frame: vocabularies are long
+        for index in range(count):  # without calls of `string`, since vocabularies are long
             start = end + LENGTH_BYTES
             end = start + int.from_bytes(view[end:start], "little")
             if end > size:  # also when the length itself was cut short

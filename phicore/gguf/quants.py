@@ -1,13 +1,13 @@
-"""What the blocks of a quantized tensor mean, in one form for all types that have it.
+"""Unpacks quantized blocks to the affine form, which ten of ggml's types have.
 
-The values of these types are, in groups of 16 or 32 along a row,
+In this form, values are in groups of 16 or 32 along a row:
 
     value = scale * (code - offset) + bias
 
-with an unsigned code of few bits, an integer offset of the type, and float32 scales and biases of
-the group (bias 0 where a type has none). A backend packs codes, scales and biases in the layout
-that its kernels read. `gguf.quants.dequantize` stays the oracle: `Affine.dequantize` is equal to it
-bit for bit, for every block. Where a block has what is said in `blocks`.
+The code is unsigned and has few bits. The offset is an integer that belongs to the type. Scale and
+bias are float32 and belong to the group; the bias is 0 if the type has none. A backend packs codes,
+scales and biases in the layout that its kernels read. `Affine.dequantize` is equal to
+`gguf.quants.dequantize` bit for bit, for every block. `blocks` describes the bytes of a block.
 
 Sources: ggml-quants.c (`dequantize_row_*`), gguf/quants.py.
 """
@@ -28,13 +28,13 @@ Type = GGMLQuantizationType
 
 @dataclass(frozen=True)
 class Affine:
-    """N rows by K columns in affine form.
+    """A matrix of N rows by K columns in affine form.
 
     Attributes:
-        codes: (N, K) uint8, below 2**bits.
-        scales: (N, K / group_size) float32.
-        biases: (N, K / group_size) float32, or None where all are 0.
-        offset: What is subtracted from a code.
+        codes: The codes, (N, K) uint8, below 2**bits.
+        scales: The scales of groups, (N, K / group_size) float32.
+        biases: The biases of groups, (N, K / group_size) float32, or None if all are 0.
+        offset: The number that is subtracted from a code.
     """
 
     codes: np.ndarray
@@ -48,9 +48,9 @@ class Affine:
         return self.codes.shape[1] // self.scales.shape[1]
 
     def dequantize(self) -> np.ndarray:
-        """The values, (N, K) float32, rounded as the reference rounds them."""
+        """Return the values, (N, K) float32, rounded exactly as `gguf.quants` rounds them."""
         codes = self.codes.reshape(*self.scales.shape, -1).astype(np.float32) - self.offset
-        with np.errstate(invalid="ignore"):  # as `affine`
+        with np.errstate(invalid="ignore"):  # an infinite scale times 0
             values = self.scales[..., None] * codes
             if self.biases is not None:
                 values += self.biases[..., None]
@@ -58,14 +58,14 @@ class Affine:
 
 
 def is_affine(ggml_type: GGMLQuantizationType) -> bool:
-    """Whether `affine` knows the type."""
+    """Return whether `affine` can unpack the type."""
     return ggml_type in BLOCKS
 
 
 def codes(ggml_type: GGMLQuantizationType, data: Any) -> Any:
-    """The codes of quantized rows, (N, row bytes) uint8: (N, K) uint8. Those of Q8_0 are signed.
+    """Unpack the codes of quantized rows, (N, row bytes) uint8, to (N, K) uint8.
 
-    The arrays may be of any library that has NumPy's operators.
+    The codes of Q8_0 are two's complement. The array may be of any library with NumPy's operators.
     """
     block = BLOCKS[ggml_type]
     blocks = data.reshape(-1, block.size)
@@ -76,11 +76,13 @@ def codes(ggml_type: GGMLQuantizationType, data: Any) -> Any:
 
 
 def affine(ggml_type: GGMLQuantizationType, data: np.ndarray) -> Affine:
-    """Take quantized rows apart. A scale that is NaN or infinite comes through without a warning.
+    """Unpack quantized rows to the affine form.
+
+    Scales that are NaN or infinite are kept, without a NumPy warning.
 
     Args:
         ggml_type: A type for which `is_affine` is true.
-        data: (N, row bytes) uint8.
+        data: The rows, (N, row bytes) uint8.
     """
     block, rows = BLOCKS[ggml_type], data.shape[0]
     blocks = data.reshape(-1, block.size)
@@ -93,7 +95,7 @@ def affine(ggml_type: GGMLQuantizationType, data: np.ndarray) -> Affine:
             if biases is not None and of_biases is not None:
                 biases = -(biases * of_biases)
     found, offset = codes(ggml_type, data), block.offset
-    if ggml_type == Type.Q8_0:  # two's complement to codes with an offset
+    if ggml_type == Type.Q8_0:  # from two's complement to unsigned codes with an offset
         found, offset = found ^ np.uint8(0x80), 128
     return Affine(
         codes=found,
@@ -105,23 +107,23 @@ def affine(ggml_type: GGMLQuantizationType, data: np.ndarray) -> Affine:
 
 
 def _halves(field: Field, blocks: np.ndarray) -> np.ndarray:
-    """A float16 of each block, as float32: (blocks, 1)."""
+    """Read a float16 field of each block as float32: (blocks, 1)."""
     return np.ascontiguousarray(field.of(blocks)).view("<f2").astype(np.float32)
 
 
 def _fields(field: Bits, bits: int, blocks: Any) -> Any:
-    """Some bits of each code, lowest first: (blocks, K)."""
+    """Unpack a field with `bits` bits of every code: (blocks, K)."""
     runs = field.of(blocks).reshape(-1, field.size // field.run, field.run)
     return _split(runs, bits).reshape(blocks.shape[0], -1)
 
 
 def _split(packed: Any, bits: int) -> Any:
-    """Split bytes into fields, lowest first: (..., n) gives (..., 8 / bits, n)."""
+    """Split bytes into parts of `bits` bits, lowest first: (..., n) gives (..., 8 / bits, n)."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(*[1] * (packed.ndim - 1), -1, 1)
     return (packed[..., None, :] >> shifts) & np.uint8(2**bits - 1)
 
 
-# ---- the integers that `d` and `dmin` are multiplied by: (blocks, bytes) to (blocks, groups) ----
+# ---- unpacking the integers for `d` and `dmin`: (blocks, bytes) to (blocks, groups) --------------
 
 Integers = tuple[np.ndarray, np.ndarray | None]
 
@@ -137,7 +139,7 @@ def _q3_k(packed: np.ndarray) -> Integers:
 
 
 def _q4_k(packed: np.ndarray) -> Integers:
-    """Six bits each, of Q4_K and Q5_K."""
+    """Unpack the integers of Q4_K and Q5_K, which have six bits each."""
     low, minima, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     return (
         np.concatenate([low & 63, high & 15 | low >> 2 & 48], axis=1).astype(np.float32),

@@ -1,10 +1,10 @@
-"""Random weights of every type, and what else the writers of random models share.
+"""Random weights of every type, and other code that the writers of random models share.
 
-`phicore.testing.tiny_models` writes small files for the tests, whose bytes a seed fixes, and
-`phicore.lab.synthetic` files as large as the real ones, for measuring speed.
+`phicore.testing.tiny_models` writes small files for the tests; a seed determines their bytes.
+`phicore.lab.synthetic` writes files as large as real ones, for measuring speed.
 
-Random numbers are raw PCG64 output, whose stream numpy guarantees, turned into weights by integer
-arithmetic and single roundings. So weights are the same on every machine and numpy version.
+Random numbers are raw PCG64 output, whose stream NumPy guarantees. They are turned into weights by
+integer arithmetic and single roundings. So weights are the same on every machine and NumPy version.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from gguf import GGMLQuantizationType as Type
 
 from phicore.gguf.blocks import BLOCKS, Field
 
-# Types that the gguf package packs itself; the rest of TYPES are packed by `random_blocks`.
+# Types that the gguf package can quantize; `random_blocks` makes blocks of all other TYPES.
 _QUANTIZABLE = (
     *(Type.F32, Type.F16, Type.BF16),
     *(Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.TQ1_0, Type.TQ2_0, Type.MXFP4),
 )
-# The deviation of values when all but the scales is random bits, and the mean scale is 1;
-# measured on 32000 blocks.
+# The standard deviation of values if the mean scale is 1 and everything but the scales is random
+# bits; measured on 32000 blocks.
 _STD = {
     Type.Q2_K: 15.2,
     Type.Q3_K: 45.1,
@@ -44,7 +44,7 @@ _STD = {
     Type.IQ4_XS: 1294.0,
     Type.NVFP4: 6.09,
 }
-_FIRST = Field(0, 2)  # where types that `blocks` does not describe have their float16 scale
+_FIRST = Field(0, 2)  # the float16 scale of types that `blocks` does not describe
 
 TYPES = (*_QUANTIZABLE, *_STD)
 """Every type that `gguf.quants.dequantize` reads."""
@@ -53,7 +53,7 @@ TYPES = (*_QUANTIZABLE, *_STD)
 def random_matrix(
     data_type: Type, rows: int, cols: int, rng: np.random.Generator, std: float
 ) -> np.ndarray:
-    """Random rows of a type, as GGUFWriter takes them: float32, float16 or the bytes of blocks."""
+    """Make random rows of a type for GGUFWriter: float32, float16 or the bytes of blocks."""
     if data_type in _QUANTIZABLE:
         return gguf.quants.quantize(std * normal(rng, rows, cols), data_type)
     return random_blocks(data_type, rows, cols, rng, std)
@@ -62,19 +62,20 @@ def random_matrix(
 def random_blocks(
     data_type: Type, rows: int, cols: int, rng: np.random.Generator, std: float
 ) -> np.ndarray:
-    """Random valid blocks of a type that the gguf package reads but cannot write.
+    """Make random valid blocks of a type that the gguf package reads but cannot write.
 
     Codes, signs, grid indices and sub-scales are random bits. Each block has its own scale and
-    minimum, between half and one and a half times the mean, so that blocks cannot be confused.
+    minimum, 0.5 to 1.5 times the mean, so that a test notices if blocks are mixed up.
 
     Returns:
-        (rows, bytes of a row) uint8; the values have mean 0 and standard deviation `std`, nearly.
+        (rows, bytes of a row) uint8. The values have approximately mean 0 and standard deviation
+        `std`.
     """
     block_size, block_bytes = GGML_QUANT_SIZES[data_type]
     blocks = _bytes(rng, rows * cols // block_size, block_bytes)
     n, scale = len(blocks), std / _STD[data_type]
     if data_type == Type.NVFP4:
-        # Four scales of 8 bits; codes are doubled values, so the scale that they multiply is half.
+        # A block has four scales of 8 bits. Codes are doubled values, so they use half the scale.
         blocks[:, :4] = gguf.quants.NVFP4.fp32_to_ue4m3(2 * scale * _spread(rng, n, 4))
         return blocks.reshape(rows, -1)
     d = (scale * _spread(rng, n, 1)).astype("<f2")
@@ -94,21 +95,24 @@ def random_blocks(
 
 
 def _bytes(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Random bytes. Raw output, because the streams of Generator's own methods may change."""
+    """Make random bytes from raw output, since the streams of Generator's methods may change."""
     size = math.prod(shape)
     words = rng.bit_generator.random_raw(-(-size // 8)).astype("<u8")
     return words.view(np.uint8)[:size].reshape(shape)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Nearly normal float32 values, mean 0 and deviation 1: each the sum of four uniform ones."""
+    """Make approximately normal float32 values, with mean 0 and standard deviation 1.
+
+    Each is the sum of four uniform values.
+    """
     uniform = _bytes(rng, *shape, 8).view("<u2")
     std = 65536 * np.sqrt(4 / 12)
     return ((uniform.sum(axis=-1, dtype=np.int64) - 2 * 65535) / std).astype(np.float32)
 
 
 def _spread(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Factors from [0.5, 1.5), in steps of 1/256."""
+    """Make random factors in [0.5, 1.5), in steps of 1/256."""
     return 0.5 + _bytes(rng, *shape) / 256
 
 
@@ -135,7 +139,7 @@ class Sizes:
 
 
 def add_sizes(writer: gguf.GGUFWriter, sizes: Sizes) -> None:
-    """Write the keys that every architecture has."""
+    """Write the metadata keys that every architecture has."""
     writer.add_embedding_length(sizes.hidden_size)
     writer.add_feed_forward_length(sizes.intermediate_size)
     writer.add_block_count(sizes.num_hidden_layers)
@@ -159,11 +163,11 @@ def add_vocabulary(
     """Write a SentencePiece vocabulary in Phi-3's order: bytes, words, then control tokens.
 
     Args:
-        words: An earlier one is merged first.
-        size: Of the vocabulary, which is filled up with placeholders.
+        words: The words. An earlier word is merged first.
+        size: The size of the vocabulary, which is padded with placeholders.
 
     Raises:
-        ValueError: If the vocabulary has no room for the words.
+        ValueError: If the vocabulary is too small for the words.
     """
     tokens = [*START, *words, *_CONTROL]
     if size < len(tokens):

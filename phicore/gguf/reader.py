@@ -1,7 +1,7 @@
-"""Open a GGUF file and map its tensors without a copy, whether in one piece or split.
+"""Opens GGUF files and maps their tensors without a copy.
 
-`parser` has checked every number that comes from the file before it is used here. A large model
-may be split over files `NAME-00001-of-00003.gguf` and so on; they open as one, by the first.
+`parser` checks every number of a file before this module uses it. A large model may be split over
+files `NAME-00001-of-00003.gguf` and so on. Opening the first file opens all of them as one.
 """
 
 import math
@@ -23,12 +23,13 @@ from phicore.gguf.parser import parse_header
 
 @dataclass(frozen=True, eq=False)
 class GGUFTensor:
-    """One tensor of a file, as rows of packed blocks.
+    """A tensor of a file, as rows of packed blocks.
 
     Attributes:
-        type: How the values are stored; sizes are in `gguf.constants.GGML_QUANT_SIZES`.
-        shape: In NumPy order, the contiguous dimension last (the reverse of the file's order).
-        data: shape[:-1] + (row_bytes,) uint8, a read-only view of the memory map.
+        type: The type of the blocks; their sizes are in `gguf.constants.GGML_QUANT_SIZES`.
+        shape: The shape in NumPy order, with the contiguous dimension last. The file stores the
+            dimensions in reverse order.
+        data: The blocks, shape[:-1] + (row_bytes,) uint8, a read-only view of the memory map.
     """
 
     name: str
@@ -45,9 +46,9 @@ class GGUFTensor:
         return self.data.nbytes
 
     def dequantize(self) -> np.ndarray:
-        """Expand to a new float32 array of `shape`, bit-exact with `gguf.quants`.
+        """Expand the tensor to a new float32 array of `shape`, bit-exact with `gguf.quants`.
 
-        A NaN or an infinity in the file comes through without a NumPy warning.
+        NaNs and infinities of the file are kept, without a NumPy warning.
 
         Raises:
             GGUFError: If `gguf.quants` cannot expand this type (integers, F64, Q8_1, Q8_K).
@@ -65,16 +66,16 @@ class GGUFTensor:
 
 @dataclass(eq=False)
 class GGUFFile:
-    """An open GGUF file, all parts of a split one together; a context manager.
+    """An open GGUF file, or all parts of a split one. It is a context manager.
 
     Attributes:
-        path: The file, or the first part of a split one.
-        metadata: str, int, float and bool; arrays of numbers and bools as 1-D NumPy arrays of the
-            stored type, arrays of strings as list[str], arrays of arrays as lists. A string in an
-            array need not be UTF-8 (tokens are bytes): bytes that are not become surrogates, and
-            `.encode("utf-8", "surrogateescape")` restores them.
-        tensors: By name, in file order; empty after `close`.
-        size_bytes: Of all parts.
+        path: The path of the file, or of the first part.
+        metadata: The values by key: str, int, float and bool; arrays of numbers and bools as 1-D
+            NumPy arrays of the stored type, arrays of strings as list[str], arrays of arrays as
+            lists. A string in an array need not be UTF-8, since tokens are bytes. Bytes that are
+            not UTF-8 become surrogates; `.encode("utf-8", "surrogateescape")` restores them.
+        tensors: The tensors by name, in file order; empty after `close`.
+        size_bytes: The size of the file, or of all parts together.
     """
 
     path: Path
@@ -84,7 +85,7 @@ class GGUFFile:
     _maps: list[mmap.mmap] = field(repr=False)
 
     def forget(self, name: str) -> None:
-        """Let go of the memory that a tensor's data takes; it is read from disk when used again."""
+        """Free the memory of a tensor's data, which is read from disk if it is used again."""
         data = self.tensors[name].data
         if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
             return
@@ -94,11 +95,11 @@ class GGUFFile:
             if 0 <= start < base.size:
                 first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
                 size = (start + data.size) // mmap.PAGESIZE * mmap.PAGESIZE - first
-                if size > 0:  # whole pages only: the neighbours may be in use
+                if size > 0:  # only pages that hold nothing else, since other tensors may be in use
                     view.madvise(mmap.MADV_DONTNEED, first, size)
 
     def close(self) -> None:
-        """Release the memory maps. One that views still use lives on until the last view goes."""
+        """Release the memory maps. A map that arrays still view is released with the last view."""
         self.tensors = {}
         while self._maps:
             with suppress(BufferError):
@@ -112,13 +113,13 @@ class GGUFFile:
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
-    """Open a GGUF file of version 2 or 3, or a split model by its first part.
+    """Open a GGUF file of version 2 or 3; a split model is opened by its first part.
 
-    Metadata is read and copied; tensor data is mapped, and read from disk when it is used.
+    Metadata is copied. Tensor data is mapped, and read from disk when it is used.
 
     Raises:
-        GGUFError: If the file, or a part of it, cannot be read, is no GGUF, is damaged or cut
-            short. The message names the file and the field.
+        GGUFError: If the file or a part cannot be read, is not GGUF, is damaged or is cut short.
+            The message names the file and the field.
     """
     first = _open_part(Path(path))
     if "split.count" not in first.metadata or _split_value(first, "split.count") <= 1:
@@ -131,7 +132,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
 
 def _other_parts(first: GGUFFile) -> Iterator[GGUFFile]:
-    """Parts 2 and up of a split model; their names follow from the first one's."""
+    """Open parts 2 and up of a split model, whose names follow from the first part's."""
     number, count = _split_value(first, "split.no"), _split_value(first, "split.count")
     name, suffix = first.path.name, _split_suffix(number, count)
     where = f"{name}: split.no: this is part {number + 1} of {count}"
@@ -181,7 +182,7 @@ def _split_value(part: GGUFFile, key: str) -> int:
 
 
 def _open_part(path: Path) -> GGUFFile:
-    """Open one file, without a look at the other parts of a split model."""
+    """Open a single file. Other parts of a split model are not opened."""
     view = _map_file(path)
     header = parse_header(path.name, view)
     tensors = {}
@@ -196,7 +197,7 @@ def _map_file(path: Path) -> mmap.mmap:
     try:
         if path.is_dir():
             raise GGUFError(f"{path}: expected a file, found a folder; give the .gguf file in it")
-        if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+        if path.exists() and not path.is_file():  # opening a named pipe would wait forever
             raise GGUFError(f"{path}: expected a file, found a device or a pipe")
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:

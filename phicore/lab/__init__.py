@@ -1,1 +1,1 @@
-"""Looking at models and backends: benchmarks, parity, traces, inspection, and what they need."""
+"""Tools to examine models and backends: benchmarks, parity, traces, inspection, scaffolding."""

@@ -1,10 +1,11 @@
-"""`phicore bench`: how fast a model reads prompts and generates tokens, and how far from the limit.
+"""The benchmark behind `phicore bench`: the speed of reading prompts and of generating tokens.
 
-Every figure is that of `Model.generate`, as a user has it: greedy, past end tokens, compiling not
-counted. Rows take turns, so that a slow minute of the machine hits all alike.
+Every figure is measured with `Model.generate`, with greedy sampling, without stopping at end
+tokens, and without the time for compiling. Rows are measured in turn, so that a slow minute of the
+machine affects all of them.
 
-To generate a token, all weights are read once, and a CPU cannot be faster at that than its memory.
-So the bandwidth of memory is measured too, in turn with the rows.
+Generating a token reads all weights once, so memory bandwidth limits the speed on a CPU. The
+bandwidth is therefore measured too, in turn with the rows.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from phicore.lab.machine import MemoryBandwidth, cpu_name
 from phicore.model import Model
 from phicore.plugins import Plugins
 
-TELL_EVERY_S = 0.1  # telling must not slow down what is measured
+TELL_EVERY_S = 0.1  # reports of progress must not slow down the measurement
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured: reading `n_prompt` tokens, or else generating `n_gen` after `depth` others.
+    """A measurement: reading `n_prompt` tokens or, if that is 0, generating tokens.
 
-    A depth of 0 means one token, since there must be something to go on from.
+    It then generates `n_gen` tokens after a prompt of `depth` tokens. A depth of 0 means a prompt
+    of one token, since generating needs a prompt.
     """
 
     n_prompt: int = 0
@@ -45,7 +47,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The name that llama-bench would give the row."""
+        """Return the name that llama-bench would give the row."""
         if self.n_prompt:
             return f"pp{self.n_prompt}"
         return f"tg{self.n_gen} @ d{self.depth}" if self.depth else f"tg{self.n_gen}"
@@ -56,19 +58,22 @@ class Row:
 
     @property
     def new_tokens(self) -> int:
-        """What `generate` is asked for: its first token comes with the prompt."""
+        """Return `max_tokens` for `generate`: `n_gen`, and one token that comes with the prompt."""
         return 1 + self.n_gen
 
     @property
     def tokens(self) -> int:
-        """What a run reads and generates, without the first token, which comes with the prompt."""
+        """Return the number of tokens that a run reads and generates.
+
+        The first generated token does not count, since reading the prompt gives it.
+        """
         return self.prompt_tokens + self.n_gen
 
     def run(self, model: Model, tell: Callable[[int], None] = lambda done: None) -> Timings:
-        """Do it once. The prompt is random, the same each time.
+        """Run the measurement once, with a random prompt that is the same in every run.
 
         Args:
-            tell: Called with the number of tokens that are done, after each new one.
+            tell: Called after each new token with the number of tokens that are done.
         """
         prompt = np.random.default_rng(0).integers(model.vocab_size, size=self.prompt_tokens)
         generation = model.generate(
@@ -89,14 +94,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Moment:
-    """How far a benchmark is.
+    """The progress of a benchmark.
 
     Attributes:
-        name: The row that is being measured.
-        run, runs: Its run, and how many there will be; run 0 warms up.
-        done, tokens: The tokens of this run that are done, and all of them.
-        left_s: How long the benchmark will still take, if the rest is as fast as the last run of
-            each row; None until each row has run once.
+        name: The name of the row that is being measured.
+        run, runs: The number of the row's run, and the number of its runs. Run 0 is the warm-up.
+        done, tokens: The number of tokens of this run that are done, and the number of all.
+        left_s: The estimated remaining time of the benchmark, based on the last run of each row.
+            None until each row has run once.
     """
 
     name: str
@@ -108,18 +113,18 @@ class Moment:
 
 
 class _Clock:
-    """Times the runs, and tells of them."""
+    """Measures the time of runs, and reports the progress."""
 
     def __init__(
         self, rows: Sequence[Row], repetitions: int, progress: Callable[[Moment], None]
     ) -> None:
         self._repetitions = repetitions
         self._progress = progress
-        self._left = dict.fromkeys(rows, 1 + repetitions)  # runs, with the one under way
-        self._took_s: dict[Row, float] = {}  # the last run
+        self._left = dict.fromkeys(rows, 1 + repetitions)  # runs left, with the current one
+        self._took_s: dict[Row, float] = {}  # the time of the last run
 
     def run(self, row: Row, model: Model, before: Callable[[], None] = lambda: None) -> Timings:
-        """Run a row, after `before`."""
+        """Call `before`, then run a row."""
         started = last = time.perf_counter()
 
         def tell(done: int) -> None:
@@ -144,10 +149,10 @@ class _Clock:
 
 
 def plan(n_prompt: Sequence[str], n_gen: Sequence[str], depth: Sequence[str]) -> list[Row]:
-    """The rows that the options ask for, each option a list of texts such as "128,512".
+    """Make the rows from the options, each of which is a list of texts such as "128,512".
 
     Raises:
-        ArgumentError: If one has anything but numbers, or there is nothing to measure.
+        ArgumentError: If an option has anything but numbers, or if there is nothing to measure.
     """
     prompts = _numbers("n_prompt", n_prompt)
     answers, depths = _numbers("n_gen", n_gen), _numbers("depth", depth)
@@ -159,7 +164,7 @@ def plan(n_prompt: Sequence[str], n_gen: Sequence[str], depth: Sequence[str]) ->
 
 
 def _numbers(parameter: str, texts: Sequence[str]) -> list[int]:
-    """The numbers in an option's values, each once."""
+    """Parse the numbers in an option's values, without duplicates."""
     found = [text.strip() for value in texts for text in value.split(",")]
     for text in found:
         if not (text.isascii() and text.isdigit()):
@@ -175,15 +180,16 @@ def measure(
     repetitions: int,
     progress: Callable[[Moment], None] = lambda moment: None,
 ) -> dict[str, Any]:
-    """Run each row once to warm up, then all of them in turn `repetitions` times.
+    """Run each row once to warm up, then run all rows in turn, `repetitions` times.
 
     Args:
-        progress: Called before each run, and after a token every `TELL_EVERY_S` at most.
+        progress: Called before each run, and at most every `TELL_EVERY_S` seconds during a run.
     Returns:
-        Plain data. `memory_bandwidth` is None unless the device is the CPU; `peak_memory_bytes` is
-        that of loading and the warm-up, before the array to measure the bandwidth with is there.
+        The figures as plain data. `memory_bandwidth` is None unless the device is the CPU.
+        `peak_memory_bytes` covers loading and the warm-up. It does not cover the array that the
+        bandwidth is measured with.
     Raises:
-        ArgumentError: If a row needs more than the model's context.
+        ArgumentError: If a row needs more tokens than the model's context.
     """
     for row in rows:
         if (needed := row.prompt_tokens + row.new_tokens) > model.context:
@@ -230,7 +236,12 @@ def _run_in_turn(
     *,
     with_bandwidth: bool,
 ) -> tuple[list[list[Timings]], int | None, list[float]]:
-    """The runs of each row, the warm-up first; peak memory after that; samples of the bandwidth."""
+    """Run all rows.
+
+    Returns:
+        The timings of each row, the warm-up first; the peak memory after the warm-up; and samples
+        of the memory bandwidth in bytes per second.
+    """
     clock = _Clock(rows, repetitions, progress)
     runs = [[clock.run(row, model)] for row in rows]
     peak_memory_bytes = model.peak_memory_bytes()
@@ -243,15 +254,16 @@ def _run_in_turn(
 
 
 def bytes_per_step(tensors: Iterable[GGUFTensor]) -> int:
-    """What generating a token reads of the file's weights: all matrices but the embedding.
+    """Return how many bytes of a file's weights are read to generate a token.
 
-    Of the embedding it is one row, unless it is the output matrix too; of the experts, two.
+    All matrices count, but only two experts of a layer. The embedding counts only if it is also the
+    output matrix, since otherwise one row of it is read.
     """
     matrices = {}
     for t in tensors:
         if len(t.shape) == 2:
             matrices[t.name] = t.size_bytes
-        elif len(t.shape) == 3:  # a matrix for each expert
+        elif len(t.shape) == 3:  # it holds a matrix for each expert
             matrices[t.name] = t.size_bytes * NUM_EXPERTS_PER_TOK // t.shape[0]
     if "output.weight" in matrices:
         matrices.pop("token_embd.weight", None)

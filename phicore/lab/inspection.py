@@ -1,4 +1,4 @@
-"""`phicore inspect` and `phicore tokenize`: looking at a file without loading its weights."""
+"""The data for `phicore inspect` and `phicore tokenize`, read without loading weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from phicore.text.tokenizer import Tokenizer
 
 
 def find(reference: str, tokenizer: str | None = None) -> ModelFiles:
-    """The files of a reference, with another tokenizer if one is given."""
+    """Find the files of a reference, with the given tokenizer.json in place of the model's."""
     return resolve(reference, tokenizer=tokenizer, schemes=Plugins().sources())
 
 
 def open_tokenizer(reference: str, tokenizer: str | None) -> tuple[Tokenizer, ChatTemplate]:
-    """The tokenizer and chat template of a model."""
+    """Open the tokenizer and the chat template of a model."""
     files = find(reference, tokenizer)
     with open_gguf(files.path) as file:
         read = _tokenizer(files, file)
@@ -29,7 +29,10 @@ def open_tokenizer(reference: str, tokenizer: str | None) -> tuple[Tokenizer, Ch
 
 
 def inspect_model(reference: str) -> dict[str, Any]:
-    """What a file holds, as plain data. Parts that cannot be understood say why."""
+    """Describe the contents of a model file as plain data.
+
+    A part that cannot be read is replaced by the error.
+    """
     files = find(reference)
     with open_gguf(files.path) as file:
         weights = sum(t.n_elements for t in file.tensors.values())
@@ -64,7 +67,7 @@ def _hyperparameters(file: GGUFFile) -> dict[str, Any]:
 
 
 def _or_error(read: Any) -> dict[str, Any]:
-    """What `read` gives, or why it gives nothing: a damaged part must not hide the others."""
+    """Return the result of `read`, or its error, so that one bad part does not hide the others."""
     try:
         return read()
     except PhicoreError as error:
@@ -88,7 +91,7 @@ def _tokenizer_summary(files: ModelFiles, file: GGUFFile) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A metadata value for JSON; long arrays as their length, NaN and infinity as None."""
+    """Convert a metadata value for JSON: long arrays to their length, NaN and infinity to None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Interrupts that a library swallows."""
+"""Detects interrupts that a library swallows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import NoReturn
 
 @contextmanager
 def swallowed_interrupts() -> Iterator[list[object]]:
-    """Collect every Ctrl-C: a library may catch its exception, or Python can only report it.
+    """Record every Ctrl-C in a list, even if its KeyboardInterrupt does not reach the caller.
 
-    JAX loses some of those that come while it compiles. Whoever uses this raises KeyboardInterrupt
-    once more, as soon as the library returns.
+    A library may catch the exception, or Python can only report it. For example, JAX loses some
+    interrupts while it compiles. If the list is not empty after a call of the library, the caller
+    must raise KeyboardInterrupt again.
     """
     found: list[object] = []
     report = sys.unraisablehook

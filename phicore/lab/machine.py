@@ -1,4 +1,4 @@
-"""What `phicore bench` says of the machine: its CPUs, and how fast they read memory."""
+"""Facts about the machine for `phicore bench`: the CPU's name and the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 
 from phicore.backend.host import cpu_count
 
-READ_BYTES = 2**30  # several times the last cache of most servers
+READ_BYTES = 2**30  # several times the last-level cache of most servers
 READ_PASSES = 4  # so that starting the threads does not count
 
 
 def cpu_name() -> str:
-    """The CPU's name, where the system tells."""
+    """Return the name of the CPU, or that of its architecture if the system does not tell it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -25,15 +25,17 @@ def cpu_name() -> str:
 
 
 class MemoryBandwidth:
-    """Reads an array that caches cannot hold, on all CPUs at once; a context manager.
+    """Measures memory bandwidth by reading a large array on all CPUs at once.
+
+    It is a context manager.
 
     Attributes:
-        samples: What `sample` found, in bytes per second.
+        samples: The results of `sample`, in bytes per second.
     """
 
     def __init__(self) -> None:
         self.samples: list[float] = []
-        array = np.ones(READ_BYTES // 8, np.int64)  # untouched pages would all be one page
+        array = np.ones(READ_BYTES // 8, np.int64)  # pages never written would all be one page
         self._parts = np.array_split(array, cpu_count())
         self._pool = ThreadPoolExecutor(len(self._parts))
 
@@ -51,4 +53,4 @@ class MemoryBandwidth:
 
 def _read(part: np.ndarray) -> None:
     for _ in range(READ_PASSES):
-        part.max()  # no arithmetic to wait for, and none of Python's lock
+        part.max()  # cheap arithmetic, and NumPy releases Python's lock

@@ -1,7 +1,7 @@
-"""How far backends are from each other, or from a reference, on the same file.
+"""Compares the results of backends on one file with each other or with a reference.
 
-All read the same tokens, whatever they would have said themselves (teacher forcing), so that one
-difference does not make all that follows incomparable. Greedy text is compared besides.
+All backends read the same tokens, whichever tokens they would generate (teacher forcing). So one
+difference does not make all later positions incomparable. Greedy text is compared as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_ERROR = 1e-4
 """The largest relative error of the logits that the documentation promises."""
 
 TRACED = 10
-"""Results inside of the network may be this many times as far off as the logits."""
+"""The bound for results within the network, as a multiple of the bound for the logits."""
 
 PROMPTS = (
     "Explain in a few sentences why the sky is blue.",
@@ -34,11 +34,11 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What a backend, or a reference, makes of some prompts.
+    """The results of a backend or of a reference for some prompts.
 
     Attributes:
-        logits: (T, V) float32 of each prompt.
-        texts: The tokens of each that follow greedily.
+        logits: The logits of each prompt, (T, V) float32.
+        texts: The greedy answer to each prompt, as tokens.
     """
 
     name: str
@@ -48,14 +48,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One reading against another.
+    """The differences between a reading and a reference reading.
 
     Attributes:
-        relative_error: norm(difference) / norm(reference) of all logits.
-        kl_divergence: Mean over the positions, in nats, of the reference's probabilities to these.
-        top1_agreement: At how many of the positions the best token is the same, as a share.
-        first_divergent: The first token that differs in a greedy text, from 0 on, and which text;
-            None if none does.
+        relative_error: norm(difference) / norm(reference) over all logits.
+        kl_divergence: The mean over all positions of the Kullback-Leibler divergence from the
+            reference's probabilities to the reading's, in nats.
+        top1_agreement: The fraction of positions at which the best token is the same.
+        positions: The number of positions.
+        first_divergent: The index of the first token that differs in a greedy text, and the index
+            of that text, both from 0. None if no token differs.
+        is_within: Whether the relative error is within the bound.
     """
 
     name: str
@@ -69,7 +72,7 @@ class Comparison:
 
 
 def read(model: Model, prompts: Sequence[Sequence[int]], n_gen: int) -> Reading:
-    """Logits of prompts, given as tokens, and what follows each."""
+    """Compute the logits of prompts, given as tokens, and `n_gen` tokens of each greedy answer."""
     texts = []
     for ids in prompts:
         found: list[int] = []
@@ -83,10 +86,10 @@ def read(model: Model, prompts: Sequence[Sequence[int]], n_gen: int) -> Reading:
 
 
 def read_reference(path: Path) -> tuple[list[int], Reading]:
-    """The tokens and the reading in a file that tools/make_reference.py has made.
+    """Read the tokens and the reading from a file that tools/make_reference.py made.
 
     Raises:
-        ArgumentError: If it is none.
+        ArgumentError: If the file cannot be read or is not such a file.
     """
     try:
         with np.load(path) as file:
@@ -103,7 +106,11 @@ def read_reference(path: Path) -> tuple[list[int], Reading]:
 
 
 def compare(found: Reading, reference: Reading, max_error: float = MAX_ERROR) -> Comparison:
-    """How far a reading is from another of the same prompts."""
+    """Compare a reading with a reference reading of the same prompts.
+
+    Raises:
+        ArgumentError: If the logits have different shapes.
+    """
     difference = size = divergence = 0.0
     same = positions = 0
     for ours, theirs in zip(found.logits, reference.logits, strict=True):
@@ -142,7 +149,7 @@ def _first_divergent(
 ) -> tuple[int, int] | None:
     found = []
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        pairs = zip(a, b, strict=False)  # a reference may have fewer
+        pairs = zip(a, b, strict=False)  # a reference may have fewer tokens
         found += [(i, number) for i, (x, y) in enumerate(pairs) if x != y][:1]
     return min(found, default=None)
 
@@ -158,15 +165,17 @@ def parity(
     is_traced: bool = False,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Compare backends with the first of them, or with a reference.
+    """Compare backends with the first of them, or all of them with a reference.
 
     Args:
-        reference: The model.
-        against: A file of tools/make_reference.py; its prompt is the only one then.
-        is_traced: Find the first operation of the network at which a backend parts from the first
-            one.
+        reference: The model's reference; None is the default model.
+        against: A file that tools/make_reference.py made. Its prompt is then the only prompt.
+        is_traced: Whether to find the first operation at which a backend differs from the first
+            backend.
     Returns:
-        `comparisons`, and `parts` if it was traced: plain data.
+        Plain data: `model`, `max_error`, `comparisons` and, if traced, `parts`.
+    Raises:
+        ArgumentError: If there are fewer than two readings to compare, or the file does not fit.
     """
     if len(backends) + (against is not None) < 2:
         raise ArgumentError("backends: expected two or more, or one and a reference")
@@ -198,7 +207,12 @@ def parity(
 def first_part(
     found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], max_error: float
 ) -> dict[str, Any]:
-    """Where two traces part: the first operation beyond the bound, and the error of each."""
+    """Compare two traces.
+
+    Returns:
+        `operation`, the first operation whose error is above the bound or None, and `errors`, the
+        relative error of each operation.
+    """
     errors: dict[str, float] = {}
     for name, theirs in expected.items():
         difference = np.linalg.norm(found[name].astype(np.float64) - theirs)

@@ -1,4 +1,4 @@
-"""Writing the skeleton of a backend: a distribution that passes the conformance kit as it is."""
+"""Writes the skeleton of a backend: a distribution that passes the conformance kit unchanged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from phicore.errors import ArgumentError, SourceError
 
 
 def write_backend(name: str, into: Path) -> list[Path]:
-    """Write `phicore-NAME` into a folder, and return the files.
+    """Write the distribution `phicore-NAME` into a folder, and return its files.
 
     Raises:
-        ArgumentError: If the name is not one of a Python module, in lower case.
-        SourceError: If the folder is there already, or cannot be written.
+        ArgumentError: If the name is not a lower-case name of a Python module.
+        SourceError: If the folder `phicore-NAME` already exists or cannot be written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ArgumentError(

@@ -1,11 +1,12 @@
-"""Models of random weights, for measuring speed: the sizes and types of real ones, at once.
+"""Models with random weights and the sizes and types of real ones, for benchmarks.
 
-How long a step takes depends on the shapes and types of the weights and not on their values, so a
-benchmark needs no download. Blocks of K-quants are written straight: random codes and sub-scales,
-with float16 scales that give weights the deviation Phi-3 was initialized with. So the numbers stay
-finite through all layers, and the text means nothing.
+The time of a step depends on the shapes and types of the weights, not on their values, so a
+benchmark needs no download. Blocks of K-quants are written directly, with random codes and
+sub-scales. Their float16 scales give the weights the standard deviation with which Phi-3 was
+initialized. So numbers stay finite through all layers. The text is meaningless.
 
-The mix of types is llama.cpp's Q4_K_M for architecture `phi3`. Both phicore and llama.cpp read it.
+The mix of types is llama.cpp's Q4_K_M for architecture `phi3`. Both phicore and llama.cpp read the
+files.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from phicore.errors import ArgumentError, SourceError
 from phicore.gguf.random_models import START, Sizes, add_sizes, add_vocabulary, random_blocks
 from phicore.progress import Progress
 
-VERSION = 2  # of what is written, in the names of files: another one is written afresh
+VERSION = 2  # of the contents; it is part of the file's name, so a new version writes a new file
 WEIGHT_STD = 0.02  # transformers' Phi3Config.initializer_range
 CONTEXT = 4096
 SLIDING_WINDOW = 2047
-POOL_BLOCKS = 65537  # a prime above all numbers of rows: no two rows of a matrix are the same
+POOL_BLOCKS = 65537  # a prime above all numbers of rows, so that all rows of a matrix differ
 
-_RESERVED = 64  # ids at the end of the vocabulary, as in Phi-3's: the tokens above, and padding
+_RESERVED = 64  # ids at the end of the vocabulary for control tokens and padding, as in Phi-3's
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
@@ -44,7 +45,7 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a file: rows of `shape[-1]` values."""
+    """The name, shape and type of a tensor in a file. Its rows have `shape[-1]` values."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,14 +59,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class SyntheticModel(Sizes):
-    """A `phi3` model of these sizes."""
+    """The sizes of a `phi3` model, and the tensors that follow from them."""
 
     def tensors(self) -> Iterator[TensorSpec]:
-        """Every tensor, in file order, with its type in the recipe Q4_K_M.
+        """Yield every tensor, in file order, with its type in the recipe Q4_K_M.
 
-        Source: llama.cpp, `llama_tensor_get_type`: fused queries, keys and values are Q5_K; the
-        last matrix of the first and last eighth of the layers, and of every third one between them,
-        is Q6_K.
+        In this recipe, fused queries, keys and values are Q5_K. The last matrix of a layer is Q6_K
+        in the first and last eighth of the layers, and in every third layer between them.
+
+        Source: llama.cpp, `llama_tensor_get_type`.
         """
         hidden, intermediate = self.hidden_size, self.intermediate_size
         layers = self.num_hidden_layers
@@ -93,11 +95,11 @@ MODELS = {
 
 
 def synthetic_model(name: str, progress: Progress = lambda *_: None) -> Path:
-    """The file of a model of `MODELS`, in the user's cache; written if it is not there.
+    """Return the file of a model of `MODELS` in the user's cache, and write it if it is missing.
 
     Raises:
         ArgumentError: If there is no such model.
-        SourceError: If the disk has no room for it, or it cannot be written.
+        SourceError: If the disk has no room for the file, or if it cannot be written.
     """
     if name not in MODELS:
         raise ArgumentError(f"no synthetic model {name!r}; there are: {', '.join(MODELS)}")
@@ -123,7 +125,7 @@ def synthetic_model(name: str, progress: Progress = lambda *_: None) -> Path:
 
 def _check_room(folder: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
-    if free < 1.01 * size_bytes:  # and some for the metadata
+    if free < 1.01 * size_bytes:  # 1 % for the metadata
         raise SourceError(
             f"{folder}: the model needs {size_bytes / 1e9:.2f} GB, the disk has "
             f"{free / 1e9:.2f} GB free; make room for it"
@@ -145,7 +147,7 @@ def write_model(path: Path, name: str, progress: Progress = lambda *_: None) -> 
         words = itertools.islice(_words(), model.vocab_size - len(START) - _RESERVED)
         add_vocabulary(writer, [*words], model.vocab_size, _CHAT_TEMPLATE)
         for tensor in tensors:
-            dtype = np.dtype(np.float32)  # what the writer calls a shape in values, not in bytes
+            dtype = np.dtype(np.float32)  # tells the writer that the shape counts values, not bytes
             writer.add_tensor_info(
                 tensor.name, tensor.shape, dtype, tensor.size_bytes, raw_dtype=tensor.type
             )
@@ -155,7 +157,7 @@ def write_model(path: Path, name: str, progress: Progress = lambda *_: None) -> 
         done, total = 0, sum(tensor.size_bytes for tensor in tensors)
         for tensor in tensors:
             if tensor.type == Type.F32:
-                data = np.ones(tensor.shape, np.float32)  # a norm, as initialized
+                data = np.ones(tensor.shape, np.float32)  # a norm's initial values
             else:
                 pool = np.roll(pools[tensor.type], rng.integers(POOL_BLOCKS), axis=0)
                 data = np.resize(pool, tensor.size_bytes)
@@ -167,7 +169,7 @@ def write_model(path: Path, name: str, progress: Progress = lambda *_: None) -> 
 
 
 def _add_config(writer: gguf.GGUFWriter, name: str, model: SyntheticModel) -> None:
-    writer.add_name(f"phi3 {name}, random weights")  # llama.cpp knows Phi-3's tokenizer by "phi3"
+    writer.add_name(f"phi3 {name}, random weights")  # llama.cpp detects Phi-3's tokenizer by "phi3"
     writer.add_context_length(CONTEXT)
     writer.add_rope_scaling_orig_ctx_len(CONTEXT)
     add_sizes(writer, model)
@@ -177,9 +179,9 @@ def _add_config(writer: gguf.GGUFWriter, name: str, model: SyntheticModel) -> No
 
 
 def _words() -> Iterator[str]:
-    """Distinct pieces without end: characters, then words of one syllable, of two, and so on.
+    """Yield distinct pieces without end: characters, then words of one, two and more syllables.
 
-    Each but a character is two earlier ones joined, so merging in pairs reaches it.
+    Each word is two earlier pieces joined, so the tokenizer can build it by merging pairs.
     """
     yield from "▁" + string.ascii_letters + string.digits + string.punctuation
     syllables = [c + v for c in "bcdfghjklmnpqrstvwxz" for v in "aeiou"]

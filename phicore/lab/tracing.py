@@ -1,4 +1,4 @@
-"""What each operation of the network gives, on any backend, by name."""
+"""Records the result of each operation of the network by name, on any backend."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ OPERATIONS = (
     *("embedding", "linear", "expert_linear", "rms_norm", "layer_norm"),
     *("rope", "attention", "swiglu"),
 )
-"""What is recorded: all that the graph asks of a backend and that gives one array."""
+"""The recorded operations: those that the graph calls and that return one array."""
 
 
 def trace(engine: Engine, tokens: Sequence[int]) -> dict[str, np.ndarray]:
     """Run some tokens, at most 256, through the network in one step.
 
     Returns:
-        The results of its operations in their order, by the name of the weight they use or, of
-        those that use none, by layer and operation: `layers.0.qkv_proj`, `layers.0.attention`.
+        The results of the operations, in order. The name of a result is that of the weight that the
+        operation uses (`layers.0.qkv_proj`) or, without a weight, the layer and the operation
+        (`layers.0.attention`).
     """
     runner = engine.runner
     ops = runner.ops
@@ -52,7 +53,7 @@ def trace(engine: Engine, tokens: Sequence[int]) -> dict[str, np.ndarray]:
 
 
 class _Recorder:
-    """A backend that keeps the results of its operations."""
+    """Wraps a backend and records the results of its operations."""
 
     def __init__(self, ops: Backend, params: Params) -> None:
         self._ops = ops
@@ -60,7 +61,7 @@ class _Recorder:
         self._layer = ""
         self.found: dict[str, Array] = {}
 
-    # Fused operations are taken apart, so that each of their parts is recorded.
+    # Fused operations run as separate operations, so that each result is recorded.
 
     def rms_norm_linear(self, *args: Any) -> Array:
         return Backend.rms_norm_linear(cast(Backend, self), *args)
@@ -79,7 +80,7 @@ class _Recorder:
             name = used[0] if used else f"{self._layer}{operation}"
             if name.startswith("layers."):
                 self._layer = ".".join(name.split(".")[:2]) + "."
-            # a tied embedding is used twice
+            # A tied embedding is used twice.
             self.found[name if name not in self.found else f"{name} (output)"] = result
             return result
 

@@ -1,1 +1,1 @@
-"""The network: its hyperparameters, its graph, its sampler, and how files become its parameters."""
+"""The network: hyperparameters, graph, sampler, logits processors, and the loading of weights."""

@@ -1,4 +1,4 @@
-"""The hyperparameters of a model. An architecture reads them from a file's metadata."""
+"""The hyperparameters of a model, which an architecture reads from a file's metadata."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class Phi3Config:
     rms_norm_eps: float
     rope_theta: float
     rotary_dim: int
-    """How many channels of a head are rotated; the rest passes through."""
+    """Number of channels of a head that are rotated; the other channels stay unchanged."""
     sliding_window: int | None
-    """A token sees this many positions, itself included; None is all before it."""
+    """Number of positions that a token sees, itself included. None means all earlier positions."""
     original_max_position_embeddings: int | None = None
-    """LongRoPE: the context before it was extended. Longer sequences rotate by other factors."""
+    """LongRoPE: the context before it was extended. Longer sequences use the long factors."""
     vocab_size: int = 0
-    """How many tokens the embedding has; 0 where only the metadata of a file was read."""
+    """Number of tokens that the embedding has; 0 if only the metadata of a file was read."""
     num_local_experts: int = 0
-    """How many experts a layer has in place of one `mlp`; 0 is none, and no router."""
+    """Number of experts in a layer. 0 means that a layer has one `mlp` and no router."""
     attention_factor: float | None = None
-    """LongRoPE: what sines and cosines are multiplied by; None is the factor of the paper."""
+    """LongRoPE: the factor for sines and cosines. None means the factor of the paper's formula."""
 
     def share(self, devices: int) -> Phi3Config:
-        """The configuration of the part that one of several devices computes.
+        """Return the configuration of the part of the network that one of `devices` computes.
 
-        It has a share of the heads and of the channels of `mlp`.
+        Each device has a share of the heads and of the channels of `mlp`.
 
         Raises:
-            BackendError: If the number of devices does not divide them.
+            BackendError: If the number of devices does not divide the heads or the channels.
         """
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if kv_heads % devices or self.intermediate_size % devices:

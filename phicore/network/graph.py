@@ -1,10 +1,12 @@
-"""The Phi-3 network, once, for every backend.
+"""The Phi-3 network, written once for all backends.
 
-Abdin et al., "Phi-3 Technical Report" (2024); the same computation as transformers' `Phi3Model` and
-`PhimoeModel`. The axes are named as in `protocol.py`.
+It computes what transformers' `Phi3Model` and `PhimoeModel` compute. Axes are named as in
+`protocol.py`.
 
-`params` has the names of the reference's weights. A name that ends in `_bias` is a bias, where a
-model has one. A layer with a `router` has experts in place of one `mlp`.
+`params` uses the names of the reference's weights. The name of a bias ends in `_bias`; models
+without that bias leave it out. A layer with a `router` has experts in place of one `mlp`.
+
+Source: Abdin et al., "Phi-3 Technical Report" (2024).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ LAYER_NAMES = (
 )
 WITHOUT_BIAS = {"embed_tokens", "layers", "router", "experts_gate_up_proj", "experts_down_proj"}
 
-ROUTER_JITTER_NOISE = 0.01  # of every `phimoe` model; the files do not have it
+ROUTER_JITTER_NOISE = 0.01  # the same for every `phimoe` model; GGUF files do not store it
 
 
 def forward(
@@ -33,15 +35,15 @@ def forward(
     slots: Array,
     cache: list[LayerCache],
 ) -> tuple[Array, list[LayerCache]]:
-    """Run new tokens through all the layers.
+    """Run new tokens through all layers.
 
     Args:
-        rope: Cosines and sines, (B, T, R) float32, of the angles of the tokens' positions.
-        tokens: (B, T) int32.
-        slots: (B, T) int32, the slots of the cache that the tokens take, consecutive in each row.
-            A row may end in padding: tokens whose results mean nothing and whose cache entries
-            nobody sees before they are written again.
-        cache: One for each layer. It holds the tokens before these.
+        rope: Cosines and sines, (B, T, R) float32, of the angles at the tokens' positions.
+        tokens: Token ids, (B, T) int32.
+        slots: The slots of the cache in which the tokens are stored, (B, T) int32, consecutive in
+            each row. A row may end in padding tokens. Their results are garbage, and no token sees
+            their cache entries before these are overwritten.
+        cache: The cache of each layer, which holds all earlier tokens.
     Returns:
         The last hidden states, (B, T, E), and the cache with the new tokens.
     """
@@ -54,23 +56,23 @@ def forward(
 
 
 def logits(ops: Backend, params: Params, hidden: Array) -> Array:
-    """Scores of the next token: (..., E) gives (..., V) float32."""
+    """Compute the scores of the next token: (..., E) gives (..., V) float32."""
     return linear(ops, params, "lm_head" if "lm_head" in params else "embed_tokens", hidden)
 
 
 def linear(ops: Backend, params: Params, name: str, x: Array) -> Array:
-    """x @ weight.T + bias: (..., K) gives (..., N)."""
+    """Compute x @ weight.T + bias: (..., K) gives (..., N)."""
     return with_bias(ops, params, name, ops.linear(x, params[name]))
 
 
 def with_bias(ops: Backend, params: Params, name: str, y: Array) -> Array:
-    """The product of a matrix, plus its bias if it has one."""
+    """Add the bias of the matrix `name` to its product y, if the matrix has a bias."""
     bias = params.get(f"{name}_bias")
     return y if bias is None else y + ops.xp.broadcast_to(bias, y.shape)
 
 
 def norm(ops: Backend, config: Phi3Config, params: Params, name: str, x: Array) -> Array:
-    """RMSNorm over (..., E); LayerNorm where the norm has a bias."""
+    """Apply RMSNorm over (..., E), or LayerNorm if the norm has a bias."""
     eps, bias = config.rms_norm_eps, params.get(f"{name}_bias")
     if bias is None:
         return ops.rms_norm(x, params[name], eps)
@@ -80,7 +82,7 @@ def norm(ops: Backend, config: Phi3Config, params: Params, name: str, x: Array) 
 def norm_linear(
     ops: Backend, config: Phi3Config, params: Params, norm_name: str, name: str, x: Array
 ) -> Array:
-    """linear(norm(x)): (..., E) gives (..., N)."""
+    """Compute linear(norm(x)): (..., E) gives (..., N)."""
     if f"{norm_name}_bias" in params:
         return linear(ops, params, name, norm(ops, config, params, norm_name, x))
     y = ops.rms_norm_linear(x, params[norm_name], config.rms_norm_eps, params[name])
@@ -96,7 +98,7 @@ def decoder_layer(
     slots: Array,
     cache: LayerCache,
 ) -> tuple[Array, LayerCache]:
-    """x + attention(norm(x)), then x + mlp(norm(x)); x is (B, T, E)."""
+    """Compute x + attention(norm(x)), then x + mlp(norm(x)); x is (B, T, E)."""
     h, cache = attention(ops, config, layer, x, rope, slots, cache)
     x = x + h
     feed_forward = experts if "router" in layer else mlp
@@ -112,7 +114,10 @@ def attention(
     slots: Array,
     cache: LayerCache,
 ) -> tuple[Array, LayerCache]:
-    """Grouped-query self-attention of norm(x): rotary positions, causal, optionally in a window."""
+    """Compute grouped-query self-attention of norm(x), and store the new keys and values.
+
+    The attention is causal, optionally within a window, and uses rotary positions.
+    """
     xp = ops.xp
     b, t, _ = x.shape
     h, k, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -131,14 +136,14 @@ def attention(
 
 
 def mlp(ops: Backend, config: Phi3Config, layer: Params, x: Array) -> Array:
-    """down(silu(gate(norm(x))) * up(norm(x))), with gate and up in one matrix."""
+    """Compute down(silu(gate(norm(x))) * up(norm(x))), with gate and up in one matrix."""
     gate_up = norm_linear(ops, config, layer, "post_attention_layernorm", "gate_up_proj", x)
     down = ops.swiglu_linear(gate_up, layer["down_proj"])
     return with_bias(ops, layer, "down_proj", down)
 
 
 def experts(ops: Backend, config: Phi3Config, layer: Params, x: Array) -> Array:
-    """The sum of two experts' `mlp`; the router chooses and weighs them for each token."""
+    """Compute the weighted sum of two experts, which the router chooses for each token."""
     xp = ops.xp
     x = norm(ops, config, layer, "post_attention_layernorm", x)
     flat = xp.reshape(x, (-1, x.shape[-1]))  # (M, E)
@@ -155,15 +160,16 @@ def experts(ops: Backend, config: Phi3Config, layer: Params, x: Array) -> Array:
 def sparse_mixer(xp: Any, scores: Array) -> tuple[Array, Array]:
     """Choose two experts for each token, and their weights, which need not sum to 1.
 
-    Each choice is the best expert that is left. Its weight is its share of the softmax over the
-    experts whose scores are near to it.
+    The first choice is the best expert, the second the best of the others. The weight of a choice
+    is its probability in a softmax over the experts with scores near its own; the second softmax
+    leaves the first choice out.
 
     Source: Liu et al., "GRIN: GRadient-INformed MoE" (2024); transformers' `sparsemixer`.
 
     Args:
-        scores: (M, X) float32.
+        scores: The router's scores, (M, X) float32.
     Returns:
-        (M, 2) int32 and (M, 2) float32.
+        The experts, (M, 2) int32, and their weights, (M, 2) float32.
     """
     numbers = xp.arange(scores.shape[1], dtype=xp.int32)[None, :]
     left, chosen, weights = scores, [], []

@@ -1,9 +1,9 @@
-"""Changing the scores of the next token: the processors that a generation may have.
+"""Logits processors, which change the scores of the next token.
 
-Processors come first in the sampler, before the repeat penalty. A processor computes on the device,
-in the compiled step. What it computes depends on its class alone, so that a step is compiled once
-for each combination of classes. What differs from one generation to the next is in its state:
-arrays that the step is handed.
+Processors run before the sampler and its repeat penalty, on the device, as part of the compiled
+step. The computation depends only on the processor's class, so a step is compiled once for each
+combination of classes. Everything that differs between generations is in the processor's state:
+arrays that are arguments of the step.
 """
 
 from __future__ import annotations
@@ -18,64 +18,64 @@ from phicore.errors import ArgumentError, PhicoreError
 
 
 class LogitsProcessor(ABC):
-    """Changes the scores in one generation. A new one is a subclass that has `apply`.
+    """Base class of logits processors. A subclass must define `apply`.
 
-    A generation calls `start` once; then for every token `apply` and `advance`, on the device, and
-    `update`, on the host. On the host a state is that of one sequence; on the device it is that of
-    B sequences: the same arrays with an axis of B in front. All states of a generation have the
-    same names, shapes and dtypes, none of 64 bits, and no method changes an array that it is
-    handed. A processor that has `update` serves one generation.
+    A generation calls `start` once. For every token it then calls `apply` and `advance` on the
+    device, and `update` on the host. A state on the host belongs to one sequence. A state on the
+    device belongs to B sequences: its arrays have an additional first axis B. All states of a
+    generation have the same names, shapes and dtypes, none of 64 bits. No method changes an array
+    that it is given. A processor that overrides `update` can serve only one generation.
     """
 
     def start(self, prompt: Sequence[int], vocab_size: int) -> Mapping[str, np.ndarray]:
-        """Return the state for the first token, without an axis of B.
+        """Return the state for the first token, without the axis B.
 
         Args:
-            prompt: Token ids.
-            vocab_size: V.
+            prompt: The token ids of the prompt.
+            vocab_size: The size V of the vocabulary.
         """
         return {}
 
     @classmethod
     @abstractmethod
     def apply(cls, ops: Backend, logits: Array, state: Mapping[str, Array]) -> Array:
-        """Return new scores. A compiler traces this, so it must not look at values.
+        """Return new scores. A compiler traces this method, so it must not read values.
 
         Args:
-            logits: (B, V) float32.
-            state: Arrays (B, ...).
+            logits: The scores, (B, V) float32.
+            state: The state, arrays (B, ...).
         Returns:
-            (B, V) float32; -infinity for a token that must not come.
+            (B, V) float32, with -infinity for a forbidden token.
         """
 
     @classmethod
     def advance(cls, ops: Backend, state: Mapping[str, Array], token: Array) -> Mapping[str, Array]:
-        """Return the state after a token, (B, 1) int32. A compiler traces this, too."""
+        """Return the state after a token, (B, 1) int32. A compiler traces this method, too."""
         return state
 
     def update(self, token: int) -> Mapping[str, np.ndarray]:
-        """Return what only the host can tell of the state after a token, without an axis of B.
+        """Return the arrays of the state that the host computes after a token, without the axis B.
 
-        The arrays replace those of the same names. With a processor that overrides this, a step
-        waits until the last one's token is known.
+        They replace the arrays of the state with these names. If a processor overrides this
+        method, each step waits until the previous step's token is known.
         """
         return {}
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether `update` must be called."""
+        """Whether the processor overrides `update`, so that it must be called for each token."""
         return type(self).update is not LogitsProcessor.update
 
 
 LARGEST = 1e30
-"""A bias that is larger than any score, and far from infinity."""
+"""The largest allowed bias: larger than any score, and far from overflow in float32."""
 
 
 class LogitBias(LogitsProcessor):
-    """Adds a number to the scores of some tokens.
+    """Adds a bias to the scores of some tokens.
 
     Args:
-        biases: By token id; -infinity forbids a token.
+        biases: The biases by token id; -infinity forbids a token.
     """
 
     def __init__(self, biases: Mapping[int, float]) -> None:
@@ -95,10 +95,10 @@ class LogitBias(LogitsProcessor):
 
     @classmethod
     def parse(cls, argument: str) -> LogitBias:
-        """From `ID:BIAS,...`, where BIAS is a number or -inf.
+        """Make a processor from `ID:BIAS,...`, where BIAS is a number or -inf.
 
         Raises:
-            ArgumentError: If it is something else.
+            ArgumentError: If the argument does not have this form.
         """
         biases = {}
         for part in argument.split(","):
@@ -116,10 +116,12 @@ class LogitBias(LogitsProcessor):
 
 
 class AnswerPenalty(LogitsProcessor):
-    """Makes tokens less likely that are in the answer already.
+    """Makes tokens less likely that the answer already contains.
 
-    Source: the penalties of OpenAI's API: score - frequency * count - presence * (count > 0), with
-    the counts of the tokens generated so far.
+    The new score is score - frequency * count - presence * (count > 0), where count is the number
+    of times that the token was generated so far.
+
+    Source: the frequency and presence penalties of OpenAI's API.
     """
 
     def __init__(self, *, frequency: float = 0.0, presence: float = 0.0) -> None:
@@ -157,7 +159,11 @@ def _penalty(name: str, argument: str) -> AnswerPenalty:
 
 
 def check_same(what: str, old: Mapping[str, Array], new: Mapping[str, Array]) -> None:
-    """Refuse arrays whose names, shapes or dtypes differ from those that they replace."""
+    """Check that the arrays in `new` have the same names, shapes and dtypes as those in `old`.
+
+    Raises:
+        PhicoreError: If an array differs, is missing or is new. The message starts with `what`.
+    """
     kinds = [{name: (tuple(a.shape), a.dtype) for name, a in d.items()} for d in (old, new)]
     for name in old.keys() | new.keys():
         expected, found = (kind.get(name) for kind in kinds)
@@ -171,4 +177,4 @@ BUILT_IN: Mapping[str, Callable[[str], LogitsProcessor]] = {
     "frequency-penalty": lambda argument: _penalty("frequency", argument),
     "presence-penalty": lambda argument: _penalty("presence", argument),
 }
-"""phicore's own processors, made of what follows `--processor NAME=`."""
+"""phicore's own processors: functions that make one from the text after `--processor NAME=`."""

@@ -1,4 +1,7 @@
-"""Rotary position tables (Su et al., "RoFormer", 2021), as the reference computes them."""
+"""Rotary position tables, computed as the reference computes them.
+
+Source: Su et al., "RoFormer" (2021).
+"""
 
 from __future__ import annotations
 
@@ -11,31 +14,31 @@ import numpy as np
 from phicore.network.config import Phi3Config
 
 Tables = tuple[Any, Any]
-"""Cosines and sines by position: two arrays (P, R) float32 of a backend."""
+"""Cosines and sines by position: two arrays (P, R) float32 on the device."""
 
 
 @dataclass(frozen=True)
 class RopeFactors:
-    """Factors that the rotary frequencies are divided by: two of (R,) float32, R = rotary_dim / 2.
+    """Divisors of the rotary frequencies: two arrays (R,) float32, R = rotary_dim / 2.
 
-    LongRoPE (Ding et al., 2024) has factors for sequences within the original context and for
-    longer ones. Llama 3.1 has one set for all, which is given twice.
+    LongRoPE (Ding et al., 2024) has short factors for sequences within the original context, and
+    long factors for longer sequences. Llama 3.1 has one set of factors, which is stored as both.
     """
 
     short: np.ndarray
     long: np.ndarray
     scale: float = 1.0
-    """Sines and cosines are multiplied by this, at any length."""
+    """The factor for sines and cosines, at any length."""
 
 
 def is_long(config: Phi3Config, length: int) -> bool:
-    """Whether a sequence that is planned to be so long is rotated by the long factors."""
+    """Return whether a sequence with this planned length is rotated by the long factors."""
     original = config.original_max_position_embeddings
     return original is not None and length > original
 
 
 def longrope_scale(context: int, original: int) -> float:
-    """The factor by which LongRoPE multiplies sines and cosines in an extended context.
+    """Return the factor by which LongRoPE multiplies sines and cosines in an extended context.
 
     Source: `_compute_longrope_parameters` of transformers.
     """
@@ -49,17 +52,18 @@ def rope_tables(
     factors: np.ndarray | None = None,
     scale: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of position * theta ** (-2 r / rotary_dim) / factor, times scale.
+    """Compute scale times the cosine and sine of position * theta ** (-2 r / rotary_dim) / factor.
 
-    The frequency and the angle are rounded to float32, as in transformers, whose rounding at
-    position 4000 is as large as 1e-4 of a turn; cosine and sine are taken in float64 of that angle.
-    They are made once on the host, so that every backend rotates by the same numbers.
+    The frequency and the angle are rounded to float32, as in transformers. At position 4000 this
+    rounding is as large as 1e-4 of a turn. The cosine and sine of the rounded angle are computed in
+    float64. The tables are computed once, on the host, so that every backend rotates by the same
+    numbers.
 
     Args:
-        positions: (S,) integers.
-        factors: (R,) float32; None: all 1.
+        positions: The positions, (S,) integers.
+        factors: The divisors of the frequencies, (R,) float32. None means that all are 1.
     Returns:
-        Two (S, R) float32 arrays, R = rotary_dim / 2.
+        Cosines and sines, two (S, R) float32 arrays, R = rotary_dim / 2.
     """
     exponent = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
     wavelength = np.float32(config.rope_theta) ** exponent  # (R,), over 2 pi
@@ -75,7 +79,7 @@ def rope_tables(
 
 
 def rope_at(xp: Any, tables: Tables, rows: Any) -> tuple[Any, Any]:
-    """Look up rows (B, T) int32 of two tables (P, R): cosines and sines, (B, T, R)."""
+    """Look up rows (B, T) int32 in two tables (P, R); return cosines and sines, (B, T, R)."""
 
     def picked(table: Any) -> Any:
         found = xp.take(table, xp.reshape(rows, (-1,)), axis=0)

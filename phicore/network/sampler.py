@@ -1,12 +1,13 @@
-"""The sampler, once, for every backend: pure functions of logits and of arrays of parameters.
+"""The sampler, written once for all backends: pure functions of logits and parameter arrays.
 
-Order: repeat penalty, temperature, top-k, top-p, min-p, then one token by the Gumbel-max rule.
+The order is repeat penalty, temperature, top-k, top-p, min-p. The Gumbel-max rule then draws one
+token.
 
-The same seed gives the same token on every backend, but for near-ties: one uniform number per
-token of the vocabulary comes from the host, and the largest sum of logit and noise wins. So two
-backends differ only where their two best sums are closer than the rounding of the logits. With one
-number per step and an inverse CDF, every boundary between two tokens of the vocabulary would be a
-chance to differ (docs/architecture.md has what was measured).
+The same seed gives the same token on every backend, except in near-ties. The host makes one
+uniform random number for each token of the vocabulary, and the largest sum of logit and noise
+wins. So two backends differ only if the two best sums are closer than the rounding of the logits.
+With one number per step and an inverse CDF, backends could differ at every boundary between two
+tokens of the vocabulary (docs/architecture.md has measurements).
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from phicore.network.sampling import Sampling
 
 ONE = 2**30  # probability 1 as a count; the sum over a vocabulary stays below 2**31
 ALL = 2**31 - 1  # a count that no vocabulary has
-BLOCK = 64  # of tokens; divides the vocabularies of Phi-3, Phi-4-mini and SmolLM2
+BLOCK = 64  # tokens; divides the vocabulary sizes of Phi-3, Phi-4-mini and SmolLM2
 
 
 def uniforms(seed: int, step: int, size: int) -> np.ndarray:
-    """Numbers in (0, 1), one for each token of the vocabulary: (size,) float32.
+    """Make random numbers in (0, 1), one for each token of the vocabulary: (size,) float32.
 
-    Philox is counter-based (Salmon et al., 2011): any step's numbers are had without the others',
-    and the raw stream is the same in every NumPy version. Small numbers keep all their bits.
+    Philox is counter-based (Salmon et al., 2011), so the numbers of a step do not depend on earlier
+    calls. Its raw stream is the same in every NumPy version. Small numbers keep all their bits.
     """
     raw = np.random.Philox(key=seed, counter=step << 64).random_raw((size + 1) // 2)
     words = raw.astype("<u8", copy=False).view("<u4")[:size]
@@ -39,11 +40,11 @@ def uniforms(seed: int, step: int, size: int) -> np.ndarray:
 
 
 def inputs(samplings: Sequence[Sampling]) -> dict[str, np.ndarray] | None:
-    """What `sample` takes as `draw` for B rows, but for the random numbers; host arrays (B,).
+    """Make the argument `draw` of `sample` for B rows, without the random numbers.
 
     Returns:
-        The temperatures and, if some row has a filter, what the filters take; None if all rows are
-        greedy.
+        Host arrays (B,): `temperature` and, if some row has a filter, `top_k`, `top_p` and `min_p`.
+        None if all rows are greedy.
     """
     if all(sampling.is_greedy for sampling in samplings):
         return None
@@ -62,17 +63,18 @@ def sample(
     penalty: Mapping[str, Array],
     draw: Mapping[str, Array] | None,
 ) -> Array:
-    """Choose one token a row.
+    """Choose one token for each row.
 
     Args:
-        logits: (B, V) float32.
-        penalty: `recent` (B, R) int32, newest last, -1 where there is none; `last_n` (B,) int32;
-            `repeat_penalty` (B,) float32.
-        draw: `uniforms` (B, V) float32; `temperature` (B,) float32; and, unless they leave out
-            nothing in any row, `top_k` int32, `top_p` and `min_p` float32, (B,) each. A temperature
-            of 0 makes that row greedy. None: all rows are greedy.
+        logits: The scores, (B, V) float32.
+        penalty: `recent` (B, R) int32, the recent tokens, newest last, padded with -1; `last_n`
+            (B,) int32; `repeat_penalty` (B,) float32.
+        draw: `uniforms` (B, V) float32; `temperature` (B,) float32; and, if a row has a filter,
+            `top_k` int32, `top_p` and `min_p` float32, (B,) each. A temperature of 0 makes its row
+            greedy. None means that all rows are greedy.
     Returns:
-        (B,) int32; -1 where the penalized logits hold a NaN or +infinity, or only -infinity.
+        Token ids, (B,) int32; -1 if the penalized logits of a row have a NaN or +infinity, or only
+        -infinity.
     """
     xp = ops.xp
     logits = apply_repeat_penalty(ops, logits, **penalty)
@@ -93,10 +95,11 @@ def sample(
 
 
 def argmax(ops: Backend, x: Array) -> Array:
-    """Where each row of (B, V) has its largest number, the first of equal ones: (B,) int32.
+    """Return the index of the largest number in each row of (B, V), the first if tied: (B,) int32.
 
-    It is sought among the largest of blocks, then in its block. On a CPU, XLA vectorizes max but
-    not argmax, nor what it fuses into that: a draw from 49,152 tokens would take 1.3 ms, not 0.1.
+    This finds the block with the largest number, then searches that block alone. On a CPU, XLA
+    vectorizes max, but neither argmax nor the operations that it fuses into argmax. A plain argmax
+    would make a draw from 49,152 tokens take 1.3 ms instead of 0.1 ms.
     """
     xp = ops.xp
     batch, size = x.shape
@@ -110,7 +113,9 @@ def argmax(ops: Backend, x: Array) -> Array:
 
 
 def gumbel(ops: Backend, uniforms: Array) -> Array:
-    """Gumbel noise: the token with the largest sum of logit and noise is a draw from the softmax.
+    """Turn uniform numbers into Gumbel noise.
+
+    The token with the largest sum of logit and noise is a draw from the softmax.
 
     Source: Gumbel (1954); Maddison et al., "A* Sampling" (2014), section 2.
     """
@@ -120,7 +125,7 @@ def gumbel(ops: Backend, uniforms: Array) -> Array:
 def apply_repeat_penalty(
     ops: Backend, logits: Array, recent: Array, last_n: Array, repeat_penalty: Array
 ) -> Array:
-    """Make the last n tokens less likely: logits > 0 are divided, the others multiplied.
+    """Make recent tokens less likely: divide their logits > 0 by the penalty, multiply the rest.
 
     Source: Keskar et al., "CTRL" (2019), section 4.1, with the sign rule of transformers.
     """
@@ -133,16 +138,16 @@ def apply_repeat_penalty(
 
 
 def keep_likely(ops: Backend, scaled: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
-    """Which tokens top-k, then top-p, then min-p leave: bool (B, V).
+    """Apply top-k, then top-p, then min-p; return which tokens are kept, bool (B, V).
 
-    Each of the three is a bound that a logit must reach, so that tied tokens share their fate and
-    the result depends on no order. Top-p (Holtzman et al., 2019) keeps a token when those that are
-    likelier hold less than p of what top-k has left; these sums are of integers, and so are the
-    same in whatever order a library adds.
+    Each filter is a lower bound for the logit. So tied tokens are kept or dropped together, and the
+    result does not depend on an order. Top-p (Holtzman et al., 2019) keeps a token if the likelier
+    tokens together have less than p of the probability that top-k kept. Probabilities are summed as
+    integers, so the sum does not depend on the order in which a library adds.
 
     Args:
-        scaled: (B, V) float32, logits minus the largest, divided by the temperature.
-        top_k: (B,) int32, 0 for all.
+        scaled: The logits minus the row's largest, divided by the temperature, (B, V) float32.
+        top_k: (B,) int32; 0 keeps all.
         top_p, min_p: (B,) float32.
     """
     xp = ops.xp

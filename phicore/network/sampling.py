@@ -1,4 +1,4 @@
-"""How a token is chosen: the parameters of the sampler."""
+"""The parameters of the sampler."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from phicore.settings import check_settings, setting
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. The command line makes its options of these fields.
+    """The parameters of the sampler. The command line derives its sampling options from the fields.
 
-    The defaults are llama.cpp's. With them a tenth of a small model's answers go wrong; without a
-    filter, at a temperature of 0.7 and with a repeat penalty of 1.1, a quarter does
-    (docs/architecture.md).
+    The defaults are llama.cpp's. With them, a tenth of a small model's answers go wrong. Without a
+    filter, at a temperature of 0.7 and with a repeat penalty of 1.1, a quarter of the answers go
+    wrong (docs/architecture.md).
 
-    The bounds of temperature and penalty keep them, and what they divide, in float32.
+    The bounds of temperature and penalty keep them, and logits divided by them, within float32.
     """
 
     temperature: float = setting(
@@ -83,5 +83,5 @@ GGUF_KEYS = {
     "repeat_penalty": "general.sampling.penalty_repeat",
     "repeat_last_n": "general.sampling.penalty_last_n",
 }
-"""The keys of a file's recommendation, which llama.cpp's converter takes from a model's
-generation_config.json."""
+"""The GGUF keys of a file's recommended sampling. llama.cpp's converter copies the values from the
+model's generation_config.json."""

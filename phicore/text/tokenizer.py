@@ -1,7 +1,8 @@
-"""Text to token ids and back, from the metadata of a GGUF file or from a tokenizer.json.
+"""Tokenizers, which turn text into token ids and back.
 
-The `tokenizers` library splits and merges (`vocabulary.py` translates a GGUF file for it); this
-module adds the tokens that begin and end a text, and turns ids back into text as they come.
+A tokenizer is built from the metadata of a GGUF file or from a tokenizer.json. The `tokenizers`
+library splits and merges text; `vocabulary.py` translates a GGUF file for it. This module adds the
+tokens that begin and end a text, and turns ids back into text as they are generated.
 """
 
 from __future__ import annotations
@@ -40,17 +41,18 @@ _END_NAMES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 class Tokenizer:
     """A vocabulary, and the rules that split text into its tokens.
 
-    Make one with `from_gguf` or `from_file`. Calls do not change it, so threads can share it.
+    Make a tokenizer with `of`, `from_gguf` or `from_file`. Its methods do not change it, so threads
+    can share it.
 
     Attributes:
-        vocab_size: Number of ids, V; every id is in [0, V).
-        add_bos: Whether `encode` puts the BOS token in front when it is not told.
+        vocab_size: The number of ids, V; every id is in [0, V).
+        add_bos: Whether `encode` puts the BOS token in front by default.
         bos_token_id: The token that begins a text, or None.
         eos_token_id: The token that ends a text, or None.
         end_token_ids: Every token that ends a generation.
         is_phi3: Whether this is Phi-3's vocabulary.
-        source: Where the rules came from: "GGUF (llama)", "GGUF (gpt2, smollm)" or a path; if
-            a tokenizer.json was there and not taken, why.
+        source: The source of the rules: "GGUF (llama)", "GGUF (gpt2, smollm)" or a path. If a
+            tokenizer.json was found but could not be used, this gives the reason, too.
     """
 
     def __init__(
@@ -66,15 +68,21 @@ class Tokenizer:
         bos_token_id: int | None = None,
         source: str,
     ) -> None:
-        """Put the parts together; `add_bos` and `bos_token_id` hold where the metadata is silent.
+        """Make a tokenizer from its parts.
 
         Args:
-            backend: Encodes; its special tokens are the control tokens.
+            backend: The encoder, whose special tokens are the control tokens.
             pieces: The V spellings, by id.
-            types: The V values of `gguf.TokenType`.
-            metadata: The GGUF metadata, for special ids.
-            byte_level: Whether pieces spell bytes as GPT-2 does, or spaces as SentencePiece does.
-            strip_space: Whether `encode` puts a space in front, so that `decode` takes one away.
+            types: The V values of `gguf.TokenType`, by id.
+            metadata: The GGUF metadata, for the ids of special tokens.
+            byte_level: Whether pieces spell bytes as GPT-2 does. False means that they spell spaces
+                as SentencePiece does.
+            strip_space: Whether `encode` puts a space in front, so that `decode` removes one.
+            add_bos: The value of `add_bos` if the metadata has none.
+            bos_token_id: The BOS token if the metadata names none.
+            source: The source of the rules, for the attribute.
+        Raises:
+            TokenizerError: If a special id is not an id, or BOS is wanted and there is none.
         """
         self._backend = backend
         self._plain = _without_special(backend)
@@ -103,15 +111,15 @@ class Tokenizer:
     def of(
         cls, path: Path | None, metadata: Mapping[str, Any], *, explicit: bool = False
     ) -> Tokenizer:
-        """The tokenizer of a model: its tokenizer.json if it has one, else the GGUF file's own.
+        """Make a model's tokenizer from its tokenizer.json or, if it has none, from the GGUF file.
 
         Args:
-            path: The tokenizer.json.
+            path: The tokenizer.json, or None.
             metadata: The GGUF metadata.
-            explicit: Whether the user named the tokenizer.json. One that merely was found gives
-                way to the GGUF file's own tokenizer when it cannot be used; `source` tells.
+            explicit: Whether the user named the tokenizer.json. If it was only found and cannot be
+                used, the GGUF file's own tokenizer is taken, and `source` gives the reason.
         Raises:
-            TokenizerError: As `from_file` and `from_gguf` do.
+            TokenizerError: If `from_file` or `from_gguf` raises it.
         """
         if path is None:
             return cls.from_gguf(metadata)
@@ -129,12 +137,12 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
-        """Build the tokenizer that a GGUF file describes.
+        """Make the tokenizer that a GGUF file describes.
 
         Args:
-            metadata: GGUF key to value; arrays of numbers may be lists or numpy arrays.
+            metadata: The values by GGUF key. Arrays of numbers may be lists or NumPy arrays.
         Raises:
-            TokenizerError: If a key is missing, does not fit the others, or names a kind of
+            TokenizerError: If a key is missing, contradicts other keys, or names a kind of
                 tokenizer that phicore does not have.
         """
         model = metadata_value(metadata, "tokenizer.ggml.model", str)
@@ -166,13 +174,13 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
-        """Read a tokenizer.json of Hugging Face for the model that `metadata` describes.
+        """Make a tokenizer from a Hugging Face tokenizer.json for the model of `metadata`.
 
-        The file says how text is split; the metadata says which tokens begin and end it.
+        The file says how text is split. The metadata says which tokens begin and end a text.
 
         Raises:
-            TokenizerError: If the file cannot be read, has other tokens than the model, or is
-                of a kind whose tokens cannot be printed one by one.
+            TokenizerError: If the file cannot be read, has other tokens than the model, or has
+                tokens that cannot be printed one by one.
         """
         with library_errors(f"{path}: not a tokenizer.json"):
             return cls._from_file(path, metadata)
@@ -225,18 +233,18 @@ class Tokenizer:
     ) -> list[int]:
         """Turn text into token ids.
 
-        A byte that a byte-level vocabulary has no token for is left out, as in `tokenizers` and
-        llama.cpp; such are control characters that its training text did not have.
+        If a byte-level vocabulary has no token for a byte, the byte is dropped, as in `tokenizers`
+        and llama.cpp. This concerns control characters that the training text did not have.
 
         Args:
             text: Any valid Unicode text.
-            add_bos: Whether the ids begin with BOS; it is never doubled. None: `self.add_bos`.
-            parse_special: Whether spellings such as "<|end|>" become their control tokens; when
-                not, they are ordinary text. Tokens that the vocabulary's maker defined as text
-                (type 4) are matched either way.
+            add_bos: Whether the ids begin with BOS, which is never doubled. None takes
+                `self.add_bos`.
+            parse_special: Whether spellings such as "<|end|>" become control tokens. If False, they
+                are ordinary text. User-defined tokens (type 4) are matched in both cases.
         Raises:
-            TokenizerError: If the text has lone surrogates, BOS is asked for and there is none, or
-                the tokenizer.json has rules that fail on the text.
+            TokenizerError: If the text has lone surrogates, if BOS is requested and there is none,
+                or if the rules of the tokenizer.json fail on the text.
         """
         try:
             text.encode()
@@ -255,11 +263,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Turn token ids into text; bytes that are not UTF-8 become U+FFFD.
+        """Turn token ids into text. Bytes that are not UTF-8 become U+FFFD.
 
         Args:
             ids: Tokens of this vocabulary.
-            skip_special: Whether control tokens print nothing, or their spelling.
+            skip_special: Whether control tokens print nothing. If False, they print their spelling.
         Raises:
             TokenizerError: If an id is out of range.
         """
@@ -267,29 +275,34 @@ class Tokenizer:
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def stream(self, *, strip_space: bool | None = None) -> TextStream:
-        """Begin to turn ids into text one by one; the parts add up to what `decode` returns.
+        """Return a stream that turns ids into text one by one.
+
+        By default, its parts join to the text that `decode` returns.
 
         Args:
-            strip_space: Whether to drop the space that `encode` puts in front of a text. None:
-                as `decode` does. False is for ids that continue a text.
+            strip_space: Whether to drop the space that `encode` puts in front of a text. None drops
+                it if `encode` adds one, as `decode` does. Use False for ids that continue a text.
         """
         strip = self._strip_space if strip_space is None else strip_space
         return TextStream(self.token_bytes, strip)
 
     def piece(self, id: int) -> str:
-        """The vocabulary's spelling of a token, such as "▁Hello", "<0x0A>" or "Ġthe"."""
+        """Return the vocabulary's spelling of a token, such as "▁Hello", "<0x0A>" or "Ġthe"."""
         return self._pieces[self._check(id)]
 
     def token_id(self, piece: str) -> int | None:
-        """The token with exactly this spelling, or None."""
+        """Return the token with exactly this spelling, or None."""
         return self._backend.token_to_id(piece)
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that a token prints, perhaps a part of a character; none if it is control."""
+        """Return the bytes that a token prints.
+
+        They may be part of a character. A control token prints nothing.
+        """
         return b"" if self.is_control(id) else self._spelling(id)
 
     def is_control(self, id: int) -> bool:
-        """Whether a token is a sign to the model, such as "<|end|>" or "<unk>", and not text."""
+        """Return whether a token is a control token, such as "<|end|>" or "<unk>", and not text."""
         return self._types[self._check(id)] in (TokenType.CONTROL, TokenType.UNKNOWN)
 
     def _spelling(self, id: int) -> bytes:
@@ -303,16 +316,23 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns token ids into text as they come: whole characters only, each of them once."""
+    """Turns token ids into text one by one. It returns only complete characters, each once."""
 
     def __init__(self, token_bytes: Callable[[int], bytes], strip_space: bool) -> None:
-        """Read bytes with `token_bytes`; drop a space in front of them if `strip_space`."""
+        """Make a stream.
+
+        Args:
+            token_bytes: Returns the bytes of a token.
+            strip_space: Whether to drop a space at the start of the text.
+        """
         self._token_bytes = token_bytes
         self._strip_space = strip_space
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        """The text that this token completes; "" while its last character is incomplete.
+        """Return the text that this token completes, which may be "".
+
+        The bytes of an incomplete last character are held back.
 
         Raises:
             TokenizerError: If the id is out of range.
@@ -324,15 +344,16 @@ class TextStream:
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an incomplete character, or ""."""
+        """Return the rest of the text: U+FFFD for an incomplete character, or ""."""
         return self._decoder.decode(b"", final=True)
 
 
 def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy of a tokenizer that does not look for control tokens in text.
+    """Copy a tokenizer into one that does not look for control tokens in text.
 
-    A second object, since the library keeps the choice in the object and threads may share it.
-    The model behind both is one; added tokens get the same ids when added in the same order.
+    This needs a second object, since the library stores that choice in the object, which threads
+    may share. Both objects share the model. Added tokens get the same ids, since they are added in
+    the same order.
     """
     plain = tokenizers.Tokenizer(backend.model)
     plain.normalizer = backend.normalizer

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json: reading it, and checking that it belongs to the model."""
+"""Reads Hugging Face's tokenizer.json files, and checks that they belong to the model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import tokenizers
 
 from phicore.errors import TokenizerError
 
-_MAX_TOKENS = 2**20  # of a tokenizer.json without a model; the largest in use have 2**18
+_MAX_TOKENS = 2**20  # if the GGUF file has no vocabulary to compare with; real ones have 2**18
 
 
 def read_json(path: Path) -> tokenizers.Tokenizer:
-    """What a tokenizer.json says, but for the lengths that it cuts or fills texts to."""
+    """Read a tokenizer.json, without its settings for truncation and padding.
+
+    Raises:
+        TokenizerError: If the file cannot be read.
+    """
     try:
         backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except OSError as error:
@@ -30,11 +34,15 @@ def check_pieces(
     added: Mapping[int, tokenizers.AddedToken],
     required: Sequence[tuple[str, bool] | None],
 ) -> None:
-    """Raise unless a tokenizer.json has no other tokens than the model, and all special ones.
+    """Check that a tokenizer.json has only tokens of the model, and all of its special tokens.
 
     Args:
-        vocabulary, added: The file's tokens by spelling, and those found before a text is split.
-        required: From `required_pieces`; if empty, only the number of tokens is checked.
+        vocabulary: The ids of the file's tokens, by spelling.
+        added: The file's tokens that are found in a text before it is split, by id.
+        required: The result of `required_pieces`. If it is empty, only the number of tokens is
+            checked.
+    Raises:
+        TokenizerError: If a token differs or a special token is missing.
     """
     advice = "give the model's own, or none to use the GGUF file's tokenizer"
     size = max(vocabulary.values(), default=-1) + 1
@@ -57,9 +65,10 @@ def check_pieces(
 
 @contextmanager
 def library_errors(where: str) -> Iterator[None]:
-    """Turn whatever `tokenizers` raises into a TokenizerError of one line.
+    """Turn every error of the library `tokenizers` into a TokenizerError of one line.
 
-    It has no narrower type than Exception, and its panics derive from BaseException alone.
+    The library has no type of its own for errors. Its panics derive from BaseException, not from
+    Exception.
     """
     try:
         yield

@@ -1,6 +1,7 @@
-"""The families of GGUF files that hold the network of `graph.py`, a module each.
+"""The supported architectures: families of GGUF files, one module each.
 
-They differ in the names of keys and tensors, in what is fused, and in what is rotated.
+All of them hold the network of `graph.py`. They differ in the names of keys and tensors, in which
+matrices are fused, and in which channels are rotated together.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ BUILT_IN: Mapping[str, Architecture] = {a.name: a for a in (Phi3(), PhiMoE(), Ll
 def architecture_of(
     metadata: Mapping[str, Any], known: Mapping[str, Architecture] = BUILT_IN
 ) -> Architecture:
-    """The architecture of a file.
+    """Return the architecture that a file names.
 
     Args:
-        metadata: The file's.
-        known: Architectures by name; plugins add to them.
+        metadata: The file's metadata.
+        known: The supported architectures by name; plugins may add some.
     Raises:
-        GGUFError: If the file names none, or one that is not known.
+        GGUFError: If the file names no architecture, or an unsupported one.
     """
     name = metadata.get("general.architecture")
     if name is None:

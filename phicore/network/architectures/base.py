@@ -1,4 +1,4 @@
-"""What an architecture is: how a file's keys and tensors become those of the graph."""
+"""The base class of architectures, which map a file's keys and tensors to those of the graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phicore.network.config import Phi3Config
 from phicore.network.rope import RopeFactors
 from phicore.network.tensors import Tensors
 
-# Name here (as in the reference's configuration): GGUF key after the architecture's name.
+# The name in the reference's configuration, and the GGUF key after the architecture's name.
 KEYS: Mapping[str, str] = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -32,7 +32,7 @@ KEYS: Mapping[str, str] = {
     "original_max_position_embeddings": "rope.scaling.original_context_length",
     "attention_factor": "rope.scaling.attn_factor",
 }
-# Keys that change nothing here.
+# Keys that do not change the computation.
 HARMLESS = frozenset(
     {
         "vocab_size",
@@ -41,7 +41,7 @@ HARMLESS = frozenset(
         "attention.value_length",  # checked against the key length
     }
 )
-# Keys that must have one of these values to change nothing.
+# Keys that do not change the computation if they have one of these values.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (1.0,),
@@ -50,34 +50,35 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "expert_used_count": (0,),
     "attention.causal": (True,),
 }
-# Those of trained models are 1 to 70.
+# Bounds of rotary factors. The factors of trained models are 1 to 70.
 FACTORS_RANGE = (1e-6, 1e6)
 
 
 class Architecture:
-    """Files with one value of `general.architecture`.
+    """The family of files with one value of `general.architecture`.
 
-    A new one is a subclass with a name, and with whatever differs from the commonest layout, which
-    this is: separate matrices for queries, keys, values, gate and up, no biases, the channels i and
-    i + D/2 of a head rotated together. A file's values are not computed with here: whole rows are
-    moved, so that weights stay quantized.
+    To add an architecture, write a subclass with a name that overrides what differs from the most
+    common layout. This class implements that layout: separate matrices for queries, keys, values,
+    gate and up, no biases, and rotation of the channels i and i + D/2 of a head together.
+    Architectures do not compute with weights. They only move whole rows, so that weights stay
+    quantized.
     """
 
     name: str
     """The value of `general.architecture`."""
     keys: Mapping[str, str] = KEYS
-    """The hyperparameters that are read."""
+    """The hyperparameters that are read: names of `Phi3Config` to GGUF keys."""
     harmless: frozenset[str] = HARMLESS
-    """Keys that change nothing. Any other that is not read is an error: it might change the
-    computation, and no text is better than wrong text."""
+    """Keys that do not change the computation. Any other key that is not read is an error, since it
+    might change the computation, and no text is better than wrong text."""
     neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL
-    """Keys that change nothing if they have one of these values."""
+    """Keys that do not change the computation if they have one of the given values."""
     rotates_partly: bool = False
     """Whether `rope.dimension_count` may be less than the head size."""
     may_tie_embeddings: bool = True
-    """Whether a file may leave out `output.weight`, and use the embedding in its place."""
+    """Whether a file may leave out `output.weight`. The embedding is then the output matrix too."""
     rope_tensors: tuple[str, ...] = ("rope_freqs.weight",)
-    """What rotary frequencies are divided by, if a file has them."""
+    """The tensors of rotary factors, which divide the frequencies, if a file has them."""
 
     # ---- hyperparameters -------------------------------------------------------------------
 
@@ -85,7 +86,7 @@ class Architecture:
         """Read and check the hyperparameters.
 
         Raises:
-            GGUFError: For a missing, malformed or inconsistent key, and for one that is not known.
+            GGUFError: If a key is missing, malformed, inconsistent or unknown.
         """
         self._refuse_unknown(metadata)
         read = Hyperparameters(self.name, self.keys, metadata)
@@ -129,11 +130,11 @@ class Architecture:
         return config
 
     def default_window(self, read: Hyperparameters) -> int:
-        """The sliding window of a file that does not say; 0: none."""
+        """Return the sliding window for a file that has no such key; 0 means no window."""
         return 0
 
     def experts(self, read: Hyperparameters) -> int:
-        """How many experts a layer has; 0: it has one `mlp`."""
+        """Return the number of experts in a layer; 0 means that a layer has one `mlp`."""
         return 0
 
     def _refuse_unknown(self, metadata: Mapping[str, Any]) -> None:
@@ -179,11 +180,11 @@ class Architecture:
     # ---- rotation --------------------------------------------------------------------------
 
     def rope_factors(self, config: Phi3Config, file: GGUFFile) -> RopeFactors | None:
-        """What the file's rotary frequencies are divided by; None if it says nothing of it.
+        """Read the divisors of the rotary frequencies; return None if the file has none.
 
         Raises:
-            GGUFError: If the factors are misshapen or out of range, or the hyperparameters ask for
-                some that are not there.
+            GGUFError: If the factors are misshapen or out of range, or if the hyperparameters need
+                factors that the file does not have.
         """
         if config.attention_factor not in (None, 1):
             raise GGUFError(
@@ -198,11 +199,12 @@ class Architecture:
 
     @staticmethod
     def factors(name: str, config: Phi3Config, file: GGUFFile) -> np.ndarray:
-        """A tensor of rotary factors: (R,) float32.
+        """Read a tensor of rotary factors: (R,) float32.
+
+        The bounds of the factors and of `rope.freq_base` keep all frequencies within float32.
 
         Raises:
-            GGUFError: If it is missing, misshapen or out of range. With the bounds of
-                `rope.freq_base`, no frequency within the range leaves float32.
+            GGUFError: If the tensor is missing or misshapen, or has a factor out of range.
         """
         where = f"{file.path.name}: tensor {name!r}"
         if name not in file.tensors:
@@ -226,13 +228,13 @@ class Architecture:
     # ---- tensors ---------------------------------------------------------------------------
 
     def params(self, config: Phi3Config, tensors: Tensors) -> Params:
-        """The parameters of the graph, from all of a file's tensors.
+        """Load the parameters of the graph from a file's tensors.
 
         Returns:
-            `embed_tokens`, `lm_head` (absent when it is tied to the embedding), `norm`, and
-            `layers`, a list with one dictionary a layer; and the biases that such models have.
+            `embed_tokens`, `lm_head` (absent if it is tied to the embedding), `norm`, `layers` (a
+            list with one dictionary for each layer), and biases if the architecture has some.
         Raises:
-            GGUFError: For a missing or misshapen tensor, or a type that cannot be read.
+            GGUFError: If a tensor is missing or misshapen, or has a type that cannot be read.
         """
         e, v = config.hidden_size, config.vocab_size
         params: dict[str, Any] = {
@@ -248,7 +250,7 @@ class Architecture:
         return params
 
     def layer(self, config: Phi3Config, tensors: Tensors, blk: str) -> dict[str, Any]:
-        """One layer, whose tensors have names that begin with `blk`."""
+        """Load one layer, whose tensors have names that begin with `blk`."""
         e = config.hidden_size
         return {
             "input_layernorm": tensors.vector({f"{blk}.attn_norm.weight": e}),
@@ -258,7 +260,7 @@ class Architecture:
         }
 
     def attention(self, config: Phi3Config, tensors: Tensors, blk: str) -> dict[str, Any]:
-        """`qkv_proj` and `o_proj`, and their biases."""
+        """Load `qkv_proj` and `o_proj`, and their biases if the architecture has some."""
         q_size = config.num_attention_heads * config.head_dim
         return {
             "qkv_proj": tensors.load(
@@ -272,14 +274,14 @@ class Architecture:
         }
 
     def qkv(self, config: Phi3Config, tensors: Tensors, blk: str) -> list[GGUFTensor]:
-        """The parts of `qkv_proj`: queries above keys above values."""
+        """Take the tensors of `qkv_proj`: the rows of queries, then keys, then values."""
         return [
             tensors.take(f"{blk}.attn_{part}.weight", rows, config.hidden_size)
             for part, rows in qkv_rows(config).items()
         ]
 
     def mlp(self, config: Phi3Config, tensors: Tensors, blk: str) -> dict[str, Any]:
-        """`gate_up_proj` and `down_proj`; or a router and experts."""
+        """Load `gate_up_proj` and `down_proj`, or a router and experts."""
         e, f = config.hidden_size, config.intermediate_size
         return {
             "gate_up_proj": tensors.load(
@@ -289,13 +291,13 @@ class Architecture:
         }
 
     def gate_up(self, config: Phi3Config, tensors: Tensors, blk: str) -> list[GGUFTensor]:
-        """The parts of `gate_up_proj`: gate above up."""
+        """Take the tensors of `gate_up_proj`: the rows of gate, then up."""
         e, f = config.hidden_size, config.intermediate_size
         return [tensors.take(f"{blk}.ffn_{part}.weight", f, e) for part in ("gate", "up")]
 
 
 def qkv_rows(config: Phi3Config) -> dict[str, int]:
-    """How many rows queries, keys and values have."""
+    """Return the numbers of rows of the queries ("q"), keys ("k") and values ("v")."""
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     return {"q": q, "k": kv, "v": kv}

@@ -11,12 +11,12 @@ from phicore.errors import GGUFError
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Numbers of a file's metadata, by the names of the reference's configuration.
+    """Reads numbers from a file's metadata by their names in the reference's configuration.
 
     Attributes:
-        arch: The architecture, with which the keys begin.
-        keys: For each name, the key after the architecture's.
-        metadata: The file's.
+        arch: The architecture's name, with which the keys begin.
+        keys: The rest of the key for each name.
+        metadata: The file's metadata.
     """
 
     arch: str
@@ -24,17 +24,17 @@ class Hyperparameters:
     metadata: Mapping[str, Any]
 
     def key(self, name: str) -> str:
-        """The whole key."""
+        """Return the complete GGUF key of a name."""
         return f"{self.arch}.{self.keys[name]}"
 
     def __contains__(self, name: str) -> bool:
         return self.key(name) in self.metadata
 
     def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        """A number from `minimum` to 2**31 - 1.
+        """Read an integer from `minimum` to 2**31 - 1.
 
         Raises:
-            GGUFError: If it is none, or is missing and there is no default.
+            GGUFError: If the value is not such an integer, or is missing without a default.
         """
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
@@ -50,11 +50,12 @@ class Hyperparameters:
         minimum: float = 1e-30,
         maximum: float = 1e30,
     ) -> float:
-        """A number from `minimum` to `maximum`. With the defaults it is positive, and far enough
-        from what float32 can hold to be multiplied and divided.
+        """Read a number from `minimum` to `maximum`.
+
+        The default bounds make it positive, and leave float32 room for products and quotients.
 
         Raises:
-            GGUFError: If it is none, or is missing and there is no default.
+            GGUFError: If the value is not such a number, or is missing without a default.
         """
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -73,6 +74,6 @@ class Hyperparameters:
 
 
 def short(value: Any) -> str:
-    """A value for a message."""
+    """Return the repr of a value for a message, cut to 40 characters."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -1,4 +1,4 @@
-"""Llama, Mistral and SmolLM: queries and keys in the row order of interleaved rotation."""
+"""Llama, Mistral and SmolLM, whose queries and keys have the row order of interleaved rotation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from phicore.network.tensors import Tensors
 
 
 class Llama(Architecture):
-    """Separate matrices; the rows of queries and keys are put back in order."""
+    """Files with separate matrices, and with rows of queries and keys that must be reordered."""
 
     name = "llama"
 
@@ -25,9 +25,9 @@ class Llama(Architecture):
 
 
 def rows_for_half_rotation(tensor: GGUFTensor, heads: int) -> GGUFTensor:
-    """Undo the row order that interleaved rotation wants: channels i and i + D/2 apart again.
+    """Reorder rows from interleaved rotation, pairs (2i, 2i + 1), to pairs (i, i + D/2).
 
-    Source: `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py, whose inverse this is.
+    Source: the inverse of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
     """
     rows = tensor.data.reshape(heads, -1, 2, tensor.data.shape[-1])  # (heads, D/2, 2, bytes)
     return replace(tensor, data=rows.swapaxes(1, 2).reshape(tensor.data.shape))

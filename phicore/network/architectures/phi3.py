@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 and Phi-4: fused matrices, and LongRoPE."""
+"""Phi-3, Phi-3.5 and Phi-4, which have fused matrices and LongRoPE."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from phicore.network.tensors import Tensors
 
 
 class LongRoPE(Architecture):
-    """Models with rotary factors for sequences within the original context and for longer ones."""
+    """Models with LongRoPE: short factors within the original context, long factors beyond it."""
 
     rotates_partly = True
     rope_tensors = ("rope_factors_short.weight", "rope_factors_long.weight")
-    # A type is written, but the factors say it anyway.
+    # "longrope" adds nothing: the tensors of factors already mean LongRoPE.
     neutral: Mapping[str, tuple[Any, ...]] = {**NEUTRAL, "rope.scaling.type": ("none", "longrope")}
 
     def rope_factors(self, config: Phi3Config, file: GGUFFile) -> RopeFactors | None:
@@ -39,19 +39,22 @@ class LongRoPE(Architecture):
         return RopeFactors(short, long, self.rope_scale(config, original))
 
     def rope_scale(self, config: Phi3Config, original: int) -> float:
-        """What sines and cosines are multiplied by: the file's number, or that of the paper."""
+        """Return the factor for sines and cosines: the file's, or that of the paper's formula."""
         if config.attention_factor is not None:
             return config.attention_factor
         return longrope_scale(config.max_position_embeddings, original)
 
 
 class Phi3(LongRoPE):
-    """The graph's own layout: queries, keys and values are one matrix, gate and up another."""
+    """Files in the graph's own layout.
+
+    One matrix holds queries, keys and values. Another matrix holds gate and up.
+    """
 
     name = "phi3"
 
     def default_window(self, read: Hyperparameters) -> int:
-        """The window of files from before `attention.sliding_window` was written.
+        """Return the window for an old file, which has no `attention.sliding_window`.
 
         Source: llama.cpp, `llama_model::load_hparams`, case LLM_ARCH_PHI3.
         """

@@ -1,4 +1,4 @@
-"""Phi-3.5-MoE: experts, LayerNorm, and biases everywhere."""
+"""Phi-3.5-MoE, which has experts, LayerNorm and many biases."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from phicore.network.config import Phi3Config
 from phicore.network.rope import longrope_scale
 from phicore.network.tensors import Tensors
 
-PHI_3_5_MOE_SCALE = 1.243163121016122  # `short_mscale` and `long_mscale` of its configuration
+PHI_3_5_MOE_SCALE = 1.243163121016122  # `short_mscale` and `long_mscale` in the model's config.json
 
 
 class PhiMoE(LongRoPE):
-    """Separate matrices with biases, and in place of the `mlp` as many as there are experts."""
+    """Files with separate matrices, biases, and a router with experts in place of one `mlp`."""
 
     name = "phimoe"
     keys: Mapping[str, str] = {
@@ -42,9 +42,10 @@ class PhiMoE(LongRoPE):
         return count
 
     def rope_scale(self, config: Phi3Config, original: int) -> float:
-        """Phi-3.5-MoE was trained with a scale of its own.
+        """Return the factor for sines and cosines, with a correction for Phi-3.5-MoE.
 
-        llama.cpp's converter writes for it what the formula gives.
+        Phi-3.5-MoE was trained with a scale of its own, but llama.cpp's converter writes the value
+        of the formula into its files.
         """
         context = config.max_position_embeddings
         scale = super().rope_scale(config, original)

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biases of queries, keys and values."""
+"""Qwen2 and Qwen2.5, which have biases for queries, keys and values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from phicore.network.tensors import Tensors
 
 
 class Qwen2(Architecture):
-    """Separate matrices, with biases."""
+    """Files with separate matrices, and with biases for queries, keys and values."""
 
     name = "qwen2"
     rope_tensors = ()
@@ -20,6 +20,6 @@ class Qwen2(Architecture):
 
 
 def qkv_bias(config: Phi3Config, tensors: Tensors, blk: str) -> dict[str, Any]:
-    """The biases of queries, keys and values, one after the other."""
+    """Load the biases of queries, keys and values as the bias of `qkv_proj`."""
     sizes = {f"{blk}.attn_{part}.bias": rows for part, rows in qkv_rows(config).items()}
     return {"qkv_proj_bias": tensors.vector(sizes, is_split=True)}
