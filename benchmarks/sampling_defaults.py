@@ -30,13 +30,13 @@ import random
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 import phicore
-from phicore.network.sampler import Sampling
+from phicore.network.sampling import Sampling
 
 PROMPTS = (
     "Write a haiku about ice hockey",
@@ -48,14 +48,14 @@ PROMPTS = (
 LLAMA_CPP = Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1)
 COOLER = Sampling(temperature=0.7, top_k=0, top_p=0.95, min_p=0.05, repeat_penalty=1)
 SETTINGS = {
-    "temperature 0.7, penalty 1.1": Sampling(0.7, 0, 1, 0, repeat_penalty=1.1),
-    "llama.cpp's": LLAMA_CPP,
-    "llama.cpp's, penalty 1.05": Sampling(0.8, 40, 0.95, 0.05, repeat_penalty=1.05),
-    "llama.cpp's, penalty 1.1": Sampling(0.8, 40, 0.95, 0.05, repeat_penalty=1.1),
-    "temperature 0.7, top-p 0.95, min-p 0.05": COOLER,
-    "temperature 0.7, top-p 0.95, min-p 0.05, penalty 1.1": Sampling(
-        0.7, 0, 0.95, 0.05, repeat_penalty=1.1
+    "temperature 0.7, penalty 1.1": Sampling(
+        temperature=0.7, top_k=0, top_p=1, min_p=0, repeat_penalty=1.1
     ),
+    "llama.cpp's": LLAMA_CPP,
+    "llama.cpp's, penalty 1.05": replace(LLAMA_CPP, repeat_penalty=1.05),
+    "llama.cpp's, penalty 1.1": replace(LLAMA_CPP, repeat_penalty=1.1),
+    "temperature 0.7, top-p 0.95, min-p 0.05": COOLER,
+    "temperature 0.7, top-p 0.95, min-p 0.05, penalty 1.1": replace(COOLER, repeat_penalty=1.1),
 }
 DEFAULT = "the defaults"
 COMMON = 1e-6  # once in a million words

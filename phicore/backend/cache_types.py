@@ -100,7 +100,17 @@ TYPES = {
         ),
     )
 }
-"""The types that `Backend`'s default operations can store, if `xp` has their dtypes."""
+"""Every type that the protocol's defaults can store, if `xp` has its dtypes."""
+
+
+def available(xp: Any, default: str) -> tuple[str, ...]:
+    """Return the names of the types whose dtypes `xp` has, the default type first."""
+    names = (
+        name
+        for name, kind in TYPES.items()
+        if hasattr(xp, kind.dtype) and hasattr(xp, kind.scale_dtype or kind.dtype)
+    )
+    return tuple(dict.fromkeys([default, *names]))
 
 
 def empty(xp: Any, cache_type: str, shape: tuple[int, int, int, int]) -> Cache:

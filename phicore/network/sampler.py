@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from phicore.backend import Array, Backend
-from phicore.network.sampling import Sampling
+from phicore.network.sampling import FILTERS, Sampling
 
 ONE = 2**30  # probability 1 as a count; the sum over a vocabulary stays below 2**31
 ALL = 2**31 - 1  # a count that no vocabulary has
@@ -43,14 +43,15 @@ def inputs(samplings: Sequence[Sampling]) -> dict[str, np.ndarray] | None:
     """Make the argument `draw` of `sample` for B rows, without the random numbers.
 
     Returns:
-        Host arrays (B,): `temperature` and, if some row has a filter, `top_k`, `top_p` and `min_p`.
+        Host arrays (B,): `temperature` and, if some row has a filter, each of `FILTERS`.
         None if all rows are greedy.
     """
     if all(sampling.is_greedy for sampling in samplings):
         return None
     names: dict[str, type[np.number[Any]]] = {"temperature": np.float32}
     if any(sampling.has_filter for sampling in samplings):
-        names |= {"top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
+        for name, neutral in FILTERS.items():
+            names[name] = np.int32 if isinstance(neutral, int) else np.float32
     return {
         name: np.array([getattr(sampling, name) for sampling in samplings], dtype)
         for name, dtype in names.items()
@@ -70,8 +71,8 @@ def sample(
         penalty: `recent` (B, R) int32, the recent tokens, newest last, padded with -1; `last_n`
             (B,) int32; `repeat_penalty` (B,) float32.
         draw: `uniforms` (B, V) float32; `temperature` (B,) float32; and, if a row has a filter,
-            `top_k` int32, `top_p` and `min_p` float32, (B,) each. A temperature of 0 makes its row
-            greedy. None means that all rows are greedy.
+            each of `FILTERS`, (B,) int32 or float32. A temperature of 0 makes its row greedy. None
+            means that all rows are greedy.
     Returns:
         Token ids, (B,) int32; -1 if the penalized logits of a row have a NaN or +infinity, or only
         -infinity.
@@ -87,8 +88,8 @@ def sample(
     is_greedy = draw["temperature"] == 0
     scaled = (logits - largest) / xp.where(is_greedy, 1.0, draw["temperature"])[:, None]
     scores = scaled + gumbel(ops, draw["uniforms"])
-    if "top_k" in draw:
-        is_kept = keep_likely(ops, scaled, draw["top_k"], draw["top_p"], draw["min_p"])
+    if filters := {name: draw[name] for name in FILTERS if name in draw}:
+        is_kept = keep_likely(ops, scaled, **filters)
         scores = xp.where(is_kept, scores, -float("inf"))
     drawn = argmax(ops, scores)
     return xp.where(is_finite[:, 0], xp.where(is_greedy, best, drawn), -1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from phicore.settings import check_settings, setting
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """The parameters of the sampler. The command line derives its sampling options from the fields.
 
@@ -68,12 +69,15 @@ class Sampling:
 
     @property
     def has_filter(self) -> bool:
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return any(getattr(self, name) != neutral for name, neutral in FILTERS.items())
 
     @property
     def has_penalty(self) -> bool:
         return self.repeat_penalty != 1 and self.repeat_last_n != 0
 
+
+FILTERS: Mapping[str, int | float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+"""The fields that filter tokens, and the value of each that keeps all."""
 
 GGUF_KEYS = {
     "temperature": "general.sampling.temp",

@@ -75,7 +75,9 @@ def test_recommended_sampling_is_the_default(tmp_path: Path) -> None:
         with_number("general.sampling.penalty_last_n", 32)(writer)
 
     with phicore.load(write_tiny(tmp_path / "m.gguf", edit), backend="numpy") as model:
-        assert model.sampling == Sampling(0.25, 1, 0.5, 0.125, 1.5, 32)
+        assert model.sampling == Sampling(
+            temperature=0.25, top_k=1, top_p=0.5, min_p=0.125, repeat_penalty=1.5, repeat_last_n=32
+        )
         options = {"max_tokens": 8, "ignore_eos": True}
         recommended = model.generate("Hello", seed=1, **options).text()
         # top_k = 1 leaves only the best token, whatever the seed.

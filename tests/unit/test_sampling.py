@@ -1,5 +1,7 @@
 """Tests of the host's part of sampling: parameters and random numbers."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
@@ -57,7 +59,14 @@ def test_sampling_allowed_arguments_are_kept(arguments: dict[str, float]):
 
 def test_sampling_defaults_are_those_of_llama_cpp():
     """Older defaults had no filter, and a quarter of the demo model's answers went wrong."""
-    assert Sampling() == Sampling(0.8, 40, 0.95, 0.05, 1.0, 64)
+    assert asdict(Sampling()) == {
+        "temperature": 0.8,
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "repeat_penalty": 1.0,
+        "repeat_last_n": 64,
+    }
 
 
 def test_sampling_properties_tell_what_has_an_effect():

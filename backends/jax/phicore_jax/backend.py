@@ -37,7 +37,7 @@ from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFTensor
 from phicore_jax import cuda, expanded
-from phicore_jax.cache import as_numbers, as_stored, put, rows_of_cache, width, zeros
+from phicore_jax.cache import as_numbers, as_stored, names, put, rows_of_cache, width, zeros
 from phicore_jax.kernels import ROWS_OF_STRIP, find_kernels
 from phicore_jax.own import OwnKernels, Source
 from phicore_jax.parallel import Devices, ShardedCache, Share
@@ -177,14 +177,14 @@ class JaxBackend(Backend):
             compiles=True,
             asynchronous=True,
             steps=steps,
-            cache_types=("f32", "f16", "i24", "i16", "q8_0"),
+            cache_types=names("f32"),
         )
         if not is_cpu:
             capabilities = replace(capabilities, prompt_chunks=CHUNKS)
         if kernels is not None:
             capabilities = replace(
                 capabilities,
-                cache_types=kernels.cache_types,
+                cache_types=names(kernels.cache_type),
                 has_fast_prefill=kernels.has_fast_products,
                 has_threads=kernels.has_threads,
                 linear_error=3e-5,
@@ -427,7 +427,8 @@ class JaxBackend(Backend):
         if self._kernels is not None and self._kernels.has_cache(self._cache_type, *q.shape[2:]):
             arrays = (cache["k"], cache["v"], *scales)
             return self._kernels.attention(q * scale, slots, window, self._cache_type, *arrays)
-        numbers = {n: as_numbers(cache[n], cache.get(f"{n}_scale")) for n in ("k", "v")}
+        pairs = zip(("k", "v"), rows_of_cache(self._cache_type), strict=True)
+        numbers = {n: as_numbers(cache[n], cache.get(f"{n}_scale"), t) for n, t in pairs}
 
         def default(q: Array, numbers: LayerCache, slots: Array) -> Array:
             with jax.default_matmul_precision(self._attention_precision):

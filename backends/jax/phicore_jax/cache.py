@@ -28,10 +28,19 @@ I24 = CacheType(
     largest=32767 * 256,
 )
 ROW_TYPES = {
-    **{name: cache_types.TYPES[name] for name in ("f32", "f16", "i16", "q8_0")},
+    # bf16 has no use here: it takes the memory of f16 and i16, and rounds more.
+    **{name: row_type for name, row_type in cache_types.TYPES.items() if name != "bf16"},
     I24.name: I24,
 }
-"""Row formats by name. A row of i24 is the upper 16 bits of all its numbers, then the lower 8."""
+"""Row formats by name; XLA stores all of them.
+
+A row of i24 is the upper 16 bits of all its numbers, then the lower 8.
+"""
+
+
+def names(default: str) -> tuple[str, ...]:
+    """Return the names of all cache types, the default type first."""
+    return tuple(dict.fromkeys([default, *ROW_TYPES]))
 
 
 def rows_of_cache(cache_type: str) -> tuple[CacheType, CacheType]:
@@ -77,14 +86,12 @@ def as_stored(x: Array, row_type: CacheType) -> list[Array]:
     return [rows, scales]
 
 
-def as_numbers(rows: Array, scales: Array | None) -> Array:
+def as_numbers(rows: Array, scales: Array | None, row_type: CacheType) -> Array:
     """Convert the stored rows and scales of `as_stored` back to (..., D) float32."""
-    if rows.dtype == jnp.int8 and scales is None:
-        group = ROW_TYPES["q8_0"].group
-        assert group is not None
-        dim = rows.shape[-1] * group // (group + 2)
+    if row_type.group is not None:  # the scales follow the numbers in the row
+        dim = rows.shape[-1] * row_type.group // (row_type.group + 2)
         rows, scales = rows[..., :dim], from_bytes(rows[..., dim:], jnp.float16)
-    elif rows.dtype == jnp.int8:
+    elif row_type is I24:
         dim = rows.shape[-1] // 3
         high = from_bytes(rows[..., : 2 * dim], jnp.int16).astype(jnp.int32)
         rows = (high << 8) + rows[..., 2 * dim :].astype(jnp.int32)

@@ -36,14 +36,14 @@ class OwnKernels(ABC):
 
     Attributes:
         packed: The class of the matrices that `pack` returns.
-        cache_types: The cache types that the backend offers with these kernels, the default first.
+        cache_type: The default cache type of a backend with these kernels.
         has_threads: Whether `set_threads` works.
         has_rowwise: Whether there are kernels for `rms_norm` and `swiglu`.
         has_fast_products: Whether `linear` has a faster, less exact way (`is_fast`).
     """
 
     packed: type
-    cache_types: tuple[str, ...]
+    cache_type: str
     has_threads = False
     has_rowwise = False
     has_fast_products = False

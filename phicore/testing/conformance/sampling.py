@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from phicore.backend import Backend
 from phicore.network import sampler
+from phicore.network.sampling import FILTERS
 from phicore.testing.conformance.base import Conformance, examples
 
 V = 16
@@ -33,7 +34,7 @@ def drawing(uniforms: np.ndarray, temperature: Any = 1.0, **filters: Any) -> Hos
 
 
 def filtered(uniforms: np.ndarray, **values: Any) -> Host:
-    return drawing(uniforms, **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **values})
+    return drawing(uniforms, **{**FILTERS, **values})
 
 
 def softmax(logits: Any, temperature: float = 1.0) -> np.ndarray:
@@ -86,18 +87,23 @@ class SamplingConformance(Conformance):
     def kept(cls, ops: Backend) -> Callable[..., np.ndarray]:
         """Which tokens the three filters leave."""
 
-        def run(logits: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> Any:
+        def run(logits: Any, temperature: Any, filters: dict[str, Any]) -> Any:
             largest = ops.xp.max(logits, axis=-1, keepdims=True)
             scaled = (logits - largest) / temperature[:, None]
-            return sampler.keep_likely(ops, scaled, top_k, top_p, min_p)
+            return sampler.keep_likely(ops, scaled, **filters)
 
         compiled = ops.compile(run)
 
-        def call(logits: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> np.ndarray:
-            host = [np.array(logits, np.float32)]
-            for value, dtype in zip((temperature, top_k, top_p, min_p), "fiff", strict=True):
-                host.append(np.full(len(logits), value, np.dtype(dtype)))
-            return ops.to_numpy(compiled(*map(ops.asarray, host)))
+        def call(logits: Any, temperature: float, **values: Any) -> np.ndarray:
+            def column(value: Any, dtype: Any) -> Any:
+                return ops.asarray(np.full(len(logits), value, dtype))
+
+            filters = {
+                name: column(value, np.int32 if isinstance(FILTERS[name], int) else np.float32)
+                for name, value in {**FILTERS, **values}.items()
+            }
+            scores = ops.asarray(np.array(logits, np.float32))
+            return ops.to_numpy(compiled(scores, column(temperature, np.float32), filters))
 
         return call
 
@@ -267,27 +273,27 @@ class SamplingConformance(Conformance):
         assume((np.abs(p - min_p * p.max()) > 1e-6).all() or min_p in (0, 1))
         expected = in_top_k & ((likelier < share) | (top_p == 1)) & (p >= min_p * p.max())
 
-        [found] = kept([logits], temperature, top_k, top_p, min_p)
+        [found] = kept([logits], temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         assert np.array_equal(found, expected)
 
     def test_keep_likely_ties_with_the_last_are_kept(self, kept: Callable[..., np.ndarray]) -> None:
         logits = [[0, 2, 1, 2, 1, 0]]
-        assert (kept(logits, 1, 1, 1, 0)[0] > 0).tolist() == [0, 1, 0, 1, 0, 0]
-        assert (kept(logits, 1, 3, 1, 0)[0] > 0).tolist() == [0, 1, 1, 1, 1, 0]
-        assert (kept(logits, 1, 0, 0.1, 0)[0] > 0).tolist() == [0, 1, 0, 1, 0, 0]
+        assert (kept(logits, 1, top_k=1)[0] > 0).tolist() == [0, 1, 0, 1, 0, 0]
+        assert (kept(logits, 1, top_k=3)[0] > 0).tolist() == [0, 1, 1, 1, 1, 0]
+        assert (kept(logits, 1, top_p=0.1)[0] > 0).tolist() == [0, 1, 0, 1, 0, 0]
 
     @pytest.mark.parametrize("top_p", [1e-6, 1e-40, 1e-46])
     def test_keep_likely_top_p_that_rounds_to_zero_keeps_the_best(
         self, kept: Callable[..., np.ndarray], top_p: float
     ) -> None:
         """A share of 0 kept no token, and the bound was then read at index -1: all were kept."""
-        assert (kept([[0, 1, 2, 3, 1, 0]], 1, 0, top_p, 0)[0] > 0).tolist() == [0, 0, 0, 1, 0, 0]
+        assert (kept([[0, 1, 2, 3, 1, 0]], 1, top_p=top_p)[0] > 0).tolist() == [0, 0, 0, 1, 0, 0]
 
     def test_keep_likely_rows_have_their_own_parameters(
         self, kept: Callable[..., np.ndarray]
     ) -> None:
         logits = np.log([[0.5, 0.3, 0.15, 0.05]] * 4)
-        counts = kept(logits, 1, [2, 0, 0, 0], [1, 0.7, 1, 1], [0, 0, 0.2, 0])
+        counts = kept(logits, 1, top_k=[2, 0, 0, 0], top_p=[1, 0.7, 1, 1], min_p=[0, 0, 0.2, 0])
         assert (counts > 0).astype(int).tolist() == [
             [1, 1, 0, 0],
             [1, 1, 0, 0],
@@ -300,8 +306,8 @@ class SamplingConformance(Conformance):
     ) -> None:
         """0.4 of 0.7 is more than half, though it is less than half of 1."""
         logits = np.log([[0.4, 0.3, 0.2, 0.1]])
-        assert (kept(logits, 1, 2, 0.55, 0)[0] > 0).tolist() == [1, 0, 0, 0]
-        assert (kept(logits, 1, 0, 0.55, 0)[0] > 0).tolist() == [1, 1, 0, 0]
+        assert (kept(logits, 1, top_k=2, top_p=0.55)[0] > 0).tolist() == [1, 0, 0, 0]
+        assert (kept(logits, 1, top_p=0.55)[0] > 0).tolist() == [1, 1, 0, 0]
 
     def test_repeat_penalty_divides_positive_and_multiplies_negative(
         self,

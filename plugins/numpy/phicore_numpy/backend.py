@@ -29,7 +29,7 @@ class NumpyBackend(Backend):
     xp = np
 
     def __init__(self, options: BackendOptions = DEFAULTS) -> None:
-        super().__init__(options, Capabilities(cache_types=("f32", "f16", "i16", "q8_0")))
+        super().__init__(options, Capabilities(cache_types=cache_types.available(np, "f32")))
 
     def asarray(self, x: np.ndarray) -> Array:
         return np.array(x)

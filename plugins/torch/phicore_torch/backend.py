@@ -59,7 +59,7 @@ class TorchBackend(Backend):
             raise BackendError(
                 f"backend torch: no device {device!r} (available: {', '.join(names)})"
             )
-        types = ("f32", "f16", "i16", "q8_0")
+        types = cache_types.available(namespace, "f32")
         super().__init__(options, Capabilities(device=device, cache_types=types))
         self._device = torch.device(device)
         self._product: Callable[..., Array] | None = None  # compiled when it is used

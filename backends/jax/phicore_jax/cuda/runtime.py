@@ -88,7 +88,7 @@ class CudaKernels(OwnKernels):
     """The GPU kernels. The counterpart for CPUs is `kernels.runtime.Kernels`."""
 
     packed = Planes
-    cache_types = ("i16", "f16", "f32", "i24", "q8_0")
+    cache_type = "i16"
     has_fast_products = True
 
     def has_type(self, ggml_type: Type) -> bool:

@@ -39,6 +39,7 @@ FLOATS = vec(F32)
 LOWEST = -1e30  # below every score
 PREFETCH = 4096  # bytes ahead
 BLOCK = 32  # positions that are processed together
+CACHE_TYPES = ("f32", "f16", "i16", "i24", "q8_0")
 BLOCK_OF_Q8_0 = ROW_TYPES["q8_0"].group or 0  # channels that share a scale
 
 
@@ -90,6 +91,7 @@ class Rows:
             return f.target.half_to_float(bits)
         if self.type == "i16":
             return bits.to(F32)
+        assert self.type == "i24", "CACHE_TYPES has the types of these kernels"
         low = f.load(vec(I8, lanes), row, 2 * self.dim + d)
         return ((bits.to(I32) << 8) + low.to(I32)).to(F32)
 
@@ -114,6 +116,7 @@ class Rows:
             elif self.type == "i16":
                 f.store(v.to(I16), row, 2 * d)
             else:
+                assert self.type == "i24", "CACHE_TYPES has the types of these kernels"
                 f.store(((v + 128).sar(8)).to(I16), row, 2 * d)
                 f.store(v.to(I8), row, 2 * self.dim + d)
 

@@ -55,7 +55,7 @@ class Kernels(OwnKernels):
     """
 
     packed = Packed
-    cache_types = ("i24", "i16", "f16", "f32", "q8_0")
+    cache_type = "i24"
     has_threads = True
     has_rowwise = True
 
@@ -93,7 +93,7 @@ class Kernels(OwnKernels):
         return self.has_type(ggml_type)
 
     def has_cache(self, cache_type: str, tokens: int, dim: int) -> bool:
-        return True
+        return cache_type in attention.CACHE_TYPES
 
     @property
     def threads(self) -> int:
