@@ -380,7 +380,7 @@ class SamplingConformance(Conformance):
     def test_sample_penalty_beyond_float32_gives_minus_one(
         self, sample: Callable[..., np.ndarray], temperature: float | None
     ) -> None:
-        """Check a regression: differences with an infinite logit were NaN, and a token was drawn."""
+        """Check a regression: infinite logits gave NaN differences, and a token was drawn."""
         penalty = {
             "recent": np.array([[1]], np.int32),
             "last_n": np.array([1], np.int32),
