@@ -1,7 +1,8 @@
-"""The commands of `phicore`: their arguments, and what goes to standard output.
+"""The commands of `phicore`: their options, and their output.
 
-Standard output carries what was asked for and nothing else; the rest goes to standard error (see
-`console.py`). Modules that are slow to import are imported by the command that needs them.
+A command prints its result, and nothing else, on standard output. Everything else goes to standard
+error (see `terminal.py`). Modules that are slow to import are imported by the command that needs
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from phicore.cli.parity import parity
 
 
 class WithPlugins(typer.core.TyperGroup):
-    """phicore's commands, and those of plugins after them."""
+    """The group of phicore's commands, followed by the commands of plugins."""
 
     @cached_property
     def _of_plugins(self) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def root(
             "--no-plugins",
             help="Load no plugins other than phicore's own backends.",
             is_eager=True,
-            callback=_switch_plugins_off,  # before a command is looked for
+            callback=_switch_plugins_off,  # runs before plugins are searched for the command
         ),
     ] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`phicore bench`."""
+"""The command `phicore bench`."""
 
 from __future__ import annotations
 
@@ -117,21 +117,21 @@ def bench(
 
 
 class _Shown:
-    """Shows how far a benchmark is."""
+    """Shows the progress of a benchmark."""
 
     def __init__(self, line: ProgressLine) -> None:
         self._line = line
         self._moment: Moment | None = None
 
     def work(self, what: str, done: int, total: int) -> None:
-        """What the model does: it loads, compiles, and reads the prompt of a run."""
+        """Show the progress of the model: loading, compiling, or reading the prompt of a run."""
         if what != "prompt":
             self._line(what, done, total)
         elif self._moment is not None:
             self.measuring(replace(self._moment, done=done))
 
     def measuring(self, moment: Moment) -> None:
-        """Where the measurement is."""
+        """Show the progress of the measurement."""
         self._moment = moment
         run = f"run {moment.run} of {moment.runs}" if moment.run else "warm-up"
         left = "" if moment.left_s is None else f", {duration(moment.left_s)} left"
@@ -144,7 +144,7 @@ COLUMNS = ["test", "tokens/s", "min", "max", "weights, GB/s", "of memory"]
 
 
 def _print_table(found: dict[str, Any]) -> None:
-    """Print the figures, with a head that says of what."""
+    """Print the figures as a table, after lines that describe model, backend and machine."""
     for title, text in _head(found):
         print(f"{title:<10} {text}")
     print()
@@ -152,7 +152,7 @@ def _print_table(found: dict[str, Any]) -> None:
 
 
 def _print_markdown(found: dict[str, Any]) -> None:
-    """Print the figures as a table of GitHub's Markdown, with a line above it that says of what."""
+    """Print the figures as a GitHub Markdown table, after a line that describes the measurement."""
     print("; ".join(f"{title}: {text}" for title, text in _head(found)))
     print()
     for cells in [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, found["rows"])]:

@@ -1,4 +1,4 @@
-"""`phicore conformance`."""
+"""The command `phicore conformance`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def conformance(
     from phicore.testing.runner import parts_of, run
 
     info = choose_backend(backend, Plugins())
-    info.create(BackendOptions(device=device))  # an error is told before the tests begin
+    info.create(BackendOptions(device=device))  # raises errors before the tests begin
 
     def make(options: BackendOptions) -> Backend:
         return info.create(replace(options, device=device))

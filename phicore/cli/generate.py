@@ -1,4 +1,4 @@
-"""`phicore generate`."""
+"""The command `phicore generate`."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def generate(
 
     text = read_text(prompt)
     given = {name: value for name, value in sampling.items() if value is not None}
-    # Checked before a long load; the model's own request is made when its tokenizer is there.
+    # Check the options before a long load. The real request is made later, with the tokenizer.
     Request([0], Sampling(**given), max_tokens=max_tokens, seed=seed, stop=stop or ())
     BackendOptions(**backend_options)
     if raw and system is not None:
@@ -131,7 +131,7 @@ def generate(
     reference = model_or_default(model, console.say)
     with (
         swallowed_interrupts() as swallowed,
-        console.progress() as progress,  # also while the steps are compiled
+        console.progress() as progress,  # also shows progress while steps are compiled
         load(
             reference,
             backend,

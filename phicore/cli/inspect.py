@@ -1,4 +1,4 @@
-"""`phicore inspect` and `phicore tokenize`."""
+"""The commands `phicore inspect` and `phicore tokenize`."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def tokenize(
 
 
 def _printable(piece: str) -> str:
-    """A piece on one line; bytes that are no UTF-8, and control characters, as escapes."""
+    """Escape a piece's control characters and bytes that are not UTF-8, so it fits on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece)
 
 
 def _print_inspection(found: dict[str, Any]) -> None:
-    """Print it for people."""
+    """Print the result of `inspect_model` as text and a table."""
     bits = found["bits_per_weight"]
     print(f"file             {found['file']}")
     print(f"name             {_shown(found['name'])}")
@@ -88,7 +88,7 @@ def _print_inspection(found: dict[str, Any]) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value for people, on one line."""
+    """Format a value as readable text on one line."""
     if value is None:
         return "-"
     if isinstance(value, bool):

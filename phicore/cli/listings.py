@@ -1,4 +1,4 @@
-"""`phicore plugins`, `phicore backends` and `phicore models`."""
+"""The commands `phicore plugins`, `phicore backends` and `phicore models`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from phicore.errors import PhicoreError
 
 
 def as_command(name: str, function: Callable[..., None]) -> Any:
-    """A plugin's function as typer has commands."""
+    """Turn a plugin's function into a typer command."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        function(*args, **kwargs)  # what it returns is no exit code
+        function(*args, **kwargs)  # its result is dropped, since it is not an exit code
 
     single = typer.Typer(rich_markup_mode=None, add_completion=False)
     single.command(name)(run)

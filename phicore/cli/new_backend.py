@@ -1,4 +1,4 @@
-"""`phicore new-backend`."""
+"""The command `phicore new-backend`."""
 
 from __future__ import annotations
 

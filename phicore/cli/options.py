@@ -1,4 +1,4 @@
-"""The options that several commands have, and what the shell completes them with."""
+"""The options that several commands share, and the shell completion of their values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ MODEL_HELP = (
 
 
 def model_or_default(model: str | None, say: Callable[[str], None]) -> str:
-    """The model that was asked for; without one, say which is taken, and how to get Phi-3."""
+    """Return the model that the user named, or the default model.
+
+    If it is the default, tell the user which model it is, and how to get Phi-3.
+    """
     if model is not None:
         return model
     from phicore.sources import default_reference
@@ -29,21 +32,21 @@ def model_or_default(model: str | None, say: Callable[[str], None]) -> str:
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """For the shell: the models with a short name. Paths are the shell's own."""
+    """Complete the short name of a model in the shell, which completes paths itself."""
     from phicore.sources import ALIASES
 
     return [name for name in ALIASES if name.startswith(incomplete)]
 
 
 def complete_backend(incomplete: str) -> list[str]:
-    """For the shell: the installed backends."""
+    """Complete the name of an installed backend in the shell."""
     from phicore.plugins import Plugins
 
     return [name for name in Plugins().backends() if name.startswith(incomplete)]
 
 
 def complete_synthetic(incomplete: str) -> list[str]:
-    """For the shell: the models of random weights."""
+    """Complete the name of a model with random weights in the shell."""
     from phicore.lab.synthetic import MODELS
 
     return [name for name in MODELS if name.startswith(incomplete)]
@@ -52,13 +55,14 @@ def complete_synthetic(incomplete: str) -> list[str]:
 def takes(
     parameter: str, settings: type, *, else_of: str = ""
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each field of some settings, in place of one parameter.
+    """Return a decorator that replaces a command's parameter by options, one for each setting.
 
     Args:
-        parameter: The command's parameter. It gets the values by name.
+        parameter: The parameter to replace. It gets a dictionary of the values by name.
         settings: A dataclass of `phicore.settings.setting` fields.
-        else_of: Whose values are taken when an option is not given, such as "the model's"; it is
-            None then. Otherwise the fields' defaults are taken.
+        else_of: The source of the values of options that the user does not give, such as "the
+            model's". Their value is then None, and help texts name the source. If it is "", their
+            value is the field's default.
     """
 
     def decorated(function: Callable[..., None]) -> Callable[..., None]:
@@ -82,7 +86,7 @@ def takes(
 
 
 def _option(field: Field[Any], else_of: str) -> inspect.Parameter:
-    """The option of a field of settings."""
+    """Make the option for a field of the settings."""
     about, kind = field.metadata, {"int": int, "float": float, "bool": bool, "str": str}
     base: Any = kind[str(field.type).partition(" | ")[0]]
     default, help = field.default, about["help"]

@@ -1,4 +1,4 @@
-"""`phicore parity`."""
+"""The command `phicore parity`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard input: what the commands read besides their arguments."""
+"""Reads text from an argument or from standard input."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from phicore.errors import ArgumentError
 
 
 def read_text(text: str | None) -> str:
-    """An argument, or standard input for "-" and in a pipe; one final newline does not count."""
+    """Return the text of an argument, or read standard input if it is "-" or missing.
+
+    One newline at the end of standard input is dropped.
+
+    Raises:
+        ArgumentError: If there is no text, or it is not valid.
+    """
     if text is None or text == "-":
         return _read_stdin(is_asked=text == "-")
     try:
         text.encode()
-    except UnicodeEncodeError:  # Python keeps such bytes of an argument as lone surrogates
+    except UnicodeEncodeError:  # Python turns an argument's invalid bytes into lone surrogates
         raise ArgumentError("the text is not valid UTF-8") from None
     return text
 
@@ -25,7 +31,7 @@ def _read_stdin(is_asked: bool) -> str:
     if not is_asked and sys.stdin.isatty():
         raise ArgumentError("no text: give it as an argument, or - to read standard input")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # the C locale lets bytes through that are no text
+        sys.stdin.reconfigure(errors="strict")  # in the C locale, Python would accept invalid bytes
     try:
         text = sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:

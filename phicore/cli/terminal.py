@@ -1,4 +1,4 @@
-"""What the command line shows beside its result: progress, figures, tables."""
+"""The output of commands to people: progress, figures and tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOG_EVERY_S = 10.0
 
 
 class Console:
-    """Standard error: live progress on a terminal, plain lines elsewhere."""
+    """Prints on standard error: live progress on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
         import rich.console
@@ -31,12 +31,12 @@ class Console:
         self._rich.print(line, style="dim", markup=False, soft_wrap=True)
 
     def text_begins(self) -> None:
-        """From here on the text may be on the same screen: no more progress."""
+        """Show no more progress, since generated text may be on the same screen from now on."""
         self._has_text = True
 
     @contextmanager
     def progress(self) -> Iterator[ProgressLine]:
-        """Show what is being done."""
+        """Return a context in which a `ProgressLine` shows progress."""
         status = self._rich.status("", spinner="dots") if self._rich.is_terminal else None
         try:
             yield ProgressLine(status, self.say, lambda: self._has_text)
@@ -46,12 +46,14 @@ class Console:
 
 
 class ProgressLine:
-    """What is being done: a line that vanishes on a terminal, lines in a log. A `Progress`.
+    """Shows progress: in one temporary line on a terminal, in several lines elsewhere (a log).
+
+    It can be called as a `Progress`.
 
     Args:
-        status: The line on a terminal.
+        status: The line on a terminal, or None.
         say: Prints a line in a log.
-        is_over: Whether to show nothing more.
+        is_over: Returns whether to show no more progress.
     """
 
     def __init__(
@@ -64,9 +66,9 @@ class ProgressLine:
         self._last_s = -inf
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show a share of some work; in a log, the time that it took."""
+        """Show the share of some work that is done; in a log, its time when it is finished."""
         if self._is_over():
-            return  # it would cut the text in two
+            return  # progress would interrupt the text
         begun = self._started.setdefault(what, time.perf_counter())
         share = f" {done / total:4.0%}" if total > 1 else ""
         self._show(f"{what}{share}")
@@ -78,7 +80,7 @@ class ProgressLine:
             del self._started[what]
 
     def tell(self, text: str) -> None:
-        """Show how far long work is; in a log at once, and then every `LOG_EVERY_S` at most."""
+        """Show a text about long work; in a log, at most one every `LOG_EVERY_S` seconds."""
         self._show(text)
         if self._status is None and time.perf_counter() - self._last_s >= LOG_EVERY_S:
             self._say(text)
@@ -91,7 +93,7 @@ class ProgressLine:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: `45 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Format a time: `45 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -101,7 +103,7 @@ def duration(seconds: float) -> str:
 
 
 def stats_lines(model: Model, generation: Generation) -> list[str]:
-    """What a generation took, as lines for people."""
+    """Format the seed, times, speeds and memory of a generation as lines of text."""
     t = generation.timings
     lines = [
         f"model {model.path.name}, backend {model.backend}, seed {generation.seed}",
@@ -125,7 +127,7 @@ def _speed(tokens_per_s: float) -> str:
 
 
 def size(size_bytes: int) -> str:
-    """A number of bytes for people, in powers of 1000: `98.4 MB`."""
+    """Format a number of bytes with a decimal unit: `98.4 MB`."""
     value = float(size_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -135,7 +137,7 @@ def size(size_bytes: int) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on standard output: framed on a terminal, else plain. Nothing is cut off."""
+    """Print a table on standard output: styled on a terminal, plain elsewhere, never truncated."""
     if sys.stdout.isatty():
         import rich.box
         import rich.console

@@ -1,4 +1,4 @@
-"""Plugins: the hooks, what is found installed, and phicore's own, which use the same hooks."""
+"""Plugins: the hooks, the search for installed plugins, and phicore's built-in plugin."""
 
 from phicore.plugins.hookspecs import hookimpl
 from phicore.plugins.manager import (

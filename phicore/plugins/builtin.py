@@ -1,4 +1,4 @@
-"""phicore's own sources, architectures and logits processors, registered as a plugin's are."""
+"""The built-in plugin: it registers phicore's own sources, architectures and logits processors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def phicore_register_logits_processors(register: RegisterLogitsProcessor) -> Non
 
 
 def _without_model(parse: Callable[[str], LogitsProcessor]) -> CreateProcessor:
-    """A processor that needs to know nothing of the model."""
+    """Adapt a function that makes a processor from an argument and does not need the model."""
 
     def create(argument: str, model: LoadedModel) -> LogitsProcessor:
         return parse(argument)

@@ -1,4 +1,4 @@
-"""The hooks a plugin can implement, through the entry-point group `phicore`."""
+"""The hooks that a plugin can implement. Plugins are found by the entry-point group `phicore`."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ hookimpl = pluggy.HookimplMarker("phicore")
 
 
 class LoadedModel(Protocol):
-    """What a plugin may use of a `phicore.Model`."""
+    """The attributes of a `phicore.Model` that a plugin may use."""
 
     config: Phi3Config
     """The hyperparameters."""
     vocab_size: int
-    """How many tokens the embedding has."""
+    """The number of tokens that the embedding has."""
     tokenizer: Tokenizer
-    """Text to tokens and back."""
+    """The tokenizer, which turns text into tokens and back."""
     metadata: dict[str, Any]
     """All key-value pairs of the file."""
 
 
 class RunningGeneration(Protocol):
-    """What a plugin may use of a `phicore.Generation`."""
+    """The attributes of a `phicore.Generation` that a plugin may use."""
 
     seed: int
     """The seed in use."""
     prompt_ids: list[int]
     """The tokens of the prompt."""
     timings: Timings
-    """What was done so far, and how long it took."""
+    """The times and token counts so far."""
 
 
 CreateProcessor: TypeAlias = "Callable[[str, LoadedModel], LogitsProcessor]"
-"""What makes a logits processor of an argument, for a model."""
+"""A function that makes a logits processor from an argument, for a model."""
 
 
 class RegisterBackend(Protocol):
-    """Tells phicore of a backend."""
+    """Registers a backend."""
 
     def __call__(
         self,
@@ -63,112 +63,126 @@ class RegisterBackend(Protocol):
     ) -> None:
         """
         Args:
-            name: What `--backend` takes.
-            create: Makes the backend with the options that a user chose. The tensor library is
-                imported in here, not before; what it raises is shown as the reason why the backend
-                cannot be used.
-            devices: Names the devices of this machine that the backend can use.
+            name: The name of the backend, as `--backend` takes it.
+            create: Makes the backend with the options that the user chose. Import the tensor
+                library inside this function, not before. If it raises, the error is shown as the
+                reason why the backend cannot be used.
+            devices: Returns the names of the devices on this machine that the backend can use.
             protocol: The version of the tensor protocol that the backend was written for, as a
-                number: what `phicore.backend.VERSION` was then. It is used with no other version.
-            notes: What `phicore backends` says beside "usable", such as which kernels are in use.
+                number: the value of `phicore.backend.VERSION` at that time. phicore uses the
+                backend only if it has the same version.
+            notes: Returns what `phicore backends` prints after "usable", such as the kernels in
+                use.
         """
 
 
 class RegisterSource(Protocol):
-    """Tells phicore of a kind of model reference."""
+    """Registers a scheme of model references."""
 
     def __call__(self, scheme: str, *, resolve: Callable[[str], ModelFiles]) -> None:
         """
         Args:
-            scheme: What stands before the colon of a reference, such as `hf`.
-            resolve: Takes the whole reference and gives the files, fetched if need be.
+            scheme: The part of a reference before the colon, such as `hf`.
+            resolve: Takes the whole reference and returns the files. It downloads them if needed.
         """
 
 
 class RegisterArchitecture(Protocol):
-    """Tells phicore of a family of GGUF files."""
+    """Registers an architecture, a family of GGUF files."""
 
     def __call__(self, architecture: Architecture) -> None:
         """
         Args:
-            architecture: How the hyperparameters and tensors of files with its name in
-                `general.architecture` become those of the graph.
+            architecture: The architecture, for files that have its name in `general.architecture`.
+                It maps their hyperparameters and tensors to those of the graph.
         """
 
 
 class RegisterLogitsProcessor(Protocol):
-    """Tells phicore of a kind of logits processor."""
+    """Registers a kind of logits processor."""
 
     def __call__(self, name: str, *, create: CreateProcessor) -> None:
         """
         Args:
-            name: What stands before the `=` of `--processor NAME=ARGUMENT`.
-            create: Makes one for a generation, of the argument, perhaps "", and the model; for an
-                argument that it cannot use it raises `phicore.ArgumentError`.
+            name: The NAME in `--processor NAME=ARGUMENT`.
+            create: Makes a processor for a generation, from the argument (perhaps "") and the
+                model. It raises `phicore.ArgumentError` for an argument that it cannot use.
         """
 
 
 class RegisterCommand(Protocol):
-    """Tells phicore of a command."""
+    """Registers a command."""
 
     def __call__(self, name: str, function: Callable[..., None]) -> None:
         """
         Args:
-            name: What is typed after `phicore`; not one of phicore's own.
-            function: Runs it. Its parameters are the command's, annotated as typer wants them, and
-                its docstring is the help. A `phicore.PhicoreError` that it raises is told in a
-                line; `typer.Exit(code)` ends the program.
+            name: The name of the command after `phicore`. It must not be that of a command of
+                phicore.
+            function: Runs the command. Its parameters become the command's, by typer's
+                annotations, and its docstring becomes the help. If it raises a
+                `phicore.PhicoreError`, the error is printed as one line. `typer.Exit(code)` ends
+                the program.
         """
 
 
 @hookspec
 def phicore_register_backends(register: RegisterBackend) -> None:
-    """Called when backends are looked for; call `register` for each that the plugin has.
+    """Register the plugin's backends. The hook is called when backends are listed or chosen.
 
-    Import no tensor library here: listing backends must be quick.
+    Do not import a tensor library here, since listing backends must be quick.
     """
 
 
 @hookspec
 def phicore_register_sources(register: RegisterSource) -> None:
-    """Called when a model reference is resolved; call `register` for each scheme."""
+    """Register the plugin's schemes. The hook is called when a model reference is resolved."""
 
 
 @hookspec
 def phicore_register_architectures(register: RegisterArchitecture) -> None:
-    """Called when a model file is opened; call `register` for each architecture."""
+    """Register the plugin's architectures.
+
+    The hook is called when a model is loaded or inspected.
+    """
 
 
 @hookspec
 def phicore_register_logits_processors(register: RegisterLogitsProcessor) -> None:
-    """Called when a model is loaded; call `register` for each kind of processor."""
+    """Register the plugin's kinds of logits processors.
+
+    The hook is called when a model is loaded.
+    """
 
 
 @hookspec
 def phicore_register_commands(register: RegisterCommand) -> None:
-    """Called when the command line is read; call `register` for each command.
+    """Register the plugin's commands. The hook is called when the command line is parsed.
 
-    Import what a command needs when it runs: `phicore --help` must be quick.
+    Import the modules that a command needs inside the command, since `phicore --help` must be
+    quick.
     """
 
 
 @hookspec
 def phicore_generation_started(generation: RunningGeneration) -> None:
-    """Called when the first token of a generation is asked for, before anything is computed.
+    """Observe the start of a generation.
 
-    As the two hooks below it is called in the thread that generates, which waits for it. What it
-    raises goes to the log, and this plugin is not called again in this model.
+    The hook is called when the first token is requested, before anything is computed. This hook
+    and the two below are called in the thread that generates, which waits for them. If a hook
+    raises, the error is logged, and the plugin's observer hooks are not called again for this
+    model.
     """
 
 
 @hookspec
 def phicore_piece_generated(generation: RunningGeneration, piece: Piece) -> None:
-    """Called for each token, before it is handed out."""
+    """Observe a piece. The hook is called for each token, before the caller gets the piece."""
 
 
 @hookspec
 def phicore_generation_ended(generation: RunningGeneration, error: BaseException | None) -> None:
-    """Called once after the last token, or when a generation is closed early or fails.
+    """Observe the end of a generation.
 
-    `generation.timings` then says what was done and how long it took.
+    The hook is called once: after the last token, or when a generation is closed early or fails.
+    `generation.timings` then has the final times and token counts.
     """

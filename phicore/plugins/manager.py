@@ -1,4 +1,4 @@
-"""Finding plugins: distributions with an entry point in the group `phicore`."""
+"""Finds plugins, which are distributions with an entry point in the group `phicore`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ if TYPE_CHECKING:
 
 GROUP = "phicore"
 OWN = {"phicore-jax", "phicore-mlx", "phicore-numpy"}
-"""The distributions that are kept when plugins are switched off."""
+"""The distributions that are still loaded when plugins are switched off."""
 DISABLE = "PHICORE_DISABLE_PLUGINS"
-"""Names of plugins or distributions, with commas between them; `*` is all but our own."""
-# Tried in this order when no backend is asked for; others come after, by name.
+"""The environment variable that switches plugins off.
+
+It has names of plugins or distributions, with commas between them. `*` switches off all plugins
+except phicore's own.
+"""
+# If the user names no backend, these are tried in this order, then other backends by name.
 PREFERRED_BACKENDS = (
     ("mlx", "jax", "numpy") if sys.platform == "darwin" else ("jax", "mlx", "numpy")
 )
@@ -40,7 +44,7 @@ T = TypeVar("T")
 
 
 class Owner(NamedTuple):
-    """A plugin, and the distribution that it comes from."""
+    """The name of a plugin, and the distribution that it comes from."""
 
     name: str
     distribution: str
@@ -48,11 +52,11 @@ class Owner(NamedTuple):
 
 
 Registered = dict[str, tuple[Owner, T]]
-"""Things by name, each with the plugin that has registered it."""
+"""Registered objects by name, each with the plugin that registered it."""
 
 
 MakeCommand = Callable[[str, Callable[..., None]], Any]
-"""What makes a command of its name and of the function that runs it."""
+"""A function that makes a command from its name and the function that runs it."""
 
 
 def _as_is(name: str, function: Callable[..., None]) -> Any:
@@ -61,7 +65,7 @@ def _as_is(name: str, function: Callable[..., None]) -> Any:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """A backend that some installed distribution provides. Making one imports no tensor library."""
+    """A backend that an installed distribution provides. Its tensor library is imported later."""
 
     name: str
     distribution: str
@@ -71,29 +75,29 @@ class BackendInfo:
     _notes: Callable[[], str] | None = field(repr=False, default=None)
 
     def devices(self) -> list[str]:
-        """The devices it can use here; imports its library.
+        """Return the devices that the backend can use here. This imports its library.
 
         Raises:
-            BackendError: If it cannot be used, with the reason.
+            BackendError: If the backend cannot be used. The message has the reason.
         """
         return self._guarded(lambda: list(self._devices()))
 
     def notes(self) -> str:
-        """What it says of itself on this machine, perhaps nothing; imports its library.
+        """Return the backend's notes for `phicore backends`, perhaps "". This imports its library.
 
         Raises:
-            BackendError: If it cannot be used, with the reason.
+            BackendError: If the backend cannot be used. The message has the reason.
         """
         return self._guarded(self._notes) if self._notes is not None else ""
 
     def create(self, options: BackendOptions | None = None) -> Backend:
-        """Make the backend, with its defaults for None.
+        """Make the backend. None takes the default options.
 
         Raises:
-            BackendError: If the backend, the device or another option cannot be used, with the
-                reason.
+            BackendError: If the backend, the device or another option cannot be used. The message
+                has the reason.
         """
-        from phicore.backend import DEFAULTS  # imports NumPy, which a list need not wait for
+        from phicore.backend import DEFAULTS  # imports NumPy, which a list does not need
 
         return self._guarded(self._create, DEFAULTS if options is None else options)
 
@@ -108,7 +112,7 @@ class BackendInfo:
 
 @dataclass(frozen=True)
 class BrokenPlugin:
-    """A plugin, or a backend of one, that cannot be used."""
+    """A plugin, or a backend of a plugin, that cannot be used."""
 
     name: str
     distribution: str
@@ -117,7 +121,7 @@ class BrokenPlugin:
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """An installed plugin, and what it registers: `backend jax`, `sources hf, file`."""
+    """An installed plugin, with texts such as `backend jax` or `sources hf, file` in `provides`."""
 
     name: str
     distribution: str
@@ -126,7 +130,7 @@ class PluginInfo:
 
 
 class Plugins:
-    """The installed plugins, and what they register. Nothing is kept between two of these."""
+    """The installed plugins, and what they register. Two objects of this class share no state."""
 
     def __init__(self, points: list[EntryPoint] | None = None) -> None:
         self.manager = pluggy.PluginManager("phicore")
@@ -159,8 +163,8 @@ class Plugins:
                 return
             self.manager.register(plugin, name=name)
             is_registered = True
-            self.manager.check_pending()  # a misspelt hook would otherwise be silently dead
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not stop the rest
+            self.manager.check_pending()  # raises for a misspelt hook, which would never be called
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not stop other plugins
             self._report(owner.name, owner.distribution, _reason(error))
             if is_registered:
                 self.manager.unregister(name=name)
@@ -168,12 +172,12 @@ class Plugins:
         self._owners[id(plugin)] = owner
 
     def backends(self) -> dict[str, BackendInfo]:
-        """Backends by name, the preferred ones first.
+        """Return the backends by name, the preferred ones first.
 
-        What is not usable is in `broken`: backends for another protocol, and all that claim a name
-        that another one claims.
+        Two kinds of backends are added to `broken` instead: those for another version of the
+        protocol, and those whose name several distributions claim.
         """
-        from phicore.backend import VERSION  # imports NumPy, which help need not wait for
+        from phicore.backend import VERSION  # imports NumPy, which help texts do not need
 
         found: dict[str, BackendInfo] = {}
         claims: dict[str, list[str]] = {}
@@ -209,24 +213,24 @@ class Plugins:
         return {n: found[n] for n in sorted(found, key=lambda n: (rank.get(n, len(rank)), n))}
 
     def sources(self) -> dict[str, Callable[[str], ModelFiles]]:
-        """What resolves a model reference, by scheme."""
+        """Return the functions that resolve model references, by scheme."""
         return _values(self._sources())
 
     def architectures(self) -> dict[str, Architecture]:
-        """Architectures by the name that files give."""
+        """Return the architectures by their names in `general.architecture`."""
         return _values(self._architectures())
 
     def logits_processors(self) -> dict[str, CreateProcessor]:
-        """What makes a logits processor of an argument, by name."""
+        """Return the functions that make logits processors, by name."""
         return _values(self._logits_processors())
 
     def commands(self, make: MakeCommand = _as_is, taken: Collection[str] = ()) -> dict[str, Any]:
-        """What `make` makes of the commands that plugins register, by name.
+        """Return the commands that plugins register, by name.
 
         Args:
-            make: Called with a command's name and function. What it raises is told as the plugin's
-                failure.
-            taken: Names that no plugin can claim.
+            make: Makes a command from its name and function. If it raises, the plugin is added to
+                `broken`.
+            taken: Names that plugins cannot register.
         """
         return _values(self._commands(make, taken))
 
@@ -272,13 +276,15 @@ class Plugins:
         entry: Callable[..., tuple[str, T]],
         taken: Collection[str] = (),
     ) -> Registered[T]:
-        """What plugins register in a hook, with its owner. A name is the first one's to claim it.
+        """Call a hook of all plugins, and return what they register.
+
+        If several plugins register a name, the first gets it, and the others are added to `broken`.
 
         Args:
-            hook: Its name.
-            what: What is registered, for messages.
-            entry: Called with the owner and what `register` was called with; gives name and value.
-            taken: Names that nobody can claim.
+            hook: The name of the hook.
+            what: The kind of the registered objects, for messages.
+            entry: Called with the owner and the arguments of `register`; returns name and value.
+            taken: Names that plugins cannot register.
         """
         found: Registered[T] = {}
         for plugin, owner in self._plugins():
@@ -297,7 +303,7 @@ class Plugins:
         return found
 
     def observers(self) -> Observers | None:
-        """The plugins that watch generations; None if there are none."""
+        """Return the plugins that observe generations, or None if there are none."""
         hooks = {
             name: getattr(self.manager.hook, name).get_hookimpls()
             for name in (
@@ -311,10 +317,10 @@ class Plugins:
     def installed(
         self, make: MakeCommand = _as_is, taken: Collection[str] = ()
     ) -> list[PluginInfo]:
-        """List the plugins that were loaded, by name, with what they register.
+        """List the loaded plugins, sorted by name, with what they register.
 
         Args:
-            make, taken: As for `commands`.
+            make, taken: Arguments of `commands`.
         """
         kinds: list[tuple[str, Iterable[tuple[str, str]]]] = [
             ("backend", [(i.name, i.distribution) for i in self.backends().values()]),
@@ -340,7 +346,10 @@ class Plugins:
         ]
 
     def blame(self, error: BaseException) -> str | None:
-        """The plugin whose code has raised an error, with the line; None if it is phicore's own."""
+        """Return a message that names the plugin whose code raised an error, and the line.
+
+        Return None if no plugin other than phicore's own was involved.
+        """
         owners = [
             (_home(plugin), owner)
             for plugin, owner in self._plugins()
@@ -355,7 +364,7 @@ class Plugins:
 
     def _report(self, name: str, distribution: str, reason: str) -> None:
         broken = BrokenPlugin(name, distribution, reason)
-        if broken not in self.broken:  # a hook may be called again
+        if broken not in self.broken:  # a hook may be called several times
             self.broken.append(broken)
 
     def _plugins(self) -> list[tuple[object, Owner]]:
@@ -366,16 +375,16 @@ class Plugins:
         ]
 
     def _call(self, plugin: Any, owner: Owner, hook: str, register: Callable[..., None]) -> None:
-        """Call one plugin's hook, so that a failure is that plugin's alone."""
+        """Call the hook of a single plugin. If it fails, only this plugin is added to `broken`."""
         others = [p for p, _ in self._plugins() if p is not plugin]
         try:
             self.manager.subset_hook_caller(hook, others)(register=register)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not stop the rest
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not stop other plugins
             self._report(owner.name, owner.distribution, _reason(error))
 
 
 def _home(plugin: object) -> Path | None:
-    """The file of a plugin's module, or the folder of its package."""
+    """Return the file of a plugin's module, or the folder of its package."""
     name = getattr(plugin, "__name__" if isinstance(plugin, ModuleType) else "__module__", "")
     file = getattr(sys.modules.get(str(name).partition(".")[0]), "__file__", None)
     if file is None:
@@ -385,7 +394,7 @@ def _home(plugin: object) -> Path | None:
 
 
 def _owned(registered: Registered[Any]) -> list[tuple[str, str]]:
-    """Each name with the distribution that has registered it."""
+    """List each name with the distribution that registered it."""
     return [(name, owner.distribution) for name, (owner, _) in registered.items()]
 
 
@@ -394,7 +403,7 @@ def _values(registered: Registered[T]) -> dict[str, T]:
 
 
 def usable_backends() -> list[str]:
-    """The names of the installed backends that work here."""
+    """Return the names of the installed backends that work here."""
     names = []
     for info in Plugins().backends().values():
         with suppress(BackendError):
@@ -404,10 +413,10 @@ def usable_backends() -> list[str]:
 
 
 def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:
-    """The backend of a name, or the first that is usable here for None.
+    """Return the backend with this name. None takes the first that is usable here.
 
     Raises:
-        BackendError: If it is not installed, or none is.
+        BackendError: If the backend is not installed or is broken, or if no backend is usable.
     """
     backends = plugins.backends()
     broken = {b.name: b for b in plugins.broken}
@@ -439,7 +448,7 @@ def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:
 def _guarded_source(
     resolve: Callable[[str], ModelFiles], distribution: str
 ) -> Callable[[str], ModelFiles]:
-    """Wrap a plugin's function: a failure becomes a SourceError that names the plugin."""
+    """Wrap a plugin's function so that a failure becomes a SourceError that names the plugin."""
     from phicore.sources import ModelFiles
 
     def guarded(reference: str) -> ModelFiles:

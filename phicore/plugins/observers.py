@@ -1,4 +1,4 @@
-"""Plugins that watch a generation: for tracing, counting, showing it elsewhere."""
+"""Observers: plugins that watch generations, for example to trace, count or display them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 class Observers:
-    """Calls the hooks of observers. One that raises is told of in the log, and not called again.
+    """Calls the hooks of observers. If one raises, the error is logged and it is not called again.
 
     Args:
-        hooks: For the name of each hook, what implements it.
+        hooks: The implementations of each hook, by the hook's name.
     """
 
     def __init__(self, hooks: dict[str, Sequence[HookImpl]]) -> None:
@@ -28,11 +28,11 @@ class Observers:
 
     @property
     def names(self) -> list[str]:
-        """The names of the plugins, as pluggy spells them."""
+        """Return the plugins' names in pluggy, such as `phicore-jax:jax`."""
         return sorted({hook.plugin_name for hooks in self._hooks.values() for hook in hooks})
 
     def watch(self, generation: RunningGeneration, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Pass the pieces on, and tell the observers of each."""
+        """Pass pieces on, and call the observers for each."""
         self._call("phicore_generation_started", generation=generation)
         error: BaseException | None = None
         try:

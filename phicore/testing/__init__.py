@@ -1,4 +1,4 @@
-"""A kit for those who write backends: it tells when one is right.
+"""The conformance kit, which tests whether a backend is correct.
 
     from phicore.testing import BackendConformance
 
@@ -7,9 +7,10 @@
         def make_backend(cls, options):
             return MyBackend(options)
 
-Every operation is compared with float64 over many shapes, every quantization type with the gguf
-package, whole models with the protocol's defaults on NumPy; and the laws that the engine relies on
-are tried with examples by hypothesis. It needs `phicore[testing]`; `tiny_models` does not.
+The kit compares every operation with float64 over many shapes, every quantization type with the
+gguf package, and whole models with the protocol's default operations on NumPy. It also tests the
+laws that the engine relies on, with examples that hypothesis generates. The kit needs
+`phicore[testing]`; the module `tiny_models` alone does not.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BackendConformance"]
 
-if "pytest" in sys.modules:  # asserts then say what they compared
+if "pytest" in sys.modules:  # pytest then shows the compared values of a failed assert
     import pytest
 
     pytest.register_assert_rewrite("phicore.testing.conformance")

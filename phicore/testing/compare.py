@@ -1,4 +1,4 @@
-"""The one comparison of numbers that the tests use."""
+"""The comparison of numbers that all tests use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """norm(actual - expected) / norm(expected), in float64; NaN where `actual` holds one."""
+    """Return norm(actual - expected) / norm(expected) in float64, or NaN if `actual` has a NaN."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
         raise AssertionError(f"shape: expected {expected.shape}, got {actual.shape}")
@@ -18,10 +18,11 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray, bound: float) -> None:
-    """Fail unless shapes agree, all numbers are finite and the relative error is within the bound.
+    """Assert that shapes agree, all numbers are finite and the relative error is within the bound.
 
     Raises:
-        AssertionError: With both errors, and the place and the values of the largest difference.
+        AssertionError: If one of these does not hold. The message has the relative error, the
+            bound, and the index and values of the largest difference.
     """
     actual, expected = np.asarray(actual), np.asarray(expected)
     if not np.isfinite(expected).all():

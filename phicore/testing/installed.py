@@ -1,4 +1,4 @@
-"""The kit for a backend that `runner.run` names: pytest collects this module."""
+"""The tests of the kit for the backend of `runner.run`, which runs pytest on this module."""
 
 from __future__ import annotations
 

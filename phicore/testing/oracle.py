@@ -1,6 +1,6 @@
-"""What each operation of the protocol means, in float64 NumPy and plain loops.
+"""Reference versions of the protocol's operations, in float64 NumPy and plain loops.
 
-Written from the protocol's text, not from its defaults.
+They were written from the protocol's docstrings, not from its default operations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from phicore.gguf.reader import GGUFTensor
 
 
 def matrix(types: list[Type], rows: list[int], cols: int, rng: np.random.Generator) -> Matrix:
-    """A random matrix with one part for each type."""
+    """Make a random matrix with one part for each type."""
     parts = []
     for data_type, n in zip(types, rows, strict=True):
         data = random_matrix(data_type, n, cols, rng, 1.0)
@@ -24,7 +24,7 @@ def matrix(types: list[Type], rows: list[int], cols: int, rng: np.random.Generat
 
 
 def values(weight: Matrix) -> np.ndarray:
-    """All values of a matrix as the gguf package reads them, in float64."""
+    """Expand all values of a matrix with the gguf package, in float64."""
     return np.concatenate(
         [gguf.quants.dequantize(part.data, part.type).reshape(part.shape) for part in weight.parts]
     ).astype(np.float64)
@@ -41,7 +41,7 @@ def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) 
 
 
 def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Each pair (channel r, channel r + R) as a complex number, times cos + i sin."""
+    """Rotate each pair (channel r, channel r + R), a complex number, by a factor cos + i sin."""
     out = x.astype(np.float64)
     r = cos.shape[-1]
     pairs = out[..., :r] + 1j * out[..., r : 2 * r]
@@ -63,7 +63,7 @@ def attention(
     scale: float,
     window: int | None,
 ) -> np.ndarray:
-    """One query head and token at a time, over the positions that it sees."""
+    """Compute attention for one query head and token at a time, over the positions it sees."""
     batch, heads, tokens, dim = q.shape
     group = heads // k.shape[1]
     out = np.zeros((batch, heads, tokens, dim))

@@ -1,4 +1,4 @@
-"""Running the conformance kit on a backend, without a test module of one's own."""
+"""Runs the conformance kit on a backend that has no test module of its own."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from phicore.progress import Progress
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one test.
+    """The result of a test.
 
     Attributes:
         part: The part of the kit, such as `attention`.
+        name: The name of the test.
         outcome: "passed", "failed" or "skipped".
-        message: Why, if it did not pass: what was expected, and the largest error.
+        message: The reason if the test failed or was skipped, otherwise "".
     """
 
     part: str
@@ -37,15 +38,17 @@ def run(
     progress: Progress = lambda *_: None,
     failed: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
-    """Run the kit.
+    """Run the kit and return the result of each test.
 
     Args:
         make: Makes a new backend at each call.
-        keyword: Only tests whose names or parts fit this expression, as for `pytest -k`.
-        stop_at_first: Run no more tests after one that fails.
-        failed: Called with each result that is a failure, when it is known.
+        keyword: An expression for `pytest -k` that selects tests by their names and parts.
+        stop_at_first: Whether to stop after the first test that fails.
+        progress: Called with the number of tests that are done.
+        failed: Called with the result of each test that fails, as soon as it is known.
     Raises:
-        PhicoreError: If pytest or hypothesis is missing, or the expression is none.
+        PhicoreError: If pytest or hypothesis is missing, or if the expression is malformed or
+            selects no test.
     """
     try:
         import hypothesis  # noqa: F401
@@ -57,7 +60,7 @@ def run(
     from phicore.testing import installed
 
     collector = _Collector(progress, failed)
-    # no configuration but this: what lies in the user's folder must not matter
+    # Configuration files in the user's folder must have no influence.
     arguments = [installed.__file__, "-c", os.devnull, "--rootdir", str(Path(__file__).parent)]
     for unwanted in ("terminal", "cacheprovider", "xdist"):
         arguments += ["-p", f"no:{unwanted}"]
@@ -77,7 +80,7 @@ def run(
 
 
 class _Collector:
-    """A plugin of pytest that keeps what became of each test."""
+    """A pytest plugin that records the result of each test."""
 
     def __init__(self, progress: Progress, failed: Callable[[Result], None]) -> None:
         self.results: list[Result] = []
@@ -108,9 +111,9 @@ class _Collector:
 
 
 def _message(report: Any) -> str:
-    """One line: the exception, without the frames that led to it."""
+    """Return the exception of a failed test, or the reason of a skip, in one line."""
     found = report.longrepr
-    if isinstance(found, tuple):  # of a test that was skipped: file, line, reason
+    if isinstance(found, tuple):  # a skipped test: file, line, reason
         return str(found[2]).removeprefix("Skipped: ")
     crash = getattr(found, "reprcrash", None)
     lines = str(crash.message if crash is not None else found).strip().splitlines()
@@ -119,7 +122,7 @@ def _message(report: Any) -> str:
 
 
 def parts_of(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """How many tests of each part passed, failed and were skipped."""
+    """Count how many tests of each part passed, failed and were skipped."""
     counts: dict[str, dict[str, Any]] = {}
     for result in results:
         row = counts.setdefault(

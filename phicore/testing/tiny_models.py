@@ -1,10 +1,10 @@
-"""Tiny random models as GGUF files, of every ggml type, with the bytes fixed by a seed.
+"""Tiny random models as GGUF files, of every ggml type, whose bytes follow from a seed.
 
 The tests write the files that they read. A file has the names, keys, row orders and block layouts
-of llama.cpp's conversion of a `phi3` or `llama` checkpoint, random weights of a realistic scale,
-and, unless told otherwise, a small SentencePiece-style vocabulary.
+of llama.cpp's conversion of a checkpoint, and random weights of a realistic scale. By default it
+also has a small SentencePiece-style vocabulary.
 
-A file is the same on every machine and numpy version (see `phicore.gguf.random_models`), and the
+A file is the same on every machine and NumPy version (see `phicore.gguf.random_models`). The
 reference logits in `golden/` belong to exactly these bytes.
 """
 
@@ -40,14 +40,15 @@ Q4_K_M: Mapping[str, Type] = {
     "*.ffn_down_exps.weight": Type.Q6_K,
     "*": Type.Q4_K,
 }
-"""The mix of types that llama.cpp calls Q4_K_M; in a `llama` file q and k differ from v."""
+"""The mix of types that llama.cpp calls Q4_K_M. In a `llama` file, v differs from q and k."""
 
 
 @dataclass(frozen=True)
 class Tiny(Sizes):
-    """Hyperparameters of a tiny model. By default no two axes are equal, nor are any fused ones.
+    """The hyperparameters of a tiny model.
 
-    Rows of K-quants are multiples of 256 long, hence hidden_size and intermediate_size.
+    By default, all axes have different sizes, also those of fused matrices. `hidden_size` and
+    `intermediate_size` are multiples of 256, since the length of a row of K-quants must be.
     """
 
     hidden_size: int = 512
@@ -59,10 +60,10 @@ class Tiny(Sizes):
     max_position_embeddings: int = 500
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
-    rope_dimension_count: int | None = None  # None: all of head_dim
-    original_max_position_embeddings: int | None = None  # given: LongRoPE, or Llama 3's rotation
+    rope_dimension_count: int | None = None  # None means head_dim
+    original_max_position_embeddings: int | None = None  # a number means rotation with factors
     arch: str = "phi3"  # or "phimoe", "llama", "qwen2"
-    num_local_experts: int = 0  # of "phimoe"
+    num_local_experts: int = 0  # only for "phimoe"
 
     @property
     def rotary_dim(self) -> int:
@@ -74,15 +75,16 @@ def write_model(
 ) -> Path:
     """Write a model to a GGUF file and return its path.
 
-    With one seed and one type for all tensors, the two architectures hold the same network.
+    With the same seed, and one type for all tensors, files of the architectures `phi3` and `llama`
+    hold the same network.
 
     Args:
         path: The file to write.
         tiny: The hyperparameters.
-        types: The type of all matrices, or a type for each pattern of tensor names (as in a shell;
-            the first that matches counts). Norms are float32.
-        seed: Of the weights.
-        tokenizer: Whether to write a vocabulary (tiny.vocab_size must have room for it).
+        types: The type of all matrices, or types by shell-style patterns of tensor names, of which
+            the first that matches counts. Norms are float32.
+        seed: The seed of the weights.
+        tokenizer: Whether to write a vocabulary, for which `tiny.vocab_size` must have room.
     """
     writer = gguf.GGUFWriter(path, tiny.arch)
     _add_config(writer, tiny, types)
@@ -102,7 +104,7 @@ def write_model(
 def _tensors(
     tiny: Tiny, types: Types, rng: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray, Type]]:
-    """Every tensor of a file: its name, its rows, its type."""
+    """Yield the name, the data and the type of every tensor of a file."""
 
     def norm(name: str) -> Iterator[tuple[str, np.ndarray, Type]]:
         yield f"{name}.weight", 1 + np.float32(0.1) * normal(rng, tiny.hidden_size), Type.F32
@@ -120,7 +122,10 @@ def _tensors(
     def matrix(
         name: str, rows: tuple[int, ...], cols: int, std: float, heads: int = 0
     ) -> tuple[str, np.ndarray, Type]:
-        """Join parts with these numbers of rows; with `heads`, order rows for interleaved RoPE."""
+        """Join random parts with these numbers of rows.
+
+        If `heads` is not 0, the rows are put in the order for interleaved rotation.
+        """
         data_type = _type_of(name, types)
         data = np.concatenate([random_matrix(data_type, n, cols, rng, std) for n in rows])
         return name, _interleave(data, heads) if heads else data, data_type
@@ -128,7 +133,7 @@ def _tensors(
     hidden, intermediate = tiny.hidden_size, tiny.intermediate_size
     heads, kv_heads = tiny.num_attention_heads, tiny.num_key_value_heads
     q, kv = heads * tiny.head_dim, kv_heads * tiny.head_dim
-    std = 1 / math.sqrt(hidden)  # of a matrix whose output is as large as its input
+    std = 1 / math.sqrt(hidden)  # so that the products of a matrix are as large as its input
     is_moe = tiny.arch == "phimoe"
 
     yield matrix("token_embd.weight", (tiny.vocab_size,), hidden, 0.05)
@@ -138,7 +143,7 @@ def _tensors(
         if tiny.arch == "phi3":
             yield matrix(f"{blk}.attn_qkv.weight", (q, kv, kv), hidden, std)
         else:
-            is_llama = tiny.arch == "llama"  # the others' rows are not interleaved
+            is_llama = tiny.arch == "llama"  # other architectures do not interleave rows
             yield matrix(f"{blk}.attn_q.weight", (q,), hidden, std, heads if is_llama else 0)
             yield matrix(f"{blk}.attn_k.weight", (kv,), hidden, std, kv_heads if is_llama else 0)
             yield matrix(f"{blk}.attn_v.weight", (kv,), hidden, std)
@@ -165,7 +170,7 @@ def _tensors(
     if tiny.original_max_position_embeddings and tiny.arch == "llama":
         yield "rope_freqs.weight", _llama3_factors(tiny), Type.F32
     elif tiny.original_max_position_embeddings:
-        # As in trained models, factors start near 1 and grow with the wavelength.
+        # Factors start near 1 and grow with the wavelength, as in trained models.
         steps = np.arange(1, tiny.rotary_dim // 2 + 1, dtype=np.float32)
         yield "rope_factors_long.weight", 1 + steps / 8, Type.F32
         yield "rope_factors_short.weight", 1 + steps / 64, Type.F32
@@ -177,14 +182,14 @@ def _tensors(
 
 
 def _llama3_factors(tiny: Tiny) -> np.ndarray:
-    """What Llama 3.1's rotation divides frequencies by: long waves by 8, short ones by 1.
+    """Return Llama 3.1's divisors of the frequencies: 8 for long waves, down to 1 for short waves.
 
     Source: `LlamaModel.generate_extra_tensors` of llama.cpp's convert_hf_to_gguf.py.
     """
     exponent = np.arange(0, tiny.rotary_dim, 2) / tiny.rotary_dim
     assert tiny.original_max_position_embeddings is not None
     turns = tiny.original_max_position_embeddings / (2 * np.pi * tiny.rope_theta**exponent)
-    smooth = np.clip((turns - 1) / (4 - 1), 0, 1)  # 1 for a wave that fits in 4 times
+    smooth = np.clip((turns - 1) / (4 - 1), 0, 1)  # 1 for 4 or more turns in the original context
     return (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
 
 
@@ -198,9 +203,9 @@ def _type_of(name: str, types: Types) -> Type:
 
 
 def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the rows of each head from halves (i, i + D/2) to neighbours (2i, 2i + 1).
+    """Reorder the rows of each head from pairs (i, i + D/2) to pairs (2i, 2i + 1).
 
-    llama.cpp's conversion does so for architecture `llama` (`LlamaModel.permute`).
+    Source: llama.cpp's conversion of architecture `llama` (`LlamaModel.permute`).
     """
     n, width = rows.shape
     return rows.reshape(heads, 2, n // heads // 2, width).swapaxes(1, 2).reshape(n, width)
@@ -230,7 +235,7 @@ def _add_config(writer: gguf.GGUFWriter, tiny: Tiny, types: Types) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-# Each piece is two earlier pieces or characters joined, so merging in pairs reaches it.
+# Each piece is two earlier pieces or characters joined, so it can be built by merging pairs.
 _MERGES = "▁t he in ▁a ▁the er ▁w on ▁s nd ▁and or ▁f ing is ▁is ll"
 _CHARACTERS = "▁" + string.ascii_letters + string.digits + ".,'!?"
 CHAT_TEMPLATE = (
@@ -244,7 +249,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Case:
-    """A model whose reference logits are in golden/phi3.npz, under its name."""
+    """A model whose reference logits are in golden/phi3.npz under the case's name."""
 
     name: str
     tiny: Tiny
@@ -252,19 +257,22 @@ class Case:
     seed: int
 
     def write(self, path: str | Path) -> Path:
-        """Write the file that the reference logits belong to; it has no vocabulary."""
+        """Write the file that the reference logits belong to. It has no vocabulary."""
         return write_model(path, self.tiny, self.types, seed=self.seed, tokenizer=False)
 
 
 def windowed() -> Case:
-    """A window that a long prompt goes beyond many times: golden/phi3.npz has its last logits."""
+    """Return the case of a window that a long prompt exceeds many times.
+
+    golden/phi3.npz has the logits of the last tokens.
+    """
     tiny = Tiny(vocab_size=80, sliding_window=64, max_position_embeddings=4000)
     return Case("windowed", tiny, Q4_K_M, 200)
 
 
 def cases() -> list[Case]:
-    """One case for each type, and one for each thing besides types in which files differ."""
-    plain = Tiny(vocab_size=80)  # keeps complete logits small
+    """Return a case for each type, and a case for each other feature that files may have."""
+    plain = Tiny(vocab_size=80)  # a small vocabulary keeps the stored logits small
     moe = replace(plain, arch="phimoe", intermediate_size=256, num_local_experts=6)
     moe = replace(moe, original_max_position_embeddings=32)
     by_type = [Case(t.name, plain, t, seed) for seed, t in enumerate(TYPES)]

@@ -1,4 +1,4 @@
-"""Chat messages to the prompt that a model was trained on, by its own template."""
+"""Chat templates, which turn messages into the prompt format that a model was trained on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from phicore.text.tokenizer import Tokenizer
 from phicore.text.vocabulary import special_token_id
 
 Message = Mapping[str, Any]
-"""One turn: {"role": "system", "user", "assistant" or another, "content": its text}, and whatever
-else the template reads, such as `tool_calls`."""
+"""A message of a chat, with the keys "role" ("system", "user", "assistant" or another), "content"
+(a text), and other keys that the template reads, such as `tool_calls`."""
 
-# The format of every model with Phi-3's vocabulary; the tokenizer puts BOS in front. llama.cpp has
-# the same.
+# The format of every model with Phi-3's vocabulary, as in llama.cpp. The tokenizer puts BOS in
+# front.
 PHI3_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
@@ -33,21 +33,21 @@ PHI3_TEMPLATE = (
 _NO_TEMPLATE = "{{ raise_exception('the model has none; use --raw to send the prompt as it is') }}"
 _KEY = "tokenizer.chat_template"
 _PROBE = "phicore-message-probe"
-# The names under which programs pass a message's reasoning. Templates read the first or the second.
+# The keys in which programs pass the reasoning of a message. Templates read the first or second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
-    """A Jinja template as model files carry it, run in a sandbox, since the file is not trusted.
+    """A model's Jinja template. It runs in a sandbox, since files are not trusted.
 
-    Templates see what `transformers` gives them: `messages`, `tools`, `documents`,
-    `add_generation_prompt`, `bos_token` and other special tokens, `raise_exception`,
+    Templates can use the names and features that `transformers` provides: `messages`, `tools`,
+    `documents`, `add_generation_prompt`, `bos_token` and other special tokens, `raise_exception`,
     `strftime_now`, `tojson`, loop controls and `{% generation %}` blocks.
 
-    Some templates leave out a system message without a word, as the one in Phi-3's GGUF files does,
-    or refuse it. Its text is then put in front of the first user message, with a blank line
-    between. Templates that leave out text in parts ({"type": "text", "text": ...}) get it as one
-    string. A template that leaves out the user's text all the same is refused.
+    Some templates refuse a system message, or silently drop it, like the one in Phi-3's GGUF files.
+    The text of the system message is then put in front of the first user message, with a blank line
+    between them. If a template drops content that is a list of parts ({"type": "text", "text":
+    ...}), the parts are joined to one string. If it still drops the user's text, `render` raises.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class ChatTemplate:
         tool_use: str | None = None,
         **special_tokens: str,
     ) -> None:
-        """Keep the template; it is compiled by the first `render`, so a bad one only fails there.
+        """Store the template. The first `render` compiles it, so a bad template fails only there.
 
         Args:
-            source: Jinja.
+            source: The Jinja source.
             bos_token: The spelling of the token that begins a text.
             eos_token: The spelling of the token that ends a text.
-            tool_use: Jinja for conversations with tools; None takes `source` for them, too.
-            special_tokens: Spellings of other special tokens, such as `unk_token`.
+            tool_use: The Jinja source for chats with tools. None takes `source`.
+            special_tokens: The spellings of other special tokens, such as `unk_token`.
         """
         self.source = source
         self._tool_use = source if tool_use is None else tool_use
@@ -74,13 +74,13 @@ class ChatTemplate:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
-        """Read the template of a GGUF file. A blank template counts as none.
+        """Read the template of a GGUF file.
 
-        A file without a template gets Phi-3's, if it has Phi-3's vocabulary.
+        If a file has no template, or a blank one, Phi-3's template is taken for Phi-3's vocabulary.
+        For other vocabularies, the result is then a template whose `render` raises.
 
         Raises:
-            TokenizerError: If the template is not text. Where there is no template at all, `render`
-                raises.
+            TokenizerError: If the template is not text, or a special id is not an id.
         """
         source = _source(metadata, _KEY) or _source(metadata, f"{_KEY}.default")
         if source is None:
@@ -100,17 +100,17 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """Write the messages as one prompt.
+        """Turn messages into a prompt.
 
         Args:
-            messages: The turns, the oldest first; at least one.
-            tools: JSON schemas of functions that the model may call.
-            documents: Texts that the model may cite: {"title": ..., "text": ...} each.
+            messages: The messages, the oldest first; at least one.
+            tools: The JSON schemas of functions that the model may call.
+            documents: Texts that the model may cite, each {"title": ..., "text": ...}.
             add_generation_prompt: Whether the prompt ends where the assistant's answer begins.
             variables: Other variables of the template, such as `enable_thinking`.
         Raises:
-            TokenizerError: If a message is malformed, or the template is, refuses the messages, or
-                leaves out what the user says.
+            TokenizerError: If a message or the template is malformed, or if the template refuses
+                the messages or drops the user's text.
         """
         turns = _checked(messages)
         given = {
@@ -166,10 +166,12 @@ def _shows(
     role: str,
     default: bool = False,
 ) -> bool:
-    """Return whether every message of a role is in the prompt, found out with an unlikely text.
+    """Return whether the template shows the text of every message of a role in the prompt.
+
+    This renders a distinctive text in place of each such message, and looks for it in the prompt.
 
     Args:
-        default: The result for a template that fails with that text.
+        default: The result if the template fails with that text.
     """
     asked = [turn["role"] == role and _has_text(turn) for turn in turns]
     if not any(asked):
@@ -191,7 +193,7 @@ def _has_text(turn: Mapping[str, Any]) -> bool:
 
 
 def _probed(turn: dict[str, Any]) -> dict[str, Any]:
-    """Return a turn whose text is the probe; of several parts with text, the first has it."""
+    """Replace a message's text, or its first part that has text, by the distinctive text."""
     content: Any = _PROBE
     if isinstance(turn["content"], list):
         content = list(turn["content"])
@@ -201,9 +203,12 @@ def _probed(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return messages as plain data, as `transformers` hands them to a template.
+    """Check messages and convert them to plain data, in the form that `transformers` passes.
 
-    Keys without a value are dropped, and reasoning is given under each name that templates read.
+    Keys whose value is None are dropped. Reasoning is stored under each key that templates read.
+
+    Raises:
+        TokenizerError: If there is no message, or a message is malformed.
     """
     if not messages:
         raise TokenizerError("messages: expected at least one, found none")
@@ -225,7 +230,7 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _without_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Move the system's text in front of the first user message."""
+    """Move the text of system messages in front of the first user message."""
     system = "\n\n".join(_text(turn) for turn in turns if turn["role"] == "system" and _text(turn))
     others = [turn for turn in turns if turn["role"] != "system"]
     if not system:
@@ -249,7 +254,11 @@ def _text(turn: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return data of JSON's types, so that a template meets no object with methods of its own."""
+    """Convert data to JSON's types, so that a template gets no objects with methods of their own.
+
+    Raises:
+        TokenizerError: If the data has a value of another type.
+    """
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -262,14 +271,14 @@ def _plain(value: Any) -> Any:
     raise TokenizerError(f"messages: expected data of JSON's types, found {value!r:.80}")
 
 
-# ---- the dialect ---------------------------------------------------------------------------
+# ---- transformers' dialect of Jinja --------------------------------------------------------
 # Source: `_compile_jinja_template` of transformers (utils/chat_template_utils.py).
 
 
 class _Generation(Extension):
-    """`{% generation %}`: transformers marks with it what the assistant said; it renders as is."""
+    """The tag `{% generation %}`, which marks the assistant's text and renders it unchanged."""
 
-    tags = {"generation"}  # noqa: RUF012  # declared so by jinja2
+    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it as a mutable class attribute
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         line = next(parser.stream).lineno
@@ -278,7 +287,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict(...)` and `dict.fromkeys(...)`, without the attributes of the type."""
+    """Provides `dict(...)` and `dict.fromkeys(...)`, without other attributes of the type."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -311,7 +320,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write JSON as `transformers` does: jinja's own escapes <, > and &, which prompts must not."""
+    """Convert a value to JSON as in `transformers`. Jinja's own filter would escape <, > and &."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

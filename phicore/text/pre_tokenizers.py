@@ -15,15 +15,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """A rule that cuts text into words, and what its name says of the vocabulary.
+    """A rule that cuts text into words, with other properties that its name implies.
 
     Attributes:
-        patterns: Regular expressions. Each is applied to the pieces that the one before it left;
-            its matches and the text between them become pieces.
-        ignores_merges: Whether a word that is a token becomes that token at once.
-        adds_bos: Whether a text begins with BOS where the file does not say.
-        composes: Whether text is normalized to Unicode's composed form (NFC) first. llama.cpp does
-            not do this; the models' own tokenizers do.
+        patterns: Regular expressions, applied in order. Each is applied to every piece that the
+            previous expression produced; its matches and the text between them become pieces.
+        ignores_merges: Whether a word that is a token becomes this token directly, without merges.
+        adds_bos: Whether a text begins with BOS if the file does not say.
+        composes: Whether text is first normalized to Unicode's composed form (NFC). llama.cpp does
+            not do this, but the models' own tokenizers do.
     """
 
     patterns: tuple[str, ...]
@@ -88,5 +88,5 @@ _RULES: Mapping[PreTokenizer, tuple[str, ...]] = {
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     name: rule for rule, names in _RULES.items() for name in names
 }
-"""Rules by the value of `tokenizer.ggml.pre`. llama.cpp's table has other names, too: of
-vocabularies that are not byte-level, and of rules that no architecture here needs."""
+"""The rules by the value of `tokenizer.ggml.pre`. llama.cpp also has names for vocabularies that
+are not byte-level, and for rules that no architecture of phicore needs."""

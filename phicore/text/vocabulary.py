@@ -1,12 +1,12 @@
-"""The vocabulary of a GGUF file, translated for the `tokenizers` library.
+"""Translates the vocabulary of a GGUF file for the `tokenizers` library.
 
 A file names one of two models. "llama" is SentencePiece: pieces of text with "▁" for a space, a
-score for each, and one token a byte for characters that no piece has. "gpt2" is byte-level BPE:
-pieces spelled in a printable alphabet of the 256 bytes, a list of merges, and the name of the
-regular expressions that cut text into words first. Both become a `tokenizers.Tokenizer` with BPE,
-complete with its decoder, so that it can be saved as a tokenizer.json.
+score for each piece, and a token for each byte, for characters that no piece has. "gpt2" is
+byte-level BPE: pieces spelled in a printable alphabet of the 256 bytes, a list of merges, and the
+name of the regular expressions that first split text into words. Both become a
+`tokenizers.Tokenizer` with BPE and a decoder, which can be saved as a tokenizer.json.
 
-The file may come from anyone: what does not fit ends in a `TokenizerError` that names the key.
+Files are not trusted. Contents that are wrong cause a `TokenizerError` that names the key.
 
 Source: llama.cpp (llama-vocab.cpp) for the rules that a file leaves open; constants from `gguf`.
 """
@@ -26,9 +26,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from phicore.errors import TokenizerError
 from phicore.text.pre_tokenizers import PRE_TOKENIZERS
 
-# Spellings that end a generation in every vocabulary that has them (llama.cpp, `special_eog_ids`);
-# they count as control tokens, whatever type the file gives them. `</s>` is not among them: Phi-3
-# has it as an ordinary token, for example in HTML, and where it is the end, the metadata says so.
+# Spellings of tokens that end a generation in every vocabulary (llama.cpp, `special_eog_ids`). They
+# count as control tokens, whatever type the file gives them. `</s>` is not one of them: in Phi-3 it
+# is an ordinary token, for example of HTML. If `</s>` ends a generation, the metadata says so.
 END_PIECES = {
     *("<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>"),
     *("<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]"),
@@ -36,7 +36,7 @@ END_PIECES = {
     *("<reponame>", "<|file_sep|>", "<｜end▁of▁sentence｜>"),
 }
 
-# Where a SentencePiece vocabulary has them when the file does not say (llama.cpp).
+# The ids of special tokens in a SentencePiece vocabulary if the file does not say (llama.cpp).
 SENTENCEPIECE_IDS = {
     "tokenizer.ggml.unknown_token_id": 0,
     "tokenizer.ggml.bos_token_id": 1,
@@ -54,12 +54,12 @@ _KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}  # Phi-3's tokens that leave a s
 _PHI3_PIECES = {"<|user|>", "<|assistant|>", "<|end|>"}
 # Spellings that no text has by chance: "<|im_start|>", and DeepSeek's "<｜User｜>".
 _SPECIAL = re.compile(r"<\|[^\s|<>]+\|>|<｜[^\s｜<>]+｜>")
-# Any spelling that a file may give to the tokens that it names as the begin or the end of a text.
+# Spellings of special tokens, used only for the tokens that the file names as begin or end of text.
 _BRACKETED = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones as themselves, the others as U+0100 and up."""
+    """Map GPT-2's spelling to bytes: printable bytes are themselves, others U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(0x100)) - set(printable))
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -106,7 +106,7 @@ def read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
 def _corrected(
     metadata: Mapping[str, Any], pieces: Sequence[str], types: Sequence[int]
 ) -> list[int]:
-    """Return the types of tokens, without those that their spelling contradicts."""
+    """Return the types of tokens, and replace types that a token's spelling contradicts."""
     has_bytes = metadata.get("tokenizer.ggml.model") == "llama"
     named = {
         metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom")
@@ -125,13 +125,13 @@ def _corrected(
 
 
 def required_pieces(metadata: Mapping[str, Any]) -> list[tuple[str, bool] | None]:
-    """What another tokenizer of the same model must agree on, by id.
+    """Return the tokens that a tokenizer.json must have to belong to the model, by id.
 
     Returns:
-        The spelling of each token, and whether it is found in a text before that is split; None
-        for padding. Empty if the metadata has no vocabulary.
+        The spelling of each token, and whether the token is found in a text before the text is
+        split; None for padding. The list is empty if the metadata has no vocabulary.
     Raises:
-        TokenizerError: If the spellings are not text, or not every one has a type.
+        TokenizerError: If the spellings are not text, or if a token has no type.
     """
     if "tokenizer.ggml.tokens" not in metadata:
         return []
@@ -151,7 +151,7 @@ def required_pieces(metadata: Mapping[str, Any]) -> list[tuple[str, bool] | None
 def sentencepiece_backend(
     metadata: Mapping[str, Any], pieces: Sequence[str], types: Sequence[int], space_prefix: bool
 ) -> tokenizers.Tokenizer:
-    """An encoder that spells spaces as "▁" and characters without a piece as bytes.
+    """Make an encoder that spells spaces as "▁" and characters without a piece as bytes.
 
     Args:
         metadata: The file's; it has the score of each piece.
@@ -165,8 +165,8 @@ def sentencepiece_backend(
     merges = _merges_by_score(metadata, pieces, types, scores)
     unk_token = None if unknown is None else pieces[unknown]
     backend = _bpe(pieces, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True)
-    # The normalizer sees each stretch of text between special tokens by itself, so every one of
-    # them gets its own space in front, as in llama.cpp.
+    # The normalizer runs separately on each part of the text between special tokens, so each part
+    # gets its own space in front, as in llama.cpp.
     prefix = [normalizers.Prepend(_SPACE)] if space_prefix else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
     unescape = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -180,14 +180,14 @@ def sentencepiece_backend(
 def byte_level_backend(
     metadata: Mapping[str, Any], pieces: Sequence[str], types: Sequence[int], pre: str
 ) -> tokenizers.Tokenizer:
-    """An encoder that cuts text into words, as `pre` says, and merges the bytes of each.
+    """Make an encoder that splits text into words by the rule `pre`, and merges each word's bytes.
 
     Args:
-        metadata: Has the merges.
-        pieces, types: As from `read_pieces`.
+        metadata: The file's metadata, which has the merges.
+        pieces, types: The results of `read_pieces`.
         pre: The value of `tokenizer.ggml.pre`.
     Raises:
-        TokenizerError: If phicore does not have `pre`, or the merges do not fit the pieces.
+        TokenizerError: If `pre` is not supported, or the merges do not fit the pieces.
     """
     if pre not in PRE_TOKENIZERS:
         raise TokenizerError(
@@ -208,12 +208,13 @@ def byte_level_backend(
 
 
 def piece_bytes(piece: str, token_type: int, *, byte_level: bool) -> bytes:
-    """The bytes that a token stands for, perhaps a part of a character.
+    """Return the bytes that a token stands for, which may be part of a character.
 
     Args:
-        piece: Its spelling in the vocabulary.
+        piece: The token's spelling in the vocabulary.
         token_type: A value of `gguf.TokenType`.
-        byte_level: Whether pieces spell bytes as GPT-2 does, or spaces as SentencePiece does.
+        byte_level: Whether pieces spell bytes as GPT-2 does. False means that they spell spaces as
+            SentencePiece does.
     """
     if token_type == TokenType.BYTE:
         return bytes([int(piece[3:5], 16)])
@@ -223,12 +224,12 @@ def piece_bytes(piece: str, token_type: int, *, byte_level: bool) -> bytes:
         return piece.replace(_SPACE, " ").encode()
     try:
         return bytes(_BYTE_CHARACTERS[character] for character in piece)
-    except KeyError:  # text that the byte alphabet cannot have made stands for itself
+    except KeyError:  # a character is not in the byte alphabet, so the piece is plain text
         return piece.encode()
 
 
 def special_token_id(metadata: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
-    """Return `tokenizer.ggml.<name>_token_id`, checked, or None if the file has none."""
+    """Read and check `tokenizer.ggml.<name>_token_id`; return None if the file has no such key."""
     key = f"tokenizer.ggml.{name}_token_id"
     if metadata.get(key) is None:
         return None
@@ -253,7 +254,11 @@ def _checked_id(key: str, id: int, vocab_size: int) -> int:
 
 
 def metadata_value(metadata: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """One value of the metadata, of this type; an error if it is missing without a default."""
+    """Read a value of the metadata and check its type.
+
+    Raises:
+        TokenizerError: If the value has another type, or is missing without a default.
+    """
     value = metadata.get(key, default)
     if value is None:
         raise TokenizerError(f"{key}: missing from the file; {tokenizer_advice(metadata)}")
@@ -269,11 +274,11 @@ def metadata_value(metadata: Mapping[str, Any], key: str, kind: type, default: A
 def _add_special_tokens(
     backend: tokenizers.Tokenizer, pieces: Sequence[str], types: Sequence[int], *, rstrip: bool
 ) -> None:
-    """Let control, unknown and user-defined tokens be found in the text before it is split.
+    """Add control, unknown and user-defined tokens, which are found before the text is split.
 
     Args:
-        rstrip: Whether such a token swallows the whitespace after it, as in Phi-3's vocabulary,
-            where only `_KEEP_SPACE` do not. llama.cpp and tokenizer.json agree.
+        rstrip: Whether these tokens remove the whitespace after them, except `_KEEP_SPACE`. They do
+            in Phi-3's vocabulary, in llama.cpp as well as in the tokenizer.json.
     """
     backend.add_tokens(
         [
@@ -295,12 +300,12 @@ def _merges_by_score(
     types: Sequence[int],
     scores: Sequence[float],
 ) -> list[tuple[str, str]]:
-    """The merges that make each piece of text from two others, the best score first.
+    """Return the merges that make each piece of text from two others, the best score first.
 
-    A vocabulary of SentencePiece has scores and no merges: it always joins the two neighbours
-    whose union scores best. Of equal scores the longer left part goes first, which is what
-    joining the leftmost neighbours first comes to in runs of one character. Only text can be
-    merged, so that no text can spell a control token.
+    A SentencePiece vocabulary has scores and no merges: SentencePiece always joins the two
+    neighbours whose union has the best score. For equal scores, the longer left part comes first.
+    In runs of one character this has the effect of joining the leftmost neighbours first. Only text
+    is merged, so that no text can become a control token.
     """
     not_text = (*_VERBATIM, TokenType.BYTE)
     ranked = {p: s for p, t, s in zip(pieces, types, scores, strict=True) if t not in not_text}
@@ -334,7 +339,11 @@ def _check_merges(
     types: Sequence[int],
     merges: Sequence[tuple[str, str]],
 ) -> None:
-    """Raise if most tokens cannot come from text, since merges are missing."""
+    """Check that merges produce at least half of the text tokens.
+
+    Raises:
+        TokenizerError: If they do not, which means that merges are missing from the file.
+    """
     made = {left + right for left, right in merges}
     words = [
         piece
@@ -358,7 +367,7 @@ def tokenizer_advice(metadata: Mapping[str, Any]) -> str:
 
 
 def _merges_of_file(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """`tokenizer.ggml.merges`, "left right" each, as pairs."""
+    """Read `tokenizer.ggml.merges`, texts "left right", as pairs."""
     merges = []
     for merge in _strings(metadata, "tokenizer.ggml.merges"):
         left, _, right = merge.partition(" ")
@@ -381,7 +390,7 @@ def _bpe(
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
-    """An array of strings, every one valid Unicode."""
+    """Read an array of strings, which must all be valid Unicode."""
     strings: list[str] = metadata_value(metadata, key, list)
     for value in strings:
         if not isinstance(value, str):
@@ -394,7 +403,7 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _numbers(metadata: Mapping[str, Any], key: str, size: int) -> list[float]:
-    """An array of one number a token."""
+    """Read an array with one finite number for each of `size` tokens."""
     values = metadata_value(metadata, key, Collection)
     with suppress(TypeError, ValueError):
         array = np.asarray(values, dtype=np.float64)

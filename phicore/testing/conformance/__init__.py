@@ -1,4 +1,4 @@
-"""The parts of the kit, each a class of tests of one thing, and all together."""
+"""The parts of the conformance kit, which are classes of tests, and a class with all tests."""
 
 from phicore.testing.conformance.attention import AttentionConformance
 from phicore.testing.conformance.cache_types import CacheTypesConformance
@@ -24,7 +24,8 @@ class BackendConformance(
 ):
     """All tests of the kit, for the backend that `make_backend` returns.
 
-    pytest begins with the tests of the last base: from single operations to whole models.
+    pytest runs the tests of the last base class first. So the order is from single operations to
+    whole models.
     """
 
 

@@ -1,4 +1,4 @@
-"""The cache and attention, against plain loops in float64."""
+"""Tests of the cache and of attention, compared with plain loops in float64."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def made_of(ops: Backend, k: np.ndarray, v: np.ndarray) -> LayerCache:
-    """A cache holding given entries, stored the way the graph stores them."""
+    """Make a cache that holds the given entries, stored by `update_cache` as in the graph."""
     batch, heads, capacity, dim = k.shape
     cache = ops.new_cache(batch, heads, capacity, dim)
     positions = np.broadcast_to(np.arange(capacity, dtype=np.int32), (batch, capacity))
@@ -25,7 +25,7 @@ def made_of(ops: Backend, k: np.ndarray, v: np.ndarray) -> LayerCache:
 
 
 def host(ops: Backend, cache: LayerCache) -> tuple[np.ndarray, np.ndarray]:
-    """Copies, since an update may write into the cache that it is handed."""
+    """Copy a cache to the host. An update may later write into the cache itself."""
     return np.array(ops.to_numpy(cache["k"])), np.array(ops.to_numpy(cache["v"]))
 
 
@@ -38,7 +38,11 @@ def check_attention(
     beyond: float | None = None,
     beyond_value: float = 1e30,
 ) -> None:
-    """Compare with the oracle, which never looks beyond a token's own position."""
+    """Compare attention with the oracle.
+
+    If `beyond` is given, all keys after a row's last position have this value, and all values
+    `beyond_value`. The oracle does not see them.
+    """
     batch, tokens = np.shape(positions)
     k, v = normal(rng, batch, K, S, D), normal(rng, batch, K, S, D)
     q = 3 * normal(rng, batch, heads, tokens, D)
@@ -48,7 +52,7 @@ def check_attention(
             k[b, :, row[-1] + 1 :], v[b, :, row[-1] + 1 :] = beyond, beyond_value
     run = ops.compile(lambda q, held, at: ops.attention(q, held, at, 0.7, window))
     args = (ops.asarray(q), made_of(ops, k, v), ops.asarray(np.array(positions, np.int32)))
-    with np.errstate(invalid="ignore"):  # infinite keys; only what comes out matters here
+    with np.errstate(invalid="ignore"):  # keys may be infinite; only the result matters here
         result = ops.to_numpy(run(*args))
     assert_close(result, expected, tolerances.ATTENTION)
 
@@ -147,7 +151,7 @@ class AttentionConformance(Conformance):
     def test_attention_large_scores_stay_finite(
         self, ops: Backend, rng: np.random.Generator
     ) -> None:
-        """The softmax must subtract the maximum: exp(1e4) is no float32 number."""
+        """Check that the softmax subtracts the maximum, since exp(1e4) overflows float32."""
         k, v, q = (normal(rng, 1, n, t, D) for n, t in ((K, S), (K, S), (H, 1)))
         positions = np.array([[S - 1]], np.int32)
         run = ops.compile(lambda q, held, at: ops.attention(q, held, at, 1e4, None))

@@ -1,4 +1,4 @@
-"""What all classes of the kit share: how the backend is made, and how examples are drawn."""
+"""The base class of the kit's tests, and the settings for hypothesis."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from hypothesis import HealthCheck, settings
 from phicore.backend import Backend, BackendOptions
 
 Make = Callable[[BackendOptions], Backend]
-"""What makes a backend with some options."""
+"""A function that makes a backend with the given options."""
 EXACT = BackendOptions(cache_type="f32")
 """Options for an exact cache."""
 
 
 class Conformance:
-    """Tests of a backend. A subclass says how it is made."""
+    """Base class of tests of a backend. A subclass defines `make_backend`."""
 
     @classmethod
     def make_backend(cls, options: BackendOptions) -> Backend:
-        """Make a new backend, on the device that is to be tested."""
+        """Make a new backend on the device to test."""
         raise NotImplementedError("make_backend: return the backend that is to be tested")
 
     @pytest.fixture(scope="class")
     @classmethod
     def make(cls) -> Make:
-        """Override this, with parameters, to test several backends."""
+        """Return the function that makes a backend.
+
+        To test several backends, override this fixture with a parametrized one.
+        """
         return cls.make_backend
 
     @pytest.fixture(scope="class")
     @classmethod
     def ops(cls, make: Make) -> Backend:
-        """The backend with an exact cache."""
+        """Return the backend with an exact cache."""
         return make(EXACT)
 
     @pytest.fixture
@@ -44,7 +47,10 @@ class Conformance:
 
 
 def examples(count: int) -> Any:
-    """So many examples, the same in every run, without a time limit: a first one is compiled."""
+    """Return hypothesis settings for `count` examples, which are the same in every run.
+
+    There is no time limit, since the first example may have to be compiled.
+    """
     return settings(
         max_examples=count,
         deadline=None,

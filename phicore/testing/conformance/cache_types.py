@@ -1,4 +1,4 @@
-"""The types of a cache: what each rounds, and what it takes."""
+"""Tests of the cache types: their rounding and their memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from phicore.testing.compare import assert_close, relative_error
 from phicore.testing.conformance.base import EXACT, Conformance, Make
 
 TYPES = {name: kind for name, kind in cache_types.TYPES.items() if hasattr(np, kind.dtype)}
-"""The types whose arrays a test can look into."""
+"""The types whose arrays a test can read."""
 OWN = "own"
-"""The first type that only this backend has, of which nothing is known but its error."""
+"""Stands for the first cache type that only this backend has. Only its error is tested."""
 OWN_ERROR = 1e-2
 B, H, K, S, D = 2, 6, 3, 40, 64
-STARTS = (3, 17)  # of the two sequences
+STARTS = (3, 17)  # the first positions of the two sequences
 
 
 def filled(ops: Backend, k: np.ndarray, v: np.ndarray) -> LayerCache:
@@ -33,7 +33,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def seen(ops: Backend, held: LayerCache, rng: np.random.Generator) -> np.ndarray:
-    """What attention makes of a cache, (B, H, 1, D), from the last position."""
+    """Compute attention of the last position over a cache: (B, H, 1, D)."""
     q, last = normal(rng, B, H, 1, D), np.full((B, 1), S - 1, np.int32)
     run = ops.compile(lambda q, held, at: ops.attention(q, held, at, D**-0.5, None))
     return ops.to_numpy(run(ops.asarray(q), held, ops.asarray(last)))
@@ -43,7 +43,7 @@ class CacheTypesConformance(Conformance):
     @pytest.fixture(scope="class", params=[*TYPES, OWN])
     @classmethod
     def case(cls, make: Make, request: pytest.FixtureRequest) -> tuple[Backend, str]:
-        """The backend with caches of a type, and its name."""
+        """Return the backend with caches of a type, and the name of the type."""
         known, cache_type = make(EXACT).capabilities.cache_types, request.param
         if cache_type == OWN:
             own = [t for t in known if t not in TYPES]
@@ -67,7 +67,8 @@ class CacheTypesConformance(Conformance):
         bound = TYPES[cache_type].error if cache_type in TYPES else OWN_ERROR
         assert_close(y, expected, bound)
         is_known = cache_type in TYPES and cache_type != "f32"
-        assert not is_known or relative_error(y, expected) > bound / 30  # it is that type
+        # A much smaller error would mean that the cache has another type.
+        assert not is_known or relative_error(y, expected) > bound / 30
 
     def test_cache_takes_the_memory_of_its_type(self, case: tuple[Backend, str]) -> None:
         ops, cache_type = case
@@ -127,7 +128,7 @@ class CacheTypesConformance(Conformance):
     def test_numbers_of_any_size_come_back(
         self, case: tuple[Backend, str], size: float, rng: np.random.Generator
     ) -> None:
-        """A token that sees one position alone gets its value."""
+        """Read values back with a token that sees a single position, and so gets its value."""
         ops, cache_type = case
         k, v = normal(rng, B, K, S, D), size * normal(rng, B, K, S, D)
         q, first = normal(rng, B, H, 1, D), np.zeros((B, 1), np.int32)

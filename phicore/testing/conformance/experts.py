@@ -1,4 +1,4 @@
-"""Layers with experts: the router and the products, against float64."""
+"""Tests of layers with experts: the router and the products, compared with float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from phicore.testing.conformance.base import Conformance, examples
 
 X, N, K = 5, 44, 512
 ROWS = (1, 2, 4, 5, 16, 17, 70, 330)
-"""Fewer than experts, and more; some tiles of a kernel; more than 32 of an expert."""
+"""Numbers of rows: fewer and more than experts, several tiles of a kernel, over 32 per expert."""
 
 
 def experts(types: list[Type], rows: list[int], rng: np.random.Generator) -> list[Matrix]:
@@ -40,7 +40,7 @@ def products(
 
 
 def routed(scores: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Written from transformers' `sparsemixer`, without its training."""
+    """Choose and weigh experts as transformers' `sparsemixer` does outside of training."""
     chosen: list[int] = []
     weights = []
     for _ in range(2):
@@ -51,7 +51,7 @@ def routed(scores: Sequence[float]) -> tuple[list[int], list[float]]:
         for i, s in left.items():
             factor = max(abs(s), best)
             distance = (best - s) / factor if factor else 0.0
-            assume(abs(distance - 2 * ROUTER_JITTER_NOISE) > 1e-5)  # or rounding decides
+            assume(abs(distance - 2 * ROUTER_JITTER_NOISE) > 1e-5)  # otherwise rounding decides
             if distance <= 2 * ROUTER_JITTER_NOISE:
                 near[i] = np.exp(s - best)
         chosen.append(first)
@@ -103,7 +103,7 @@ class ExpertsConformance(Conformance):
     def test_expert_linear_other_experts_have_no_influence(
         self, ops: Backend, chosen: list[int], rng: np.random.Generator
     ) -> None:
-        """Other experts may hold anything, such as numbers that are not finite."""
+        """Check that experts that are not chosen have no influence, even if they hold NaN."""
         matrices = experts([Type.F32], [N], rng)
         for number in set(range(X)) - set(chosen):
             part = matrices[number].parts[0]

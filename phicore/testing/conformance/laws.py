@@ -1,4 +1,4 @@
-"""What must hold whatever the weights are: how a sequence is cut up changes no logits."""
+"""Tests of laws that hold for all weights, such as: dividing a sequence changes no logits."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ TINY = Tiny(
     rope_dimension_count=6,
 )
 CAPACITY = 9
-MAX_LENGTH = 5  # each length of a chunk is compiled
+MAX_LENGTH = 5  # small, since each length of a chunk is compiled
 
 prompts = st.lists(st.integers(0, TINY.vocab_size - 1), min_size=2, max_size=MAX_LENGTH)
 
 
 @dataclass
 class Runner:
-    """One model on one backend; runs chunks of tokens through the graph."""
+    """Runs chunks of tokens through the graph, for one model on one backend."""
 
     ops: Backend
     config: Phi3Config
@@ -75,10 +75,11 @@ class Runner:
         starts: Sequence[int],
         first: Sequence[int] = (0,),
     ) -> tuple[np.ndarray, list[LayerCache]]:
-        """Logits (B, T, V) of tokens (B, T), each row from a position on.
+        """Compute the logits (B, T, V) of tokens (B, T), and the new cache.
 
         Args:
-            first: The position in slot 0, of each row or of all.
+            starts: The position of the first token in each row.
+            first: The position in slot 0 of each row, or one position for all rows.
         """
         ids = np.array(tokens, np.int32)
         positions = np.array(starts, np.int32)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
@@ -89,7 +90,7 @@ class Runner:
         return self.ops.to_numpy(logits), cache
 
     def whole(self, tokens: Sequence[int]) -> np.ndarray:
-        """Logits (T, V) of one sequence in one piece."""
+        """Compute the logits (T, V) of a sequence in one chunk."""
         return self(self.new_cache(), [tokens], [0])[0][0]
 
 
@@ -157,7 +158,7 @@ class LawsConformance(Conformance):
             cut = min(cut, len(tokens) - 1)
             first, cache = runner(runner.new_cache(), [tokens[:cut]], [0])
             if is_shifted and window is not None and cut >= window:
-                # The slots of what the next token does not see are freed.
+                # Free the slots of tokens that the next token does not see.
                 unseen = cut - (window - 1)
                 count = ops.asarray(np.array([unseen], np.int32))
                 cache = [ops.shift_cache(layer, count) for layer in cache]
@@ -172,7 +173,7 @@ class LawsConformance(Conformance):
     def test_logits_rows_with_different_freed_slots_and_angles_equal_each_alone(
         self, make_runner: Callable[[int | None], Runner]
     ) -> None:
-        """Each row has its own slots and its own rotation."""
+        """Check that each row has its own slots and its own rotation."""
         runner, window = make_runner(2), 2
         rows, starts = [[3, 1, 4, 1], [5, 9, 2, 6]], [0, 20]
         alone = []
@@ -209,7 +210,7 @@ class LawsConformance(Conformance):
         n = len(tokens)
         logits, cache = runner(runner.new_cache(), [padded(tokens, padding)], [0])
         assert_close(logits[0, :n], runner.whole(tokens), tolerances.SAME_GRAPH)
-        logits, _ = runner(cache, [[following]], [n])  # over the padding's entries
+        logits, _ = runner(cache, [[following]], [n])  # overwrites the padding's first entry
         _, cache = runner(runner.new_cache(), [tokens], [0])
         expected, _ = runner(cache, [[following]], [n])
         assert_close(logits, expected, tolerances.SAME_GRAPH)
@@ -246,7 +247,7 @@ class LawsConformance(Conformance):
         assert all(relative_error(windowed[i], full[i]) > 1e-3 for i in (3, 4))
 
     def test_logits_each_token_and_its_place_matter(self, runner: Runner) -> None:
-        """The laws above would hold for a graph that looks at nothing but the last token."""
+        """Check what the laws above do not: a graph that reads only the last token obeys them."""
         last = [runner.whole(tokens)[-1] for tokens in ([3, 1, 4], [1, 3, 4], [2, 1, 4])]
         assert relative_error(last[1], last[0]) > 1e-3
         assert relative_error(last[2], last[0]) > 1e-3

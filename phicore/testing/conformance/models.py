@@ -1,4 +1,4 @@
-"""Whole models: logits and seeded text like those of the protocol's defaults on NumPy."""
+"""Tests of whole models, compared with the protocol's default operations on NumPy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DRAWN = Sampling(temperature=0.9, top_k=30, top_p=0.9, min_p=0.02, repeat_penalt
 
 
 class Reference(Backend):
-    """The protocol's defaults on NumPy: what every operation means."""
+    """The protocol's default operations on NumPy, which define what every operation means."""
 
     xp = np
 
@@ -60,7 +60,7 @@ def text(engine: Engine, sampling: Sampling, seed: int = 1, limit: int = 24) -> 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the reference makes of a model."""
+    """The results of the reference backend for a model."""
 
     path: Path
     logits: np.ndarray
@@ -96,11 +96,11 @@ class ModelsConformance(Conformance):
         assert_close(engine.logits(PROMPT), model.logits, tolerances.FLOAT32_LOGITS)
 
     def test_seeded_text_equals_the_reference(self, engine: Engine, model: Expected) -> None:
-        """A seed gives the same text on every backend."""
+        """Check that a seed gives the same text on every backend."""
         assert text(engine, DRAWN) == model.text
 
     def test_text_goes_on_when_the_cache_grows(self, ops: Backend, tmp_path: Path) -> None:
-        """Beyond the 256 positions that a cache has at first."""
+        """Generate a text that fills the first capacity, so that the cache grows."""
         path = write_model(tmp_path / "m.gguf", PHI3, Type.F32, tokenizer=False)
         prompt = PROMPT * 12
         engines = [engine_of(Reference(), path), engine_of(ops, path)]
@@ -111,7 +111,7 @@ class ModelsConformance(Conformance):
     def test_two_models_at_a_time_do_not_disturb_each_other(
         self, make: Make, tmp_path: Path
     ) -> None:
-        """Each on a backend of its own, in threads of one process."""
+        """Run two models in threads of one process, each on a backend of its own."""
         paths = [
             write_model(tmp_path / f"{seed}.gguf", PHI3, Type.Q4_K, seed=seed, tokenizer=False)
             for seed in range(2)

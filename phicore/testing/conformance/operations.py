@@ -1,4 +1,4 @@
-"""The small operations and the edges, against float64."""
+"""Tests of the small operations, compared with float64, and of copies, `compile` and loops."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from phicore.testing import oracle, tolerances
 from phicore.testing.compare import assert_close
 from phicore.testing.conformance.base import Conformance
 
-# B, T, heads, D: all different.
+# All sizes are different, so that swapped axes cannot pass.
 B, T, HEADS, D = 2, 3, 5, 8
 
 
@@ -101,7 +101,7 @@ class OperationsConformance(Conformance):
         assert np.isnan(result[0])
 
     def test_asarray_host_array_changes_later_copy_does_not(self, ops: Backend) -> None:
-        for offset in range(16):  # a library may take memory over that is aligned to 64 bytes
+        for offset in range(16):  # a library may use memory without a copy if aligned to 64 bytes
             host = np.ones(4096, np.float32)[offset:]
             device = ops.asarray(host)
             host[:] = 2
@@ -122,7 +122,7 @@ class OperationsConformance(Conformance):
 
         one, two = (ops.asarray(np.full((2, 3), n, np.float32)) for n in (1, 2))
         run = ops.compile(fn)
-        for _ in range(2):  # the second call takes what the first compiled
+        for _ in range(2):  # the second call uses what the first call compiled
             result = run({"a": one, "list": [two, None]}, (two, one), None)
             assert np.array_equal(ops.to_numpy(result["sum"]), np.full((2, 3), 3))
             assert result["none"] is None

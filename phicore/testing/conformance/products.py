@@ -1,4 +1,4 @@
-"""`linear` and `embedding` on every ggml type, against float64."""
+"""Tests of `linear` and `embedding` with every ggml type, compared with float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ class ProductsConformance(Conformance):
     @pytest.fixture(scope="class")
     @classmethod
     def products(cls, ops: Backend) -> Callable[..., Any]:
-        """Several products and, where the matrix has one part, rows of it: compiled together."""
+        """Return a compiled function that computes several products and looks up rows."""
 
         def run(
             weight: Weight, xs: list[Array], ids: Array | None
@@ -85,7 +85,7 @@ class ProductsConformance(Conformance):
         bad: float,
         rng: np.random.Generator,
     ) -> None:
-        """A NaN or an infinity must not vanish in integers; other rows do not see it."""
+        """Check that a NaN or an infinity is not lost in integers, and affects only its own row."""
         matrix = oracle.matrix([data_type], [N], K, rng)
         xs = [rng.standard_normal((m, K), np.float32) for m in (1, 5)]
         expected = xs[1][1:].astype(np.float64) @ oracle.values(matrix).T
@@ -100,7 +100,7 @@ class ProductsConformance(Conformance):
     def test_linear_long_rows_equal_float64(
         self, ops: Backend, products: Callable[..., Any], data_type: Type, rng: np.random.Generator
     ) -> None:
-        """8192 columns: more than fits in one of the pieces that a kernel may cut a row into."""
+        """Check rows of 8192 columns, which a kernel may have to divide into pieces."""
         matrix = oracle.matrix([data_type], [40], 8192, rng)
         x = rng.standard_normal((1, 8192), np.float32)
         [y], _ = products(ops.load_weight(matrix), [ops.asarray(x)], None)
@@ -128,7 +128,7 @@ class ProductsConformance(Conformance):
     def test_fused_norms_and_gates_equal_float64(
         self, ops: Backend, data_type: Type, rows: int, rng: np.random.Generator
     ) -> None:
-        """`rms_norm_linear` and `swiglu_linear` are their parts one after the other."""
+        """Check that `rms_norm_linear` and `swiglu_linear` equal their two operations in turn."""
         matrix = oracle.matrix([data_type], [N], K, rng)
         x, gate_up = (rng.standard_normal((1, rows, n * K), np.float32) for n in (1, 2))
         norm = rng.standard_normal(K, np.float32)

@@ -1,4 +1,4 @@
-"""The sampler on every backend, against float64 and against what each parameter promises."""
+"""Tests of the sampler, compared with float64 and with the definition of each parameter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Host = dict[str, np.ndarray]
 
 
 def noise(batch: int, size: int, seed: int = 7) -> np.ndarray:
-    """What the engine would draw for the first steps of a seed."""
+    """Make the random numbers that the engine uses for the first steps of a seed."""
     return np.stack([sampler.uniforms(seed, step, size) for step in range(batch)])
 
 
@@ -51,7 +51,7 @@ def softmax(logits: Any, temperature: float = 1.0) -> np.ndarray:
 
 # ---- filters -------------------------------------------------------------------------------
 
-steps = st.integers(-20, 20).map(lambda i: i / 4)  # many are tied
+steps = st.integers(-20, 20).map(lambda i: i / 4)  # few values, so that many are tied
 grid = st.lists(st.one_of(steps, st.just(-np.inf)), min_size=V, max_size=V)
 
 
@@ -62,7 +62,7 @@ class SamplingConformance(Conformance):
     @pytest.fixture(scope="class")
     @classmethod
     def sample(cls, ops: Backend) -> Callable[..., np.ndarray]:
-        """`sampler.sample` of host arrays, compiled."""
+        """Return the compiled `sampler.sample`, for host arrays."""
         run = ops.compile(lambda *args: sampler.sample(ops, *args))
 
         def call(logits: Any, penalty: Host | None = None, draw: Host | None = None) -> np.ndarray:
@@ -85,7 +85,7 @@ class SamplingConformance(Conformance):
     @pytest.fixture(scope="class")
     @classmethod
     def kept(cls, ops: Backend) -> Callable[..., np.ndarray]:
-        """Which tokens the three filters leave."""
+        """Return a function that tells which tokens the three filters keep."""
 
         def run(logits: Any, temperature: Any, filters: dict[str, Any]) -> Any:
             largest = ops.xp.max(logits, axis=-1, keepdims=True)
@@ -110,7 +110,7 @@ class SamplingConformance(Conformance):
     @pytest.fixture(scope="class")
     @classmethod
     def penalized(cls, ops: Backend) -> Callable[..., np.ndarray]:
-        """Logits after the repeat penalty."""
+        """Return a function that applies the repeat penalty to logits."""
         run = ops.compile(lambda *args: sampler.apply_repeat_penalty(ops, *args))
 
         def call(logits: Any, recent: Any, last_n: Any, repeat_penalty: Any) -> np.ndarray:
@@ -169,8 +169,11 @@ class SamplingConformance(Conformance):
     def test_sample_same_uniforms_same_token_as_float64(
         self, sample: Callable[..., np.ndarray]
     ) -> None:
-        """On every backend, hence the same on all of them: but where the two best are within 1e-5
-        of each other, where rounding decides; of 20000 that is less than one in a thousand."""
+        """Check that draws equal float64's, so that all backends draw the same tokens.
+
+        If the two best scores are within 1e-5 of each other, rounding decides, and the draw is not
+        compared. This concerns less than one in a thousand of the 20,000 draws.
+        """
         logits = (np.sin(np.arange(40.0)) * 3).astype(np.float32)
         uniforms = noise(DRAWS, 40)
         tokens = sample([logits] * DRAWS, None, drawing(uniforms, temperature=0.8))
@@ -265,10 +268,11 @@ class SamplingConformance(Conformance):
         min_p: float,
     ) -> None:
         p = softmax(logits, temperature)
-        in_top_k = np.array([(p > x).sum() < (top_k or V) for x in p])  # ties share their fate
+        # Tied tokens are kept or dropped together.
+        in_top_k = np.array([(p > x).sum() < (top_k or V) for x in p])
         likelier = np.array([p[in_top_k & (p > x)].sum() for x in p])
         share = top_p * p[in_top_k].sum()
-        # Leave out what rounding decides.
+        # Leave out examples in which rounding decides.
         assume(top_p == 1 or (np.abs(likelier - share) > 1e-5).all())
         assume((np.abs(p - min_p * p.max()) > 1e-6).all() or min_p in (0, 1))
         expected = in_top_k & ((likelier < share) | (top_p == 1)) & (p >= min_p * p.max())
@@ -286,7 +290,10 @@ class SamplingConformance(Conformance):
     def test_keep_likely_top_p_that_rounds_to_zero_keeps_the_best(
         self, kept: Callable[..., np.ndarray], top_p: float
     ) -> None:
-        """A share of 0 kept no token, and the bound was then read at index -1: all were kept."""
+        """Check a regression: a top-p that rounded to 0 kept all tokens.
+
+        A share of 0 selected no token, and the bound was then read at index -1.
+        """
         assert (kept([[0, 1, 2, 3, 1, 0]], 1, top_p=top_p)[0] > 0).tolist() == [0, 0, 0, 1, 0, 0]
 
     def test_keep_likely_rows_have_their_own_parameters(
@@ -304,7 +311,7 @@ class SamplingConformance(Conformance):
     def test_keep_likely_top_p_counts_what_top_k_left(
         self, kept: Callable[..., np.ndarray]
     ) -> None:
-        """0.4 of 0.7 is more than half, though it is less than half of 1."""
+        """Check a token whose probability 0.4 is over 0.55 of 0.7 but under 0.55 of 1."""
         logits = np.log([[0.4, 0.3, 0.2, 0.1]])
         assert (kept(logits, 1, top_k=2, top_p=0.55)[0] > 0).tolist() == [1, 0, 0, 0]
         assert (kept(logits, 1, top_p=0.55)[0] > 0).tolist() == [1, 1, 0, 0]
@@ -379,7 +386,7 @@ class SamplingConformance(Conformance):
     def test_sample_penalty_beyond_float32_gives_minus_one(
         self, sample: Callable[..., np.ndarray], temperature: float | None
     ) -> None:
-        """The infinite logit made differences that are no numbers, and these a draw by chance."""
+        """Check a regression: infinite logits gave NaN differences, and a token was drawn."""
         penalty = {
             "recent": np.array([[1]], np.int32),
             "last_n": np.array([1], np.int32),

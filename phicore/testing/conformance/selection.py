@@ -1,4 +1,4 @@
-"""`Backend.largest`, the selection behind top-k and top-p, against sorting."""
+"""Tests of `Backend.largest`, the selection behind top-k and top-p, compared with sorting."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ FARTHEST = -float(np.finfo(np.float32).max)
 
 
 def expected(x: Any, counts: Any, total: int) -> np.ndarray:
-    """One row: add what the numbers count, from the largest down, until it is enough."""
+    """Compute a row of `largest`: add counts from the largest number down to reach the total."""
     x, counts = np.array(x, np.float32), np.array(counts, np.int64)
     held = 0
-    for number in np.unique(x)[::-1]:  # -0.0 and 0.0 are one
+    for number in np.unique(x)[::-1]:  # -0.0 and 0.0 are one number
         held += counts[x == number].sum()
         if held >= total:
             return x >= number
     return np.ones(len(x), bool)
 
 
-# Few different numbers, so that many are tied; neighbours in float32; all magnitudes; no others
-# than the operation promises to tell apart.
+# Few different numbers, so that many are tied; neighbours in float32; numbers of all magnitudes.
+# The operation need not distinguish other numbers.
 numbers = st.one_of(
     st.integers(-8, 0).map(lambda i: i / 4),
     st.integers(0, 5).map(lambda i: -1 - i * 2.0**-23),
@@ -51,7 +51,7 @@ class SelectionConformance(Conformance):
     @pytest.fixture(scope="class")
     @classmethod
     def largest(cls, ops: Backend) -> Callable[..., np.ndarray]:
-        """`Backend.largest` of host arrays, compiled."""
+        """Return the compiled `Backend.largest`, for host arrays."""
         run = ops.compile(ops.largest)
 
         def call(x: Any, counts: Any, total: Any) -> np.ndarray:
