@@ -38,7 +38,8 @@ def main() -> NoReturn:
     except ArgumentError as error:
         code = _fail(error.worded(str if _fault(error) else _as_option), 2)
     except PhicoreError as error:
-        code = _fail(error.worded(_as_option), error.exit_code)
+        is_option = error.parameter is not None and _as_option(error.parameter) != error.parameter
+        code = _fail(error.worded(_as_option), 2 if is_option else error.exit_code)
     except typer.TyperException as error:
         code = _fail_usage(error)
     except (KeyboardInterrupt, typer.Abort):

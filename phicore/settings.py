@@ -19,7 +19,7 @@ def setting(
     *,
     expected: str | None = None,
     check: Callable[[Any], bool] = lambda value: True,
-    flag: str | None = None,
+    flags: tuple[str, ...] = (),
     metavar: str | None = None,
     shown_default: str | None = None,
 ) -> Any:
@@ -30,7 +30,7 @@ def setting(
         help: The help text, in complete sentences.
         expected: A description of the allowed values, for error messages.
         check: Returns whether a value of the right type is allowed.
-        flag: A short option on the command line, such as `-t`.
+        flags: Other names of the option on the command line, such as `-t`.
         metavar: The placeholder for the value in help texts.
         shown_default: The description of the default in help texts.
     """
@@ -38,7 +38,7 @@ def setting(
         "help": help,
         "expected": expected,
         "check": check,
-        "flag": flag,
+        "flags": flags,
         "metavar": metavar,
         "shown_default": shown_default,
     }

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from phicore.backend.host import cpu_count
 from phicore.backend.shapes import PROMPT_CHUNKS
 from phicore.errors import BackendError
 from phicore.settings import check_settings, setting
+
+THREADS_OF_A_CPU = 4
+"""More threads than this for each CPU only wait for each other."""
+MOST_THREADS = THREADS_OF_A_CPU * cpu_count()
 
 
 @dataclass(frozen=True)
@@ -18,46 +23,48 @@ class BackendOptions:
     """
 
     device: str | None = setting(
-        None, "A device of the backend, such as cpu, cuda:1 or metal.", metavar="NAME"
+        None,
+        "The device to compute on, such as cpu, cuda:1 or metal; `phicore backends` lists them.",
+        metavar="NAME",
     )
     devices: int = setting(
         1,
-        "Number of GPUs to split the model over (JAX): --device and those after it.",
+        "Number of GPUs to split the model over, counted from --device (JAX).",
         expected="1 or more",
         check=lambda n: n >= 1,
         metavar="N",
     )
     cache_type: str | None = setting(
         None,
-        "How keys and values are stored in the cache, such as f32, i16 or q8_0; each backend has "
-        "some of the types, and docs/models.md says what each rounds.",
+        "The type of the key-value cache: f32, f16, i16 (16-bit integers with scales) or q8_0; "
+        "with JAX also i24, with MLX on a GPU bf16.",
         metavar="TYPE",
         shown_default="the backend's",
     )
     dtype: str | None = setting(
         None,
-        "The dtype that prompts are multiplied in: float32 or, on a GPU with MLX, float16 or "
-        "bfloat16.",
+        "The type of numbers in matrix products while a prompt is read: float32 or, with MLX on a "
+        "GPU, float16 or bfloat16.",
         metavar="TYPE",
         shown_default="the backend's",
     )
     fast_prefill: bool = setting(
         False,
-        "Read prompts faster and less exactly: the logits have a relative error of up to 1.3e-2, "
-        "as llama.cpp's have.",
+        "Read prompts up to twice as fast and less exactly, with logits about as exact as "
+        "llama.cpp's (JAX).",
     )
     compact: bool = setting(
         False,
-        "Round the scales of quantized weights to float16: weights take up to a sixth less memory "
-        "and have an error of 2e-4.",
+        "Round the scales of quantized weights to float16. This saves up to a sixth of the "
+        "weights' memory, at a relative error of 3e-4 (MLX).",
     )
     threads: int | None = setting(
         None,
-        "Number of CPU threads that compute.",
-        expected="1 or more",
-        check=lambda n: n >= 1,
+        "Number of CPU threads that compute (JAX).",
+        expected=f"1 to {MOST_THREADS}, {THREADS_OF_A_CPU} for each CPU",
+        check=lambda n: 1 <= n <= MOST_THREADS,
         metavar="N",
-        shown_default="one for each processor",
+        shown_default="one for each logical CPU",
     )
 
     def __post_init__(self) -> None:
@@ -120,16 +127,20 @@ class Capabilities:
         if options.devices != 1 and not self.has_devices:
             raise BackendError("this backend computes on one device", parameter="devices")
         if options.threads is not None and not self.has_threads:
-            raise BackendError("this backend's library decides on this device", parameter="threads")
+            raise BackendError(
+                "this backend leaves the number of threads to its library", parameter="threads"
+            )
         for name, known in (("cache_type", self.cache_types), ("dtype", self.dtypes)):
             value = getattr(options, name)
             if value is not None and value not in known:
                 raise BackendError(
-                    parameter=name, expected=f"{', '.join(known)} on this device", got=value
+                    parameter=name,
+                    expected=f"{', '.join(known)} with this backend on {self.device}",
+                    got=value,
                 )
         if options.fast_prefill and not self.has_fast_prefill:
             raise BackendError(
-                "this backend has only the exact products on this device", parameter="fast_prefill"
+                f"this backend has only exact products on {self.device}", parameter="fast_prefill"
             )
         if options.compact and not self.has_compact:
             raise BackendError("this backend has only exact weights", parameter="compact")

@@ -48,7 +48,8 @@ app = typer.Typer(
     cls=WithPlugins,
     rich_markup_mode=None,  # plain help: it fits 80 columns, and needs no import of rich
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Run Phi-3 and models with the same graph from GGUF files, on any tensor library.",
+    help="Run Phi-3, Llama, Mistral, SmolLM2 and Qwen2 models from GGUF files, with JAX, MLX or "
+    "NumPy.",
     epilog="""
 \b
 Examples:
@@ -78,7 +79,7 @@ def root(
         bool,
         typer.Option(
             "--no-plugins",
-            help="Load no plugins other than phicore's own backends.",
+            help="Load only what phicore itself has and the backends jax, mlx and numpy.",
             is_eager=True,
             callback=_switch_plugins_off,  # runs before plugins are searched for the command
         ),

@@ -52,7 +52,7 @@ def bench(
             "--n-prompt",
             "-p",
             metavar="N,...",
-            help="Measure prompts of these lengths. 0 measures none. [512]",
+            help="Lengths of prompts to read, in tokens. 0 skips this test. [512]",
         ),
     ] = None,
     n_gen: Annotated[
@@ -61,7 +61,7 @@ def bench(
             "--n-gen",
             "-n",
             metavar="N,...",
-            help="Measure answers of these lengths. 0 measures none. [64]",
+            help="Lengths of answers to generate, in tokens. 0 skips this test. [64]",
         ),
     ] = None,
     depth: Annotated[
@@ -70,7 +70,7 @@ def bench(
             "--depth",
             "-d",
             metavar="N,...",
-            help="Generate answers after prompts of these lengths. [0]",
+            help="Numbers of tokens that fill the context before an answer. [0]",
         ),
     ] = None,
     repetitions: Annotated[
@@ -89,7 +89,7 @@ def bench(
 ) -> None:
     """Measure how fast prompts are read and tokens generated."""
     if model is not None and synthetic is not None:
-        raise ArgumentError("it is a model of its own; leave --model out", parameter="synthetic")
+        raise ArgumentError("names a model already; leave --model out", parameter="synthetic")
     if as_json and markdown:
         raise ArgumentError("not together with --json", parameter="markdown")
     from phicore.lab.bench import measure, plan
@@ -177,7 +177,9 @@ def _head(found: dict[str, Any]) -> list[tuple[str, str]]:
     peak = found["peak_memory_bytes"]
     cost = f"load {found['load_s']:.2f} s, compile {found['compile_s']:.2f} s"
     lines.append(("cost", cost if peak is None else f"{cost}, peak memory {size(peak)}"))
-    return [*lines, ("figures", f"medians of {found['repetitions']} runs after one to warm up")]
+    count = found["repetitions"]
+    runs = "one run" if count == 1 else f"medians of {count} runs"
+    return [*lines, ("figures", f"{runs} after one to warm up")]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

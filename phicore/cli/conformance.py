@@ -26,7 +26,7 @@ def conformance(
     backend: BackendOption = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A device of the backend, such as cpu, cuda:1 or metal."),
+        typer.Option(metavar="NAME", help="The device to test, such as cpu, cuda:1 or metal."),
     ] = None,
     keyword: Annotated[
         str,
@@ -41,9 +41,9 @@ def conformance(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Test a backend: every operation, every quantization, whole models.
+    """Test a backend.
 
-    Needs phicore[testing]. The exit code is 1 if a test fails.
+    The tests cover every operation, every quantization type and whole models. This needs phicore[testing]. The exit code is 1 if a test fails.
     """
     from phicore.cli.terminal import Console, table
     from phicore.plugins import Plugins, choose_backend

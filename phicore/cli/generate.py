@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from phicore.cli.options import (
     model_or_default,
     takes,
 )
-from phicore.cli.stdin import read_text
+from phicore.cli.stdin import read_file, read_text
 from phicore.errors import ArgumentError
 from phicore.lab.interrupts import swallowed_interrupts
 from phicore.network.sampling import Sampling
@@ -37,7 +38,7 @@ Examples:
 """
 
 
-@takes("sampling", Sampling, else_of="the model's")
+@takes("sampling", Sampling, else_of="the file's")
 @takes("backend_options", BackendOptions)
 def generate(
     *,
@@ -45,9 +46,14 @@ def generate(
         str | None,
         typer.Argument(
             metavar="PROMPT|-",
-            help="The message to the model. - reads it from standard input, as a pipe does.",
+            help="The message to the model. With -, or without this argument in a pipe, it is read "
+            "from standard input.",
             show_default=False,
         ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="FILE", help="Read the prompt from this file."),
     ] = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
@@ -62,13 +68,17 @@ def generate(
         bool,
         typer.Option(
             "--raw",
-            help="Send the prompt as it is, with special tokens and without the chat template.",
+            help="Use the prompt as it is, without the chat template; <|user|> and the like in it "
+            "become special tokens.",
         ),
     ] = False,
     max_tokens: Annotated[
         int,
         typer.Option(
-            "--max-tokens", "-n", metavar="N", min=1, help="Stop after this many new tokens."
+            "--max-tokens",
+            "-n",
+            metavar="N",
+            help="Write at most this many tokens. -1 writes until the context is full.",
         ),
     ] = 256,
     sampling: dict[str, Any],
@@ -76,31 +86,39 @@ def generate(
         int | None,
         typer.Option(
             metavar="N",
-            min=0,
-            max=2**64 - 1,
             help="Seed of the random numbers. The same seed gives the same text on every backend. "
-            "[random; --stats prints it]",
+            "[random; printed after the text]",
         ),
     ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Stop before this string. May be given several times."),
+        typer.Option(
+            metavar="TEXT",
+            help="Stop at this string, which is not printed. May be given several times.",
+        ),
     ] = None,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option("--ignore-eos", help="Do not stop at the tokens that end an answer."),
+    ] = False,
     processor: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=ARG",
-            help="Change the scores before a token is chosen: logit-bias=ID:BIAS,..., "
-            "frequency-penalty=X, presence-penalty=X, or a processor of a plugin. May be given "
+            help="Change the logits before a token is chosen: logit-bias=ID:BIAS[,ID:BIAS...]; "
+            "frequency-penalty=X; presence-penalty=X; or a processor of a plugin. May be given "
             "several times.",
         ),
     ] = None,
     ctx: Annotated[
         int | None,
         typer.Option(
+            "--ctx",
+            "--ctx-size",
+            "-c",
             metavar="N",
             min=1,
-            help="Context size: how many tokens the prompt and the answer may have together. "
+            help="Context size: the most tokens that the prompt and the answer have together. "
             "[the model's]",
         ),
     ] = None,
@@ -117,7 +135,12 @@ def generate(
     from phicore.cli.terminal import Console, stats_lines
     from phicore.engine import Request
 
-    text = read_text(prompt)
+    if file is not None:
+        if prompt is not None:
+            raise ArgumentError("leave the prompt out; the file has it", parameter="file")
+        text = read_file(file)
+    else:
+        text = read_text(prompt)
     given = {name: value for name, value in sampling.items() if value is not None}
     # Check the options before a long load. The real request is made later, with the tokenizer.
     Request([0], Sampling(**given), max_tokens=max_tokens, seed=seed, stop=stop or ())
@@ -146,6 +169,7 @@ def generate(
             max_tokens=max_tokens,
             seed=seed,
             stop=stop or [],
+            ignore_eos=ignore_eos,
             system=system,
             raw=raw,
             processors=processor or [],

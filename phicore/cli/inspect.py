@@ -23,7 +23,7 @@ def inspect(
     ref: Annotated[str | None, typer.Argument(metavar="REF", help=MODEL_HELP)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the hyperparameters, tensors and tokenizer of a GGUF file."""
+    """Show what a GGUF file holds."""
     from phicore.lab.inspection import inspect_model
 
     found = inspect_model(model_or_default(ref, Console().say))
@@ -35,12 +35,23 @@ def inspect(
 
 def tokenize(
     text: Annotated[
-        str | None, typer.Argument(help="The text. - reads it from standard input, as a pipe does.")
+        str | None,
+        typer.Argument(
+            metavar="TEXT|-",
+            help="The text. With -, or without this argument in a pipe, it is read from standard "
+            "input.",
+            show_default=False,
+        ),
     ] = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Apply the chat template first, as `generate` does.")
+        bool,
+        typer.Option(
+            "--chat",
+            help="Apply the chat template first, as `generate` does. Without this the text is "
+            "taken as with `generate --raw`.",
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

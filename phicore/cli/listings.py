@@ -26,7 +26,7 @@ def as_command(name: str, function: Callable[..., None]) -> Any:
 
 
 def plugins(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List the installed plugins, what they provide, and which cannot be used."""
+    """List the installed plugins."""
     from phicore.cli.terminal import table
     from phicore.plugins import Plugins
 

@@ -12,17 +12,19 @@ def new_backend(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="The name of the backend, as `--backend` will take it."
+            metavar="NAME",
+            help="The name of the backend, for --backend: lower-case letters, digits and _.",
         ),
     ],
     into: Annotated[
         Path,
-        typer.Option(
-            "--into", metavar="FOLDER", help="The folder to write into. [the current one]"
-        ),
+        typer.Option("--into", metavar="FOLDER", help="The folder to write into."),
     ] = Path(),
 ) -> None:
-    """Write the skeleton of a backend: a plugin that computes on NumPy, with its tests."""
+    """Write a backend to start from.
+
+    It is a plugin with its tests, and computes with NumPy until you replace the operations.
+    """
     from phicore.cli.terminal import Console
     from phicore.lab.scaffold import write_backend
 

@@ -95,7 +95,7 @@ def _option(field: Field[Any], else_of: str) -> inspect.Parameter:
         default, shown = None, f"{else_of}, else {field.default:g}"
     if shown is not None:
         help = f"{help} [{shown}]"
-    flags = [f"--{field.name.replace('_', '-')}"] + ([about["flag"]] if about["flag"] else [])
+    flags = [f"--{field.name.replace('_', '-')}", *about["flags"]]
     option = typer.Option(
         *flags, help=help, metavar=about["metavar"], show_default=base is not bool and shown is None
     )
@@ -116,7 +116,7 @@ BackendOption = Annotated[
         "-b",
         metavar="NAME",
         help="The tensor library to compute with; `phicore backends` lists those that work here. "
-        "[the fastest]",
+        "[the first that works, of jax, mlx and others]",
         autocompletion=complete_backend,
     ),
 ]

@@ -27,20 +27,23 @@ def parity(
             "--backends",
             "-b",
             metavar="NAME,...",
-            help="Backends to compare; the first is compared with the others. [all that work here]",
+            help="Backends to compare; all others are compared with the first. "
+            "[all that work here]",
         ),
     ] = None,
     against: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.npz",
-            help="Compare with a reference: logits that tools/make_reference.py wrote.",
+            help="Compare with reference logits. tools/make_reference.py in phicore's repository "
+            "writes such a file.",
         ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEXT", help="A text to compute logits of. May be given several times."
+            metavar="TEXT",
+            help="Use this text in place of the built-in ones. May be given several times.",
         ),
     ] = None,
     n_gen: Annotated[
@@ -56,13 +59,14 @@ def parity(
         ),
     ] = 1e-4,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Find the first operation at which backends part.")
+        bool, typer.Option("--trace", help="Find the first operation whose results differ.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare backends with each other, or with a reference, on the same prompts.
+    """Compare the results of backends.
 
-    The exit code is 1 if one is further off than --max-error.
+    The backends compute logits and greedy text of the same prompts, and are compared with each
+    other or with a reference. The exit code is 1 if an error exceeds --max-error.
     """
     from phicore.cli.terminal import Console, table
     from phicore.lab.parity import PROMPTS
@@ -90,9 +94,9 @@ def parity(
         for part in found.get("parts", []):
             where = part["operation"]
             if where is None:
-                print(f"{part['name']}: parts nowhere")
+                print(f"{part['name']}: no operation differs")
             else:
-                print(f"{part['name']}: parts at {where}, by {part['errors'][where]:.1e}")
+                print(f"{part['name']}: first differs at {where}, by {part['errors'][where]:.1e}")
     if not all(row["is_within"] for row in found["comparisons"]):
         raise typer.Exit(1)
 

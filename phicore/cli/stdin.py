@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 from phicore.errors import ArgumentError
 
@@ -25,9 +26,26 @@ def read_text(text: str | None) -> str:
     return text
 
 
+def read_file(path: Path) -> str:
+    """Read a text file; one newline at its end does not count.
+
+    Raises:
+        ArgumentError: If it cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise ArgumentError(f"{path}: {error.strerror}", parameter="file") from None
+    except UnicodeDecodeError:
+        raise ArgumentError(f"{path}: not UTF-8 text", parameter="file") from None
+    if not text:
+        raise ArgumentError(f"{path}: no text in it", parameter="file")
+    return text
+
+
 def _read_stdin(is_asked: bool) -> str:
     if sys.stdin is None:
-        raise ArgumentError("no text: standard input is closed; give it as an argument")
+        raise ArgumentError("no text: standard input is closed; give the text as an argument")
     if not is_asked and sys.stdin.isatty():
         raise ArgumentError("no text: give it as an argument, or - to read standard input")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -37,5 +55,5 @@ def _read_stdin(is_asked: bool) -> str:
     except UnicodeDecodeError as error:
         raise ArgumentError(f"standard input is not {error.encoding} text: {error}") from None
     if not text and not is_asked:
-        raise ArgumentError("no text: standard input is empty; give it as an argument")
+        raise ArgumentError("no text: standard input is empty; give the text as an argument")
     return text

@@ -159,7 +159,7 @@ def plan(n_prompt: Sequence[str], n_gen: Sequence[str], depth: Sequence[str]) ->
     rows = [Row(n_prompt=n) for n in prompts if n]
     rows += [Row(n_gen=n, depth=d) for d in depths for n in answers if n]
     if not rows:
-        raise ArgumentError("nothing to measure: n-prompt and n-gen are both 0")
+        raise ArgumentError("nothing to measure: --n-prompt and --n-gen are both 0")
     return rows
 
 

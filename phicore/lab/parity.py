@@ -178,7 +178,7 @@ def parity(
         ArgumentError: If there are fewer than two readings to compare, or the file does not fit.
     """
     if len(backends) + (against is not None) < 2:
-        raise ArgumentError("backends: expected two or more, or one and a reference")
+        raise ArgumentError("expected two or more, or one with --against", parameter="backends")
     expected = None
     ids: list[list[int]] = []
     if against is not None:

@@ -21,11 +21,11 @@ class Sampling:
 
     temperature: float = setting(
         0.8,
-        "Divide the scores by this before a token is drawn: lower is more predictable. 0 always "
-        "takes the most probable token.",
+        "Divide the logits by this before a token is drawn: a lower value is more predictable. 0 "
+        "always takes the most probable token. Top-k, top-p and min-p then apply, in this order.",
         expected="0 (greedy), or 1e-6 to 1e6",
         check=lambda x: x == 0 or 1e-6 <= x <= 1e6,
-        flag="-t",
+        flags=("--temp", "-t"),
     )
     top_k: int = setting(
         40,
@@ -35,27 +35,28 @@ class Sampling:
     )
     top_p: float = setting(
         0.95,
-        "Keep the smallest set of tokens whose probabilities reach p. 1 keeps all.",
+        "Keep the smallest set of tokens whose probabilities sum to p or more. 1 keeps all.",
         expected="more than 0, at most 1",
         check=lambda p: 0 < p <= 1,
     )
     min_p: float = setting(
         0.05,
-        "Drop tokens less likely than this fraction of the best one. 0 drops none.",
+        "Drop tokens whose probability is less than this fraction of the most probable token's. "
+        "0 drops none.",
         expected="0 to 1",
         check=lambda p: 0 <= p <= 1,
     )
     repeat_penalty: float = setting(
         1.0,
-        "Make recent tokens less likely: positive scores are divided by this, negative ones "
-        "multiplied. 1 is no penalty.",
+        "Make recent tokens less likely: positive logits are divided by this, and negative logits "
+        "are multiplied. 1 is no penalty.",
         expected="1e-6 to 1e6",
         check=lambda x: 1e-6 <= x <= 1e6,
     )
     repeat_last_n: int = setting(
         64,
-        "How many recent tokens, the prompt's included, the penalty looks at. 0 is none, -1 "
-        "is all.",
+        "Number of recent tokens, including the prompt's, that the repeat penalty looks at. 0 "
+        "turns the penalty off; -1 looks at all.",
         expected="-1 (all) or more",
         check=lambda n: n >= -1,
     )

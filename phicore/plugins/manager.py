@@ -35,6 +35,7 @@ It has names of plugins or distributions, with commas between them. `*` switches
 except phicore's own.
 """
 # If the user names no backend, these are tried in this order, then other backends by name.
+DEVICES = ("cpu", "cuda", "gpu", "metal", "mps")  # names that people give as a backend
 PREFERRED_BACKENDS = (
     ("mlx", "jax", "numpy") if sys.platform == "darwin" else ("jax", "mlx", "numpy")
 )
@@ -429,8 +430,8 @@ def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:
                 f"{broken[name].reason}"
             )
         raise BackendError(
-            f"no backend {name!r}; installed: {', '.join(backends) or 'none'}; "
-            f"a backend comes with its package, such as phicore-{name}"
+            f"no backend {name!r}; installed: {', '.join(backends) or 'none'}"
+            + (f"; {name} is a device: --device {name}" if name in DEVICES else "")
         )
     reasons = []
     for info in backends.values():

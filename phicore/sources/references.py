@@ -186,7 +186,7 @@ def default_reference() -> tuple[str, str]:
         shown = Path("~", path.relative_to(home)) if path.is_relative_to(home) else path
         return reference, f"from {shown}"
     if _on_this_machine("smollm2", {}):
-        return "smollm2", "the embedded demo model"
+        return "smollm2", "the installed demo model"
     return "phi-3-mini", "the default"
 
 
@@ -217,8 +217,10 @@ def known_models() -> list[KnownModel]:
 
 def _local_files(path: Path, reference: str) -> ModelFiles:
     if path.is_dir():
-        models = hub.listed(hub.model_names(_names_in(path)))
-        raise SourceError(f"{reference}: a folder; name a GGUF file in it: {models}")
+        models = hub.model_names(_names_in(path))
+        if not models:
+            raise SourceError(f"{reference}: a folder without GGUF files")
+        raise SourceError(f"{reference}: a folder; name a GGUF file in it: {hub.listed(models)}")
     if path.exists() and not path.is_file():
         raise SourceError(f"{reference}: not a regular file")
     if not path.is_file():

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from llvmlite import ir
 
+from phicore.backend.host import cpu_count
+from phicore.backend.options import MOST_THREADS
 from phicore_jax.kernels.lang import I32, I64, PTR, Function, Module, Value
 
 if TYPE_CHECKING:
@@ -207,10 +209,8 @@ class Pool:
 
 
 def thread_count() -> int:
-    """Return PHICORE_THREADS if positive, or the number of processors this process may use."""
+    """Return PHICORE_THREADS if positive, or the number of CPUs that this process may use."""
     wanted = os.environ.get("PHICORE_THREADS", "")
     if wanted.isdecimal() and int(wanted) > 0:
-        return int(wanted)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(int(wanted), MOST_THREADS)
+    return cpu_count()
