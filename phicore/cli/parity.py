@@ -56,7 +56,7 @@ def parity(
         ),
     ] = 1e-4,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Find the first operation at which backends part.")
+        bool, typer.Option("--trace", help="Find the first operation whose result differs.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,9 +90,9 @@ def parity(
         for part in found.get("parts", []):
             where = part["operation"]
             if where is None:
-                print(f"{part['name']}: parts nowhere")
+                print(f"{part['name']}: no operation differs")
             else:
-                print(f"{part['name']}: parts at {where}, by {part['errors'][where]:.1e}")
+                print(f"{part['name']}: differs from {where} on, by {part['errors'][where]:.1e}")
     if not all(row["is_within"] for row in found["comparisons"]):
         raise typer.Exit(1)
 
