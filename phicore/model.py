@@ -225,7 +225,7 @@ class Model:
         known = {field.name for field in fields(Sampling)}
         if unknown := sampling.keys() - known:
             raise ArgumentError(
-                f"there is no such parameter; those of sampling are {', '.join(sorted(known))}",
+                f"unknown parameter; the parameters of the sampler are {', '.join(sorted(known))}",
                 parameter=min(unknown),
             )
         if isinstance(processors, str) or not isinstance(processors, Sequence):
@@ -374,7 +374,7 @@ def load(
     known = {field.name for field in fields(BackendOptions)}
     if unknown := options.keys() - known:
         raise ArgumentError(
-            f"there is no such parameter; those of a backend are {', '.join(sorted(known))}",
+            f"unknown parameter; the options of a backend are {', '.join(sorted(known))}",
             parameter=min(unknown),
         )
     chosen = BackendOptions(**options)

@@ -67,8 +67,8 @@ class CacheType:
         """
         if self.group is not None and dim % self.group:
             raise BackendError(
-                f"cache type {self.name}: this model's heads have {dim} channels, which are no "
-                f"blocks of {self.group}; take i16 or f16"
+                f"cache type {self.name}: this model's heads have {dim} channels, which is "
+                f"not a multiple of {self.group}; take i16 or f16"
             )
 
 

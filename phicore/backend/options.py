@@ -127,9 +127,7 @@ class Capabilities:
         if options.devices != 1 and not self.has_devices:
             raise BackendError("this backend computes on one device", parameter="devices")
         if options.threads is not None and not self.has_threads:
-            raise BackendError(
-                "this backend leaves the number of threads to its library", parameter="threads"
-            )
+            raise BackendError("the library chooses the number on this device", parameter="threads")
         for name, known in (("cache_type", self.cache_types), ("dtype", self.dtypes)):
             value = getattr(options, name)
             if value is not None and value not in known:

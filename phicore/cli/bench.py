@@ -89,7 +89,7 @@ def bench(
 ) -> None:
     """Measure how fast prompts are read and tokens generated."""
     if model is not None and synthetic is not None:
-        raise ArgumentError("names a model already; leave --model out", parameter="synthetic")
+        raise ArgumentError("it replaces the model; leave --model out", parameter="synthetic")
     if as_json and markdown:
         raise ArgumentError("not together with --json", parameter="markdown")
     from phicore.lab.bench import measure, plan

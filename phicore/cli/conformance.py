@@ -43,7 +43,8 @@ def conformance(
 ) -> None:
     """Test a backend.
 
-    The tests cover every operation, every quantization type and whole models. This needs phicore[testing]. The exit code is 1 if a test fails.
+    The tests cover every operation, every quantization type and whole models. This needs
+    phicore[testing]. The exit code is 1 if a test fails.
     """
     from phicore.cli.terminal import Console, table
     from phicore.plugins import Plugins, choose_backend

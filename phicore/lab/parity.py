@@ -101,7 +101,7 @@ def read_reference(path: Path) -> tuple[list[int], Reading]:
         ) from None
     ids, logits, text = arrays["token_ids"], arrays["logits"], arrays["greedy_ids"]
     if ids.ndim != 1 or text.ndim != 1 or logits.ndim != 2 or len(logits) != len(ids):
-        raise ArgumentError(f"{path}: logits {logits.shape} are not those of {ids.shape} tokens")
+        raise ArgumentError(f"{path}: logits {logits.shape} do not fit {ids.shape} tokens")
     return ids.tolist(), Reading(path.name, [logits], [text.tolist()])
 
 

@@ -63,7 +63,7 @@ class LogitsProcessor(ABC):
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether the processor overrides `update`, so that it must be called for each token."""
+        """Return whether the processor overrides `update`, which is then called for each token."""
         return type(self).update is not LogitsProcessor.update
 
 

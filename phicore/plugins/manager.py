@@ -160,7 +160,7 @@ class Plugins:
             plugin = point.load()
             if (other := self._owners.get(id(plugin))) is not None:
                 reason = f"{point.value} is loaded already, as {other.name} of {other.distribution}"
-                self._report(owner.name, owner.distribution, f"{reason}; one must go")
+                self._report(owner.name, owner.distribution, f"{reason}; remove one")
                 return
             self.manager.register(plugin, name=name)
             is_registered = True

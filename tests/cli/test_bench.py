@@ -149,7 +149,7 @@ def test_duration_is_for_people(seconds: float, text: str) -> None:
     ("args", "message"),
     [
         (["--synthetic", "phi-4"], "no synthetic model 'phi-4'; there are: phi-3-mini,"),
-        (["--synthetic", "tiny", "-m", "x.gguf"], "--synthetic: it is a model of its own"),
+        (["--synthetic", "tiny", "-m", "x.gguf"], "--synthetic: it replaces the model"),
         (["--json", "--markdown"], "--markdown: not together with --json"),
         (["-p", "-1"], "--n-prompt: expected 0 or more, such as 128,512, got '-1'"),
         (["-n", "1.5"], "--n-gen: expected 0 or more"),

@@ -154,7 +154,7 @@ def test_generate_takes_a_request(tmp_path: Path):
         assert [p.token_id for p in model.generate(request)] == expected
         with pytest.raises(ArgumentError, match=r"^seed: a request has its own options$"):
             model.generate(request, seed=4)
-        with pytest.raises(ArgumentError, match=r"^temprature: there is no such parameter; those"):
+        with pytest.raises(ArgumentError, match=r"^temprature: unknown parameter; the parameters"):
             model.generate("Hi", temprature=1)
 
 

@@ -199,7 +199,7 @@ def test_compact_keeps_scales_that_float16_cannot_hold(rng: np.random.Generator)
             "cache_type: expected f32, f16, i16, q8_0 on this device, got 'bf16'",
         ),
         ({"fast_prefill": True}, "fast_prefill: this backend has only the exact products"),
-        ({"threads": 2}, "threads: this backend's library decides"),
+        ({"threads": 2}, "threads: the library chooses the number"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -135,7 +135,7 @@ def test_read_reference_of_another_file_is_an_error(tmp_path: Path):
     for name in ("a.npz", "b.npz", "missing.npz"):
         with pytest.raises(ArgumentError, match=rf"{name}: expected an \.npz file with token_ids"):
             read_reference(tmp_path / name)
-    with pytest.raises(ArgumentError, match=r"c\.npz: logits \(2, 3\) are not those of \(3,\)"):
+    with pytest.raises(ArgumentError, match=r"c\.npz: logits \(2, 3\) do not fit \(3,\)"):
         read_reference(tmp_path / "c.npz")
 
 

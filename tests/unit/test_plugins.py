@@ -378,7 +378,7 @@ def test_plugins_two_entry_points_of_one_module_say_so(install: Install):
     [broken] = loaded.broken
     assert broken.name == "zither"
     assert broken.reason == (
-        "throwaway_phicore_abacus is loaded already, as abacus of phicore-abacus; one must go"
+        "throwaway_phicore_abacus is loaded already, as abacus of phicore-abacus; remove one"
     )
 
 
