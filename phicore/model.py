@@ -17,7 +17,7 @@ import numpy as np
 from phicore.backend import Backend, BackendOptions
 from phicore.engine import Engine, Request
 from phicore.engine import Sequence as EngineSequence
-from phicore.engine.request import is_integer
+from phicore.engine.request import ROPE_FACTORS, is_integer
 from phicore.errors import ArgumentError, GGUFError, PhicoreError
 from phicore.gguf.reader import open_gguf
 from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
@@ -219,6 +219,7 @@ class Model:
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         processors: Sequence[LogitsProcessor | str] = (),
+        rope_factors: str = ROPE_FACTORS[0],
         **sampling: Any,
     ) -> Request:
         """Make a request from the arguments of `generate`, and check it."""
@@ -246,6 +247,7 @@ class Model:
             ends=frozenset() if ignore_eos else self.tokenizer.end_token_ids,
             stop=stop,
             processors=[self._processor(p) for p in processors],
+            rope_factors=rope_factors,
         )
 
     def generate(self, prompt: Prompt | Request, **options: Any) -> Generation:
@@ -253,7 +255,8 @@ class Model:
 
         Args:
             prompt: A prompt that `encode` takes, or a request, which allows no further options.
-            max_tokens: The largest number of new tokens; 256 by default.
+            max_tokens: The largest number of new tokens; 256 by default. -1 continues until the
+                context is full.
             temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n: The fields of
                 `Sampling`. None takes the value of the model's `sampling`.
             seed: The seed, 0 to 2**64 - 1. The same seed gives the same tokens on every backend.
@@ -263,6 +266,7 @@ class Model:
             system, raw, tools, documents, chat_template_kwargs: Arguments of `encode`.
             processors: Logits processors in the order in which they run: objects, or
                 `NAME=ARGUMENT` as on the command line.
+            rope_factors: "auto", or "long" to begin with LongRoPE's long factors.
         Raises:
             ArgumentError: If a value is outside of its range.
             ContextError: If the prompt leaves no room in the context.

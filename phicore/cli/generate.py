@@ -122,6 +122,15 @@ def generate(
             "[the model's]",
         ),
     ] = None,
+    rope_factors: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|long",
+            help="The rotary factors of models with LongRoPE, such as Phi-3-mini-128k. auto uses "
+            "the short factors until the text is longer than the original context, and then reads "
+            "the text again with the long factors; long uses these from the beginning.",
+        ),
+    ] = "auto",
     backend_options: dict[str, Any],
     as_json: JsonOption = False,
     stats: Annotated[
@@ -143,7 +152,14 @@ def generate(
         text = read_text(prompt)
     given = {name: value for name, value in sampling.items() if value is not None}
     # Check the options before a long load. The real request is made later, with the tokenizer.
-    Request([0], Sampling(**given), max_tokens=max_tokens, seed=seed, stop=stop or ())
+    Request(
+        [0],
+        Sampling(**given),
+        max_tokens=max_tokens,
+        seed=seed,
+        stop=stop or (),
+        rope_factors=rope_factors,
+    )
     BackendOptions(**backend_options)
     if raw and system is not None:
         raise ArgumentError("a raw prompt has no system message", parameter="system")
@@ -173,6 +189,7 @@ def generate(
             system=system,
             raw=raw,
             processors=processor or [],
+            rope_factors=rope_factors,
             **sampling,
         )
         pieces: list[Piece] = []

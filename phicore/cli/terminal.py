@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from math import inf
 from typing import TYPE_CHECKING
 
+from phicore.progress import AGAIN
+
 if TYPE_CHECKING:
     from rich.status import Status
 
@@ -66,9 +68,15 @@ class ProgressLine:
         self._last_s = -inf
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show the share of some work that is done; in a log, its time when it is finished."""
+        """Show the share of some work that is done; in a log, its time when it is finished.
+
+        Progress is not shown after text has begun, unless the text waits for long work.
+        """
         if self._is_over():
-            return  # progress would interrupt the text
+            if what != AGAIN:
+                return
+            if done == 0 and self._status is not None:
+                self._say("")  # the text goes on in a new line
         begun = self._started.setdefault(what, time.perf_counter())
         share = f" {done / total:4.0%}" if total > 1 else ""
         self._show(f"{what}{share}")

@@ -17,13 +17,13 @@ from phicore.backend import Backend
 from phicore.engine.request import Request
 from phicore.engine.runner import Runner
 from phicore.engine.sequence import Output, Sequence
-from phicore.engine.slots import Slots
+from phicore.engine.slots import Cache, Slots
 from phicore.errors import ArgumentError, ContextError, PhicoreError
 from phicore.gguf.reader import GGUFFile
 from phicore.network.architectures import Architecture, architecture_of
 from phicore.network.config import Phi3Config
 from phicore.network.weights import load_params, read_config
-from phicore.progress import Progress, silent
+from phicore.progress import AGAIN, Progress, silent
 
 EXPECTED_ANSWER = 512
 """A new cache has slots for the prompt and up to this many tokens of the answer. It can grow."""
@@ -92,15 +92,22 @@ class Engine:
         """Add a request. It takes no memory on the device until its first step.
 
         Raises:
-            ArgumentError: If the prompt has a token outside of the vocabulary.
+            ArgumentError: If the prompt has a token outside of the vocabulary, or the request asks
+                for rotary factors that the model does not have.
             ContextError: If the prompt leaves no room for an answer.
         """
         self._check_fits(request.prompt_ids, 1)
         room = self.context - len(request.prompt_ids)
         limit, at_limit = request.max_tokens, "length"
-        if limit > room:
+        if limit == -1 or limit > room:
             limit, at_limit = room, "context"
-        is_long = self.runner.tables.is_long(len(request.prompt_ids) + limit)
+        tables = self.runner.tables
+        if request.rope_factors != "auto" and not tables.has_two_parts:
+            raise ArgumentError(
+                "this model has one set of rotary factors; leave the option out",
+                parameter="rope_factors",
+            )
+        is_long = request.rope_factors == "long" or tables.is_long(len(request.prompt_ids))
         sequence = Sequence(request, limit, at_limit, is_long)
         self._sequences.append(sequence)
         return sequence
@@ -128,10 +135,9 @@ class Engine:
         for sequence in list(self._sequences if sequences is None else sequences):
             if sequence.slot is None:
                 self._place(sequence)
-            if sequence.is_prompt_read:
-                output = self._decode(sequence)
-            else:
-                output = self._read_chunk(sequence)
+            if self._has_outgrown_factors(sequence):
+                self._read_again(sequence)
+            output = self._decode(sequence) if sequence.is_read else self._read_chunk(sequence)
             outputs.append(output)
             if output.finish_reason is not None:
                 self.abort(sequence)
@@ -166,11 +172,10 @@ class Engine:
     def _place(self, sequence: Sequence) -> None:
         """Give slots to a sequence that has none yet."""
         request = sequence.request
-        positions = len(request.prompt_ids) + min(sequence.limit, EXPECTED_ANSWER)
         sequence.timings.start(len(request.prompt_ids))
         self.progress("prompt", 0, len(request.prompt_ids))
         slots = Slots.of(
-            self.runner.new_cache(positions, sequence.is_long),
+            self._empty_cache(sequence),
             [request],
             [sequence.limit],
             vocab_size=self.vocab_size,
@@ -179,25 +184,51 @@ class Engine:
         sequence.slot = next(self._numbers)
         self._slots[sequence.slot] = slots
 
+    def _empty_cache(self, sequence: Sequence) -> Cache:
+        expected = min(sequence.left, EXPECTED_ANSWER)
+        return self.runner.new_cache(sequence.given + expected, sequence.is_long)
+
+    def _has_outgrown_factors(self, sequence: Sequence) -> bool:
+        """Return whether the next token lies beyond LongRoPE's original context.
+
+        Sampled tokens that the host has not read yet come first. The last token of an answer is
+        never run, so it may lie beyond.
+        """
+        is_next = sequence.is_read and sequence.left and not self._slots_of(sequence).pending
+        left = self.runner.tables.left(sequence.computed, sequence.is_long)
+        return bool(is_next) and left is not None and left < 1
+
+    def _read_again(self, sequence: Sequence) -> None:
+        """Let a sequence read all its tokens anew, rotated by LongRoPE's long factors.
+
+        The reference does the same: its keys were rotated by the short factors, so the cache is of
+        no more use. The states of the sampler and of logits processors stay as they are.
+
+        Source: `prepare_inputs_for_generation` of transformers (modeling_phi3.py).
+        """
+        sequence.read_again(is_long=True)
+        self._slots_of(sequence).cache = self._empty_cache(sequence)
+        self.progress(AGAIN, 0, sequence.given)
+
     def _slots_of(self, sequence: Sequence) -> Slots:
         assert sequence.slot is not None, "a sequence is placed before it is computed"
         return self._slots[sequence.slot]
 
     def _read_chunk(self, sequence: Sequence) -> Output:
-        """Read a chunk of the prompt.
+        """Read a chunk of the given tokens.
 
         Every chunk samples a token. Only the token that the last chunk samples is used.
         """
-        slots, prompt = self._slots_of(sequence), sequence.request.prompt_ids
-        chunk = self.runner.chunk_at(prompt, sequence.computed)
+        slots = self._slots_of(sequence)
+        chunk = self.runner.chunk_at(sequence.tokens[: sequence.given], sequence.computed)
         before, state = slots.token, (slots.penalty, slots.states)
         self.runner.read(sequence, slots, chunk)
         if before is not None:  # once this token is computed, the previous chunk is in the cache
             self.runner.ops.to_numpy(before)
-            self.progress("prompt", sequence.computed, len(prompt))
+            self._tell(sequence, sequence.computed)
         sequence.computed = chunk.end
-        if sequence.is_prompt_read:
-            sequence.sampled = 1
+        if sequence.is_read:
+            sequence.sampled += 1
             slots.pending.append((slots.token, 1))
         else:
             slots.penalty, slots.states = state
@@ -224,9 +255,8 @@ class Engine:
                 raise PhicoreError(_NO_TOKEN if processors else _NOT_FINITE)
             slots.tell(value)
             sequence.timings.count_token()
-            if not sequence.answer:
-                prompt = len(sequence.request.prompt_ids)
-                self.progress("prompt", prompt, prompt)
+            if len(sequence.answer) == sequence.given - len(sequence.request.prompt_ids):
+                self._tell(sequence, sequence.given)
             sequence.answer.append(value)
             found.append(value)
             if value in sequence.request.ends:
@@ -236,12 +266,19 @@ class Engine:
             finish_reason = sequence.at_limit
         return Output(sequence, tuple(found), finish_reason)
 
+    def _tell(self, sequence: Sequence, done: int) -> None:
+        """Report how many of the given tokens are read."""
+        self.progress(AGAIN if sequence.is_read_again else "prompt", done, sequence.given)
+
     def _start_decode(self, sequence: Sequence) -> None:
-        """Start a decode call for the next tokens, unless all tokens have been sampled."""
-        if not sequence.left:
-            return
+        """Start a decode call for the next tokens, unless there are none for this cache."""
         most = self.runner.ops.capabilities.steps
-        count = 1 if sequence.needs_tokens else min(sequence.left, most)
+        count = min(sequence.left, 1 if sequence.needs_tokens else most)
+        factors = self.runner.tables.left(sequence.computed, sequence.is_long)
+        if factors is not None:
+            count = min(count, factors)
+        if count < 1:
+            return
         slots = self._slots_of(sequence)
         slots.pending.append((self.runner.decode(sequence, slots, count), count))
         sequence.computed += count

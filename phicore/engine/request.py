@@ -14,6 +14,8 @@ from phicore.network.processors import LogitsProcessor
 from phicore.network.sampling import Sampling
 from phicore.text.stop_strings import checked_stops
 
+ROPE_FACTORS = ("auto", "long")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -24,12 +26,14 @@ class Request:
     Attributes:
         prompt_ids: The tokens of the prompt.
         sampling: The parameters of the sampler.
-        max_tokens: The largest number of tokens of the answer.
+        max_tokens: The largest number of tokens of the answer; -1 is as many as the context holds.
         seed: The seed, 0 to 2**64 - 1. The same seed gives the same tokens. None is replaced by a
             random seed.
         ends: Tokens that end the answer.
         stop: Strings that end the answer's text. The engine ignores them, since it has no text.
         processors: The logits processors, in the order in which they run.
+        rope_factors: One of `ROPE_FACTORS`. LongRoPE's short factors hold until a token beyond the
+            original context is run ("auto", as in the reference), or never ("long").
     Raises:
         ArgumentError: If a value is not allowed. The error names the parameter, the allowed values
             and, unless the prompt is empty, the value.
@@ -42,13 +46,19 @@ class Request:
     ends: frozenset[int] = frozenset()
     stop: str | Sequence[str] = ()
     processors: Sequence[LogitsProcessor] = ()
+    rope_factors: str = ROPE_FACTORS[0]
 
     def __post_init__(self) -> None:
         prompt_ids = tuple(int(i) for i in self.prompt_ids)
         if not prompt_ids:
             raise ArgumentError("expected at least one token, got none", parameter="prompt")
-        if not is_integer(self.max_tokens) or self.max_tokens < 1:
-            raise ArgumentError(parameter="max_tokens", expected="1 or more", got=self.max_tokens)
+        most = self.max_tokens
+        if not is_integer(most) or (most < 1 and most != -1):
+            expected = "1 or more, or -1 (until the context is full)"
+            raise ArgumentError(parameter="max_tokens", expected=expected, got=most)
+        if self.rope_factors not in ROPE_FACTORS:
+            expected = " or ".join(ROPE_FACTORS)
+            raise ArgumentError(parameter="rope_factors", expected=expected, got=self.rope_factors)
         seed = secrets.randbits(32) if self.seed is None else self.seed
         if not is_integer(seed) or not 0 <= seed < 2**64:
             raise ArgumentError(parameter="seed", expected="0 to 2**64 - 1", got=seed)

@@ -36,6 +36,23 @@ class RopeTables:
         """Return whether a sequence with this planned length is rotated by the long factors."""
         return self._factors is not None and is_long(self._config, length)
 
+    def left(self, computed: int, is_long: bool) -> int | None:
+        """Return how many more tokens the factors of a sequence hold for; None means no bound.
+
+        Args:
+            computed: Number of tokens that were run.
+            is_long: Whether the sequence is rotated by the long factors.
+        """
+        if is_long or not self.has_two_parts:
+            return None
+        assert self._config.original_max_position_embeddings is not None
+        return self._config.original_max_position_embeddings - computed
+
+    @property
+    def has_two_parts(self) -> bool:
+        """Return whether there are short and long factors."""
+        return self._short_rows > 0
+
     def start(self, is_long: bool) -> int:
         """Return the row of the tables for position 0."""
         return self._short_rows if is_long else 0

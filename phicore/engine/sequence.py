@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from phicore.engine.request import Request
@@ -18,6 +19,8 @@ class Sequence:
             context holds less.
         at_limit: The finish reason at the limit, "length" or "context".
         is_long: Whether the sequence is rotated by LongRoPE's long factors.
+        given: Number of tokens that are read in chunks before the next one is sampled: the prompt;
+            and once a sequence is read again, its answer so far, too.
         computed: Number of tokens that were run through the network.
         sampled: Number of tokens of the answer that were sampled. The host may not have read the
             last ones yet.
@@ -30,16 +33,36 @@ class Sequence:
     limit: int
     at_limit: str
     is_long: bool
+    given: int = 0
     computed: int = 0
     sampled: int = 0
     answer: list[int] = field(default_factory=list)
     slot: int | None = None
     timings: Timings = field(default_factory=Timings)
 
+    def __post_init__(self) -> None:
+        self.given = len(self.request.prompt_ids)
+
     @property
-    def is_prompt_read(self) -> bool:
-        """Return whether every token of the prompt was run through the network."""
-        return self.computed >= len(self.request.prompt_ids)
+    def tokens(self) -> Tokens[int]:
+        """Return the tokens of the prompt, and of the answer as far as the host has read it."""
+        return [*self.request.prompt_ids, *self.answer]
+
+    @property
+    def is_read(self) -> bool:
+        """Return whether every given token was run through the network."""
+        return self.computed >= self.given
+
+    @property
+    def is_read_again(self) -> bool:
+        """Return whether the given tokens are more than the prompt."""
+        return self.given > len(self.request.prompt_ids)
+
+    def read_again(self, *, is_long: bool) -> None:
+        """Begin anew with all tokens given, for an empty cache."""
+        self.is_long = is_long
+        self.given = len(self.tokens)
+        self.computed = 0
 
     @property
     def needs_tokens(self) -> bool:

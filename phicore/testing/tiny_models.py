@@ -298,6 +298,7 @@ def cases() -> list[Case]:
         "phimoe": moe,
         "phimoe_beyond_original": replace(moe, original_max_position_embeddings=16),
         "phimoe_window": replace(moe, sliding_window=5),
+        "crosses_original": replace(plain, original_max_position_embeddings=28),
     }
     return by_type + [
         Case(name, tiny, Q4_K_M, 100 + i) for i, (name, tiny) in enumerate(mixes.items())

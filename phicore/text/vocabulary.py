@@ -108,9 +108,8 @@ def _corrected(
 ) -> list[int]:
     """Return the types of tokens, and replace types that a token's spelling contradicts."""
     has_bytes = metadata.get("tokenizer.ggml.model") == "llama"
-    named = {
-        metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom")
-    }
+    names = ("bos", "eos", "eot", "eom")
+    named = [special_token_id(metadata, name, len(pieces)) for name in names]
 
     def corrected(id: int, piece: str, token_type: int) -> int:
         if piece in END_PIECES:

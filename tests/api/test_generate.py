@@ -109,7 +109,11 @@ def test_token_ids_are_taken_as_they_are(model: Model, kind) -> None:
         (IDS, {"raw": True}, "only for a prompt that is a string"),
         (IDS, {"system": "x"}, "only for a prompt that is a string"),
         ("Hello", {"raw": True, "system": "x"}, "a raw prompt has no system message"),
-        ("Hello", {"max_tokens": 0}, "max_tokens: expected 1 or more, got 0"),
+        (
+            "Hello",
+            {"max_tokens": 0},
+            "max_tokens: expected 1 or more, or -1 (until the context is full), got 0",
+        ),
         ("Hello", {"max_tokens": 1.5}, "max_tokens"),
         ("Hello", {"max_tokens": True}, "max_tokens"),
         ("Hello", {"seed": -1}, "seed: expected 0 to"),

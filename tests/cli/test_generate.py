@@ -50,9 +50,9 @@ def test_help_names_the_defaults_of_the_sampler(phicore: Callable) -> None:
     """The help and `Sampling` must name equal defaults."""
     shown = re.sub(r"[^\w.,'\[\]-]+", " ", phicore("generate", "--help").out)
     for field in fields(Sampling):
-        option = f"--{field.name.replace('_', '-')} "
+        option = f"--{field.name.replace('_', '-')}"
         described = shown.partition(option)[2].partition("]")[0]
-        assert described.endswith(f"[the model's, else {field.default:g}"), option
+        assert described.endswith(f"[the file's, else {field.default:g}"), option
 
 
 def test_text_goes_to_stdout_and_nothing_else_does(generate, expected) -> None:
@@ -176,7 +176,7 @@ def test_no_model_takes_the_demo_and_says_how_to_get_phi3(phicore) -> None:
     assert result.code == 0
     assert result.out == "100.\n"
     assert result.err.splitlines()[0] == (
-        "model: smollm2 (the embedded demo model); for Phi-3 itself: --model phi-3-mini"
+        "model: smollm2 (the installed demo model); for Phi-3 itself: --model phi-3-mini"
     )
 
 
@@ -185,3 +185,43 @@ def test_model_from_the_environment_is_named(phicore, tiny: Path, monkeypatch) -
     result = phicore("generate", "-b", "numpy", "-n", 1, "Hello")
     assert result.code == 0
     assert "(from PHICORE_MODEL)" in result.err.splitlines()[0]
+
+
+def test_prompt_from_a_file(phicore: Callable, tiny: Path, tmp_path: Path, expected) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Hello\n", encoding="utf-8")
+    args = ("-m", tiny, "-b", "numpy", "-t", 0, "-n", 8)
+    assert phicore("generate", *args, "-f", prompt).out == expected("Hello") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "args", "message"),
+    [
+        (None, [], "No such file or directory"),
+        (b"", [], "no text in it"),
+        (b"\xff", [], "not UTF-8 text"),
+        (b"Hi", ["Hello"], "leave the prompt out; the file has it"),
+    ],
+)
+def test_file_that_cannot_be_the_prompt(
+    phicore: Callable, tmp_path: Path, content: bytes | None, args: list[str], message: str
+) -> None:
+    prompt = tmp_path / "prompt.txt"
+    if content is not None:
+        prompt.write_bytes(content)
+    result = phicore("generate", "-m", "not-looked-for", "--file", prompt, *args)
+    assert result.code == 2
+    assert result.err.startswith("phicore: --file: ")
+    assert result.err.endswith(f"{message}\n")
+
+
+def test_max_tokens_of_minus_one_goes_on_until_the_context_is_full(generate) -> None:
+    result = generate("Hello", "-n", -1, "-c", 32, "--ignore-eos", "--json")
+    found = json.loads(result.out)
+    assert found["finish_reason"] == "context"
+    assert len(found["prompt_ids"]) + len(found["token_ids"]) == 32
+
+
+def test_aliases_of_other_programs(generate) -> None:
+    found = [generate("Hello", "--seed", 1, *args).out for args in (["-t", 0], ["--temp", 0])]
+    assert found[0] == found[1]

@@ -31,7 +31,7 @@ def test_parity_beyond_the_bound_has_exit_code_1(phicore: Callable, tiny: Path) 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("-b", "numpy"), "phicore: backends: expected two or more, or one and a reference"),
+        (("-b", "numpy"), "phicore: --backends: expected two or more, or one with --against"),
         (("-b", "numpy,nosuch"), "phicore: no backend 'nosuch'"),
         (("-b", "numpy", "--against", "nosuch.npz"), "phicore: nosuch.npz: expected an .npz file"),
     ],

@@ -136,7 +136,7 @@ def test_disk_that_is_full(start, tiny: Path, command: str) -> None:
 def test_stdin_that_is_closed(start, tiny: Path) -> None:
     code, out, err = finished(start("generate", "-m", tiny, redirect="<&-"))
     assert (code, out) == (2, "")
-    assert err == "phicore: no text: standard input is closed; give it as an argument\n"
+    assert err == "phicore: no text: standard input is closed; give the text as an argument\n"
 
 
 @posix

@@ -114,7 +114,7 @@ def test_prompt_that_does_not_fit_is_refused_at_once(engine: Engine):
     ("options", "parameter", "expected", "got"),
     [
         ({"prompt_ids": []}, "prompt", None, None),
-        ({"max_tokens": 0}, "max_tokens", "1 or more", 0),
+        ({"max_tokens": 0}, "max_tokens", "1 or more, or -1 (until the context is full)", 0),
         ({"seed": -1}, "seed", "0 to 2**64 - 1", -1),
         ({"stop": [""]}, "stop", "strings of at least one character", [""]),
     ],

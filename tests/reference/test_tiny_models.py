@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from phicore.engine import Request
+from phicore.errors import ArgumentError
 from phicore.network.sampling import Sampling
+from phicore.progress import AGAIN
 from phicore.testing import tiny_models
 from phicore.testing.compare import assert_close, relative_error
 from phicore.testing.conformance.models import engine_of
@@ -42,12 +44,13 @@ def test_logits_of_tiny_model_equal_transformers(name, ops, tmp_path):
 
 
 GREEDY_CASES = ("F32", "mix", "llama", "window", "partial_rope", "long_factors", "short_factors")
+CROSSING_CASES = ("at_original", "crosses_original")
 
 MORE_GREEDY_CASES = ("llama3", "mistral", "qwen2", "phi4_mini", "phimoe", "phimoe_window")
 
 
 @pytest.mark.each_value("name", "backend_name")
-@pytest.mark.parametrize("name", [*GREEDY_CASES, *MORE_GREEDY_CASES])
+@pytest.mark.parametrize("name", [*GREEDY_CASES, *MORE_GREEDY_CASES, *CROSSING_CASES])
 def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
     expected = golden()[f"{name}/greedy_ids"].tolist()
     engine = engine_of(ops, CASES[name].write(tmp_path / "tiny.gguf"))
@@ -59,21 +62,40 @@ def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
     assert list(tokens) == expected
 
 
-def test_long_factors_are_chosen_by_the_planned_length(ops, tmp_path, monkeypatch):
-    """With an original context of 32, 24 + 8 tokens take short factors, 24 + 9 take long ones."""
-    engine = engine_of(ops, CASES["short_factors"].write(tmp_path / "tiny.gguf"))
-    chosen = []
-    tables = engine.runner.tables
-    is_long = tables.is_long
-    monkeypatch.setattr(tables, "is_long", lambda n: chosen.append(is_long(n)) or is_long(n))
+@pytest.mark.each_value("sampling", "backend_name")
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(temperature=1.3, repeat_penalty=1.2)], ids=["greedy", "drawn"]
+)
+def test_text_does_not_depend_on_how_long_it_may_become(sampling, ops, tmp_path):
+    """An answer grows beyond the original context of 28 when its fifth token is run."""
+    engine = engine_of(ops, CASES["crosses_original"].write(tmp_path / "tiny.gguf"))
     prompt = golden()["token_ids"].tolist()
-    starts = []
-    for limit in (8, 9):
-        tokens = engine.generate(Request(prompt, GREEDY, max_tokens=limit, seed=0))
-        starts.append(list(tokens)[:8])
-    assert chosen == [False, True]
-    assert starts[0] == golden()["short_factors/greedy_ids"].tolist()
-    assert starts[0] != starts[1]
+    texts, work = {}, []
+    engine.progress = lambda what, done, total: work.append((what, done, total))
+    for limit in (3, 4, 5, 6, 8, 20, -1):
+        work.clear()
+        request = Request(prompt, sampling, max_tokens=limit, seed=3)
+        texts[limit] = list(engine.generate(request))
+        again = [total for what, _, total in work if what == AGAIN]
+        assert set(again) == (set() if limit in (3, 4, 5) else {29})  # the last is never run
+    assert len(texts[-1]) == engine.context - len(prompt)
+    assert all(texts[-1][: len(text)] == text for text in texts.values())
+
+
+def test_long_factors_from_the_beginning(ops, tmp_path):
+    engine = engine_of(ops, CASES["crosses_original"].write(tmp_path / "tiny.gguf"))
+    prompt = golden()["token_ids"].tolist()
+    texts = [
+        list(engine.generate(Request(prompt, GREEDY, max_tokens=20, seed=0, rope_factors=factors)))
+        for factors in ("auto", "long")
+    ]
+    longer = [*prompt, *texts[1]]
+    best = engine.logits(longer)[len(prompt) - 1 : -1].argmax(axis=1)  # more than 28 tokens: long
+    assert texts[1] == best.tolist()
+    assert texts[0] != texts[1]
+    plain = engine_of(ops, CASES["mix"].write(tmp_path / "plain.gguf"))
+    with pytest.raises(ArgumentError, match="rope_factors: this model has one set"):
+        plain.add(Request(prompt, rope_factors="long"))
 
 
 @pytest.mark.each_value("name", "backend_name")

@@ -236,7 +236,7 @@ def test_default_is_the_variable_then_the_file(
 
 @needs_smollm2
 def test_default_is_the_embedded_model_when_installed(config: Path) -> None:
-    assert default_reference() == ("smollm2", "the embedded demo model")
+    assert default_reference() == ("smollm2", "the installed demo model")
 
 
 def test_default_is_phi_3_mini_otherwise(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
