@@ -7,7 +7,8 @@ The command line prints the line and exits with `exit_code`. Other exceptions ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _NOTHING: Any = object()
@@ -64,6 +65,22 @@ class SourceError(PhicoreError):
 
 class BackendError(PhicoreError):
     """A backend or device is not installed, does not work here or cannot do what was requested."""
+
+
+@contextmanager
+def about(file: str, *others: str) -> Iterator[None]:
+    """Let errors about a file's content begin with its name.
+
+    Args:
+        file: The name of the file.
+        others: Names of other files, with which an error may begin instead.
+    """
+    try:
+        yield
+    except (GGUFError, TokenizerError) as error:
+        if error.problem.startswith((file, *others)):
+            raise
+        raise type(error)(f"{file}: {error.problem}") from error
 
 
 class ArgumentError(PhicoreError, ValueError):

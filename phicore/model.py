@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,12 +18,12 @@ from phicore.backend import Backend, BackendOptions
 from phicore.engine import Engine, Request
 from phicore.engine import Sequence as EngineSequence
 from phicore.engine.request import ROPE_FACTORS, is_integer
-from phicore.errors import ArgumentError, GGUFError, PhicoreError
+from phicore.errors import ArgumentError, GGUFError, PhicoreError, about
 from phicore.gguf.reader import open_gguf
 from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
 from phicore.network.config import Phi3Config
 from phicore.network.processors import LogitsProcessor
-from phicore.network.sampling import GGUF_KEYS, Sampling
+from phicore.network.sampling import Sampling, recommended
 from phicore.network.weights import read_config
 from phicore.plugins import Plugins, choose_backend
 from phicore.plugins.observers import Observers
@@ -31,8 +31,10 @@ from phicore.progress import Progress, silent
 from phicore.sources import ModelFiles, default_reference, resolve
 from phicore.text.chat_template import ChatTemplate, Message
 from phicore.text.pieces import Piece, Pieces
-from phicore.text.stop_strings import StopStrings
+from phicore.text.stop_strings import StopStrings, checked_stops
 from phicore.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray
 
@@ -134,12 +136,10 @@ class Model:
         self.reference = files.reference
         self.path = files.path
         self.backend = backend
-        with open_gguf(files.path) as file:
+        name, others = files.path.name, () if files.tokenizer is None else (str(files.tokenizer),)
+        with open_gguf(files.path) as file, about(name, *others):
             self.metadata = file.metadata
-            try:
-                architecture = architecture_of(self.metadata, architectures)
-            except GGUFError as error:
-                raise GGUFError(f"{file.path.name}: {error}") from None
+            architecture = architecture_of(self.metadata, architectures, tensors=file.tensors)
             self.config = read_config(file, architecture)
             self.vocab_size = self.config.vocab_size
             self.context = _checked_context(context, self.config)
@@ -151,7 +151,9 @@ class Model:
                     f"{file.path.name}: tensor 'token_embd.weight' has {self.vocab_size} rows, "
                     f"the tokenizer {self.tokenizer.vocab_size} tokens"
                 )
-            self.sampling = _recommended_sampling(self.metadata, file.path)
+            self.sampling, left_out = recommended(self.metadata)
+            if left_out:
+                log.warning("%s: recommended, but not used: %s", name, ", ".join(left_out))
             self._engine: Engine | None = Engine.load(
                 ops, file, architecture, self.config, context=self.context, progress=progress
             )
@@ -163,7 +165,8 @@ class Model:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """Return the template that turns messages into a prompt."""
-        return ChatTemplate.from_gguf(self.metadata, self.tokenizer)
+        with about(self.path.name):
+            return ChatTemplate.from_gguf(self.metadata, self.tokenizer)
 
     def encode(
         self,
@@ -201,7 +204,8 @@ class Model:
             raise ArgumentError("system, raw: only for a prompt that is a string")
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             messages: Sequence[Message] = prompt  # type: ignore[assignment]
-            return self.tokenizer.encode(self.chat_template.render(messages, **for_template))
+            with about(self.path.name):
+                return self.tokenizer.encode(self.chat_template.render(messages, **for_template))
         _refuse_without_template(for_template)
         return _checked_ids(prompt, self.vocab_size)
 
@@ -232,6 +236,7 @@ class Model:
         if isinstance(processors, str) or not isinstance(processors, Sequence):
             raise ArgumentError(parameter="processors", expected="a list", got=processors)
         chosen = {name: value for name, value in sampling.items() if value is not None}
+        ends = frozenset() if ignore_eos else self.tokenizer.end_token_ids
         return Request(
             self.encode(
                 prompt,
@@ -244,11 +249,33 @@ class Model:
             replace(self.sampling, **chosen),
             max_tokens=max_tokens,
             seed=seed,
-            ends=frozenset() if ignore_eos else self.tokenizer.end_token_ids,
+            ends=ends | self._stop_tokens(checked_stops(stop)),
             stop=stop,
             processors=[self._processor(p) for p in processors],
             rope_factors=rope_factors,
         )
+
+    def _stop_tokens(self, stops: Sequence[str]) -> frozenset[int]:
+        """Return the control tokens among the stop strings: they are no text, but end it too.
+
+        Raises:
+            ArgumentError: If a stop string has a control token and text, which no text can match.
+        """
+        found = set()
+        for stop in stops:
+            ids = self.tokenizer.encode(stop, add_bos=False)
+            control = [id for id in ids if self.tokenizer.is_control(id)]
+            if not control:
+                continue
+            piece = self.tokenizer.piece(control[0])
+            if stop.strip() != piece:
+                raise ArgumentError(
+                    f"{stop!r:.40} has the control token {piece!r} in it, which is no text; give "
+                    f"{piece!r} alone",
+                    parameter="stop",
+                )
+            found.add(control[0])
+        return frozenset(found)
 
     def generate(self, prompt: Prompt | Request, **options: Any) -> Generation:
         """Generate the answer to a prompt.
@@ -261,8 +288,9 @@ class Model:
                 `Sampling`. None takes the value of the model's `sampling`.
             seed: The seed, 0 to 2**64 - 1. The same seed gives the same tokens on every backend.
                 None takes a random seed.
-            stop: A string or strings that end the text. They are not part of it.
-            ignore_eos: Whether to continue after end tokens.
+            stop: A string or strings that end the text. They are not part of it. The spelling of a
+                control token, such as "<|user|>", ends the text at that token.
+            ignore_eos: Whether to continue after end tokens, except those that `stop` names.
             system, raw, tools, documents, chat_template_kwargs: Arguments of `encode`.
             processors: Logits processors in the order in which they run: objects, or
                 `NAME=ARGUMENT` as on the command line.
@@ -430,11 +458,3 @@ def _checked_ids(ids: Any, vocab_size: int) -> list[int]:
             raise ArgumentError(f"token id {i}: expected 0 to {vocab_size - 1}")
         checked.append(int(i))
     return checked
-
-
-def _recommended_sampling(metadata: Mapping[str, Any], path: Path) -> Sampling:
-    found = {name: metadata[key] for name, key in GGUF_KEYS.items() if key in metadata}
-    try:
-        return Sampling(**found)
-    except ArgumentError as error:
-        raise GGUFError(f"{path.name}: {GGUF_KEYS[error.parameter or '']}: {error}") from None

@@ -187,7 +187,8 @@ class _Parser:
         if not 1 <= rank <= MAX_RANK:
             raise self.error(f"expected 1 to {MAX_RANK} dimensions, found {rank}")
         shape = tuple(self.integer(8) for _ in range(rank))[::-1]
-        if not 1 <= math.prod(shape) <= MAX_ELEMENTS:
+        # ollama's converter writes empty vectors of rotary factors where a model has none.
+        if not (1 <= math.prod(shape) <= MAX_ELEMENTS or shape == (0,)):
             raise self.error(f"shape {shape} is impossible; the file is damaged")
         type_number = self.integer(4)
         try:

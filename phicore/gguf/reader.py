@@ -30,12 +30,15 @@ class GGUFTensor:
         shape: The shape in NumPy order, with the contiguous dimension last. The file stores the
             dimensions in reverse order.
         data: The blocks, shape[:-1] + (row_bytes,) uint8, a read-only view of the memory map.
+        scale: A factor of all values, (1,) float32, or of each matrix, (X,), which another tensor
+            of the file holds. Only types that are expanded when they are loaded have one.
     """
 
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
     data: np.ndarray = field(repr=False)
+    scale: np.ndarray | None = field(repr=False, default=None)
 
     @property
     def n_elements(self) -> int:
@@ -48,7 +51,8 @@ class GGUFTensor:
     def dequantize(self) -> np.ndarray:
         """Expand the tensor to a new float32 array of `shape`, bit-exact with `gguf.quants`.
 
-        NaNs and infinities of the file are kept, without a NumPy warning.
+        The values are multiplied by `scale`. NaNs and infinities of the file are kept, without a
+        NumPy warning.
 
         Raises:
             GGUFError: If `gguf.quants` cannot expand this type (integers, F64, Q8_1, Q8_K).
@@ -56,6 +60,8 @@ class GGUFTensor:
         try:
             with np.errstate(all="ignore"):
                 values = dequantize(self.data, self.type)
+                if self.scale is not None:
+                    values = values * self.scale.reshape(-1, *(1,) * (len(self.shape) - 1))
         except NotImplementedError:
             raise GGUFError(
                 f"tensor {self.name!r}: type {self.type.name} cannot be expanded to float32; "

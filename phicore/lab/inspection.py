@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from phicore.errors import PhicoreError
+from phicore.errors import PhicoreError, about
 from phicore.gguf.reader import GGUFFile, open_gguf
 from phicore.network.architectures import architecture_of
 from phicore.plugins import Plugins
@@ -23,7 +23,7 @@ def find(reference: str, tokenizer: str | None = None) -> ModelFiles:
 def open_tokenizer(reference: str, tokenizer: str | None) -> tuple[Tokenizer, ChatTemplate]:
     """Open the tokenizer and the chat template of a model."""
     files = find(reference, tokenizer)
-    with open_gguf(files.path) as file:
+    with open_gguf(files.path) as file, about(file.path.name, str(files.tokenizer)):
         read = _tokenizer(files, file)
         return read, ChatTemplate.from_gguf(file.metadata, read)
 
@@ -60,7 +60,7 @@ def inspect_model(reference: str) -> dict[str, Any]:
 
 
 def _hyperparameters(file: GGUFFile) -> dict[str, Any]:
-    architecture = architecture_of(file.metadata, Plugins().architectures())
+    architecture = architecture_of(file.metadata, Plugins().architectures(), tensors=file.tensors)
     config = asdict(architecture.config(file.metadata))
     del config["vocab_size"]  # the tokenizer has it
     return config

@@ -35,6 +35,11 @@ class Phi3Config:
     attention_factor: float | None = None
     """LongRoPE: the factor for sines and cosines. None means the factor of the paper's formula."""
 
+    @property
+    def attention_scale(self) -> float:
+        """Return the factor of attention scores: one over the square root of the head size."""
+        return self.head_dim**-0.5
+
     def share(self, devices: int) -> Phi3Config:
         """Return the configuration of the part of the network that one of `devices` computes.
 

@@ -130,7 +130,7 @@ def attention(
     value = xp.permute_dims(qkv[:, :, h + k :, :], (0, 2, 1, 3))  # (B, K, T, D)
 
     cache = ops.update_cache(cache, key, value, slots)
-    out = ops.attention(query, cache, slots, d**-0.5, config.sliding_window)
+    out = ops.attention(query, cache, slots, config.attention_scale, config.sliding_window)
     out = xp.reshape(xp.permute_dims(out, (0, 2, 1, 3)), (b, t, h * d))
     return linear(ops, layer, "o_proj", out), cache
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from phicore.errors import ArgumentError
 from phicore.settings import check_settings, setting
 
 
@@ -80,7 +82,7 @@ class Sampling:
 FILTERS: Mapping[str, int | float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 """The fields that filter tokens, and the value of each that keeps all."""
 
-GGUF_KEYS = {
+GGUF_KEYS: Mapping[str, str] = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
     "top_p": "general.sampling.top_p",
@@ -88,5 +90,49 @@ GGUF_KEYS = {
     "repeat_penalty": "general.sampling.penalty_repeat",
     "repeat_last_n": "general.sampling.penalty_last_n",
 }
-"""The GGUF keys of a file's recommended sampling. llama.cpp's converter copies the values from the
-model's generation_config.json."""
+"""The keys of a file's recommendation for each field of `Sampling`. llama.cpp's converter copies
+them from a model's generation_config.json."""
+OTHER_KEYS: Mapping[str, float] = {
+    "general.sampling.mirostat": 0,
+    "general.sampling.xtc_probability": 0,
+}
+"""Recommendations that phicore has nothing for, and the values that turn them off."""
+
+
+def recommended(metadata: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
+    """Read a file's recommendation. It is advice, so what cannot be used is left out.
+
+    Returns:
+        The sampling parameters, and the keys and values that were left out, as text.
+    """
+    found: dict[str, Any] = {}
+    left_out = []
+    for name, key in GGUF_KEYS.items():
+        if key not in metadata:
+            continue
+        value = _without_effect(name, metadata[key])
+        try:
+            Sampling(**{name: value})
+        except ArgumentError:
+            left_out.append(f"{key} {metadata[key]!r:.40}")
+        else:
+            found[name] = value
+    for key, off in OTHER_KEYS.items():
+        if metadata.get(key, off) != off:
+            left_out.append(f"{key} {metadata[key]!r:.40}")
+    return Sampling(**found), left_out
+
+
+def _without_effect(name: str, value: Any) -> Any:
+    """Return the value that keeps all tokens, where another program's value means that."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return value
+    if name == "top_k" and value <= 0:
+        return 0
+    if name == "top_p" and value >= 1:  # float32 may have rounded it up
+        return 1.0
+    if name == "min_p" and value <= 0:
+        return 0.0
+    if name == "temperature" and value <= 0:
+        return 0.0
+    return value

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from phicore.backend import Backend
 from phicore.errors import GGUFError
@@ -13,8 +14,14 @@ from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFFile, GGUFTensor
 from phicore.progress import Progress
 
-# Tensors that this graph does not need: rotary tables that old converters wrote.
-IGNORED = (".attn_rot_embd.weight", ".attn.rot_embd", ".rope.freqs")
+# Tensors that this graph does not need: rotary tables that old converters wrote, under the names of
+# the gguf package and others. (`rope_freqs.weight` is another tensor: it holds factors.)
+IGNORED = (".attn_rot_embd", ".attn_rot_embd.weight", ".attn.rot_embd", ".rope.freqs")
+IGNORED_NAMES = ("rope_freqs",)
+# A matrix of one of these types may have its scale in a tensor beside it. NVIDIA's converters have
+# one for the activations, too, from which their hardware makes 4-bit numbers; it is not used here.
+SCALED_TYPES = (GGMLQuantizationType.NVFP4,)
+SCALE, INPUT_SCALE = ".scale", ".input_scale"
 
 
 class Tensors:
@@ -30,9 +37,13 @@ class Tensors:
         self._file = file
         self._progress = progress
         self._left = {
-            n: t for n, t in file.tensors.items() if n not in used and not n.endswith(IGNORED)
+            n: t
+            for n, t in file.tensors.items()
+            if n not in (*used, *IGNORED_NAMES) and not n.endswith(IGNORED)
         }
-        self._total_bytes = sum(t.size_bytes for t in self._left.values())
+        self._total_bytes = sum(
+            t.size_bytes for n, t in self._left.items() if not n.endswith((SCALE, INPUT_SCALE))
+        )
         self._done_bytes = 0
 
     def __contains__(self, name: str) -> bool:
@@ -53,6 +64,12 @@ class Tensors:
                 f"{self._file.path.name}: tensor {name!r}: expected shape {list(shape)} "
                 f"by the hyperparameters, found {list(tensor.shape)}"
             )
+        stem = name.removesuffix(".weight")
+        if tensor.type in SCALED_TYPES and stem + SCALE in self._left:
+            matrices = 1 if len(shape) < 3 else shape[0]
+            scale = self._finite(self.take(stem + SCALE, matrices))
+            self._left.pop(stem + INPUT_SCALE, None)
+            return replace(tensor, scale=scale)
         return tensor
 
     def load(self, name: str, *parts: GGUFTensor, split: Split | None = None) -> Any:
@@ -70,7 +87,15 @@ class Tensors:
         def expert(number: int) -> Matrix:
             return Matrix(
                 name,
-                tuple(replace(p, shape=p.shape[1:], data=p.data[number]) for p in parts),
+                tuple(
+                    replace(
+                        p,
+                        shape=p.shape[1:],
+                        data=p.data[number],
+                        scale=None if p.scale is None else p.scale[number : number + 1],
+                    )
+                    for p in parts
+                ),
                 split,
             )
 

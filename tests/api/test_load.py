@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,17 +90,40 @@ def test_recommended_sampling_is_the_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("name", "value", "field", "expected"),
     [
-        ("general.sampling.temp", -1.0),
-        ("general.sampling.top_p", 2.0),
-        ("general.sampling.penalty_last_n", -5),
+        ("top_k", -1, "top_k", 0),  # llama.cpp and vLLM: all tokens
+        ("top_p", 1.0000001, "top_p", 1.0),
+        ("top_p", 2.0, "top_p", 1.0),
+        ("min_p", -0.5, "min_p", 0.0),
+        ("temp", -1.0, "temperature", 0.0),  # llama.cpp: greedy
+        ("temp", 0.0, "temperature", 0.0),
     ],
 )
-def test_recommended_sampling_out_of_range(tmp_path: Path, key: str, value: float) -> None:
-    path = write_tiny(tmp_path / "m.gguf", with_number(key, value))
-    with pytest.raises(GGUFError, match=f"m.gguf: {key}: "):
-        phicore.load(path, backend="numpy")
+def test_recommended_sampling_that_turns_something_off(
+    tmp_path: Path, caplog, name: str, value: float, field: str, expected: float
+) -> None:
+    path = write_tiny(tmp_path / "m.gguf", with_number(f"general.sampling.{name}", value))
+    with phicore.load(path, backend="numpy") as model:
+        assert model.sampling == replace(Sampling(), **{field: expected})
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("top_p", 0.0), ("penalty_repeat", 0.0), ("penalty_last_n", -5), ("temp", float("nan"))),
+        *(("mirostat", 2), ("xtc_probability", 0.5)),
+    ],
+)
+def test_recommended_sampling_that_cannot_be_used_is_left_out(
+    tmp_path: Path, caplog, name: str, value: float
+) -> None:
+    path = write_tiny(tmp_path / "m.gguf", with_number(f"general.sampling.{name}", value))
+    with phicore.load(path, backend="numpy") as model:
+        assert model.sampling == Sampling()
+    (line,) = caplog.messages
+    assert line.startswith(f"m.gguf: recommended, but not used: general.sampling.{name} ")
 
 
 def test_model_without_a_chat_template(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 from phicore.errors import BackendError, GGUFError
-from phicore.network.architectures import architecture_of
+from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
+from phicore.network.architectures.keys import ELSEWHERE, REFUSED
 from phicore.network.config import Phi3Config
 
 PHI3 = {
@@ -115,7 +117,8 @@ def test_config_other_architecture_is_refused(arch: Any):
             f"general.architecture: {arch!r} is not supported "
             "(supported: phi3, phimoe, llama, qwen2)"
         )
-        assert message(values) == expected
+        hint = "; llama.cpp runs this file" if arch == "phi2" else ""
+        assert message(values) == expected + hint
 
 
 @pytest.mark.parametrize("arch", [np.array([1, 2]), ["phi3"]], ids=["array", "list"])
@@ -134,7 +137,8 @@ BAD_VALUES = [
     ("block_count", "32", "expected an integer, found '32'"),
     ("block_count", 32.0, "expected an integer, found 32.0"),
     ("block_count", True, "expected an integer, found True"),
-    ("block_count", [32] * 50, "expected an integer, found [32, 32, 32,"),
+    ("block_count", [*[32] * 50, 31], "expected one number for all layers, found [32, 32,"),
+    ("attention__scale", 0.5, "0.5 contradicts the attention scale 0.088"),
     ("block_count", 0, "expected 1 to 2147483647, found 0"),
     ("embedding_length", 2**31, "expected 1 to 2147483647, found 2147483648"),
     ("attention__head_count", -1, "expected 1 to 2147483647, found -1"),
@@ -153,21 +157,30 @@ BAD_VALUES = [
     ("rope__scaling__attn_factor", 1e20, "expected 0.01 to 100, found 1e+20"),
     ("rope__dimension_count", 95, "expected an even number up to the head size 128, found 95"),
     ("rope__dimension_count", 130, "expected an even number up to the head size 128, found 130"),
-    ("attention__value_length", 64, "expected the key length 128, found 64"),
+    ("attention__value_length", 64, "64 contradicts the head dim 128"),
+    ("attention__head_dim", 96, "96 contradicts the head dim 128"),
+    (
+        *("attention__layer_norm_epsilon", 1e-6),
+        "1e-06 contradicts phi3.attention.layer_norm_rms_epsilon 1e-05",
+    ),
+    ("rope__dimension_count_swa", 64, "64 contradicts phi3.rope.dimension_count 96"),
+    ("rope__freq_base_swa", "x", "'x' contradicts phi3.rope.freq_base 20000.0"),
     ("embedding_length", 3073, "3073 is not a multiple of phi3.attention.head_count 24"),
     ("expert_count", 16, "16 is not supported (supported: 0)"),
-    ("rope__scaling__type", "linear", "'linear' is not supported"),
+    ("rope__scaling__type", "dynamic", "'dynamic' is not supported"),
+    ("rope__scaling__factor", 4.0, "4.0 is not supported (supported: 0 or 1)"),
+    ("rope__scaling__yarn_ext_factor", 1.0, "1.0 is not supported (supported: 0 or -1)"),
     ("attention__causal", False, "False is not supported (supported: True)"),
     ("expert_count", np.array([1, 2]), "array([1, 2]) is not supported (supported: 0)"),
-    ("expert_count", np.array([0]), "array([0]) is not supported (supported: 0)"),
-    ("expert_count", [], "[] is not supported (supported: 0)"),
-    ("block_count", np.array([1, 2]), "expected an integer, found array([1, 2])"),
-    (
-        *("attention__value_length", np.array([1, 2])),
-        "expected the key length 128, found array([1, 2])",
-    ),
-    ("attention__value_length", [128], "expected the key length 128, found [128]"),
-    ("logit_scale", 2.0, "this hyperparameter is not supported"),
+    ("block_count", [], "expected an integer, found []"),
+    ("block_count", np.array([1, 2]), "expected one number for all layers, found array([1, 2])"),
+    ("attention__head_count", ["x", "x"], "expected an integer, found 'x'"),
+    ("attention__value_length", np.array([128, 2]), "2 contradicts the head dim 128"),
+    ("attention__value_length", [[128]], "[128] contradicts the head dim 128"),
+    ("logit_scale", 2.0, "2.0 is not supported (supported: 0 or 1)"),
+    ("ssm__conv_kernel", 4, "this hyperparameter is not supported: it belongs to another kind"),
+    ("attention__q_lora_rank", 4, "this hyperparameter is not supported: it belongs to another"),
+    ("attention__new_idea", 1, "this hyperparameter is not known; it might change the network"),
 ]
 
 
@@ -176,6 +189,65 @@ def test_config_bad_value_names_key_and_value(name: str, value: Any, expected: s
     text = message(metadata(**{name: value}))
     assert text.startswith(f"phi3.{name.replace('__', '.')}: {expected}")
     assert len(text) < 150
+
+
+REDUNDANT: list[dict[str, Any]] = [
+    {"attention__head_dim": 128, "attention__key_length": 128},  # ollama
+    {"attention__layer_norm_epsilon": 1e-5},
+    {"rope__scaling__original_context_length": 0},
+    {"attention__head_count": np.array([24] * 32), "attention__head_count_kv": [8] * 32},
+    {"attention__scale": float(np.float32(128**-0.5))},
+    {"feed_forward_length": np.array([8192] * 32), "attention__value_length": [128] * 32},
+    {"rope__scaling__type": "linear", "rope__scaling__factor": 1.0},
+    {"rope__scaling__type": "yarn", "rope__scaling__yarn_beta_fast": 32.0},
+    {"rope__scaling__factor": 0.0},
+    {"final_logit_softcapping": 0.0, "attention__clamp_kqv": np.array([0.0] * 32)},
+    {"attention__sliding_window_pattern": [True] * 32},
+    {"rope__dimension_sections": [0, 0, 0, 0]},
+    {"expert_count": [], "expert_weights_scale": 1.0, "expert_gating_func": 1},
+    {"vocab_size": 7, "tensor_data_layout": "Meta AI original pth"},
+]
+
+
+@pytest.mark.parametrize("keys", REDUNDANT, ids=lambda keys: next(iter(keys)))
+def test_config_keys_that_repeat_or_are_neutral_change_nothing(keys: dict[str, Any]):
+    assert config_of(metadata(**keys)) == config_of(metadata())
+
+
+def test_config_contradiction_of_scaling_names_both_keys():
+    values = metadata("llama", rope__scaling__type="none", rope__scaling__factor=4.0)
+    values["llama.rope.dimension_count"] = 128
+    expected = "llama.rope.scaling.factor: 4.0 contradicts llama.rope.scaling.type 'none'"
+    assert message(values) == expected
+
+
+def keys_of(group: type) -> set[str]:
+    """Return the keys of the gguf package that begin with the architecture's name."""
+    found = set()
+    for name, value in vars(group).items():
+        if isinstance(value, str) and value.startswith("{arch}."):
+            found.add(value.removeprefix("{arch}."))
+        elif isinstance(value, type) and not name.startswith("_"):
+            found |= keys_of(value)
+    return found
+
+
+@pytest.mark.parametrize("architecture", BUILT_IN.values(), ids=BUILT_IN)
+def test_every_key_of_the_gguf_package_is_used_or_neutral_or_refused(architecture: Architecture):
+    """A new version of the package shows here which keys are new."""
+    tables = {
+        "read": {*architecture.keys.values()},
+        "repeated": {*architecture.repeated},
+        "harmless": {*architecture.harmless},
+        "neutral": {*architecture.neutral} - {*architecture.keys.values()},
+        **{kind: {*names} for kind, names in REFUSED.items()},
+    }
+    known = keys_of(gguf.constants.Keys)
+    assert len(known) > 100
+    found = {name for names in tables.values() for name in names}
+    elsewhere = {key for key in known if key.partition(".")[0] in ELSEWHERE}
+    assert known - found - elsewhere == set()
+    assert sum(map(len, tables.values())) == len(found), "a key is in two tables"
 
 
 def test_config_heads_not_in_groups_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isclose
 from typing import Any
 
 import numpy as np
@@ -11,45 +12,18 @@ from phicore.backend import Params
 from phicore.errors import GGUFError
 from phicore.gguf.matrix import Split
 from phicore.gguf.reader import GGUFFile, GGUFTensor
-from phicore.network.architectures.hyperparameters import Hyperparameters, short
+from phicore.network.architectures.hyperparameters import Hyperparameters, listed, short
+from phicore.network.architectures.keys import (
+    HARMLESS,
+    NEUTRAL,
+    READ,
+    REPEATED,
+    why_refused,
+)
 from phicore.network.config import Phi3Config
 from phicore.network.rope import RopeFactors
 from phicore.network.tensors import Tensors
 
-# The name in the reference's configuration, and the GGUF key after the architecture's name.
-KEYS: Mapping[str, str] = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-    "rotary_dim": "rope.dimension_count",
-    "head_dim": "attention.key_length",
-    "sliding_window": "attention.sliding_window",
-    "original_max_position_embeddings": "rope.scaling.original_context_length",
-    "attention_factor": "rope.scaling.attn_factor",
-}
-# Keys that do not change the computation.
-HARMLESS = frozenset(
-    {
-        "vocab_size",
-        "tensor_data_layout",
-        "rope.scaling.finetuned",
-        "attention.value_length",  # checked against the key length
-    }
-)
-# Keys that do not change the computation if they have one of these values.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (1.0,),
-    "rope.scale_linear": (1.0,),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "attention.causal": (True,),
-}
 # Bounds of rotary factors. The factors of trained models are 1 to 70.
 FACTORS_RANGE = (1e-6, 1e6)
 
@@ -66,8 +40,10 @@ class Architecture:
 
     name: str
     """The value of `general.architecture`."""
-    keys: Mapping[str, str] = KEYS
+    keys: Mapping[str, str] = READ
     """The hyperparameters that are read: names of `Phi3Config` to GGUF keys."""
+    repeated: Mapping[str, str] = REPEATED
+    """Keys that repeat a field of `Phi3Config`."""
     harmless: frozenset[str] = HARMLESS
     """Keys that do not change the computation. Any other key that is not read is an error, since it
     might change the computation, and no text is better than wrong text."""
@@ -114,10 +90,9 @@ class Architecture:
             rope_theta=read.number("rope_theta", 10000.0, minimum=1),
             rotary_dim=read.integer("rotary_dim", head_dim),
             sliding_window=window if 0 < window < context else None,
+            # 0 is how ollama's converter says that there is none.
             original_max_position_embeddings=(
-                read.integer("original_max_position_embeddings")
-                if "original_max_position_embeddings" in read
-                else None
+                read.integer("original_max_position_embeddings", 0, minimum=0) or None
             ),
             attention_factor=(
                 read.number("attention_factor", minimum=0.01, maximum=100)
@@ -138,19 +113,36 @@ class Architecture:
         return 0
 
     def _refuse_unknown(self, metadata: Mapping[str, Any]) -> None:
-        known = {*self.keys.values(), *self.harmless}
+        known = {*self.keys.values(), *self.repeated, *self.harmless}
         for key, value in metadata.items():
             name = key.removeprefix(f"{self.name}.")
             if name == key or name in known:
                 continue
-            if name not in self.neutral:
-                raise GGUFError(f"{key}: this hyperparameter is not supported")
-            allowed = self.neutral[name]
-            if not isinstance(value, (str, int, float)) or value not in allowed:
+            allowed = self.neutral.get(name)
+            if allowed is None:
+                raise GGUFError(f"{key}: {why_refused(name)}")
+            if any(each not in allowed for each in listed(value)):
+                scaling = metadata.get(f"{self.name}.rope.scaling.type")
+                if name == "rope.scaling.factor" and scaling == "none":
+                    raise GGUFError(
+                        f"{key}: {short(value)} contradicts {self.name}.rope.scaling.type 'none'"
+                    )
                 raise GGUFError(
                     f"{key}: {short(value)} is not supported (supported: "
                     f"{' or '.join(map(str, allowed))})"
                 )
+
+    def _check_repeated(self, config: Phi3Config, read: Hyperparameters) -> None:
+        """Refuse keys that contradict the configuration, and name both."""
+        for name, field in self.repeated.items():
+            key = f"{self.name}.{name}"
+            expected = getattr(config, field)
+            for value in listed(read.metadata.get(key)):
+                is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if not is_number or (value and not isclose(value, expected, rel_tol=1e-6)):
+                    is_read = field in self.keys and field in read
+                    source = read.key(field) if is_read else f"the {field.replace('_', ' ')}"
+                    raise GGUFError(f"{key}: {short(value)} contradicts {source} {expected}")
 
     def _check(self, config: Phi3Config, read: Hyperparameters) -> None:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -170,12 +162,7 @@ class Architecture:
                 f"{read.key('rotary_dim')}: {rotary_dim} of {head_dim} channels: "
                 "partial rotation is not supported for this architecture"
             )
-        key = f"{self.name}.attention.value_length"
-        value_length = read.metadata.get(key, head_dim)
-        if not isinstance(value_length, int) or value_length != head_dim:
-            raise GGUFError(
-                f"{key}: expected the key length {head_dim}, found {short(value_length)}"
-            )
+        self._check_repeated(config, read)
 
     # ---- rotation --------------------------------------------------------------------------
 
@@ -191,11 +178,16 @@ class Architecture:
                 f"{file.path.name}: {self.name}.rope.scaling.attn_factor: "
                 f"{config.attention_factor} is not supported (supported: 1)"
             )
-        found = [name for name in self.rope_tensors if name in file.tensors]
+        found = self.rope_tensors_of(file)
         if not found:
             return None
         (factors,) = (self.factors(name, config, file) for name in found)
         return RopeFactors(factors, factors)
+
+    def rope_tensors_of(self, file: GGUFFile) -> list[str]:
+        """Return the names of the rotary factors that a file has. Empty tensors count as none."""
+        found = (name for name in self.rope_tensors if name in file.tensors)
+        return [name for name in found if file.tensors[name].n_elements]
 
     @staticmethod
     def factors(name: str, config: Phi3Config, file: GGUFFile) -> np.ndarray:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from phicore.errors import GGUFError
 
 
@@ -70,7 +72,26 @@ class Hyperparameters:
             raise GGUFError(
                 f"{self.key(name)}: missing; the file is incomplete or was made for another use"
             )
+        if not isinstance(value, (list, np.ndarray)) or not len(value):
+            return value
+        first, *others = listed(value)
+        if any(other != first for other in others):
+            raise GGUFError(
+                f"{self.key(name)}: expected one number for all layers, found {short(value)}"
+            )
+        return first
+
+
+def listed(value: Any) -> list[Any]:
+    """Return the numbers of an array, or a value that is no array, as a list.
+
+    Some converters write one number for each layer. None gives an empty list.
+    """
+    if isinstance(value, np.ndarray):
+        return list(value.tolist())
+    if isinstance(value, list):
         return value
+    return [] if value is None else [value]
 
 
 def short(value: Any) -> str:

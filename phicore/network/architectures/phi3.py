@@ -7,8 +7,9 @@ from typing import Any
 
 from phicore.errors import GGUFError
 from phicore.gguf.reader import GGUFFile, GGUFTensor
-from phicore.network.architectures.base import NEUTRAL, Architecture
+from phicore.network.architectures.base import Architecture
 from phicore.network.architectures.hyperparameters import Hyperparameters
+from phicore.network.architectures.keys import NEUTRAL
 from phicore.network.config import Phi3Config
 from phicore.network.rope import RopeFactors, longrope_scale
 from phicore.network.tensors import Tensors
@@ -20,12 +21,15 @@ class LongRoPE(Architecture):
     rotates_partly = True
     rope_tensors = ("rope_factors_short.weight", "rope_factors_long.weight")
     # "longrope" adds nothing: the tensors of factors already mean LongRoPE.
-    neutral: Mapping[str, tuple[Any, ...]] = {**NEUTRAL, "rope.scaling.type": ("none", "longrope")}
+    neutral: Mapping[str, tuple[Any, ...]] = {
+        **NEUTRAL,
+        "rope.scaling.type": (*NEUTRAL["rope.scaling.type"], "longrope", "su"),
+    }
 
     def rope_factors(self, config: Phi3Config, file: GGUFFile) -> RopeFactors | None:
         context, original = config.max_position_embeddings, config.original_max_position_embeddings
         where = file.path.name
-        if not any(name in file.tensors for name in self.rope_tensors):
+        if not self.rope_tensors_of(file):
             if (original or context) < context or config.attention_factor not in (None, 1):
                 names = " and ".join(self.rope_tensors)
                 raise GGUFError(f"{where}: tensors {names} are missing")

@@ -9,8 +9,8 @@ from typing import Any
 from phicore.backend import NUM_EXPERTS_PER_TOK, Params
 from phicore.errors import GGUFError
 from phicore.gguf.matrix import Split
-from phicore.network.architectures.base import KEYS
 from phicore.network.architectures.hyperparameters import Hyperparameters, short
+from phicore.network.architectures.keys import READ
 from phicore.network.architectures.phi3 import LongRoPE
 from phicore.network.architectures.qwen2 import qkv_bias
 from phicore.network.config import Phi3Config
@@ -25,7 +25,7 @@ class PhiMoE(LongRoPE):
 
     name = "phimoe"
     keys: Mapping[str, str] = {
-        **KEYS,
+        **READ,
         "num_local_experts": "expert_count",
         "num_experts_per_tok": "expert_used_count",
     }
