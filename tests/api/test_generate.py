@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from api.tiny_models import spoilt, write_tiny
 
 import phicore
 from phicore import ArgumentError, ContextError, Model, PhicoreError, Piece
+from phicore.network.processors import LogitBias
 
 IDS = [1, 276, 310, 281, 275, 291]  # "Hello"
 
@@ -212,11 +214,49 @@ def test_scores_that_are_no_numbers_are_an_error(tmp_path, backend_name: str) ->
     """Damaged weights once gave one token again and again, and exit code 0."""
     path = spoilt(write_tiny(tmp_path / "m.gguf"), "blk.1.ffn_down.weight", np.nan)
     with phicore.load(path, backend_name) as model, pytest.raises(PhicoreError, match="not finite"):
-        list(model.generate("Hello", max_tokens=3))
+        list(model.generate("Hello", max_tokens=3, ignore_eos=True))
 
 
 def test_context_that_is_absurd_costs_nothing(tmp_path) -> None:
     """Rotary tables were once made for the whole context, which took 8 GB for this file."""
     path = write_tiny(tmp_path / "m.gguf", max_position_embeddings=2**31 - 1)
     with phicore.load(path, "numpy") as model:
-        assert len(list(model.generate("Hello", max_tokens=3))) == 3
+        assert len(list(model.generate("Hello", max_tokens=3, ignore_eos=True))) == 3
+
+
+# ---- stop strings that are control tokens ------------------------------------------------------
+
+
+def forced(model: phicore.Model, piece: str, **options: Any) -> list[Any]:
+    """Generate with a bias that always chooses one token."""
+    token = model.tokenizer.token_id(piece)
+    assert token is not None
+    return list(
+        model.generate(
+            "Hi", max_tokens=4, temperature=0, processors=[LogitBias({token: 1e9})], **options
+        )
+    )
+
+
+@pytest.mark.parametrize("stop", ["<|user|>", "<|user|>\n", ["x", "<|user|>"]])
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_stop_string_that_is_a_control_token_ends_at_that_token(
+    model: phicore.Model, stop: str | list[str], ignore_eos: bool
+) -> None:
+    pieces = forced(model, "<|user|>", stop=stop, ignore_eos=ignore_eos)
+    assert [piece.finish_reason for piece in pieces] == ["stop"]
+    assert pieces[0].text == ""
+
+
+def test_control_token_that_is_no_stop_string_does_not_end(model: phicore.Model) -> None:
+    assert len(forced(model, "<|user|>", stop="<|assistant|>")) == 4
+
+
+def test_stop_string_of_a_control_token_and_text_is_refused(model: phicore.Model) -> None:
+    with pytest.raises(ArgumentError, match=r"stop: 'a<\|user\|>' has the control token '<\|user"):
+        model.generate("Hi", stop="a<|user|>")
+
+
+def test_end_token_that_is_ignored_ends_where_it_is_a_stop_string(model: phicore.Model) -> None:
+    assert len(forced(model, "<|end|>", ignore_eos=True)) == 4
+    assert len(forced(model, "<|end|>", ignore_eos=True, stop="<|end|>")) == 1

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
@@ -20,6 +21,7 @@ from phicore.network.weights import load_params, read_config
 from phicore.testing.tiny_models import Q4_K_M, Tiny, Types, write_model
 
 TINY = Tiny(vocab_size=40, max_position_embeddings=30)
+ROTARY_TABLE = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ATTN_ROT_EMBD]
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
@@ -187,12 +189,89 @@ def test_load_params_surplus_tensors_are_named(load: Callable[..., dict[str, Any
     )
 
 
-def test_load_params_tensors_of_old_converters_are_ignored(load: Callable[..., dict[str, Any]]):
+@pytest.mark.parametrize(
+    "name",
+    [
+        # As the gguf package names them, with and without its suffix, and as others did.
+        *(f"{ROTARY_TABLE.format(bid=0)}{end}" for end in ("", ".weight")),
+        gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS],
+        *("blk.0.attn.rot_embd", "layers.0.rope.freqs"),
+    ],
+)
+def test_load_params_rotary_tables_of_old_converters_are_ignored(
+    load: Callable[..., dict[str, Any]], name: str
+):
     def change(file: GGUFFile) -> None:
-        norm = file.tensors["output_norm.weight"]
-        file.tensors["blk.0.attn_rot_embd.weight"] = norm
+        file.tensors[name] = file.tensors["output_norm.weight"]
 
     assert set(load(change=change)) == set(load())
+
+
+def scaled(file: GGUFFile, name: str, *scales: float) -> None:
+    """Put the scales of an NVFP4 matrix beside it, as llama.cpp's converter writes them."""
+    for end, values in ((".scale", scales), (".input_scale", [7.0] * len(scales))):
+        data = np.array(values, "<f4").view(np.uint8)
+        sidecar = name.removesuffix(".weight") + end
+        file.tensors[sidecar] = GGUFTensor(sidecar, Type.F32, (len(scales),), data)
+
+
+def test_load_params_nvfp4_matrix_is_multiplied_by_the_scale_beside_it(
+    load: Callable[..., dict[str, Any]],
+):
+    def change(file: GGUFFile) -> None:
+        scaled(file, "blk.0.attn_output.weight", 0.25)
+        scaled(file, "output.weight", 3.0)
+
+    plain, params = load(types=Type.NVFP4), load(types=Type.NVFP4, change=change)
+    for ours, theirs, scale in (
+        (params["layers"][0]["o_proj"], plain["layers"][0]["o_proj"], 0.25),
+        (params["lm_head"], plain["lm_head"], 3.0),
+        (params["layers"][1]["o_proj"], plain["layers"][1]["o_proj"], 1.0),
+    ):
+        assert np.array_equal(ours, theirs * np.float32(scale))
+        assert np.abs(theirs).max() > 0
+
+
+def test_load_params_nvfp4_rows_of_llama_keep_their_scale(load: Callable[..., dict[str, Any]]):
+    tiny = replace(TINY, arch="llama")
+
+    def change(file: GGUFFile) -> None:
+        scaled(file, "blk.0.attn_q.weight", 2.0)
+        scaled(file, "blk.0.attn_v.weight", 0.5)
+
+    plain = load(tiny, Type.NVFP4)["layers"][0]["qkv_proj"]
+    found = load(tiny, Type.NVFP4, change)["layers"][0]["qkv_proj"]
+    q = TINY.num_attention_heads * TINY.head_dim
+    kv = TINY.num_key_value_heads * TINY.head_dim
+    factors = np.repeat(np.float32([2.0, 1.0, 0.5]), [q, kv, kv])
+    assert np.array_equal(found, plain * factors[:, None])
+
+
+def test_load_params_nvfp4_experts_have_a_scale_each(load: Callable[..., dict[str, Any]]):
+    tiny = replace(TINY, arch="phimoe", num_local_experts=3)
+
+    def change(file: GGUFFile) -> None:
+        scaled(file, "blk.0.ffn_down_exps.weight", 1.0, 2.0, 0.5)
+
+    plain = load(tiny, Type.NVFP4)["layers"][0]["experts_down_proj"]
+    found = load(tiny, Type.NVFP4, change)["layers"][0]["experts_down_proj"]
+    factors = np.float32([1.0, 2.0, 0.5])
+    assert np.array_equal(found, plain * factors[:, None, None])
+
+
+@pytest.mark.parametrize(
+    ("types", "scales", "expected"),
+    [
+        (Type.Q4_0, [2.0], "blk.0.attn_output.scale"),  # its codes stay in memory
+        (Type.NVFP4, [float("nan")], "'blk.0.attn_output.scale': expected finite numbers"),
+        (Type.NVFP4, [1.0, 2.0], r"'blk.0.attn_output.scale': expected shape \[1\]"),
+    ],
+)
+def test_load_params_scale_that_cannot_be_applied_is_an_error(
+    load: Callable[..., dict[str, Any]], types: Type, scales: list[float], expected: str
+):
+    with pytest.raises(GGUFError, match=expected):
+        load(types=types, change=lambda file: scaled(file, "blk.0.attn_output.weight", *scales))
 
 
 @pytest.mark.parametrize(
