@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from phicore.backend import Backend, BackendOptions
 from phicore.engine import Engine, Request
 from phicore.engine import Sequence as EngineSequence
 from phicore.engine.request import ROPE_FACTORS, is_integer
-from phicore.errors import ArgumentError, GGUFError, PhicoreError, about
+from phicore.errors import ArgumentError, GGUFError, PhicoreError, TokenizerError, about
 from phicore.gguf.reader import open_gguf
 from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
 from phicore.network.config import Phi3Config
@@ -29,10 +30,12 @@ from phicore.plugins import Plugins, choose_backend
 from phicore.plugins.observers import Observers
 from phicore.progress import Progress, silent
 from phicore.sources import ModelFiles, default_reference, resolve
+from phicore.sources.hub import fetch_tokenizer
 from phicore.text.chat_template import ChatTemplate, Message
 from phicore.text.pieces import Piece, Pieces
 from phicore.text.stop_strings import StopStrings, checked_stops
 from phicore.text.tokenizer import Tokenizer
+from phicore.text.vocabulary import origin
 
 log = logging.getLogger(__name__)
 
@@ -143,9 +146,7 @@ class Model:
             self.config = read_config(file, architecture)
             self.vocab_size = self.config.vocab_size
             self.context = _checked_context(context, self.config)
-            self.tokenizer = Tokenizer.of(
-                files.tokenizer, self.metadata, explicit=files.tokenizer_is_given
-            )
+            self.tokenizer = tokenizer_of(files, self.metadata)
             if self.tokenizer.vocab_size != self.vocab_size:
                 raise GGUFError(
                     f"{file.path.name}: tensor 'token_embd.weight' has {self.vocab_size} rows, "
@@ -425,6 +426,24 @@ def load(
         architectures=plugins.architectures(),
         processors=plugins.logits_processors(),
     )
+
+
+def tokenizer_of(files: ModelFiles, metadata: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of a model.
+
+    Where the file's own cannot be used, a model from the Hub gets the tokenizer.json of the
+    repository that it was made from, if the file names one.
+    """
+    try:
+        return Tokenizer.of(files.tokenizer, metadata, explicit=files.tokenizer_is_given)
+    except TokenizerError:
+        repo = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+?)/?", origin(metadata) or "")
+        if files.tokenizer_is_given or not files.is_from_hub or repo is None:
+            raise
+        path = fetch_tokenizer(repo.group(1))
+        if path is None:
+            raise
+        return Tokenizer.from_file(path, metadata)
 
 
 def _checked_context(context: int | None, config: Phi3Config) -> int:

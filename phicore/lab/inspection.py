@@ -8,6 +8,7 @@ from typing import Any
 
 from phicore.errors import PhicoreError, about
 from phicore.gguf.reader import GGUFFile, open_gguf
+from phicore.model import tokenizer_of
 from phicore.network.architectures import architecture_of
 from phicore.plugins import Plugins
 from phicore.sources import ModelFiles, resolve
@@ -24,7 +25,7 @@ def open_tokenizer(reference: str, tokenizer: str | None) -> tuple[Tokenizer, Ch
     """Open the tokenizer and the chat template of a model."""
     files = find(reference, tokenizer)
     with open_gguf(files.path) as file, about(file.path.name, str(files.tokenizer)):
-        read = _tokenizer(files, file)
+        read = tokenizer_of(files, file.metadata)
         return read, ChatTemplate.from_gguf(file.metadata, read)
 
 
@@ -74,12 +75,8 @@ def _or_error(read: Any) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def _tokenizer(files: ModelFiles, file: GGUFFile) -> Tokenizer:
-    return Tokenizer.of(files.tokenizer, file.metadata, explicit=files.tokenizer_is_given)
-
-
 def _tokenizer_summary(files: ModelFiles, file: GGUFFile) -> dict[str, Any]:
-    tokenizer = _tokenizer(files, file)
+    tokenizer = tokenizer_of(files, file.metadata)
     return {
         "source": tokenizer.source,
         "vocab_size": tokenizer.vocab_size,

@@ -31,12 +31,14 @@ class ModelFiles:
         reference: The reference that the user gave.
         tokenizer_is_given: Whether the user named the tokenizer.json. False means that it was found
             with the model.
+        is_from_hub: Whether the model is one of the Hub, where its origin may be, too.
     """
 
     path: Path
     tokenizer: Path | None
     reference: str
     tokenizer_is_given: bool = False
+    is_from_hub: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def resolve_hf(reference: str) -> ModelFiles:
         SourceError: If `phicore.sources.hub.fetch` raises it.
     """
     path, tokenizer = hub.fetch(reference)
-    return ModelFiles(path, tokenizer, reference)
+    return ModelFiles(path, tokenizer, reference, is_from_hub=True)
 
 
 def resolve_package(reference: str) -> ModelFiles:

@@ -359,10 +359,16 @@ def _check_merges(
 
 def tokenizer_advice(metadata: Mapping[str, Any]) -> str:
     """Say what to do when a file's vocabulary cannot be used, for the end of a message."""
-    for key in ("general.base_model.0.repo_url", "general.source.repo_url"):
-        if isinstance(metadata.get(key), str):
-            return f"give the model's tokenizer.json (the file names {metadata[key]:.100})"
-    return "give the model's tokenizer.json"
+    url = origin(metadata)
+    found = "" if url is None else f" (the file names {url:.100})"
+    return f"give the model's tokenizer.json{found}"
+
+
+def origin(metadata: Mapping[str, Any]) -> str | None:
+    """Return the address of the repository that a file was made from, if it names one."""
+    keys = ("general.source.repo_url", "general.base_model.0.repo_url", "general.repo_url")
+    found = (metadata.get(key) for key in keys)
+    return next((url for url in found if isinstance(url, str)), None)
 
 
 def _merges_of_file(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:

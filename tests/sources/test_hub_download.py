@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import socket
@@ -13,11 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 from sources.conftest import Client
 from sources.hub_server import Hub, Repository, serve
+from tokenizer.vocabularies import LLAMA_TOKENS, llama
 
 from phicore.sources import ALIASES
+from phicore.text.tokenizer import Tokenizer
 
 COMMIT = "c0" * 20
 TOKENIZER = b'{"version": "1.0"}'
@@ -270,3 +275,74 @@ def test_known_models_without_a_usable_cache_are_the_aliases(client: Client) -> 
     (client.home / "file").touch()
     (known,) = client.answers("known", HF_HUB_CACHE=str(client.home / "file"))
     assert len(known) == len(ALIASES)
+
+
+# ---- the tokenizer of the model that a file was made from --------------------------------------
+
+
+def tokenized(client: Client, reference: str, **variables: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "phicore", "tokenize", "-m", reference, "--json", "ab"],
+        env=client.environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def placeholder(hub: Hub, tmp_path: Path) -> bytes:
+    """Serve a model whose scores are placeholders, and the model that it was made from."""
+    right = tmp_path / "right.json"
+    Tokenizer.from_gguf(llama())._backend.save(str(right))
+    scores = [-1000.0] * len(LLAMA_TOKENS)
+    metadata = llama(scores=scores, bos_token_id=1, add_bos_token=True)
+    metadata["general.base_model.0.repo_url"] = "https://huggingface.co/base/model"
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture"))
+    for key, value in metadata.items():
+        if isinstance(value, (str, bool, int)):
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+        else:
+            writer.add_array(key, np.asarray(value).tolist())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    hub.repositories["o/r"] = Repository({"m.gguf": path.read_bytes()})
+    hub.repositories["base/model"] = Repository(
+        {"tokenizer.json": right.read_bytes()}, commit="e2" * 20
+    )
+    return path.read_bytes()
+
+
+@pytest.mark.usefixtures("placeholder")
+def test_unusable_vocabulary_is_replaced_by_the_one_of_the_base_model(
+    hub: Hub, client: Client
+) -> None:
+    code, out, err = tokenized(client, "hf:o/r")
+    assert (code, err) == (0, "")
+    assert [token["piece"] for token in json.loads(out)] == ["<s>", "▁ab"]
+    assert hub.seen("GET", "tokenizer.json")
+
+
+def test_unusable_vocabulary_of_a_local_file_asks_for_a_tokenizer(
+    hub: Hub, client: Client, placeholder: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "local.gguf").write_bytes(placeholder)
+    code, _, err = tokenized(client, str(tmp_path / "local.gguf"))
+    assert code == 1
+    assert err.startswith("phicore: local.gguf: tokenizer.ggml.scores: ")
+    assert "(the file names https://huggingface.co/base/model)" in err
+    assert not hub.seen("GET", "tokenizer.json")
+
+
+@pytest.mark.usefixtures("placeholder")
+def test_unusable_vocabulary_where_the_base_model_has_no_tokenizer_is_an_error(
+    hub: Hub, client: Client
+) -> None:
+    del hub.repositories["base/model"]
+    code, _, err = tokenized(client, "hf:o/r")
+    assert code == 1
+    assert "a placeholder, so the file does not say how text is split" in err
