@@ -328,7 +328,7 @@ def test_shift_cache_moves_numbers_with_their_units(
 def test_cache_of_another_type_is_an_error(variant: str):
     ops = make(variant, "f32")
     names = ops.capabilities.cache_types
-    expected = rf"^cache_type: expected {', '.join(names)} on this device, got 'q8'$"
+    expected = rf"^cache_type: expected {', '.join(names)} with this backend on cpu, got 'q8'$"
     with pytest.raises(BackendError, match=expected):
         make(variant, "q8")
     assert set(names) == set(ERRORS)

@@ -193,12 +193,12 @@ def test_compact_keeps_scales_that_float16_cannot_hold(rng: np.random.Generator)
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"dtype": "float16"}, "dtype: expected float32 on this device, got 'float16'"),
+        ({"dtype": "float16"}, "dtype: expected float32 with this backend on cpu, got 'float16'"),
         (
             {"cache_type": "bf16"},
-            "cache_type: expected f32, f16, i16, q8_0 on this device, got 'bf16'",
+            "cache_type: expected f32, f16, i16, q8_0 with this backend on cpu, got 'bf16'",
         ),
-        ({"fast_prefill": True}, "fast_prefill: this backend has only the exact products"),
+        ({"fast_prefill": True}, "fast_prefill: this backend has only exact products on cpu"),
         ({"threads": 2}, "threads: the library chooses the number"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
