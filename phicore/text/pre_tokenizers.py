@@ -9,7 +9,7 @@ Source: llama.cpp (llama-vocab.cpp) for the names and for what each implies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -84,6 +84,20 @@ _RULES: Mapping[PreTokenizer, tuple[str, ...]] = {
     PreTokenizer((_BLOOM,)): ("poro-chat", "bloom", "gpt3-finnish"),
     PreTokenizer((_BLOOM, r"\p{N}")): ("viking",),
 }
+
+_QWEN2_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_QWEN2_IDS = slice(151643, 151646)
+
+
+def recognized(pieces: Sequence[str]) -> str | None:
+    """Return the name of the pre-tokenizer of a vocabulary that is known by its tokens, or None.
+
+    Files from before April 2024 do not name it.
+    """
+    if {"<|begin_of_text|>", "<|eot_id|>"}.issubset(pieces):
+        return "llama-bpe"
+    return "qwen2" if list(pieces[_QWEN2_IDS]) == _QWEN2_TOKENS else None
+
 
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     name: rule for rule, names in _RULES.items() for name in names

@@ -17,7 +17,7 @@ import tokenizers
 from gguf.constants import TokenType
 
 from phicore.errors import TokenizerError
-from phicore.text.pre_tokenizers import PRE_TOKENIZERS
+from phicore.text.pre_tokenizers import PRE_TOKENIZERS, recognized
 from phicore.text.tokenizer_json import check_pieces, library_errors, read_json
 from phicore.text.vocabulary import (
     BYTE_PIECE,
@@ -152,8 +152,13 @@ class Tokenizer:
                 f"{tokenizer_advice(metadata)}"
             )
         pieces, types = read_pieces(metadata)
-        pre = metadata_value(metadata, "tokenizer.ggml.pre", str, "default")
         is_llama = model == "llama"
+        pre = metadata_value(metadata, "tokenizer.ggml.pre", str, recognized(pieces) or "")
+        if not pre and not is_llama:
+            raise TokenizerError(
+                "tokenizer.ggml.pre: missing, so the file does not say where text is cut; "
+                f"{tokenizer_advice(metadata)}"
+            )
         if is_llama:
             metadata = SENTENCEPIECE_IDS | dict(metadata)
             space_prefix = metadata_value(metadata, "tokenizer.ggml.add_space_prefix", bool, True)

@@ -57,7 +57,7 @@ class Rebuilt:
         group = heads // kv_heads
         self.kv_heads = 1 if group > 4 else max(1, 4 // group)
         self.heads = self.kv_heads * group
-        # A model whose heads have other sizes than the embedding divided by their number keeps that.
+        # Heads that are not the embedding divided by their number stay so.
         has_own_size = head_dim and head_dim * heads != hidden
         self.head_dim = HEAD_DIM
         self.hidden = self.heads * HEAD_DIM + (64 if has_own_size else 0)
@@ -65,6 +65,8 @@ class Rebuilt:
         self.rotary_dim = HEAD_DIM * rotary // whole if rotary else HEAD_DIM
         self.layers = self._number("block_count")
         self.experts = self._number("expert_count", 0)
+        self.special: list[str] = entry.get("special", [])
+        self.has_equal_scores = entry.get("equal_scores", False)
         self.tokens, self.token_types = self._vocabulary()
 
     def _value(self, key: str, default: Any = None) -> Any:
@@ -88,16 +90,16 @@ class Rebuilt:
             alphabet = sorted(gguf_bytes())
             words = [*alphabet, "th", "the"]
         pieces, types = pieces + words, types + [NORMAL] * len(words)
-        special = ["<|im_start|>", "<|im_end|>"]
+        special = ["<|im_start|>", "<|im_end|>", *self.special]
         if self.arch.startswith("phi") and is_sentencepiece:
             special += ["<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
         pieces, types = pieces + special, types + [CONTROL] * len(special)
         for key, (kind, value) in self._given.items():
-            if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
-                assert kind == "u32", key
-                if self._small_id(value, is_sentencepiece) is None:
-                    pieces.append(special_piece(value))
-                    types.append(CONTROL)
+            if key.startswith("tokenizer.ggml.") and key.endswith(("_token_id", "_token_ids")):
+                for id in value if kind.startswith("arr") else [value]:
+                    if self._small_id(id, is_sentencepiece) is None:
+                        pieces.append(special_piece(id))
+                        types.append(CONTROL)
         unique = dict(zip(pieces, types, strict=True))
         return list(unique), list(unique.values())
 
@@ -125,8 +127,10 @@ class Rebuilt:
         arrays: dict[str, list[Any]] = {
             "tokenizer.ggml.tokens": self.tokens,
             "tokenizer.ggml.token_type": self.token_types,
-            # The logs show no scores; they fall with the id, as those of trained vocabularies.
-            "tokenizer.ggml.scores": [-float(id) for id in range(len(self.tokens))],
+            # The logs show few scores; they fall with the id, as those of trained vocabularies.
+            "tokenizer.ggml.scores": [
+                -1000.0 if self.has_equal_scores else -float(id) for id in range(len(self.tokens))
+            ],
             "tokenizer.ggml.merges": ["t h", "th e"],
         }
         found: dict[str, tuple[Any, Kind, Kind | None]] = {}
@@ -141,6 +145,8 @@ class Rebuilt:
             elif key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
                 small = self._small_id(given, is_sentencepiece)
                 value = self.tokens.index(special_piece(given)) if small is None else small
+            elif key.endswith("_token_ids"):
+                value = [self.tokens.index(special_piece(id)) for id in given]
             elif kind.startswith("arr") and not isinstance(given, list):
                 value = ["a"] * 2 if kind == "arr[str]" else [1, 1]
             elif kind == "str" and given is True:

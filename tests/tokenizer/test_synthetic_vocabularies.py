@@ -81,8 +81,17 @@ def test_pre_tokenizer_named_in_the_file_splits_its_way(
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_pre_tokenizer_missing_means_default() -> None:
-    assert Tokenizer.from_gguf(gpt2(None)).source == "GGUF (gpt2, default)"
+def test_pre_tokenizer_missing_is_refused_unless_the_vocabulary_is_known() -> None:
+    """llama.cpp takes its old default, which cuts Llama 3's text in other places."""
+    with pytest.raises(TokenizerError, match=r"tokenizer\.ggml\.pre: missing, .* tokenizer\.json$"):
+        Tokenizer.from_gguf(gpt2(None))
+    old = longer(gpt2(None), ["<|begin_of_text|>", "<|eot_id|>"], [CONTROL] * 2)
+    assert Tokenizer.from_gguf(old).source == "GGUF (gpt2, llama-bpe)"
+    filler = [f"w{i}" for i in range(151643 - 260)]
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    types = [UNUSED] * len(filler) + [CONTROL] * len(names)
+    old = longer(gpt2(None), filler + names, types)
+    assert Tokenizer.from_gguf(old).source == "GGUF (gpt2, qwen2)"
 
 
 def test_pre_tokenizer_llama_bpe_takes_whole_words_and_adds_bos() -> None:
