@@ -58,7 +58,7 @@ def test_sampling_allowed_arguments_are_kept(arguments: dict[str, float]):
 
 
 def test_sampling_defaults_are_those_of_llama_cpp():
-    """Older defaults had no filter, and a quarter of the demo model's answers went wrong."""
+    """Older defaults had no filter, and a third of the demo model's answers went wrong."""
     assert asdict(Sampling()) == {
         "temperature": 0.8,
         "top_k": 40,
