@@ -14,8 +14,8 @@ from phicore.settings import check_settings, setting
 class Sampling:
     """The parameters of the sampler. The command line derives its sampling options from the fields.
 
-    The defaults are llama.cpp's. With them, an eighth of a small model's answers go wrong. Without a
-    filter, at a temperature of 0.7 and with a repeat penalty of 1.1, a third of the answers go
+    The defaults are llama.cpp's. With them, an eighth of a small model's answers go wrong. Without
+    a filter, at a temperature of 0.7 and with a repeat penalty of 1.1, a third of the answers go
     wrong (docs/architecture.md).
 
     The bounds of temperature and penalty keep them, and logits divided by them, within float32.

@@ -225,3 +225,18 @@ def test_max_tokens_of_minus_one_goes_on_until_the_context_is_full(generate) -> 
 def test_aliases_of_other_programs(generate) -> None:
     found = [generate("Hello", "--seed", 1, *args).out for args in (["-t", 0], ["--temp", 0])]
     assert found[0] == found[1]
+
+
+def test_text_that_outgrows_the_original_context_says_that_it_is_read_again(
+    phicore: Callable, tmp_path: Path
+) -> None:
+    path = write_tiny(tmp_path / "m.gguf", original_max_position_embeddings=24)
+    args = ("generate", "-m", path, "-b", "numpy", "-t", 0, "--ignore-eos", "Hello")
+    short, crossing = phicore(*args, "-n", 4), phicore(*args, "-n", 40)
+    assert "reading again" not in short.err
+    (line,) = [line for line in crossing.err.splitlines() if "reading again" in line]
+    assert line.startswith("reading again with the long rotary factors: ")
+    assert crossing.out.startswith(short.out.removesuffix("\n"))
+    long = phicore(*args, "-n", 40, "--rope-factors", "long")
+    assert "reading again" not in long.err
+    assert long.out != crossing.out
