@@ -136,6 +136,8 @@ def model_config(reader: gguf.GGUFReader) -> transformers.PreTrainedConfig:
     layers = get(f"{arch}.block_count")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     rope = {"rope_type": "default", "rope_theta": get(f"{arch}.rope.freq_base", 10000.0)}
+    if scaling := get(f"{arch}.rope.scaling.factor"):
+        rope |= {"rope_type": "linear", "factor": scaling}
     shape = {
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),  # GGUF: innermost axis first
         "hidden_size": hidden_size,

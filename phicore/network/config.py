@@ -32,6 +32,8 @@ class Phi3Config:
     """Number of tokens that the embedding has; 0 if only the metadata of a file was read."""
     num_local_experts: int = 0
     """Number of experts in a layer. 0 means that a layer has one `mlp` and no router."""
+    rope_scaling_factor: float = 1.0
+    """Linear scaling of the rotation: positions are divided by this factor."""
     attention_factor: float | None = None
     """LongRoPE: the factor for sines and cosines. None means the factor of the paper's formula."""
 

@@ -62,6 +62,7 @@ class Tiny(Sizes):
     tie_word_embeddings: bool = False
     rope_dimension_count: int | None = None  # None means head_dim
     original_max_position_embeddings: int | None = None  # a number means rotation with factors
+    rope_scaling_factor: float | None = None  # a number means linear scaling
     arch: str = "phi3"  # or "phimoe", "llama", "qwen2"
     num_local_experts: int = 0  # only for "phimoe"
 
@@ -228,6 +229,9 @@ def _add_config(writer: gguf.GGUFWriter, tiny: Tiny, types: Types) -> None:
         writer.add_sliding_window(tiny.sliding_window or 0)
     else:
         writer.add_vocab_size(tiny.vocab_size)
+        if tiny.rope_scaling_factor:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(tiny.rope_scaling_factor)
         if tiny.sliding_window:
             writer.add_sliding_window(tiny.sliding_window)
     name = f"MOSTLY_{types.name}" if isinstance(types, Type) else "MOSTLY_Q4_K_M"
@@ -299,6 +303,7 @@ def cases() -> list[Case]:
         "phimoe_beyond_original": replace(moe, original_max_position_embeddings=16),
         "phimoe_window": replace(moe, sliding_window=5),
         "crosses_original": replace(plain, original_max_position_embeddings=28),
+        "linear_scaling": replace(plain, arch="llama", rope_scaling_factor=4.0),
     }
     return by_type + [
         Case(name, tiny, Q4_K_M, 100 + i) for i, (name, tiny) in enumerate(mixes.items())

@@ -45,12 +45,15 @@ def test_logits_of_tiny_model_equal_transformers(name, ops, tmp_path):
 
 GREEDY_CASES = ("F32", "mix", "llama", "window", "partial_rope", "long_factors", "short_factors")
 CROSSING_CASES = ("at_original", "crosses_original")
+SCALING_CASES = ("linear_scaling",)
 
 MORE_GREEDY_CASES = ("llama3", "mistral", "qwen2", "phi4_mini", "phimoe", "phimoe_window")
 
 
 @pytest.mark.each_value("name", "backend_name")
-@pytest.mark.parametrize("name", [*GREEDY_CASES, *MORE_GREEDY_CASES, *CROSSING_CASES])
+@pytest.mark.parametrize(
+    "name", [*GREEDY_CASES, *MORE_GREEDY_CASES, *CROSSING_CASES, *SCALING_CASES]
+)
 def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
     expected = golden()[f"{name}/greedy_ids"].tolist()
     engine = engine_of(ops, CASES[name].write(tmp_path / "tiny.gguf"))

@@ -168,7 +168,8 @@ BAD_VALUES = [
     ("embedding_length", 3073, "3073 is not a multiple of phi3.attention.head_count 24"),
     ("expert_count", 16, "16 is not supported (supported: 0)"),
     ("rope__scaling__type", "dynamic", "'dynamic' is not supported"),
-    ("rope__scaling__factor", 4.0, "4.0 is not supported (supported: 0 or 1)"),
+    ("rope__scaling__factor", 4.0, "a scaling of 4 of the type 'linear' is not supported (suppo"),
+    ("rope__scaling__factor", -1.0, "expected 0 to 1e+30, found -1.0"),
     ("rope__scaling__yarn_ext_factor", 1.0, "1.0 is not supported (supported: 0 or -1)"),
     ("attention__causal", False, "False is not supported (supported: True)"),
     ("expert_count", np.array([1, 2]), "array([1, 2]) is not supported (supported: 0)"),
@@ -217,8 +218,22 @@ def test_config_keys_that_repeat_or_are_neutral_change_nothing(keys: dict[str, A
 def test_config_contradiction_of_scaling_names_both_keys():
     values = metadata("llama", rope__scaling__type="none", rope__scaling__factor=4.0)
     values["llama.rope.dimension_count"] = 128
-    expected = "llama.rope.scaling.factor: 4.0 contradicts llama.rope.scaling.type 'none'"
+    expected = "llama.rope.scaling.factor: 4 contradicts llama.rope.scaling.type 'none'"
     assert message(values) == expected
+
+
+def test_config_scaling_is_linear_or_refused():
+    whole = {"rope__dimension_count": 128}
+    for keys in (
+        {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0},
+        {"rope__scaling__factor": 4.0},
+        {"rope__scale_linear": 4.0},
+        {"rope__scaling__factor": 4.0, "rope__scale_linear": 2.0},  # the newer name counts
+    ):
+        assert config_of(metadata("llama", **whole, **keys)).rope_scaling_factor == 4.0
+    values = metadata("llama", **whole, rope__scaling__type="yarn", rope__scaling__factor=4.0)
+    expected = "a scaling of 4 of the type 'yarn' is not supported (supported: linear)"
+    assert message(values) == f"llama.rope.scaling.factor: {expected}"
 
 
 def keys_of(group: type) -> set[str]:

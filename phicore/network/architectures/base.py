@@ -51,6 +51,8 @@ class Architecture:
     """Keys that do not change the computation if they have one of the given values."""
     rotates_partly: bool = False
     """Whether `rope.dimension_count` may be less than the head size."""
+    scales_linearly: bool = True
+    """Whether `rope.scaling.factor` may divide positions."""
     may_tie_embeddings: bool = True
     """Whether a file may leave out `output.weight`. The embedding is then the output matrix too."""
     rope_tensors: tuple[str, ...] = ("rope_freqs.weight",)
@@ -100,6 +102,7 @@ class Architecture:
                 else None
             ),
             num_local_experts=self.experts(read),
+            rope_scaling_factor=self.scaling_factor(read),
         )
         self._check(config, read)
         return config
@@ -107,6 +110,26 @@ class Architecture:
     def default_window(self, read: Hyperparameters) -> int:
         """Return the sliding window for a file that has no such key; 0 means no window."""
         return 0
+
+    def scaling_factor(self, read: Hyperparameters) -> float:
+        """Return the factor of linear scaling, 1 if there is none.
+
+        0 means that there is none, and a factor without a type means linear scaling, as in
+        llama.cpp.
+        """
+        name = "rope_scaling_factor" if "rope_scaling_factor" in read else "rope_scale_linear"
+        factor = read.number(name, 1.0, minimum=0) or 1.0
+        kind = read.metadata.get(f"{self.name}.rope.scaling.type", "linear")
+        if factor != 1 and kind == "none":
+            raise GGUFError(
+                f"{read.key(name)}: {factor:g} contradicts {self.name}.rope.scaling.type 'none'"
+            )
+        if factor != 1 and (kind != "linear" or not self.scales_linearly):
+            raise GGUFError(
+                f"{read.key(name)}: a scaling of {factor:g} of the type {kind!r} is not supported "
+                f"({'supported: linear' if self.scales_linearly else 'supported: 1'})"
+            )
+        return factor
 
     def experts(self, read: Hyperparameters) -> int:
         """Return the number of experts in a layer; 0 means that a layer has one `mlp`."""
@@ -122,11 +145,6 @@ class Architecture:
             if allowed is None:
                 raise GGUFError(f"{key}: {why_refused(name)}")
             if any(each not in allowed for each in listed(value)):
-                scaling = metadata.get(f"{self.name}.rope.scaling.type")
-                if name == "rope.scaling.factor" and scaling == "none":
-                    raise GGUFError(
-                        f"{key}: {short(value)} contradicts {self.name}.rope.scaling.type 'none'"
-                    )
                 raise GGUFError(
                     f"{key}: {short(value)} is not supported (supported: "
                     f"{' or '.join(map(str, allowed))})"
@@ -179,6 +197,15 @@ class Architecture:
                 f"{config.attention_factor} is not supported (supported: 1)"
             )
         found = self.rope_tensors_of(file)
+        scaling = config.rope_scaling_factor
+        if scaling != 1:
+            if found:
+                raise GGUFError(
+                    f"{file.path.name}: {self.name}.rope.scaling.factor: {scaling:g} together with "
+                    f"the tensor {found[0]!r} is not supported"
+                )
+            same = np.full(config.rotary_dim // 2, scaling, np.float32)
+            return RopeFactors(same, same)
         if not found:
             return None
         (factors,) = (self.factors(name, config, file) for name in found)

@@ -25,6 +25,8 @@ READ: Mapping[str, str] = {
     "sliding_window": "attention.sliding_window",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
     "attention_factor": "rope.scaling.attn_factor",
+    "rope_scaling_factor": "rope.scaling.factor",
+    "rope_scale_linear": "rope.scale_linear",  # the name of `rope.scaling.factor` in old files
 }
 """Keys that an architecture reads, by their names in the reference's configuration."""
 
@@ -93,9 +95,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "pooling_type": (0,),  # 0 is none: the model is not one for embeddings
     "residual_scale": (0, 1),
     "rope.dimension_sections": (0,),
-    "rope.scale_linear": (0, 1),  # the name of `rope.scaling.factor` in old files
     "rope.scaling.alpha": (0, 1),
-    "rope.scaling.factor": (0, 1),
     "rope.scaling.type": ("none", "linear", "yarn"),  # without a factor, linear and YaRN are none
     "rope.scaling.yarn_ext_factor": (0, -1),
     "router_logit_softcapping": (0,),

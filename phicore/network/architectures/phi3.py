@@ -19,6 +19,7 @@ class LongRoPE(Architecture):
     """Models with LongRoPE: short factors within the original context, long factors beyond it."""
 
     rotates_partly = True
+    scales_linearly = False
     rope_tensors = ("rope_factors_short.weight", "rope_factors_long.weight")
     # "longrope" adds nothing: the tensors of factors already mean LongRoPE.
     neutral: Mapping[str, tuple[Any, ...]] = {
