@@ -26,11 +26,13 @@ from phicore.errors import (
 )
 
 if TYPE_CHECKING:
-    from phicore.model import Generation, Model, Piece, load
+    from phicore.generation import Generation
+    from phicore.model import Model, load
     from phicore.network.processors import LogitsProcessor
     from phicore.network.sampling import Sampling
     from phicore.plugins import BackendInfo
     from phicore.plugins.hookspecs import hookimpl
+    from phicore.text.pieces import Piece
 
 __all__ = [
     "ArgumentError",
@@ -53,10 +55,10 @@ __all__ = [
 
 _LAZY = {
     "BackendInfo": "phicore.plugins",
-    "Generation": "phicore.model",
+    "Generation": "phicore.generation",
     "LogitsProcessor": "phicore.network.processors",
     "Model": "phicore.model",
-    "Piece": "phicore.model",
+    "Piece": "phicore.text.pieces",
     "Sampling": "phicore.network.sampling",
     "hookimpl": "phicore.plugins.hookspecs",
     "load": "phicore.model",

@@ -6,8 +6,7 @@ import logging
 import os
 import re
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from types import TracebackType
@@ -17,9 +16,9 @@ import numpy as np
 
 from phicore.backend import Backend, BackendOptions
 from phicore.engine import Engine, Request
-from phicore.engine import Sequence as EngineSequence
 from phicore.engine.request import ROPE_FACTORS, is_integer
 from phicore.errors import ArgumentError, GGUFError, PhicoreError, TokenizerError, about
+from phicore.generation import Generation
 from phicore.gguf.reader import open_gguf
 from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
 from phicore.network.config import Phi3Config
@@ -32,78 +31,14 @@ from phicore.progress import Progress, silent
 from phicore.sources import ModelFiles, default_reference, resolve
 from phicore.sources.hub import fetch_tokenizer
 from phicore.text.chat_template import ChatTemplate, Message
-from phicore.text.pieces import Piece, Pieces
+from phicore.text.pieces import Pieces
 from phicore.text.stop_strings import StopStrings, checked_stops
 from phicore.text.tokenizer import Tokenizer
-from phicore.text.vocabulary import origin
+from phicore.text.tokenizer_keys import origin
 
 log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray
-
-
-class Generation:
-    """An iterator of `Piece`, one per token. It may be closed early or left unfinished.
-
-    Only one thread may use it.
-
-    Attributes:
-        seed: The seed in use, so that a random seed can be used again.
-        prompt_ids: The tokens of the prompt.
-        timings: The times and token counts so far.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        sequence: EngineSequence,
-        pieces: Pieces,
-        observers: Observers | None = None,
-    ) -> None:
-        assert sequence.request.seed is not None, "filled in by Request"
-        self.seed = sequence.request.seed
-        self.prompt_ids = list(sequence.request.prompt_ids)
-        self.timings = sequence.timings
-        found = _pieces(engine, sequence, pieces)
-        self._pieces = found if observers is None else observers.watch(self, found)
-        # A generation that is never started or closed is removed from the engine when it is
-        # garbage-collected.
-        weakref.finalize(self, engine.abort, sequence).atexit = False
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Piece:
-        return next(self._pieces)
-
-    def text(self) -> str:
-        """Generate the rest of the answer, and return its text."""
-        return "".join(piece.text for piece in self)
-
-    def close(self) -> None:
-        """Stop generating."""
-        self._pieces.close()  # type: ignore[attr-defined]  # a generator
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def _pieces(engine: Engine, sequence: EngineSequence, pieces: Pieces) -> Iterator[Piece]:
-    """Run a sequence until it finishes or its text has a stop string, and yield its pieces."""
-    try:
-        while True:
-            for output in engine.step([sequence]):
-                for number, token in enumerate(output.tokens, start=1):
-                    is_last = number == len(output.tokens)
-                    piece = pieces.push(token, output.finish_reason if is_last else None)
-                    yield piece
-                    if piece.finish_reason is not None:
-                        return
-    finally:
-        engine.abort(sequence)
 
 
 class Model:

@@ -24,7 +24,9 @@ from phicore.lab.interrupts import swallowed_interrupts
 from phicore.network.sampling import Sampling
 
 if TYPE_CHECKING:
-    from phicore.model import Generation, Model, Piece
+    from phicore.generation import Generation
+    from phicore.model import Model
+    from phicore.text.pieces import Piece
 
 
 EXAMPLES = """

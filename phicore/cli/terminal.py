@@ -14,7 +14,8 @@ from phicore.progress import AGAIN
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from phicore.model import Generation, Model
+    from phicore.generation import Generation
+    from phicore.model import Model
 
 LOG_EVERY_S = 10.0
 

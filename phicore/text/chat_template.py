@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phicore.errors import TokenizerError
 from phicore.text.tokenizer import Tokenizer
-from phicore.text.vocabulary import special_token_id
+from phicore.text.tokenizer_keys import special_token_id
 
 Message = Mapping[str, Any]
 """A message of a chat, with the keys "role" ("system", "user", "assistant" or another), "content"

@@ -18,21 +18,22 @@ from gguf.constants import TokenType
 
 from phicore.errors import TokenizerError
 from phicore.text.pre_tokenizers import PRE_TOKENIZERS, recognized
+from phicore.text.token_kinds import BYTE_PIECE, END_PIECES
 from phicore.text.tokenizer_json import check_pieces, library_errors, read_json
+from phicore.text.tokenizer_keys import (
+    metadata_value,
+    special_token_id,
+    special_token_ids,
+    tokenizer_advice,
+)
 from phicore.text.vocabulary import (
-    BYTE_PIECE,
-    END_PIECES,
     SENTENCEPIECE_IDS,
     byte_level_backend,
     is_phi3_vocabulary,
-    metadata_value,
     piece_bytes,
     read_pieces,
     required_pieces,
     sentencepiece_backend,
-    special_token_id,
-    special_token_ids,
-    tokenizer_advice,
 )
 
 _END_NAMES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")

@@ -1,0 +1,93 @@
+"""Checked values of a GGUF file's tokenizer keys. The file may come from anyone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from phicore.errors import TokenizerError
+
+
+def special_token_id(metadata: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
+    """Read and check `tokenizer.ggml.<name>_token_id`; return None if the file has no such key."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    if metadata.get(key) is None:
+        return None
+    return _checked_id(key, metadata_value(metadata, key, int), vocab_size)
+
+
+def special_token_ids(metadata: Mapping[str, Any], name: str, vocab_size: int) -> list[int]:
+    """Return the list `tokenizer.ggml.<name>_token_ids`, as ollama writes it; it may be empty."""
+    key = f"tokenizer.ggml.{name}_token_ids"
+    if metadata.get(key) is None:
+        return []
+    return [
+        _checked_id(key, metadata_value({key: id}, key, int), vocab_size)
+        for id in metadata_value(metadata, key, Collection)
+    ]
+
+
+def _checked_id(key: str, id: int, vocab_size: int) -> int:
+    if not 0 <= id < vocab_size:
+        raise TokenizerError(f"{key}: expected 0 to {vocab_size - 1}, found {id}")
+    return id
+
+
+def metadata_value(metadata: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """Read a value of the metadata and check its type.
+
+    Raises:
+        TokenizerError: If the value has another type, or is missing without a default.
+    """
+    value = metadata.get(key, default)
+    if value is None:
+        raise TokenizerError(f"{key}: missing from the file; {tokenizer_advice(metadata)}")
+    if kind is int and isinstance(value, np.integer):
+        value = int(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        name = "array" if kind is Collection else kind.__name__
+        found = " ".join(repr(value).split())  # numpy writes an array in several lines
+        raise TokenizerError(f"{key}: expected {name}, found {found:.80}")
+    return value
+
+
+def strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+    """Read an array of strings, which must all be valid Unicode."""
+    strings: list[str] = metadata_value(metadata, key, list)
+    for value in strings:
+        if not isinstance(value, str):
+            raise TokenizerError(f"{key}: expected strings, found {value!r:.80}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"{key}: expected UTF-8, found {value!r:.80}") from error
+    return strings
+
+
+def numbers(metadata: Mapping[str, Any], key: str, size: int) -> list[float]:
+    """Read an array with one finite number for each of `size` tokens."""
+    values = metadata_value(metadata, key, Collection)
+    with suppress(TypeError, ValueError):
+        array = np.asarray(values, dtype=np.float64)
+        if array.shape == (size,) and np.isfinite(array).all():
+            return array.tolist()
+    raise TokenizerError(
+        f"{key}: expected {size} finite numbers, one a token; found {len(values)} values"
+    )
+
+
+def tokenizer_advice(metadata: Mapping[str, Any]) -> str:
+    """Say what to do when a file's vocabulary cannot be used, for the end of a message."""
+    url = origin(metadata)
+    found = "" if url is None else f" (the file names {url:.100})"
+    return f"give the model's tokenizer.json{found}"
+
+
+def origin(metadata: Mapping[str, Any]) -> str | None:
+    """Return the address of the repository that a file was made from, if it names one."""
+    keys = ("general.source.repo_url", "general.base_model.0.repo_url", "general.repo_url")
+    found = (metadata.get(key) for key in keys)
+    return next((url for url in found if isinstance(url, str)), None)
