@@ -103,14 +103,23 @@ TYPES = {
 """Every type that the protocol's defaults can store, if `xp` has its dtypes."""
 
 
-def available(xp: Any, default: str) -> tuple[str, ...]:
-    """Return the names of the types whose dtypes `xp` has, the default type first."""
+def available(xp: Any, default: str, *more: str) -> tuple[str, ...]:
+    """Return the names of the types whose dtypes `xp` and NumPy have, the default type first.
+
+    Args:
+        more: Types whose dtypes NumPy does not have, such as bf16. `Backend.to_numpy` must then
+            convert them.
+    """
     names = (
         name
         for name, kind in TYPES.items()
-        if hasattr(xp, kind.dtype) and hasattr(xp, kind.scale_dtype or kind.dtype)
+        if all(
+            hasattr(library, dtype)
+            for library in (xp, np)
+            for dtype in (kind.dtype, kind.scale_dtype or kind.dtype)
+        )
     )
-    return tuple(dict.fromkeys([default, *names]))
+    return tuple(dict.fromkeys([default, *more, *names]))
 
 
 def empty(xp: Any, cache_type: str, shape: tuple[int, int, int, int]) -> Cache:

@@ -28,8 +28,7 @@ I24 = CacheType(
     largest=32767 * 256,
 )
 ROW_TYPES = {
-    # bf16 has no use here: it takes the memory of f16 and i16, and rounds more.
-    **{name: row_type for name, row_type in cache_types.TYPES.items() if name != "bf16"},
+    **{name: cache_types.TYPES[name] for name in cache_types.available(jnp, "f32")},
     I24.name: I24,
 }
 """Row formats by name; XLA stores all of them.

@@ -83,7 +83,9 @@ class MlxBackend(Backend):
         is_cpu = name == "cpu"
         capabilities = Capabilities(
             device=name,
-            cache_types=_cache_types(is_cpu),
+            cache_types=cache_types.available(namespace, "f32")
+            if is_cpu
+            else cache_types.available(namespace, "f16", "bf16"),
             dtypes=("float32",) if is_cpu else ("float16", "bfloat16", "float32"),
             has_compact=True,
             compiles=True,
@@ -362,13 +364,6 @@ def _loaded_bytes(tensor: GGUFTensor) -> int:
     """Return the number of bytes that a tensor takes after loading on a CPU."""
     layout = LAYOUTS.get(tensor.type)
     return int(prod(tensor.shape) * (layout.bits_per_weight if layout else 32) / 8)
-
-
-def _cache_types(is_cpu: bool) -> tuple[str, ...]:
-    """Return the cache types, without bf16 on a CPU, where MLX computes with it slowly."""
-    if not is_cpu:
-        return cache_types.available(namespace, "f16")
-    return tuple(name for name in cache_types.available(namespace, "f32") if name != "bf16")
 
 
 def _halved(array: np.ndarray) -> np.ndarray:
