@@ -126,6 +126,8 @@ class Model:
             documents: Texts that the model may cite, for the chat template.
             chat_template_kwargs: Other variables of the chat template, such as `enable_thinking`.
         """
+        if chat_template_kwargs and "messages" in chat_template_kwargs:
+            raise ArgumentError("messages are the prompt", parameter="chat_template_kwargs")
         for_template = {"tools": tools, "documents": documents, **(chat_template_kwargs or {})}
         if isinstance(prompt, str):
             if raw:

@@ -127,6 +127,8 @@ def _without_effect(name: str, value: Any) -> Any:
     """Return the value that keeps all tokens, where another program's value means that."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return value
+    if name in ("top_k", "repeat_last_n") and float(value).is_integer():
+        value = int(value)
     if name == "top_k" and value <= 0:
         return 0
     if name == "top_p" and value >= 1:  # float32 may have rounded it up

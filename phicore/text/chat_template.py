@@ -32,7 +32,7 @@ PHI3_TEMPLATE = (
 )
 _NO_TEMPLATE = "{{ raise_exception('the model has none; use --raw to send the prompt as it is') }}"
 _KEY = "tokenizer.chat_template"
-_PROBE = "phicore-message-probe"
+_PROBE = "phicoremessageprobe"  # letters alone, which escaping leaves; case may change
 # The keys in which programs pass the reasoning of a message. Templates read the first or second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -180,7 +180,7 @@ def _shows(
         _probed(turn) if is_asked else turn for turn, is_asked in zip(turns, asked, strict=True)
     ]
     try:
-        return rendered(probes).count(_PROBE) >= sum(asked)
+        return rendered(probes).lower().count(_PROBE) >= sum(asked)
     except TokenizerError:
         return default
 

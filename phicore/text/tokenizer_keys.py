@@ -12,22 +12,26 @@ from phicore.errors import TokenizerError
 
 
 def special_token_id(metadata: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
-    """Read and check `tokenizer.ggml.<name>_token_id`; return None if the file has no such key."""
-    key = f"tokenizer.ggml.{name}_token_id"
-    if metadata.get(key) is None:
-        return None
-    return _checked_id(key, metadata_value(metadata, key, int), vocab_size)
+    """Return `tokenizer.ggml.<name>_token_id`, checked, or None if the file has none.
+
+    If the value is a list, the first id counts; `special_token_ids` returns all of them.
+    """
+    ids = _ids(metadata, f"tokenizer.ggml.{name}_token_id", vocab_size)
+    return ids[0] if ids else None
 
 
 def special_token_ids(metadata: Mapping[str, Any], name: str, vocab_size: int) -> list[int]:
-    """Return the list `tokenizer.ggml.<name>_token_ids`, as ollama writes it; it may be empty."""
-    key = f"tokenizer.ggml.{name}_token_ids"
-    if metadata.get(key) is None:
+    """Return all ids of `tokenizer.ggml.<name>_token_id`, and of `..._ids`, as ollama writes it."""
+    keys = (f"tokenizer.ggml.{name}_token_id", f"tokenizer.ggml.{name}_token_ids")
+    return [id for key in keys for id in _ids(metadata, key, vocab_size)]
+
+
+def _ids(metadata: Mapping[str, Any], key: str, vocab_size: int) -> list[int]:
+    value = metadata.get(key)
+    if value is None:
         return []
-    return [
-        _checked_id(key, metadata_value({key: id}, key, int), vocab_size)
-        for id in metadata_value(metadata, key, Collection)
-    ]
+    values = value if isinstance(value, (list, np.ndarray)) else [value]
+    return [_checked_id(key, metadata_value({key: id}, key, int), vocab_size) for id in values]
 
 
 def _checked_id(key: str, id: int, vocab_size: int) -> int:

@@ -93,6 +93,7 @@ def test_recommended_sampling_is_the_default(tmp_path: Path) -> None:
     ("name", "value", "field", "expected"),
     [
         ("top_k", -1, "top_k", 0),  # llama.cpp and vLLM: all tokens
+        ("top_k", 20.0, "top_k", 20),
         ("top_p", 1.0000001, "top_p", 1.0),
         ("top_p", 2.0, "top_p", 1.0),
         ("min_p", -0.5, "min_p", 0.0),

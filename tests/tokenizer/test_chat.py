@@ -164,6 +164,12 @@ def test_render_template_that_leaves_out_the_user_is_refused(source: str) -> Non
         ChatTemplate(source).render([user("Hi"), assistant("Hello"), user("Hi")])
 
 
+@pytest.mark.parametrize("filter_", ["upper", "title", "e", "replace('-', ' ')", "trim"])
+def test_render_template_that_changes_the_text_shows_it(filter_: str) -> None:
+    source = f"{{% for m in messages %}}{{{{ m.content | {filter_} }}}}{{% endfor %}}"
+    assert ChatTemplate(source).render([system("Be"), user("a-b")])
+
+
 def test_render_template_that_cannot_read_parts_gets_a_string() -> None:
     source = "{% for m in messages %}{{ m.content if m.content is string }}{% endfor %}"
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]

@@ -100,6 +100,9 @@ def test_from_gguf_list_of_end_tokens_ends_at_each() -> None:
     assert {2, 5} <= Tokenizer.from_gguf(metadata).end_token_ids
     with pytest.raises(TokenizerError, match="eos_token_ids: expected 0 to 270, found 999"):
         Tokenizer.from_gguf(llama(eos_token_ids=[999]))
+    tokenizer = Tokenizer.from_gguf(llama(eos_token_id=[2, 7]))
+    assert tokenizer.eos_token_id == 2
+    assert {2, 7} <= tokenizer.end_token_ids
 
 
 # ---- what tokens are like follows from the vocabulary ------------------------------------------
