@@ -13,6 +13,7 @@ import pytest
 
 from phicore.engine import Request
 from phicore.errors import ArgumentError
+from phicore.network.processors import AnswerPenalty, LogitsProcessor
 from phicore.network.sampling import Sampling
 from phicore.progress import AGAIN
 from phicore.testing import tiny_models
@@ -83,6 +84,43 @@ def test_text_does_not_depend_on_how_long_it_may_become(sampling, ops, tmp_path)
         assert set(again) == (set() if limit in (3, 4, 5) else {29})  # the last is never run
     assert len(texts[-1]) == engine.context - len(prompt)
     assert all(texts[-1][: len(text)] == text for text in texts.values())
+
+
+def test_processors_keep_their_state_when_a_text_is_read_again(ops, tmp_path):
+    """A state on the device (frequencies) and one from the host (no token of the last three)."""
+
+    class NotAgain(LogitsProcessor):
+        needs_tokens = True
+
+        def start(self, prompt, vocab_size):
+            self.bias, self.seen = np.zeros(vocab_size, np.float32), []
+            return {"bias": self.bias}
+
+        def update(self, token):
+            self.seen.append(token)
+            bias = self.bias.copy()
+            bias[self.seen[-3:]] = -1e9
+            return {"bias": bias}
+
+        @classmethod
+        def apply(cls, ops, logits, state):
+            return logits + state["bias"]
+
+    def frequencies(scores, answer):
+        np.subtract.at(scores, answer, 0.5)
+
+    def last_three(scores, answer):
+        scores[answer[-3:]] = -1e9
+
+    engine = engine_of(ops, CASES["crosses_original"].write(tmp_path / "tiny.gguf"))
+    prompt = golden()["token_ids"].tolist()
+    for processor, rule in ((AnswerPenalty(frequency=0.5), frequencies), (NotAgain(), last_three)):
+        request = Request(prompt, GREEDY, max_tokens=12, seed=0, processors=[processor])
+        answer = list(engine.generate(request))
+        for end, token in enumerate(answer):
+            scores = engine.logits([*prompt, *answer[:end]])[-1].copy()
+            rule(scores, answer[:end])
+            assert scores.max() - scores[token] < 1e-4  # the best, or nearly tied with it
 
 
 def test_long_factors_from_the_beginning(ops, tmp_path):
