@@ -126,8 +126,7 @@ class Model:
             documents: Texts that the model may cite, for the chat template.
             chat_template_kwargs: Other variables of the chat template, such as `enable_thinking`.
         """
-        if chat_template_kwargs and "messages" in chat_template_kwargs:
-            raise ArgumentError("messages are the prompt", parameter="chat_template_kwargs")
+        _check_template_kwargs(chat_template_kwargs)
         for_template = {"tools": tools, "documents": documents, **(chat_template_kwargs or {})}
         if isinstance(prompt, str):
             if raw:
@@ -363,6 +362,18 @@ def load(
         architectures=plugins.architectures(),
         processors=plugins.logits_processors(),
     )
+
+
+def _check_template_kwargs(variables: Mapping[str, Any] | None) -> None:
+    parameter = "chat_template_kwargs"
+    if variables is None:
+        return
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise ArgumentError(parameter=parameter, expected="variables by name", got=variables)
+    if "messages" in variables:
+        raise ArgumentError("messages are the prompt", parameter=parameter)
+    if "self" in variables:
+        raise ArgumentError("'self' is a name of Jinja's own", parameter=parameter)
 
 
 def tokenizer_of(files: ModelFiles, metadata: Mapping[str, Any]) -> Tokenizer:

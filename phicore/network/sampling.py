@@ -118,7 +118,8 @@ def recommended(metadata: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
         else:
             found[name] = value
     for key, off in OTHER_KEYS.items():
-        if metadata.get(key, off) != off:
+        value = metadata.get(key, off)
+        if not isinstance(value, (int, float)) or value != off:
             left_out.append(f"{key} {metadata[key]!r:.40}")
     return Sampling(**found), left_out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -47,7 +48,8 @@ class ChatTemplate:
     Some templates refuse a system message, or silently drop it, like the one in Phi-3's GGUF files.
     The text of the system message is then put in front of the first user message, with a blank line
     between them. If a template drops content that is a list of parts ({"type": "text", "text":
-    ...}), the parts are joined to one string. If it still drops the user's text, `render` raises.
+    ...}), or writes it as Python would print the list, the parts are joined to one string. If it
+    still drops the user's text, `render` raises.
     """
 
     def __init__(
@@ -80,14 +82,16 @@ class ChatTemplate:
         For other vocabularies, the result is then a template whose `render` raises.
 
         Raises:
-            TokenizerError: If the template is not text, or a special id is not an id.
+            TokenizerError: If the template is not text.
         """
         source = _source(metadata, _KEY) or _source(metadata, f"{_KEY}.default")
         if source is None:
             source = PHI3_TEMPLATE if tokenizer.is_phi3 else _NO_TEMPLATE
         ids = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
         for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
-            ids[name] = special_token_id(metadata, key, tokenizer.vocab_size)
+            # Few templates use these, so a chat does not fail because such an id is none.
+            with suppress(TokenizerError):
+                ids[name] = special_token_id(metadata, key, tokenizer.vocab_size)
         spellings = {name: tokenizer.piece(id) for name, id in ids.items() if id is not None}
         return cls(source, tool_use=_source(metadata, f"{_KEY}.tool_use"), **spellings)
 
@@ -128,9 +132,7 @@ class ChatTemplate:
             except Exception as error:  # a template is a program, so it can fail in any way
                 raise TokenizerError(f"chat template: {' '.join(str(error).split())}") from error
 
-        if any(isinstance(turn.get("content"), list) for turn in turns) and not _shows(
-            rendered, turns, "user"
-        ):
+        if not _reads_parts(rendered, turns):
             turns = [turn | {"content": _text(turn)} for turn in turns]
         if not _shows(rendered, turns, "system"):
             turns = _without_system(turns)
@@ -183,6 +185,26 @@ def _shows(
         return rendered(probes).lower().count(_PROBE) >= sum(asked)
     except TokenizerError:
         return default
+
+
+def _reads_parts(
+    rendered: Callable[[list[dict[str, Any]]], str], turns: list[dict[str, Any]]
+) -> bool:
+    """Return whether the template can read the messages whose content is a list of parts.
+
+    A template that was written for strings either fails or shows the list as Python prints it.
+    """
+    asked = [isinstance(turn.get("content"), list) and _has_text(turn) for turn in turns]
+    if not any(asked):
+        return True
+    probes = [
+        _probed(turn) if is_asked else turn for turn, is_asked in zip(turns, asked, strict=True)
+    ]
+    try:
+        prompt = rendered(probes).lower()
+    except TokenizerError:
+        return False
+    return prompt.count(_PROBE) >= sum(asked) and f"'text': '{_PROBE}'" not in prompt
 
 
 def _has_text(turn: Mapping[str, Any]) -> bool:

@@ -10,6 +10,8 @@ import numpy as np
 
 from phicore.errors import TokenizerError
 
+_NO_ID = (-1, 2**32 - 1)  # what programs write for "none", as a signed or an unsigned number
+
 
 def special_token_id(metadata: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
     """Return `tokenizer.ggml.<name>_token_id`, checked, or None if the file has none.
@@ -31,7 +33,8 @@ def _ids(metadata: Mapping[str, Any], key: str, vocab_size: int) -> list[int]:
     if value is None:
         return []
     values = value if isinstance(value, (list, np.ndarray)) else [value]
-    return [_checked_id(key, metadata_value({key: id}, key, int), vocab_size) for id in values]
+    ids = [metadata_value({key: id}, key, int) for id in values]
+    return [_checked_id(key, id, vocab_size) for id in ids if id not in _NO_ID]
 
 
 def _checked_id(key: str, id: int, vocab_size: int) -> int:
@@ -91,7 +94,10 @@ def tokenizer_advice(metadata: Mapping[str, Any]) -> str:
 
 
 def origin(metadata: Mapping[str, Any]) -> str | None:
-    """Return the address of the repository that a file was made from, if it names one."""
+    """Return the address of the repository that a file was made from, if it names one.
+
+    An address on the Hugging Face Hub comes before others, since its files can be fetched.
+    """
     keys = ("general.source.repo_url", "general.base_model.0.repo_url", "general.repo_url")
-    found = (metadata.get(key) for key in keys)
-    return next((url for url in found if isinstance(url, str)), None)
+    found = [url for key in keys if isinstance(url := metadata.get(key), str)]
+    return min(found, key=lambda url: not url.startswith("https://huggingface.co/"), default=None)

@@ -34,6 +34,8 @@ SENTENCEPIECE_IDS = {
 _SPACE = "▁"  # how SentencePiece spells a space
 _KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}  # Phi-3's tokens that leave a space after them
 _PHI3_PIECES = {"<|user|>", "<|assistant|>", "<|end|>"}
+_TYPES = {0, *map(int, TokenType)}  # 0: llama.cpp's "undefined"
+_TEXT_TYPES = {TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.BYTE}
 
 
 def _byte_characters() -> dict[str, int]:
@@ -64,7 +66,7 @@ def read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
 
     Raises:
         TokenizerError: If a spelling occurs twice, is not UTF-8 or is not that of a byte where the
-            type says so, or a token has no type.
+            type says so, a token has no type or one that does not exist, or no token is text.
     """
     key = "tokenizer.ggml.tokens"
     # llama.cpp's name for a token without a spelling
@@ -73,8 +75,19 @@ def read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     for id, piece in enumerate(pieces):
         if ids.setdefault(piece, id) != id:
             raise TokenizerError(f"{key}: {piece!r} has two ids, {ids[piece]} and {id}")
-    found = numbers(metadata, "tokenizer.ggml.token_type", len(pieces))
+    types_key = "tokenizer.ggml.token_type"
+    found = numbers(metadata, types_key, len(pieces))
+    for number in found:
+        if number not in _TYPES:
+            raise TokenizerError(
+                f"{types_key}: expected 0 to {max(_TYPES)}, found {number:g}; "
+                f"{tokenizer_advice(metadata)}"
+            )
     types = corrected_types(metadata, pieces, [int(number) for number in found])
+    if pieces and not _TEXT_TYPES.intersection(types):
+        raise TokenizerError(
+            f"{types_key}: every token is special, so none is text; {tokenizer_advice(metadata)}"
+        )
     for piece, token_type in zip(pieces, types, strict=True):
         if token_type == TokenType.BYTE and not BYTE_PIECE.fullmatch(piece):
             raise TokenizerError(f"{key}: expected a byte such as '<0x0A>', found {piece!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api.tiny_models import with_number, with_value, write_tiny
@@ -185,3 +186,12 @@ def test_other_number_of_tokens_than_the_embedding_has_rows(tmp_path: Path) -> N
     path = write_tiny(tmp_path / "m.gguf", drop_last)
     with pytest.raises(GGUFError, match=r"'token_embd.weight' has \d+ rows, the tokenizer \d+ tok"):
         phicore.load(path, backend="numpy")
+
+
+@pytest.mark.parametrize("variables", [{"messages": []}, {"self": 1}, {1: 2}, 5])
+def test_template_variables_that_are_none_are_refused(tmp_path: Path, variables: Any) -> None:
+    with (
+        phicore.load(write_tiny(tmp_path / "m.gguf"), backend="numpy") as model,
+        pytest.raises(ArgumentError, match=r"^chat_template_kwargs: "),
+    ):
+        model.encode("Hi", chat_template_kwargs=variables)

@@ -164,6 +164,17 @@ def test_render_template_that_leaves_out_the_user_is_refused(source: str) -> Non
         ChatTemplate(source).render([user("Hi"), assistant("Hello"), user("Hi")])
 
 
+@pytest.mark.parametrize("id", [-1, 2**32 - 1, 32000])
+def test_from_gguf_padding_that_is_no_token_does_not_spoil_a_chat(id: int) -> None:
+    source = "{{ pad_token is defined }} {{ messages[0].content }}"
+    metadata = llama() | {
+        "tokenizer.chat_template": source,
+        "tokenizer.ggml.padding_token_id": id,
+    }
+    template = ChatTemplate.from_gguf(metadata, Tokenizer.from_gguf(metadata))
+    assert template.render([user("Hi")]) == "False Hi"
+
+
 @pytest.mark.parametrize("filter_", ["upper", "title", "e", "replace('-', ' ')", "trim"])
 def test_render_template_that_changes_the_text_shows_it(filter_: str) -> None:
     source = f"{{% for m in messages %}}{{{{ m.content | {filter_} }}}}{{% endfor %}}"
@@ -176,6 +187,14 @@ def test_render_template_that_cannot_read_parts_gets_a_string() -> None:
     assert ChatTemplate(source).render([{"role": "user", "content": parts}]) == "one two"
     source = "{% for m in messages %}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endfor %}"
     assert ChatTemplate(source).render([{"role": "user", "content": parts}]) == "<one ><two>"
+
+
+@pytest.mark.parametrize("role", ["user", "system", "assistant"])
+def test_render_parts_never_as_python_prints_a_list(role: str) -> None:
+    source = "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}|{% endfor %}"
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    prompt = ChatTemplate(source).render([user("Hi"), {"role": role, "content": parts}])
+    assert prompt == f"user\nHi|{role}\none two|"
 
 
 @pytest.mark.parametrize(

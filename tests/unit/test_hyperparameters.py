@@ -283,6 +283,11 @@ def test_config_experts_are_two_of_some():
         (1, 16, "expected 2 of 2 or more experts (phimoe.expert_count), found 1 of 16"),
         (2, 1, "expected 2 of 2 or more experts (phimoe.expert_count), found 2 of 1"),
         ([2], 16, "expected 2 of 2 or more experts (phimoe.expert_count), found [2] of 16"),
+        (
+            np.array([2, 2]),
+            16,
+            "expected 2 of 2 or more experts (phimoe.expert_count), found array([2, 2]) of 16",
+        ),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import gguf
 import pytest
 
 from phicore.errors import GGUFError
-from phicore.network.architectures import architecture_of
+from phicore.network.architectures import BUILT_IN, architecture_of
 from phicore.network.architectures.kinds import ARCHITECTURES, TYPES
 
 LLAMA = {"general.architecture": "llama", "tokenizer.ggml.tokens": ["a"]}
@@ -43,6 +43,12 @@ def test_other_kind_of_file_says_what_it_is(
     assert message.startswith("this file is a")
     assert expected in message
     assert "\n" not in message
+
+
+def test_architecture_of_a_plugin_comes_before_what_its_name_means():
+    added = BUILT_IN | {"bert": BUILT_IN["llama"]}
+    found = architecture_of({"general.architecture": "bert"}, added)
+    assert found is BUILT_IN["llama"]
 
 
 def test_language_model_is_no_other_kind():

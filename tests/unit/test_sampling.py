@@ -7,7 +7,7 @@ import pytest
 
 from phicore.errors import ArgumentError
 from phicore.network.sampler import uniforms
-from phicore.network.sampling import Sampling
+from phicore.network.sampling import OTHER_KEYS, Sampling, recommended
 
 BAD = [
     ("temperature", -0.1, "temperature: expected 0 (greedy), or 1e-6 to 1e6, got -0.1"),
@@ -130,3 +130,12 @@ def test_uniforms_largest_raw_number_is_below_one(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(np.random, "Philox", Largest)
     assert (uniforms(0, 0, 3) < 1).all()
+
+
+@pytest.mark.parametrize("key", sorted(OTHER_KEYS))
+@pytest.mark.parametrize("value", [np.array([0, 0]), [0], "0", 1])
+def test_recommended_value_of_any_type_that_cannot_be_used_is_left_out(key: str, value: object):
+    sampling, (left_out,) = recommended({key: value})
+    assert sampling == Sampling()
+    assert left_out.startswith(f"{key} ")
+    assert recommended({key: OTHER_KEYS[key]}) == (Sampling(), [])

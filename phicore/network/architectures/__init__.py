@@ -39,7 +39,7 @@ def architecture_of(
         GGUFError: If the file is no language model, or names no architecture or an unknown one.
     """
     name = metadata.get("general.architecture")
-    if kind := other_kind(metadata, tensors):
+    if kind := other_kind(metadata, tensors, known):
         raise GGUFError(f"this file is {kind}")
     if name is None:
         raise GGUFError("general.architecture: missing; is this a model file?")

@@ -67,12 +67,15 @@ POOLING = {1: EMBEDDING, 2: EMBEDDING, 3: EMBEDDING, 4: RERANKER}
 """Meanings of `pooling_type`; 0 is none."""
 
 
-def other_kind(metadata: Mapping[str, Any], tensors: Collection[str]) -> str | None:
+def other_kind(
+    metadata: Mapping[str, Any], tensors: Collection[str], known: Collection[str] = ()
+) -> str | None:
     """Say what a file is, if it is no language model.
 
     Args:
         metadata: The metadata of the file.
         tensors: The names of its tensors.
+        known: The architectures that can be run. Plugins may have added one of `ARCHITECTURES`.
     Returns:
         The end of a sentence that begins with "this file is", or None.
     """
@@ -85,7 +88,7 @@ def other_kind(metadata: Mapping[str, Any], tensors: Collection[str]) -> str | N
         return IMPORTANCE
     if not isinstance(name, str):
         return None
-    if name in ARCHITECTURES:
+    if name in ARCHITECTURES and name not in known:
         return ARCHITECTURES[name]
     if any(key.startswith("clip.") for key in metadata):
         return PROJECTOR

@@ -34,7 +34,7 @@ class PhiMoE(LongRoPE):
     def experts(self, read: Hyperparameters) -> int:
         count, expected = read.integer("num_local_experts"), NUM_EXPERTS_PER_TOK
         chosen = read.metadata.get(read.key("num_experts_per_tok"))
-        if chosen != expected or count < expected:
+        if not isinstance(chosen, int) or chosen != expected or count < expected:
             raise GGUFError(
                 f"{read.key('num_experts_per_tok')}: expected {expected} of {expected} or more "
                 f"experts ({read.key('num_local_experts')}), found {short(chosen)} of {count}"
