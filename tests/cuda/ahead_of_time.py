@@ -31,11 +31,11 @@ from gguf import GGMLQuantizationType as Type
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from phicore_jax import cuda
-from phicore_jax.backend import CHUNKS, JaxBackend
+from phicore_jax.backend import JaxBackend, capabilities_of
 from phicore_jax.cuda import check, runtime
 from phicore_jax.parallel import AXIS, Devices
 
-from phicore.backend import Backend, BackendOptions, Capabilities
+from phicore.backend import Backend, BackendOptions
 from phicore.engine import Engine
 from phicore.gguf.reader import open_gguf
 
@@ -99,16 +99,7 @@ class AheadOfTime(JaxBackend):
         kernels, about = cuda.find_kernels()
         assert kernels is not None, about
         self._kernels = kernels
-        capabilities = Capabilities(
-            device="cuda",
-            has_devices=True,
-            compiles=True,
-            asynchronous=True,
-            steps=steps,
-            prompt_chunks=CHUNKS,
-            cache_types=kernels.cache_types,
-            has_fast_prefill=kernels.has_fast_products,
-        )
+        capabilities = capabilities_of("cuda", kernels, steps)
         Backend.__init__(self, BackendOptions(devices=devices), capabilities)
 
     def _put(self, x: np.ndarray) -> Any:

@@ -144,6 +144,29 @@ def rows_of(part: Any) -> int:
     return part.rows if hasattr(part, "rows") else int(jax.tree.leaves(part)[0].shape[0])
 
 
+def capabilities_of(device: str, kernels: OwnKernels | None, steps: int) -> Capabilities:
+    """Describe a backend on `device` that has `kernels` and runs up to `steps` steps at once."""
+    found = Capabilities(
+        device=device,
+        has_devices=True,
+        compiles=True,
+        asynchronous=True,
+        steps=steps,
+        cache_types=names("f32"),
+    )
+    if device != "cpu":
+        found = replace(found, prompt_chunks=CHUNKS)
+    if kernels is not None:
+        found = replace(
+            found,
+            cache_types=names(kernels.cache_type),
+            has_fast_prefill=kernels.has_fast_products,
+            has_threads=kernels.has_threads,
+            linear_error=3e-5,
+        )
+    return found
+
+
 class JaxBackend(Backend):
     """JAX on one device, or on several that share the model.
 
@@ -171,24 +194,8 @@ class JaxBackend(Backend):
         self._kernels = kernels
         if steps is None:  # on GPUs, loops were tested with these kernels only
             steps = 1 if is_cpu or kernels is None else STEPS
-        capabilities = Capabilities(
-            device="cpu" if is_cpu else _name(self.device),
-            has_devices=True,
-            compiles=True,
-            asynchronous=True,
-            steps=steps,
-            cache_types=names("f32"),
-        )
-        if not is_cpu:
-            capabilities = replace(capabilities, prompt_chunks=CHUNKS)
-        if kernels is not None:
-            capabilities = replace(
-                capabilities,
-                cache_types=names(kernels.cache_type),
-                has_fast_prefill=kernels.has_fast_products,
-                has_threads=kernels.has_threads,
-                linear_error=3e-5,
-            )
+        name = "cpu" if is_cpu else _name(self.device)
+        capabilities = capabilities_of(name, kernels, steps)
         super().__init__(options, capabilities)
         self._packing_device = self.device
         self._grow: dict[int, Callable[[LayerCache], LayerCache]] = {}
