@@ -30,7 +30,8 @@ from phicore.plugins.observers import Observers
 from phicore.progress import Progress, silent
 from phicore.sources import ModelFiles, default_reference, resolve
 from phicore.sources.hub import fetch_tokenizer
-from phicore.text.chat_template import ChatTemplate, Message
+from phicore.text.chat_template import ChatTemplate
+from phicore.text.messages import Message, with_texts
 from phicore.text.pieces import Pieces
 from phicore.text.stop_strings import StopStrings, checked_stops
 from phicore.text.tokenizer import Tokenizer
@@ -120,8 +121,9 @@ class Model:
             prompt: A string, a list of messages ({"role": ..., "content": ...}), or token ids,
                 which are used unchanged.
             system: A system message to put before a prompt that is a string.
-            raw: Whether to use a string unchanged, special tokens included. If False, the string is
-                a user's message in the chat template.
+            raw: Whether to use a string unchanged; spellings such as "<|user|>" in it become
+                control tokens. If False, the string is a user's message in the chat template, and
+                such spellings are text, as in all messages except the assistant's.
             tools: JSON schemas of functions that the model may call, for the chat template.
             documents: Texts that the model may cite, for the chat template.
             chat_template_kwargs: Other variables of the chat template, such as `enable_thinking`.
@@ -134,6 +136,9 @@ class Model:
                     raise ArgumentError("a raw prompt has no system message", parameter="system")
                 _refuse_without_template(for_template)
                 return self.tokenizer.encode(prompt)
+            if found := self.tokenizer.control_tokens_in(prompt):
+                piece = self.tokenizer.piece(found[0])
+                log.warning("%r is text in a message, and a token in a raw prompt only", piece)
             prompt = [{"role": "user", "content": prompt}]
             if system is not None:
                 prompt = [{"role": "system", "content": system}, *prompt]
@@ -142,9 +147,30 @@ class Model:
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             messages: Sequence[Message] = prompt  # type: ignore[assignment]
             with about(self.path.name):
-                return self.tokenizer.encode(self.chat_template.render(messages, **for_template))
+                return self._encoded(messages, **for_template)
         _refuse_without_template(for_template)
         return _checked_ids(prompt, self.vocab_size)
+
+    def _encoded(
+        self,
+        messages: Sequence[Message],
+        documents: Sequence[Mapping[str, Any]] | None,
+        **for_template: Any,
+    ) -> list[int]:
+        """Turn messages into tokens. Control tokens come from the template and the assistant only.
+
+        The other messages and the documents may be by anyone, and cannot add a turn of the chat.
+        """
+        escape = self.tokenizer.escape
+        turns = [
+            with_texts(turn, escape)
+            if isinstance(turn, Mapping) and turn.get("role") != "assistant"
+            else turn
+            for turn in messages
+        ]
+        documents = with_texts(documents, escape)
+        prompt = self.chat_template.render(turns, documents=documents, **for_template)
+        return self.tokenizer.encode(prompt, escaped=True)
 
     def request(
         self,
@@ -200,18 +226,15 @@ class Model:
         """
         found = set()
         for stop in stops:
-            ids = self.tokenizer.encode(stop, add_bos=False)
-            control = [id for id in ids if self.tokenizer.is_control(id)]
-            if not control:
-                continue
-            piece = self.tokenizer.piece(control[0])
-            if stop.strip() != piece:
-                raise ArgumentError(
-                    f"{stop!r:.40} has the control token {piece!r} in it, which is no text; give "
-                    f"{piece!r} alone",
-                    parameter="stop",
-                )
-            found.add(control[0])
+            for id in self.tokenizer.control_tokens_in(stop):
+                piece = self.tokenizer.piece(id)
+                if stop.rstrip() != piece:  # the token comes before white space
+                    raise ArgumentError(
+                        f"{stop!r:.40} has the control token {piece!r} in it, which is no text; "
+                        f"give {piece!r} alone",
+                        parameter="stop",
+                    )
+                found.add(id)
         return frozenset(found)
 
     def generate(self, prompt: Prompt | Request, **options: Any) -> Generation:

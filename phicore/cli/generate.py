@@ -70,8 +70,8 @@ def generate(
         bool,
         typer.Option(
             "--raw",
-            help="Use the prompt as it is, without the chat template; <|user|> and the like in it "
-            "become special tokens.",
+            help="Use the prompt as it is, without the chat template, a newline at its end "
+            "included; <|user|> and the like in it become control tokens.",
         ),
     ] = False,
     max_tokens: Annotated[
@@ -149,9 +149,9 @@ def generate(
     if file is not None:
         if prompt is not None:
             raise ArgumentError("leave the prompt out; the file has it", parameter="file")
-        text = read_file(file)
+        text = read_file(file, exact=raw)
     else:
-        text = read_text(prompt)
+        text = read_text(prompt, exact=raw)
     given = {name: value for name, value in sampling.items() if value is not None}
     # Check the options before a long load. The real request is made later, with the tokenizer.
     Request(

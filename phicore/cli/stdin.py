@@ -1,4 +1,4 @@
-"""Reads text from an argument or from standard input."""
+"""Reads text from an argument, a file or standard input."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 from phicore.errors import ArgumentError
 
 
-def read_text(text: str | None) -> str:
+def read_text(text: str | None, *, exact: bool = False) -> str:
     """Return the text of an argument, or read standard input if it is "-" or missing.
 
-    One newline at the end of standard input is dropped.
-
+    Args:
+        text: The argument.
+        exact: Whether to keep a newline at the end of standard input. If False, one is dropped.
     Raises:
         ArgumentError: If there is no text, or it is not valid.
     """
     if text is None or text == "-":
-        return _read_stdin(is_asked=text == "-")
+        return _read_stdin(is_asked=text == "-", exact=exact)
     try:
         text.encode()
     except UnicodeEncodeError:  # Python turns an argument's invalid bytes into lone surrogates
@@ -26,24 +27,30 @@ def read_text(text: str | None) -> str:
     return text
 
 
-def read_file(path: Path) -> str:
-    """Read a text file; one newline at its end does not count.
+def read_file(path: Path, *, exact: bool = False) -> str:
+    """Read a text file, or standard input if the path is "-".
 
+    Args:
+        path: The file. A byte order mark at its start is dropped.
+        exact: Whether to keep a newline at the end. If False, one is dropped.
     Raises:
         ArgumentError: If it cannot be read, is not UTF-8, or is empty.
     """
+    if str(path) == "-":
+        return _read_stdin(is_asked=True, exact=exact)
     try:
-        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ArgumentError(f"{path}: {error.strerror}", parameter="file") from None
     except UnicodeDecodeError:
         raise ArgumentError(f"{path}: not UTF-8 text", parameter="file") from None
+    text = text if exact else text.removesuffix("\n")
     if not text:
         raise ArgumentError(f"{path}: no text in it", parameter="file")
     return text
 
 
-def _read_stdin(is_asked: bool) -> str:
+def _read_stdin(*, is_asked: bool, exact: bool) -> str:
     if sys.stdin is None:
         raise ArgumentError("no text: standard input is closed; give the text as an argument")
     if not is_asked and sys.stdin.isatty():
@@ -51,9 +58,10 @@ def _read_stdin(is_asked: bool) -> str:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="strict")  # in the C locale, Python would accept invalid bytes
     try:
-        text = sys.stdin.read().removesuffix("\n")
+        text = sys.stdin.read().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ArgumentError(f"standard input is not {error.encoding} text: {error}") from None
+    text = text if exact else text.removesuffix("\n")
     if not text and not is_asked:
         raise ArgumentError("no text: standard input is empty; give the text as an argument")
     return text

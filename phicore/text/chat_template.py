@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -15,13 +17,19 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from phicore.errors import TokenizerError
+from phicore.errors import ArgumentError, TokenizerError
+from phicore.text.messages import (
+    Message,
+    Turns,
+    arrangements,
+    lost_turns,
+    plain,
+    text_of,
+)
 from phicore.text.tokenizer import Tokenizer
 from phicore.text.tokenizer_keys import special_token_id
 
-Message = Mapping[str, Any]
-"""A message of a chat, with the keys "role" ("system", "user", "assistant" or another), "content"
-(a text), and other keys that the template reads, such as `tool_calls`."""
+log = logging.getLogger(__name__)
 
 # The format of every model with Phi-3's vocabulary, as in llama.cpp. The tokenizer puts BOS in
 # front.
@@ -33,9 +41,6 @@ PHI3_TEMPLATE = (
 )
 _NO_TEMPLATE = "{{ raise_exception('the model has none; use --raw to send the prompt as it is') }}"
 _KEY = "tokenizer.chat_template"
-_PROBE = "phicoremessageprobe"  # letters alone, which escaping leaves; case may change
-# The keys in which programs pass the reasoning of a message. Templates read the first or second.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -45,11 +50,11 @@ class ChatTemplate:
     `documents`, `add_generation_prompt`, `bos_token` and other special tokens, `raise_exception`,
     `strftime_now`, `tojson`, loop controls and `{% generation %}` blocks.
 
-    Some templates refuse a system message, or silently drop it, like the one in Phi-3's GGUF files.
-    The text of the system message is then put in front of the first user message, with a blank line
-    between them. If a template drops content that is a list of parts ({"type": "text", "text":
-    ...}), or writes it as Python would print the list, the parts are joined to one string. If it
-    still drops the user's text, `render` raises.
+    Templates differ in the messages that they read. Some refuse a system message, or drop it
+    without a word, like the one in Phi-3's GGUF files; some read texts, and some lists of parts
+    ({"type": "text", "text": ...}). `render` tries the forms of `phicore.text.messages` until a
+    prompt has all texts. It raises if no prompt has the last user's text, and logs what else a
+    template leaves out.
     """
 
     def __init__(
@@ -113,36 +118,64 @@ class ChatTemplate:
             add_generation_prompt: Whether the prompt ends where the assistant's answer begins.
             variables: Other variables of the template, such as `enable_thinking`.
         Raises:
+            ArgumentError: If the tools or the documents are no list of mappings.
             TokenizerError: If a message or the template is malformed, or if the template refuses
-                the messages or drops the user's text.
+                the messages or drops the last user's text.
         """
-        turns = _checked(messages)
         given = {
-            "tools": None if tools is None else _plain(tools),
-            "documents": None if documents is None else _plain(documents),
+            "tools": _checked_list("tools", tools),
+            "documents": _checked_list("documents", documents),
             "add_generation_prompt": add_generation_prompt,
             **self._tokens,
-            **_plain(variables),
+            **plain(variables),
         }
+        best = self._best(messages, given)
+        if lost := [best.turns[index]["role"] for index in best.lost]:
+            log.warning("chat template: it leaves out messages: %s", ", ".join(lost))
+        for name in ("tools", "documents"):
+            if given[name] and not self._reads(name, best, given):
+                log.warning("chat template: it knows no %s, and leaves them out", name)
+        return best.prompt
 
-        def rendered(turns: list[dict[str, Any]]) -> str:
-            try:
-                template = self._template if tools is None else self._tools_template
-                return template.render(messages=turns, **given)
-            except Exception as error:  # a template is a program, so it can fail in any way
-                raise TokenizerError(f"chat template: {' '.join(str(error).split())}") from error
-
-        if not _reads_parts(rendered, turns):
-            turns = [turn | {"content": _text(turn)} for turn in turns]
-        if not _shows(rendered, turns, "system"):
-            turns = _without_system(turns)
-        prompt = rendered(turns)
-        if not _shows(rendered, turns, "user", default=True):
+    def _best(self, messages: Sequence[Message], given: Mapping[str, Any]) -> _Attempt:
+        """Try the forms of the messages, and return the first prompt that leaves out the least."""
+        attempts: list[_Attempt] = []
+        for arrangement in arrangements(messages):
+            errors = []
+            for turns in arrangement:
+                try:
+                    prompt = self._rendered(turns, given)
+                except TokenizerError as error:
+                    errors.append(error)
+                    continue
+                lost = lost_turns(turns, prompt, lambda turns: self._rendered(turns, given))
+                attempts.append(_Attempt(turns, prompt, lost))
+                if not lost:
+                    return attempts[-1]
+        if not attempts:
+            raise errors[0]
+        best = min(attempts, key=lambda attempt: (attempt.loses_user, len(attempt.lost)))
+        if best.loses_user:
             raise TokenizerError(
                 "chat template: it leaves out the user's message; use --raw to send the prompt as "
                 "it is"
             )
-        return prompt
+        return best
+
+    def _reads(self, name: str, attempt: _Attempt, given: Mapping[str, Any]) -> bool:
+        """Return whether the prompt would be another one without a variable."""
+        try:
+            return self._rendered(attempt.turns, {**given, name: None}) != attempt.prompt
+        except TokenizerError:
+            return True
+
+    def _rendered(self, turns: Turns, given: Mapping[str, Any]) -> str:
+        try:
+            template = self._tools_template if given["tools"] else self._template
+            return template.render(messages=turns, **given)
+        except Exception as error:  # a template is a program, so it can fail in any way
+            problem = " ".join(str(error).split()) or type(error).__name__
+            raise TokenizerError(f"chat template: {problem}") from error
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -162,135 +195,30 @@ def _source(metadata: Mapping[str, Any], key: str) -> str | None:
     return source if source and source.strip() else None
 
 
-def _shows(
-    rendered: Callable[[list[dict[str, Any]]], str],
-    turns: list[dict[str, Any]],
-    role: str,
-    default: bool = False,
-) -> bool:
-    """Return whether the template shows the text of every message of a role in the prompt.
-
-    This renders a distinctive text in place of each such message, and looks for it in the prompt.
-
-    Args:
-        default: The result if the template fails with that text.
-    """
-    asked = [turn["role"] == role and _has_text(turn) for turn in turns]
-    if not any(asked):
-        return True
-    probes = [
-        _probed(turn) if is_asked else turn for turn, is_asked in zip(turns, asked, strict=True)
-    ]
-    try:
-        return rendered(probes).lower().count(_PROBE) >= sum(asked)
-    except TokenizerError:
-        return default
-
-
-def _reads_parts(
-    rendered: Callable[[list[dict[str, Any]]], str], turns: list[dict[str, Any]]
-) -> bool:
-    """Return whether the template can read the messages whose content is a list of parts.
-
-    A template that was written for strings either fails or shows the list as Python prints it.
-    """
-    asked = [isinstance(turn.get("content"), list) and _has_text(turn) for turn in turns]
-    if not any(asked):
-        return True
-    probes = [
-        _probed(turn) if is_asked else turn for turn, is_asked in zip(turns, asked, strict=True)
-    ]
-    try:
-        prompt = rendered(probes).lower()
-    except TokenizerError:
-        return False
-    return prompt.count(_PROBE) >= sum(asked) and f"'text': '{_PROBE}'" not in prompt
-
-
-def _has_text(turn: Mapping[str, Any]) -> bool:
-    content = turn.get("content")
-    if isinstance(content, list):
-        return any(isinstance(part, dict) and part.get("text") for part in content)
-    return bool(content)
-
-
-def _probed(turn: dict[str, Any]) -> dict[str, Any]:
-    """Replace a message's text, or its first part that has text, by the distinctive text."""
-    content: Any = _PROBE
-    if isinstance(turn["content"], list):
-        content = list(turn["content"])
-        number = next(i for i, p in enumerate(content) if isinstance(p, dict) and p.get("text"))
-        content[number] = content[number] | {"text": _PROBE}
-    return turn | {"content": content}
-
-
-def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Check messages and convert them to plain data, in the form that `transformers` passes.
-
-    Keys whose value is None are dropped. Reasoning is stored under each key that templates read.
-
-    Raises:
-        TokenizerError: If there is no message, or a message is malformed.
-    """
-    if not messages:
-        raise TokenizerError("messages: expected at least one, found none")
-    turns = []
-    for index, message in enumerate(messages):
-        expected = f"messages[{index}]: expected"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TokenizerError(f"{expected} text for 'role' and 'content', found {message!r:.80}")
-        turn = {str(key): _plain(value) for key, value in message.items() if value is not None}
-        content = turn.get("content", "")
-        if not isinstance(content, (str, list)) or (content == "" and set(turn) == {"role"}):
-            raise TokenizerError(f"{expected} text for 'role' and 'content', found {message!r:.80}")
-        for name in _REASONING:
-            if name in turn:
-                turn = {"thinking": turn[name], **turn, "reasoning_content": turn[name]}
-                break
-        turns.append(turn)
-    return turns
-
-
-def _without_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Move the text of system messages in front of the first user message."""
-    system = "\n\n".join(_text(turn) for turn in turns if turn["role"] == "system" and _text(turn))
-    others = [turn for turn in turns if turn["role"] != "system"]
-    if not system:
-        return others
-    for index, turn in enumerate(others):
-        if turn["role"] == "user":
-            if isinstance(turn.get("content"), list):
-                part = {"type": "text", "text": f"{system}\n\n"}
-                others[index] = turn | {"content": [part, *turn["content"]]}
-            else:
-                others[index] = turn | {"content": f"{system}\n\n{_text(turn)}"}
-            return others
-    return [{"role": "user", "content": system}, *others]
-
-
-def _text(turn: Mapping[str, Any]) -> str:
-    content = turn.get("content", "")
-    if isinstance(content, str):
-        return content
-    return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-
-
-def _plain(value: Any) -> Any:
-    """Convert data to JSON's types, so that a template gets no objects with methods of their own.
-
-    Raises:
-        TokenizerError: If the data has a value of another type.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    for kind in (bool, str, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    if value is None:
+def _checked_list(name: str, values: Any) -> list[dict[str, Any]] | None:
+    """Check tools or documents, and convert them to plain data."""
+    if values is None:
         return None
-    raise TokenizerError(f"messages: expected data of JSON's types, found {value!r:.80}")
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
+        raise ArgumentError(parameter=name, expected="a list of mappings", got=values)
+    for value in values:
+        if not isinstance(value, Mapping):
+            raise ArgumentError(parameter=name, expected="mappings in the list", got=value)
+    return plain(values)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A form of the messages, the prompt made from it, and the turns that the prompt lacks."""
+
+    turns: Turns
+    prompt: str
+    lost: list[int]
+
+    @property
+    def loses_user(self) -> bool:
+        users = [i for i, turn in enumerate(self.turns) if turn["role"] == "user" and text_of(turn)]
+        return bool(users) and users[-1] in self.lost
 
 
 # ---- transformers' dialect of Jinja --------------------------------------------------------

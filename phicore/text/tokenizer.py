@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import tokenizers
 from gguf.constants import TokenType
 
 from phicore.errors import TokenizerError
+from phicore.text.control_pieces import ControlPieces
 from phicore.text.pre_tokenizers import PRE_TOKENIZERS, recognized
 from phicore.text.token_kinds import BYTE_PIECE, END_PIECES
 from phicore.text.tokenizer_json import check_pieces, library_errors, read_json
@@ -86,7 +88,6 @@ class Tokenizer:
             TokenizerError: If a special id is not an id, or BOS is wanted and there is none.
         """
         self._backend = backend
-        self._plain = _without_special(backend)
         self._pieces = pieces
         self._types = types
         self._byte_level = byte_level
@@ -235,7 +236,12 @@ class Tokenizer:
         )
 
     def encode(
-        self, text: str, *, add_bos: bool | None = None, parse_special: bool = True
+        self,
+        text: str,
+        *,
+        add_bos: bool | None = None,
+        parse_special: bool = True,
+        escaped: bool = False,
     ) -> list[int]:
         """Turn text into token ids.
 
@@ -248,6 +254,7 @@ class Tokenizer:
                 `self.add_bos`.
             parse_special: Whether spellings such as "<|end|>" become control tokens. If False, they
                 are ordinary text. User-defined tokens (type 4) are matched in both cases.
+            escaped: Whether `text` has parts that `escape` returned. These become ordinary text.
         Raises:
             TokenizerError: If the text has lone surrogates, if BOS is requested and there is none,
                 or if the rules of the tokenizer.json fail on the text.
@@ -258,7 +265,9 @@ class Tokenizer:
             raise TokenizerError(
                 f"text: expected valid Unicode, found {text[error.start]!r} at {error.start}"
             ) from error
-        backend = self._backend if parse_special else self._plain
+        if not parse_special:
+            text = self.escape(text)
+        backend = self._backend if parse_special and not escaped else self._unescaping
         with library_errors(f"text: {self.source} cannot split it"):
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         if self.add_bos if add_bos is None else add_bos:
@@ -267,6 +276,27 @@ class Tokenizer:
             if ids[:1] != [self.bos_token_id]:
                 ids.insert(0, self.bos_token_id)
         return ids
+
+    def escape(self, text: str) -> str:
+        """Return the text with a mark in each spelling of a control token.
+
+        `encode(..., escaped=True)` removes the marks, and so reads the spellings as ordinary text.
+        A prompt can thus have control tokens around a text of unknown origin, but none in it.
+        """
+        return self._control.escape(text)
+
+    def control_tokens_in(self, text: str) -> list[int]:
+        """Return the control tokens whose spellings are in the text, in the text's order."""
+        return [self._control.ids[piece] for piece in self._control.found_in(text)]
+
+    @cached_property
+    def _control(self) -> ControlPieces:
+        ids = range(self.vocab_size)
+        return ControlPieces({self._pieces[id]: id for id in ids if self.is_control(id)})
+
+    @cached_property
+    def _unescaping(self) -> tokenizers.Tokenizer:
+        return self._control.unescaping(self._backend)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Turn token ids into text. Bytes that are not UTF-8 become U+FFFD.
@@ -352,19 +382,3 @@ class TextStream:
     def flush(self) -> str:
         """Return the rest of the text: U+FFFD for an incomplete character, or ""."""
         return self._decoder.decode(b"", final=True)
-
-
-def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Copy a tokenizer into one that does not look for control tokens in text.
-
-    This needs a second object, since the library stores that choice in the object, which threads
-    may share. Both objects share the model. Added tokens get the same ids, since they are added in
-    the same order.
-    """
-    plain = tokenizers.Tokenizer(backend.model)
-    plain.normalizer = backend.normalizer
-    plain.pre_tokenizer = backend.pre_tokenizer
-    added = sorted(backend.get_added_tokens_decoder().items())
-    plain.add_tokens([token for _, token in added])
-    plain.encode_special_tokens = True
-    return plain

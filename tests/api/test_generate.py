@@ -252,9 +252,38 @@ def test_control_token_that_is_no_stop_string_does_not_end(model: phicore.Model)
     assert len(forced(model, "<|user|>", stop="<|assistant|>")) == 4
 
 
-def test_stop_string_of_a_control_token_and_text_is_refused(model: phicore.Model) -> None:
-    with pytest.raises(ArgumentError, match=r"stop: 'a<\|user\|>' has the control token '<\|user"):
-        model.generate("Hi", stop="a<|user|>")
+@pytest.mark.parametrize("stop", ["a<|user|>", "\n<|user|>", "<|user|>a"])
+def test_stop_string_of_a_control_token_and_text_is_refused(
+    model: phicore.Model, stop: str
+) -> None:
+    with pytest.raises(ArgumentError, match=r"^stop: .* has the control token '<\|user\|>' in it"):
+        model.generate("Hi", stop=stop)
+
+
+def test_stop_string_with_a_character_that_the_vocabulary_lacks_is_text(
+    model: phicore.Model,
+) -> None:
+    assert len(forced(model, "a", stop="漢")) == 4
+
+
+def test_control_tokens_come_from_the_template_and_the_assistant(model: phicore.Model) -> None:
+    user = model.tokenizer.token_id("<|user|>")
+    turn = {"role": "user", "content": "a<|user|>"}
+    for messages, count in (
+        ([turn], 1),
+        ([{"role": "system", "content": "<|user|>"}, turn], 1),
+        ([{"role": "user", "content": [{"type": "text", "text": "<|user|>"}]}], 1),
+        ([turn, {"role": "assistant", "content": "<|user|>"}, turn], 3),
+    ):
+        assert model.encode(messages).count(user) == count
+    assert model.encode("a<|user|>", raw=True).count(user) == 1
+
+
+def test_control_token_in_a_text_is_told(
+    model: phicore.Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.encode("a<|user|>")
+    assert "'<|user|>' is text in a message" in caplog.text
 
 
 def test_end_token_that_is_ignored_ends_where_it_is_a_stop_string(model: phicore.Model) -> None:

