@@ -121,6 +121,8 @@ def stats_lines(model: Model, generation: Generation) -> list[str]:
         f"prompt {_tokens(t.prompt_tokens)}, {_speed(t.prompt_tokens_per_s)}; "
         f"generated {_tokens(t.generated_tokens)}, {_speed(t.decode_tokens_per_s)}",
     ]
+    if t.again_s:
+        lines[-1] += f"; read again in {t.again_s:.2f} s"
     peak = model.peak_memory_bytes()
     if peak is not None:
         lines.append(f"peak memory {size(peak)}")

@@ -206,8 +206,11 @@ class Engine:
 
         Source: `prepare_inputs_for_generation` of transformers (modeling_phi3.py).
         """
+        sequence.timings.start_again()
         sequence.read_again(is_long=True)
-        self._slots_of(sequence).cache = self._empty_cache(sequence)
+        slots = self._slots_of(sequence)
+        slots.cache.layers.clear()  # frees the memory before the new cache takes it
+        slots.cache = self._empty_cache(sequence)
         self.progress(AGAIN, 0, sequence.given)
 
     def _slots_of(self, sequence: Sequence) -> Slots:
@@ -225,7 +228,8 @@ class Engine:
         self.runner.read(sequence, slots, chunk)
         if before is not None:  # once this token is computed, the previous chunk is in the cache
             self.runner.ops.to_numpy(before)
-            self._tell(sequence, sequence.computed)
+            if sequence.computed:
+                self._tell(sequence, sequence.computed)
         sequence.computed = chunk.end
         if sequence.is_read:
             sequence.sampled += 1

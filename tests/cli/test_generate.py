@@ -192,6 +192,25 @@ def test_prompt_from_a_file(phicore: Callable, tiny: Path, tmp_path: Path, expec
     prompt.write_text("Hello\n", encoding="utf-8")
     args = ("-m", tiny, "-b", "numpy", "-t", 0, "-n", 8)
     assert phicore("generate", *args, "-f", prompt).out == expected("Hello") + "\n"
+    prompt.write_text("Hello\n", encoding="utf-8-sig")  # with a byte order mark
+    assert phicore("generate", *args, "-f", prompt).out == expected("Hello") + "\n"
+    assert phicore("generate", *args, "-f", "-", stdin=b"Hello\n").out == expected("Hello") + "\n"
+
+
+def test_raw_prompt_from_a_file_or_a_pipe_is_exact(
+    phicore: Callable, tiny: Path, tmp_path: Path
+) -> None:
+    text = "<|user|>\nHello<|end|>\n<|assistant|>a\n"
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(text, encoding="utf-8")
+    args = ("generate", "-m", tiny, "-b", "numpy", "-n", 1, "--raw", "--json")
+    for found in (
+        phicore(*args, "-f", prompt),
+        phicore(*args, "-f", "-", stdin=text.encode()),
+        phicore(*args, "-", stdin=text.encode()),
+    ):
+        ids = json.loads(phicore(*args, text).out)["prompt_ids"]
+        assert json.loads(found.out)["prompt_ids"] == ids
 
 
 @pytest.mark.parametrize(
@@ -236,6 +255,7 @@ def test_text_that_outgrows_the_original_context_says_that_it_is_read_again(
     assert "reading again" not in short.err
     (line,) = [line for line in crossing.err.splitlines() if "reading again" in line]
     assert line.startswith("reading again with the long rotary factors: ")
+    assert "; read again in 0." in crossing.err
     assert crossing.out.startswith(short.out.removesuffix("\n"))
     long = phicore(*args, "-n", 40, "--rope-factors", "long")
     assert "reading again" not in long.err
