@@ -407,14 +407,17 @@ def tokenizer_of(files: ModelFiles, metadata: Mapping[str, Any]) -> Tokenizer:
     """
     try:
         return Tokenizer.of(files.tokenizer, metadata, explicit=files.tokenizer_is_given)
-    except TokenizerError:
+    except TokenizerError as own:
         repo = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+?)/?", origin(metadata) or "")
         if files.tokenizer_is_given or not files.is_from_hub or repo is None:
             raise
         path = fetch_tokenizer(repo.group(1))
         if path is None:
             raise
-        return Tokenizer.from_file(path, metadata)
+        try:
+            return Tokenizer.from_file(path, metadata)
+        except TokenizerError as error:
+            raise TokenizerError(f"{own}; the one there is of no use: {error}") from error
 
 
 def _checked_context(context: int | None, config: Phi3Config) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from phicore.errors import ArgumentError
 from phicore.settings import check_settings, setting
+from phicore.values import as_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,8 @@ GGUF_KEYS: Mapping[str, str] = {
 }
 """The keys of a file's recommendation for each field of `Sampling`. llama.cpp's converter copies
 them from a model's generation_config.json."""
-OTHER_KEYS: Mapping[str, float] = {
+OTHER_KEYS: Mapping[str, float | str] = {
+    "general.sampling.sequence": "",  # the order of the samplers
     "general.sampling.mirostat": 0,
     "general.sampling.xtc_probability": 0,
 }
@@ -110,7 +112,7 @@ def recommended(metadata: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
     for name, key in GGUF_KEYS.items():
         if key not in metadata:
             continue
-        value = _without_effect(name, metadata[key])
+        value = _without_effect(name, as_kind(metadata[key], float))
         try:
             Sampling(**{name: value})
         except ArgumentError:
@@ -118,8 +120,8 @@ def recommended(metadata: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
         else:
             found[name] = value
     for key, off in OTHER_KEYS.items():
-        value = metadata.get(key, off)
-        if not isinstance(value, (int, float)) or value != off:
+        value = as_kind(metadata.get(key, off), type(off))
+        if not isinstance(value, (int, float, str)) or value != off:
             left_out.append(f"{key} {metadata[key]!r:.40}")
     return Sampling(**found), left_out
 

@@ -13,6 +13,7 @@ from phicore.errors import TokenizerError
 from phicore.text.token_kinds import PADDING, VERBATIM
 from phicore.text.tokenizer_keys import strings, tokenizer_advice
 
+_KEY = "tokenizer.ggml.merges"
 _MAX_PIECE_LENGTH = 256  # characters; splitting a piece takes time quadratic in its length
 
 
@@ -28,6 +29,11 @@ def merges_by_score(
     neighbours whose union has the best score. For equal scores, the longer left part comes first.
     In runs of one character this has the effect of joining the leftmost neighbours first. Only text
     is merged, so that no text can become a control token.
+
+    If the scores are a placeholder, the same number for most pieces, the file's merges are taken.
+
+    Raises:
+        TokenizerError: If a piece is too long, or the file does not say how text is split.
     """
     not_text = (*VERBATIM, TokenType.BYTE)
     ranked = {p: s for p, t, s in zip(pieces, types, scores, strict=True) if t not in not_text}
@@ -46,6 +52,10 @@ def merges_by_score(
     merged = {piece: score for score, _, piece in merges}
     alike, count = Counter(merged.values()).most_common(1)[0] if merged else (0.0, 0)
     if count > max(1, len(merged) // 2):
+        if metadata.get(_KEY):
+            listed = merges_of_file(metadata)
+            check_merges(metadata, pieces, types, listed)
+            return listed
         raise TokenizerError(
             f"tokenizer.ggml.scores: {count} of {len(merged)} tokens have the same score "
             f"{-alike:g}, a placeholder, so the file does not say how text is split; "
@@ -75,7 +85,7 @@ def check_merges(
     lost = sum(word not in made for word in words)
     if lost > max(1, len(words) // 2):
         raise TokenizerError(
-            f"tokenizer.ggml.merges: {len(merges)} merges make none of {lost} of {len(words)} "
+            f"{_KEY}: {len(merges)} merges make none of {lost} of {len(words)} "
             f"tokens, so the file does not say how text is split; {tokenizer_advice(metadata)}"
         )
 
@@ -83,11 +93,11 @@ def check_merges(
 def merges_of_file(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Read `tokenizer.ggml.merges`, texts "left right", as pairs."""
     merges = []
-    for merge in strings(metadata, "tokenizer.ggml.merges"):
+    for merge in strings(metadata, _KEY):
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
             raise TokenizerError(
-                f"tokenizer.ggml.merges: expected two tokens and a space between, found {merge!r}"
+                f"{_KEY}: expected two tokens and a space between, found {merge!r}"
             )
         merges.append((left, right))
     return merges

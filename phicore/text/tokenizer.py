@@ -129,11 +129,14 @@ class Tokenizer:
             return cls.from_file(path, metadata)
         except TokenizerError as error:
             if explicit:
-                raise
+                advice = "give the model's own, or none to use the GGUF file's tokenizer"
+                raise TokenizerError(f"{error}; {advice}") from error
             try:
                 tokenizer = cls.from_gguf(metadata)
-            except TokenizerError:
-                raise error from None
+            except TokenizerError as own:
+                raise TokenizerError(
+                    f"{own}; the one that was found is of no use: {error}"
+                ) from own
             tokenizer.source += f" instead of {error}"
             return tokenizer
 
@@ -200,7 +203,7 @@ class Tokenizer:
         if not steps.keys() & {"ByteLevel", "ByteFallback", "Metaspace"}:
             raise TokenizerError(
                 f"{path}: decoder: expected ByteLevel, ByteFallback or Metaspace, found "
-                f"{decoder['type']}; leave the file out to use the GGUF file's own tokenizer"
+                f"{decoder['type']}"
             )
         byte_level = "ByteLevel" in steps
         metaspace = steps.get("Metaspace", {"prepend_scheme": "never"})

@@ -44,11 +44,10 @@ def check_pieces(
     Raises:
         TokenizerError: If a token differs or a special token is missing.
     """
-    advice = "give the model's own, or none to use the GGUF file's tokenizer"
     size = max(vocabulary.values(), default=-1) + 1
     most = len(required) or _MAX_TOKENS
     if size > most:
-        raise TokenizerError(f"{path}: expected at most {most} tokens, found {size}; {advice}")
+        raise TokenizerError(f"{path}: expected at most {most} tokens, found {size}")
     problems = [
         (id, f"expected {wanted[0]!r}, found {piece!r}")
         for piece, id in vocabulary.items()
@@ -60,7 +59,7 @@ def check_pieces(
     ]
     if problems:
         id, problem = min(problems)
-        raise TokenizerError(f"{path}: not of this model: token {id}: {problem}; {advice}")
+        raise TokenizerError(f"{path}: not of this model: token {id}: {problem}")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from phicore.errors import TokenizerError
+from phicore.values import as_kind
 
 _NO_ID = (-1, 2**32 - 1)  # what programs write for "none", as a signed or an unsigned number
 
@@ -49,11 +50,9 @@ def metadata_value(metadata: Mapping[str, Any], key: str, kind: type, default: A
     Raises:
         TokenizerError: If the value has another type, or is missing without a default.
     """
-    value = metadata.get(key, default)
+    value = as_kind(metadata.get(key, default), kind)
     if value is None:
         raise TokenizerError(f"{key}: missing from the file; {tokenizer_advice(metadata)}")
-    if kind is int and isinstance(value, np.integer):
-        value = int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         name = "array" if kind is Collection else kind.__name__
         found = " ".join(repr(value).split())  # numpy writes an array in several lines

@@ -71,12 +71,16 @@ def read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     key = "tokenizer.ggml.tokens"
     # llama.cpp's name for a token without a spelling
     pieces = [piece or f"[EMPTY_{id}]" for id, piece in enumerate(strings(metadata, key))]
+    if not pieces:
+        raise TokenizerError(f"{key}: no token in it; {tokenizer_advice(metadata)}")
     ids: dict[str, int] = {}
     for id, piece in enumerate(pieces):
         if ids.setdefault(piece, id) != id:
             raise TokenizerError(f"{key}: {piece!r} has two ids, {ids[piece]} and {id}")
     types_key = "tokenizer.ggml.token_type"
-    found = numbers(metadata, types_key, len(pieces))
+    found = [float(TokenType.NORMAL)] * len(pieces)  # as in llama.cpp, if the file does not say
+    if types_key in metadata:
+        found = numbers(metadata, types_key, len(pieces))
     for number in found:
         if number not in _TYPES:
             raise TokenizerError(
@@ -84,7 +88,7 @@ def read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
                 f"{tokenizer_advice(metadata)}"
             )
     types = corrected_types(metadata, pieces, [int(number) for number in found])
-    if pieces and not _TEXT_TYPES.intersection(types):
+    if not _TEXT_TYPES.intersection(types):
         raise TokenizerError(
             f"{types_key}: every token is special, so none is text; {tokenizer_advice(metadata)}"
         )

@@ -38,6 +38,40 @@ def test_from_gguf_placeholder_scores_of_the_gguf_package_are_refused() -> None:
         Tokenizer.from_gguf(llama(scores=scores))
 
 
+def test_from_gguf_equal_scores_beside_merges_take_the_merges() -> None:
+    merges = ["a b", "▁ a", "s >"]
+    equal = {"scores": [0.0] * len(LLAMA_TOKENS), "merges": merges}
+    tokenizer = Tokenizer.from_gguf(llama(**equal))
+    assert pieces_of(tokenizer, "abc", add_bos=False) == ["▁", "ab", "c"]
+    real = Tokenizer.from_gguf(llama(merges=merges))  # scores that say something come first
+    assert pieces_of(real, "abc", add_bos=False) == ["▁ab", "c"]
+    with pytest.raises(TokenizerError, match="merges: 1 merges make none of"):
+        Tokenizer.from_gguf(llama(**equal | {"merges": ["s >"]}))
+
+
+def test_from_gguf_missing_types_are_those_that_the_spellings_tell() -> None:
+    found, right = Tokenizer.from_gguf(llama(token_type=None)), Tokenizer.from_gguf(llama())
+    for text in ("ab é ü", "a</s>b"):
+        assert found.encode(text) == right.encode(text)
+    assert found.is_control(2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"add_bos_token": 0, "add_space_prefix": 1},
+        {"add_bos_token": np.uint8(0), "add_space_prefix": [True]},
+        {"eos_token_id": 2.0, "bos_token_id": np.array([1])},
+    ],
+    ids=["numbers", "arrays", "ids"],
+)
+def test_from_gguf_values_in_another_type_say_the_same(changes: dict[str, Any]) -> None:
+    wanted = {"add_bos_token": bool(changes.get("add_bos_token", True)), "bos_token_id": 1}
+    found, right = Tokenizer.from_gguf(llama(**changes)), Tokenizer.from_gguf(llama(**wanted))
+    assert found.encode("ab c") == right.encode("ab c")
+    assert found.end_token_ids == right.end_token_ids
+
+
 def test_from_gguf_equal_scores_where_no_token_is_merged_are_taken() -> None:
     tokens = [*LLAMA_TOKENS[:259], "▁", "a", "b"]
     metadata = llama(tokens=tokens, scores=[0.0] * 262, token_type=llama_types(262))

@@ -135,7 +135,7 @@ def test_config_no_metadata_says_so():
 
 BAD_VALUES = [
     ("block_count", "32", "expected an integer, found '32'"),
-    ("block_count", 32.0, "expected an integer, found 32.0"),
+    ("block_count", 32.5, "expected an integer, found 32.5"),
     ("block_count", True, "expected an integer, found True"),
     ("block_count", [*[32] * 50, 31], "expected one number for all layers, found [32, 32,"),
     ("attention__scale", 0.5, "0.5 contradicts the attention scale 0.088"),
@@ -168,7 +168,7 @@ BAD_VALUES = [
     ("embedding_length", 3073, "3073 is not a multiple of phi3.attention.head_count 24"),
     ("expert_count", 16, "16 is not supported (supported: 0)"),
     ("rope__scaling__type", "dynamic", "'dynamic' is not supported"),
-    ("rope__scaling__factor", 4.0, "a scaling of 4 of the type 'linear' is not supported (suppo"),
+    ("rope__scaling__factor", 4.0, "a scaling of 4 is not supported for this architecture"),
     ("rope__scaling__factor", -1.0, "expected 0 to 1e+30, found -1.0"),
     ("rope__scaling__yarn_ext_factor", 1.0, "1.0 is not supported (supported: 0 or -1)"),
     ("attention__causal", False, "False is not supported (supported: True)"),
@@ -220,6 +220,9 @@ def test_config_contradiction_of_scaling_names_both_keys():
     values["llama.rope.dimension_count"] = 128
     expected = "llama.rope.scaling.factor: 4 contradicts llama.rope.scaling.type 'none'"
     assert message(values) == expected
+    values["llama.rope.scale_linear"] = 2.0
+    expected = "llama.rope.scaling.factor: 4 contradicts llama.rope.scale_linear 2"
+    assert message(values) == expected
 
 
 def test_config_scaling_is_linear_or_refused():
@@ -228,12 +231,22 @@ def test_config_scaling_is_linear_or_refused():
         {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0},
         {"rope__scaling__factor": 4.0},
         {"rope__scale_linear": 4.0},
-        {"rope__scaling__factor": 4.0, "rope__scale_linear": 2.0},  # the newer name counts
+        {"rope__scaling__factor": 4.0, "rope__scale_linear": 4.0},
+        {"rope__scaling__factor": 4, "rope__scaling__type": ""},
+        {"rope__scaling__factor": [4.0], "rope__scaling__type": ["linear"]},
+        {"rope__scaling__factor": 0.0, "rope__scale_linear": 4.0},
     ):
         assert config_of(metadata("llama", **whole, **keys)).rope_scaling_factor == 4.0
     values = metadata("llama", **whole, rope__scaling__type="yarn", rope__scaling__factor=4.0)
     expected = "a scaling of 4 of the type 'yarn' is not supported (supported: linear)"
     assert message(values) == f"llama.rope.scaling.factor: {expected}"
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e30, float("inf"), float("nan"), -1.0, "x", True])
+@pytest.mark.parametrize("key", ["rope__scaling__factor", "rope__scale_linear"])
+def test_config_scaling_out_of_range_is_refused(key: str, factor: Any):
+    whole = {"rope__dimension_count": 128, "rope__scaling__factor": 4.0}
+    assert message(metadata("llama", **whole | {key: factor})).startswith("llama.rope.scal")
 
 
 def keys_of(group: type) -> set[str]:

@@ -133,9 +133,14 @@ def test_uniforms_largest_raw_number_is_below_one(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("key", sorted(OTHER_KEYS))
-@pytest.mark.parametrize("value", [np.array([0, 0]), [0], "0", 1])
+@pytest.mark.parametrize("value", [np.array([0, 0]), [0, 0], "0", 1])
 def test_recommended_value_of_any_type_that_cannot_be_used_is_left_out(key: str, value: object):
     sampling, (left_out,) = recommended({key: value})
     assert sampling == Sampling()
     assert left_out.startswith(f"{key} ")
     assert recommended({key: OTHER_KEYS[key]}) == (Sampling(), [])
+
+
+def test_recommended_value_in_an_array_or_as_another_number_is_used():
+    values = {"general.sampling.temp": [0.5], "general.sampling.top_k": np.array([7.0])}
+    assert recommended(values) == (Sampling(temperature=0.5, top_k=7), [])

@@ -23,6 +23,7 @@ from phicore.network.architectures.keys import (
 from phicore.network.config import Phi3Config
 from phicore.network.rope import RopeFactors
 from phicore.network.tensors import Tensors
+from phicore.values import as_kind
 
 # Bounds of rotary factors. The factors of trained models are 1 to 70.
 FACTORS_RANGE = (1e-6, 1e6)
@@ -117,18 +118,31 @@ class Architecture:
         0 means that there is none, and a factor without a type means linear scaling, as in
         llama.cpp.
         """
-        name = "rope_scaling_factor" if "rope_scaling_factor" in read else "rope_scale_linear"
-        factor = read.number(name, 1.0, minimum=0) or 1.0
-        kind = read.metadata.get(f"{self.name}.rope.scaling.type", "linear")
-        if factor != 1 and kind == "none":
-            raise GGUFError(
-                f"{read.key(name)}: {factor:g} contradicts {self.name}.rope.scaling.type 'none'"
-            )
-        if factor != 1 and (kind != "linear" or not self.scales_linearly):
+        names = ("rope_scaling_factor", "rope_scale_linear")
+        found = {name: factor for name in names if (factor := read.number(name, 0.0, minimum=0))}
+        name, factor = next(iter(found.items()), (names[0], 1.0))
+        where = f"{read.key(name)}: {factor:g}"
+        if any(other != factor for other in found.values()):
+            other = names[1]
+            raise GGUFError(f"{where} contradicts {read.key(other)} {found[other]:g}")
+        if factor == 1:
+            return factor
+        key = f"{self.name}.rope.scaling.type"
+        kind = as_kind(read.metadata.get(key, ""), str) or "linear"
+        if kind == "none":
+            raise GGUFError(f"{where} contradicts {key} 'none'")
+        if kind != "linear":
             raise GGUFError(
                 f"{read.key(name)}: a scaling of {factor:g} of the type {kind!r} is not supported "
-                f"({'supported: linear' if self.scales_linearly else 'supported: 1'})"
+                "(supported: linear)"
             )
+        if not self.scales_linearly:
+            raise GGUFError(
+                f"{read.key(name)}: a scaling of {factor:g} is not supported for this architecture"
+            )
+        least, most = FACTORS_RANGE
+        if not least <= factor <= most:
+            raise GGUFError(f"{where}: expected {least:g} to {most:g}")
         return factor
 
     def experts(self, read: Hyperparameters) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from phicore.errors import GGUFError
+from phicore.values import as_kind
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Hyperparameters:
         Raises:
             GGUFError: If the value is not such an integer, or is missing without a default.
         """
-        value = self._get(name, default)
+        value = as_kind(self._get(name, default), int)
         if isinstance(value, bool) or not isinstance(value, int):
             raise GGUFError(f"{self.key(name)}: expected an integer, found {short(value)}")
         if not minimum <= value < 2**31:

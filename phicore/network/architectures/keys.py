@@ -96,7 +96,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "residual_scale": (0, 1),
     "rope.dimension_sections": (0,),
     "rope.scaling.alpha": (0, 1),
-    "rope.scaling.type": ("none", "linear", "yarn"),  # without a factor, linear and YaRN are none
+    "rope.scaling.type": ("none", "", "linear", "yarn"),  # without a factor, all are none
     "rope.scaling.yarn_ext_factor": (0, -1),
     "router_logit_softcapping": (0,),
     "swin_norm": (False,),
