@@ -139,7 +139,7 @@ class Rebuilt:
             if key in sizes:
                 value = [sizes[key]] * len(given) if isinstance(given, list) else sizes[key]
             elif key in arrays:
-                value = arrays[key]
+                value = [int(x) for x in arrays[key]] if kind == "arr[i32]" else arrays[key]
             elif key == "tokenizer.chat_template":
                 value = TEMPLATE
             elif key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
