@@ -89,3 +89,7 @@ class ArgumentError(PhicoreError, ValueError):
 
 class ContextError(PhicoreError):
     """A prompt is longer than the context."""
+
+
+class BusyError(PhicoreError):
+    """Too many requests wait already."""

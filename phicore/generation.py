@@ -63,14 +63,14 @@ class Generation:
 
 def _pieces(engine: Engine, sequence: EngineSequence, pieces: Pieces) -> Iterator[Piece]:
     """Run a sequence until it finishes or its text has a stop string, and yield its pieces."""
+    outputs = engine.outputs(sequence)
     try:
-        while True:
-            for output in engine.step([sequence]):
-                for number, token in enumerate(output.tokens, start=1):
-                    is_last = number == len(output.tokens)
-                    piece = pieces.push(token, output.finish_reason if is_last else None)
-                    yield piece
-                    if piece.finish_reason is not None:
-                        return
+        for output in outputs:
+            for number, token in enumerate(output.tokens, start=1):
+                is_last = number == len(output.tokens)
+                piece = pieces.push(token, output.finish_reason if is_last else None)
+                yield piece
+                if piece.finish_reason is not None:
+                    return
     finally:
-        engine.abort(sequence)
+        outputs.close()

@@ -317,6 +317,35 @@ class Backend(ABC):
 
         return {name: shift(a) for name, a in cache.items()}
 
+    def take_rows(self, arrays: Mapping[str, Array], rows: Array) -> dict[str, Array]:
+        """Copy rows of arrays: the cache of a layer, or other arrays (B, ...).
+
+        Args:
+            arrays: Arrays by name, each (B, ...).
+            rows: The indices of the rows to copy, in order, (N,) int32. One may occur repeatedly.
+        Returns:
+            Arrays (N, ...) with the same names. They share no memory with `arrays`.
+        """
+        return {name: self.xp.take(a, rows, axis=0) for name, a in arrays.items()}
+
+    def insert_row(
+        self, arrays: Mapping[str, Array], row: Mapping[str, Array], index: Array
+    ) -> dict[str, Array]:
+        """Replace one row of arrays (B, ...).
+
+        Args:
+            arrays: Arrays by name, each (B, ...).
+            row: Arrays (1, ...) with the same names.
+            index: The index of the row to replace, (1,) int32.
+        """
+        xp = self.xp
+
+        def put(old: Array, new: Array) -> Array:
+            is_row = xp.arange(old.shape[0], dtype=xp.int32) == index
+            return xp.where(xp.reshape(is_row, (-1, *(1 for _ in old.shape[1:]))), new, old)
+
+        return {name: put(a, row[name]) for name, a in arrays.items()}
+
     def update_cache(self, cache: LayerCache, k: Array, v: Array, slots: Array) -> LayerCache:
         """Store the keys and values of new tokens.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from phicore.backend import Array, Backend, LayerCache, Params
-from phicore.engine.slots import Cache
-from phicore.engine.steps import Kinds, Steps
+from phicore.backend import Backend, LayerCache, Params
+from phicore.engine.cache import Cache
+from phicore.engine.steps import Arrays, Steps
 from phicore.engine.timings import Timings
+from phicore.network.processors import Kinds
 from phicore.network.rope import Tables
 from phicore.progress import Progress
 
@@ -59,7 +60,7 @@ class Compiled:
         cache: Cache,
         tables: Tables,
         args: tuple[Any, ...],
-        timings: Timings,
+        timings: Sequence[Timings] = (),
     ) -> Any:
         """Call a compiled function.
 
@@ -68,35 +69,58 @@ class Compiled:
 
         Args:
             args: The function's arguments after `place`. The first must be the tokens (B, T).
+            timings: The times of the sequences that wait for it.
         """
         ops = self._ops.capabilities
         most, tokens = ops.compiled_tokens, args[0]
         is_compiled = ops.compiles and (most is None or tokens.shape[1] <= most)
         key = (function, cache.capacity, *map(_shapes, (tables[0], *args)))
         args = (self._params, cache.layers, tables, cache.place, *args)
-        if not is_compiled or key in self._called:
+        return self._call(key if is_compiled else None, function, args, timings)
+
+    def _call(
+        self,
+        key: Any,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        timings: Sequence[Timings] = (),
+    ) -> Any:
+        """Call a function, and report compiling if this is the first call with a key."""
+        if key is None or key in self._called:
             return function(*args)
         self._progress("compiling", 0, 1)
         started = time.perf_counter()
         result = function(*args)
-        timings.compile_s += time.perf_counter() - started
+        for each in timings:
+            each.compile_s += time.perf_counter() - started
         self._called.add(key)
         self._progress("compiling", 1, 1)
         return result
 
     def shift(self, layers: list[LayerCache], counts: np.ndarray) -> list[LayerCache]:
         """Free the first `counts` (B,) slots of each row."""
-        key = "shift", ()
+        return self._moved("shift", layers, self._ops.asarray(counts))
+
+    def take(self, arrays: Sequence[Arrays], rows: np.ndarray) -> list[Any]:
+        """Copy the rows with the indices `rows` (B,), in this order."""
+        return self._moved("take", arrays, self._ops.asarray(rows), donate=())
+
+    def insert(self, arrays: Sequence[Arrays], row: Sequence[Arrays], index: int) -> list[Any]:
+        """Replace the row `index` by the only row of `row`."""
+        return self._moved("insert", arrays, row, self._ops.asarray(np.array([index], np.int32)))
+
+    def _moved(self, name: str, *args: Any, donate: Sequence[int] = (0,)) -> list[Any]:
+        key = name, ()
         if key not in self._functions:
-            self._functions[key] = self._ops.compile(self.pure.shift, donate=(0,))
-        count: Array = self._ops.asarray(counts)
-        return self._functions[key](layers, count)
+            self._functions[key] = self._ops.compile(getattr(self.pure, name), donate=donate)
+        shapes = (name, *map(_shapes, args)) if self._ops.capabilities.compiles else None
+        return self._call(shapes, self._functions[key], args)
 
 
 def _shapes(arg: Any) -> Any:
     """Return the part of an argument that decides on recompiling: shapes, and names or None."""
     if isinstance(arg, list):
         return tuple(map(_shapes, arg))
-    if isinstance(arg, dict):
+    if isinstance(arg, Mapping):
         return tuple((name, tuple(value.shape)) for name, value in sorted(arg.items()))
     return None if arg is None else tuple(arg.shape)

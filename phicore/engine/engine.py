@@ -1,27 +1,34 @@
-"""The engine, which accepts requests and runs them step by step.
+"""The engine, which accepts requests and runs them step by step, many at a time.
 
-There is no batching of sequences yet. Each sequence has slots of its own, and a step runs each
-sequence as a batch of one.
+A sequence waits, is read (its prompt runs in chunks, in a row of its own), is ready, and then runs
+as a row of a batch until it ends. Rows share each decode step. The text of a sequence does not
+depend on the others: a row sees its own slots, and its random numbers follow from its own seed.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Tokens
 from typing import Self
 
 import numpy as np
 
 from phicore.backend import Backend
+from phicore.engine.cache import Cache
 from phicore.engine.request import Request
+from phicore.engine.rows import Call, Rows, first_states
 from phicore.engine.runner import Runner
+from phicore.engine.scheduler import Scheduler
 from phicore.engine.sequence import Output, Sequence
-from phicore.engine.slots import Cache, Slots
+from phicore.engine.steps import States
 from phicore.errors import ArgumentError, ContextError, PhicoreError
 from phicore.gguf.reader import GGUFFile
 from phicore.network.architectures import Architecture, architecture_of
 from phicore.network.config import Phi3Config
+from phicore.network.processors import Kinds
 from phicore.network.weights import load_params, read_config
 from phicore.progress import AGAIN, Progress, silent
 
@@ -30,21 +37,33 @@ EXPECTED_ANSWER = 512
 
 
 class Engine:
-    """Runs the requests of one model on one backend.
+    """Runs the requests of one model on one backend. Several threads may use it.
 
     Attributes:
         runner: The runner, which runs tokens on the device.
+        scheduler: The queue of the sequences that wait.
         context: The largest number of tokens that a prompt and its answer may have together.
         progress: Called while prompts are read.
     """
 
-    def __init__(self, runner: Runner, *, context: int, progress: Progress = silent) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        context: int,
+        progress: Progress = silent,
+        scheduler: Scheduler | None = None,
+    ) -> None:
         self.runner = runner
         self.context = context
         self.progress = progress
-        self._sequences: list[Sequence] = []
-        self._slots: dict[int, Slots] = {}
-        self._numbers = itertools.count()
+        self.scheduler = scheduler or Scheduler()
+        self._lock = threading.Lock()
+        self._aborted: deque[Sequence] = deque()
+        self._again: deque[tuple[Sequence, States]] = deque()
+        self._reading: Rows | None = None
+        self._ready: list[Rows] = []
+        self._batches: dict[Kinds, Rows] = {}
 
     @classmethod
     def load(
@@ -86,7 +105,7 @@ class Engine:
         """Return V, the number of tokens that the embedding has."""
         return self.runner.config.vocab_size
 
-    # ---- sequences -------------------------------------------------------------------------
+    # ---- requests --------------------------------------------------------------------------
 
     def add(self, request: Request) -> Sequence:
         """Add a request. It takes no memory on the device until its first step.
@@ -95,6 +114,7 @@ class Engine:
             ArgumentError: If the prompt has a token outside of the vocabulary, or the request asks
                 for rotary factors that the model does not have.
             ContextError: If the prompt leaves no room for an answer.
+            BusyError: If too many requests wait already.
         """
         self._check_fits(request.prompt_ids, 1)
         room = self.context - len(request.prompt_ids)
@@ -109,51 +129,75 @@ class Engine:
             )
         is_long = request.rope_factors == "long" or tables.is_long(len(request.prompt_ids))
         sequence = Sequence(request, limit, at_limit, is_long)
-        self._sequences.append(sequence)
+        with self._lock:
+            self.scheduler.add(sequence)
         return sequence
 
     def abort(self, sequence: Sequence) -> None:
-        """End a sequence and free its slots. Nothing happens if the sequence has ended already."""
-        if sequence in self._sequences:
-            self._sequences.remove(sequence)
-        if sequence.slot is not None:
-            del self._slots[sequence.slot]
-            sequence.slot = None
+        """End a sequence and free its slots. Nothing happens if the sequence has ended already.
 
-    def step(self, sequences: Iterable[Sequence] | None = None) -> list[Output]:
-        """Run one step of each of the given sequences; None means all sequences.
+        This never waits for a step, since Python may call it at any time, for example while it
+        frees objects.
+        """
+        if sequence.finish_reason is None:
+            self._aborted.append(sequence)
+            self._end_aborted_if_free()
 
-        A step reads a chunk of the prompt or, after the prompt, decodes. A sequence that finishes
-        is ended.
+    def _end_aborted_if_free(self) -> None:
+        while self._aborted and self._lock.acquire(blocking=False):
+            try:
+                self._end_aborted()
+            finally:
+                self._lock.release()
+
+    def step(self) -> list[Output]:
+        """Run one step: a decode call of each batch, then a chunk of a prompt.
+
+        A sequence that finishes or fails is ended. Errors do not leave this method: they are the
+        output of the sequences that they concern.
 
         Returns:
-            The output of the step for each sequence.
-        Raises:
-            PhicoreError: If no token can be chosen for a sequence.
+            The outputs of the sequences that went on. Each is also added to the sequence's own
+            outputs, so that several callers can each wait for their sequence.
         """
-        outputs = []
-        for sequence in list(self._sequences if sequences is None else sequences):
-            if sequence.slot is None:
-                self._place(sequence)
-            if self._has_outgrown_factors(sequence):
-                self._read_again(sequence)
-            output = self._decode(sequence) if sequence.is_read else self._read_chunk(sequence)
-            outputs.append(output)
-            if output.finish_reason is not None:
-                self.abort(sequence)
+        with self._lock:
+            self._end_aborted()
+            outputs = []
+            for kinds in list(dict.fromkeys([*self._batches, *(r.kinds for r in self._ready)])):
+                outputs += self._advance(kinds)
+            outputs += self._read()
+            for output in outputs:
+                output.sequence.outputs.append(output)
+        self._end_aborted_if_free()
         return outputs
+
+    def outputs(self, sequence: Sequence) -> Generator[Output]:
+        """Run steps, and yield the outputs of a sequence until it ends.
+
+        If the iterator is closed early, the sequence is ended.
+
+        Raises:
+            Exception: The error that has ended the sequence.
+        """
+        try:
+            while True:
+                while sequence.outputs:
+                    output = sequence.outputs.popleft()
+                    if output.error is not None:
+                        raise output.error
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+                if sequence.finish_reason is not None:
+                    return
+                self.step()
+        finally:
+            self.abort(sequence)
 
     def generate(self, request: Request) -> Iterator[int]:
         """Add a request, run it until it finishes, and yield the tokens of its answer."""
-        sequence = self.add(request)
-        try:
-            while True:
-                for output in self.step([sequence]):
-                    yield from output.tokens
-                    if output.finish_reason is not None:
-                        return
-        finally:
-            self.abort(sequence)
+        for output in self.outputs(self.add(request)):
+            yield from output.tokens
 
     def _check_fits(self, prompt: Tokens[int], answer: int) -> None:
         for token in prompt:
@@ -167,38 +211,205 @@ class Engine:
                 got=len(prompt),
             )
 
-    # ---- one sequence ----------------------------------------------------------------------
+    # ---- who runs --------------------------------------------------------------------------
 
-    def _place(self, sequence: Sequence) -> None:
-        """Give slots to a sequence that has none yet."""
-        request = sequence.request
-        sequence.timings.start(len(request.prompt_ids))
-        self.progress("prompt", 0, len(request.prompt_ids))
-        slots = Slots.of(
-            self._empty_cache(sequence),
-            [request],
-            [sequence.limit],
-            vocab_size=self.vocab_size,
-            context=self.context,
+    @property
+    def is_idle(self) -> bool:
+        """Return whether no sequence waits or runs. The engine then holds no cache."""
+        return not (
+            self.scheduler.waiting or self._again or self._reading or self._ready or self._batches
         )
-        sequence.slot = next(self._numbers)
-        self._slots[sequence.slot] = slots
 
-    def _empty_cache(self, sequence: Sequence) -> Cache:
+    @property
+    def _decoding(self) -> int:
+        """Return the number of sequences whose answers wait while a prompt is read."""
+        return len(self._ready) + sum(len(rows.live) for rows in self._batches.values())
+
+    def _end_aborted(self) -> None:
+        while self._aborted:
+            sequence = self._aborted.popleft()
+            if sequence.finish_reason is None:
+                self._end(sequence, "abort")
+
+    def _end(self, sequence: Sequence, finish_reason: str) -> None:
+        """End a sequence, wherever it is."""
+        sequence.finish_reason = finish_reason
+        if sequence in self.scheduler.waiting:
+            self.scheduler.waiting.remove(sequence)
+        self._again = deque(pair for pair in self._again if pair[0] is not sequence)
+        self._ready = [rows for rows in self._ready if sequence not in rows.sequences]
+        if self._reading is not None and sequence in self._reading.sequences:
+            self._reading = None
+        for kinds, rows in list(self._batches.items()):
+            if sequence in rows.sequences:
+                rows.end(sequence)
+                if not rows.live:
+                    del self._batches[kinds]
+
+    def _failed(self, sequences: Tokens[Sequence], error: Exception) -> list[Output]:
+        """End sequences because of an error."""
+        for sequence in sequences:
+            self._end(sequence, "error")
+        return [Output(sequence, (), "error", error) for sequence in sequences]
+
+    # ---- reading ---------------------------------------------------------------------------
+
+    def _read(self) -> list[Output]:
+        """Read a chunk of the sequence whose turn it is, or the first token after its last one."""
+        if self._reading is None and not self._place_next():
+            return []
+        rows = self._reading
+        assert rows is not None, "it was placed"
+        [sequence] = rows.live
+        try:
+            if not rows.pending:
+                self._read_chunk(rows, sequence)
+                return [Output(sequence)]
+            outputs = self._take_tokens(rows)
+        except Exception as error:  # noqa: BLE001 - a processor may raise anything
+            return self._failed([sequence], error)
+        self._reading = None
+        if sequence.finish_reason is None:
+            self._ready.append(rows)
+        return outputs
+
+    def _place_next(self) -> bool:
+        """Give a row to the next sequence; return whether there is one."""
+        if self._again:
+            sequence, states = self._again.popleft()
+            what = AGAIN
+        else:
+            running = self._decoding
+            found = self.scheduler.next_to_read(running)
+            if found is None:
+                return False
+            sequence, what = found, "prompt"
+            sequence.timings.start(len(sequence.request.prompt_ids))
+            try:
+                states = first_states(self.runner.ops, sequence, self.vocab_size)
+            except Exception as error:  # noqa: BLE001 - a processor may raise anything
+                for output in self._failed([sequence], error):
+                    sequence.outputs.append(output)
+                return False
+        self.progress(what, 0, sequence.given)
         expected = min(sequence.left, EXPECTED_ANSWER)
-        return self.runner.new_cache(sequence.given + expected, sequence.is_long)
+        cache = self.runner.new_cache(sequence.given + expected, sequence.is_long)
+        self._reading = self._rows(cache, [sequence], states)
+        return True
+
+    def _rows(self, cache: Cache, sequences: Tokens[Sequence | None], states: States) -> Rows:
+        return Rows.of(cache, sequences, states, context=self.context)
+
+    def _read_chunk(self, rows: Rows, sequence: Sequence) -> None:
+        """Read a chunk of the given tokens.
+
+        Every chunk samples a token. Only the token that the last chunk samples is used. The chunk
+        before is waited for, so that nobody waits long for an abort, and its time is measured.
+        """
+        others = self._decoding
+        most = self.scheduler.most_tokens(others)
+        given = sequence.tokens[: sequence.given]
+        chunk = self.runner.chunk_at(given, sequence.computed, most)
+        if sequence.computed:
+            self.runner.ops.to_numpy(rows.token)
+            self._tell(sequence, sequence.computed)
+        state, compile_s = (rows.penalty, rows.states), sequence.timings.compile_s
+        started = time.perf_counter()
+        self.runner.read(rows, chunk)
+        if others:
+            self.runner.ops.to_numpy(rows.token)
+            took_s = time.perf_counter() - started
+            self.scheduler.measured(chunk.size, took_s - (sequence.timings.compile_s - compile_s))
+        sequence.computed = chunk.end
+        if sequence.is_read:
+            sequence.sampled += 1
+            rows.pending.append(Call(rows.token, 1, (sequence,)))
+        else:
+            rows.penalty, rows.states = state
+
+    def _tell(self, sequence: Sequence, done: int) -> None:
+        """Report how many of the given tokens are read."""
+        self.progress(AGAIN if sequence.is_read_again else "prompt", done, sequence.given)
+
+    # ---- decoding --------------------------------------------------------------------------
+
+    def _advance(self, kinds: Kinds) -> list[Output]:
+        """Arrange a batch, start its next call, and take the tokens of the oldest call.
+
+        On an asynchronous backend, the next call is started before the last call's tokens are
+        read, unless sequences come or go.
+        """
+        outputs: list[Output] = []
+        rows = self._batches.get(kinds)
+        try:
+            if rows is None or self._must_rearrange(rows):
+                while rows is not None and rows.pending:
+                    outputs += self._take_tokens(rows)
+                self._rearrange(kinds)
+                if kinds not in self._batches:
+                    return outputs
+            rows = self._batches[kinds]
+            needs_tokens = any(sequence.needs_tokens for sequence in rows.live)
+            if not rows.pending:
+                self._start(rows)
+            if self.runner.ops.capabilities.asynchronous and not needs_tokens:
+                self._start(rows)
+            if rows.pending:
+                outputs += self._take_tokens(rows)
+        except Exception as error:  # noqa: BLE001 - no memory left, for example
+            concerned = [*(rows.live if rows is not None else []), *self._ready_of(kinds)]
+            outputs += self._failed(concerned, error)
+        return outputs
+
+    def _ready_of(self, kinds: Kinds) -> list[Sequence]:
+        return [sequence for rows in self._ready for sequence in rows.live if rows.kinds == kinds]
+
+    def _must_rearrange(self, rows: Rows) -> bool:
+        """Return whether sequences come or go, or fewer rows would do."""
+        if any(ready.kinds == rows.kinds for ready in self._ready):
+            return True
+        if any(self._has_outgrown_factors(sequence) for sequence in rows.live):
+            return True
+        size = len(rows.sequences)
+        if self.scheduler.rows_wanted(size, len(rows.live), 10**9) < size:
+            rows.idle += 1
+        return self.scheduler.rows_wanted(size, len(rows.live), rows.idle) != size
+
+    def _rearrange(self, kinds: Kinds) -> None:
+        """Let sequences into a batch and out of it. The host must have read all of its tokens."""
+        rows = self._batches.pop(kinds, None)
+        for sequence in rows.live if rows is not None else []:
+            if self._has_outgrown_factors(sequence):
+                assert rows is not None
+                self._read_again(rows, sequence)
+        new = [ready for ready in self._ready if ready.kinds == kinds]
+        self._ready = [ready for ready in self._ready if ready.kinds != kinds]
+        if rows is None or not rows.live:
+            if not new:
+                return
+            rows = new.pop(0)
+        needed = len(rows.live) + len(new)
+        size = self.scheduler.rows_wanted(len(rows.sequences), needed, rows.idle)
+        if size != len(rows.sequences):
+            indices = [i for i, sequence in enumerate(rows.sequences) if sequence is not None]
+            sequences = [*rows.live, *[None] * (size - len(indices))]
+            self.runner.rearrange(rows, [*indices, *[indices[0]] * (size - len(indices))])
+            rows.sequences = sequences
+        for ready in new:
+            index = rows.sequences.index(None)
+            self.runner.insert(rows, index, ready)
+            rows.sequences[index] = ready.sequences[0]
+        self._batches[kinds] = self._rows(rows.cache, rows.sequences, rows.states)
 
     def _has_outgrown_factors(self, sequence: Sequence) -> bool:
         """Return whether the next token lies beyond LongRoPE's original context.
 
-        Sampled tokens that the host has not read yet come first. The last token of an answer is
-        never run, so it may lie beyond.
+        The last token of an answer is never run, so it may lie beyond.
         """
-        is_next = sequence.is_read and sequence.left and not self._slots_of(sequence).pending
         left = self.runner.tables.left(sequence.computed, sequence.is_long)
-        return bool(is_next) and left is not None and left < 1
+        return sequence.left > 0 and left is not None and left < 1
 
-    def _read_again(self, sequence: Sequence) -> None:
+    def _read_again(self, rows: Rows, sequence: Sequence) -> None:
         """Let a sequence read all its tokens anew, rotated by LongRoPE's long factors.
 
         The reference does the same: its keys were rotated by the short factors, so the cache is of
@@ -206,87 +417,66 @@ class Engine:
 
         Source: `prepare_inputs_for_generation` of transformers (modeling_phi3.py).
         """
+        row = np.array([rows.sequences.index(sequence)], np.int32)
+        states = self.runner.steps.take(rows.states, row) if rows.states else []
         sequence.timings.start_again()
         sequence.read_again(is_long=True)
-        slots = self._slots_of(sequence)
-        slots.cache.layers.clear()  # frees the memory before the new cache takes it
-        slots.cache = self._empty_cache(sequence)
-        self.progress(AGAIN, 0, sequence.given)
+        rows.end(sequence)
+        self._again.append((sequence, states))
 
-    def _slots_of(self, sequence: Sequence) -> Slots:
-        assert sequence.slot is not None, "a sequence is placed before it is computed"
-        return self._slots[sequence.slot]
+    def _start(self, rows: Rows) -> None:
+        """Start a decode call for the next tokens, unless there are none for this cache."""
+        running = [sequence for sequence in rows.live if sequence.left]
+        if not running or any(map(self._has_outgrown_factors, running)):
+            return
+        counts = [self.runner.ops.capabilities.steps, *(s.left for s in running)]
+        for sequence in running:
+            factors = self.runner.tables.left(sequence.computed, sequence.is_long)
+            counts += [] if factors is None else [factors]
+            counts += [1] if sequence.needs_tokens else []
+        count = min(counts)
+        tokens = self.runner.decode(rows, count)
+        is_running = [s if s is not None and s.left else None for s in rows.sequences]
+        rows.pending.append(Call(tokens, count, tuple(is_running)))
+        for sequence in running:
+            sequence.computed += count
+            sequence.sampled += count
 
-    def _read_chunk(self, sequence: Sequence) -> Output:
-        """Read a chunk of the given tokens.
+    def _take_tokens(self, rows: Rows) -> list[Output]:
+        """Wait for the tokens of the oldest call, and return what they are for each sequence."""
+        call = rows.pending.popleft()
+        values = self.runner.ops.to_numpy(call.tokens)[:, : call.count].tolist()
+        outputs = []
+        for row, sequence in enumerate(call.sequences):
+            # A sequence that has ended meanwhile has left its row.
+            if sequence is not None and rows.sequences[row] is sequence:
+                try:
+                    outputs.append(self._took(rows, sequence, values[row]))
+                except Exception as error:  # noqa: BLE001 - a processor may raise anything
+                    outputs += self._failed([sequence], error)
+        return outputs
 
-        Every chunk samples a token. Only the token that the last chunk samples is used.
-        """
-        slots = self._slots_of(sequence)
-        chunk = self.runner.chunk_at(sequence.tokens[: sequence.given], sequence.computed)
-        before, state = slots.token, (slots.penalty, slots.states)
-        self.runner.read(sequence, slots, chunk)
-        if before is not None:  # once this token is computed, the previous chunk is in the cache
-            self.runner.ops.to_numpy(before)
-            if sequence.computed:
-                self._tell(sequence, sequence.computed)
-        sequence.computed = chunk.end
-        if sequence.is_read:
-            sequence.sampled += 1
-            slots.pending.append((slots.token, 1))
-        else:
-            slots.penalty, slots.states = state
-        return Output(sequence)
-
-    def _decode(self, sequence: Sequence) -> Output:
-        """Read the tokens of one decode call.
-
-        On an asynchronous backend, the next call is started before this call's tokens are read.
-        """
-        slots = self._slots_of(sequence)
-        if not slots.pending:
-            self._start_decode(sequence)
-        # The first token does not wait until the decode step is compiled.
-        is_ahead = self.runner.ops.capabilities.asynchronous and not sequence.needs_tokens
-        if is_ahead and sequence.answer:
-            self._start_decode(sequence)
-        tokens, count = slots.pending.pop(0)
+    def _took(self, rows: Rows, sequence: Sequence, values: list[int]) -> Output:
+        """Add tokens to the answer of a sequence, up to its end."""
         found: list[int] = []
-        finish_reason = None
-        for value in self.runner.ops.to_numpy(tokens)[0, :count].tolist():
+        for value in values:
             if value < 0:
                 processors = sequence.request.processors
                 raise PhicoreError(_NO_TOKEN if processors else _NOT_FINITE)
-            slots.tell(value)
+            rows.tell(sequence, value)
             sequence.timings.count_token()
             if len(sequence.answer) == sequence.given - len(sequence.request.prompt_ids):
                 self._tell(sequence, sequence.given)
             sequence.answer.append(value)
             found.append(value)
             if value in sequence.request.ends:
-                finish_reason = "stop"
+                self._end(sequence, "stop")
                 break
-        if finish_reason is None and len(sequence.answer) == sequence.limit:
-            finish_reason = sequence.at_limit
-        return Output(sequence, tuple(found), finish_reason)
+        if sequence.finish_reason is None and len(sequence.answer) == sequence.limit:
+            self._end(sequence, sequence.at_limit)
+        return Output(sequence, tuple(found), sequence.finish_reason)
 
-    def _tell(self, sequence: Sequence, done: int) -> None:
-        """Report how many of the given tokens are read."""
-        self.progress(AGAIN if sequence.is_read_again else "prompt", done, sequence.given)
-
-    def _start_decode(self, sequence: Sequence) -> None:
-        """Start a decode call for the next tokens, unless there are none for this cache."""
-        most = self.runner.ops.capabilities.steps
-        count = min(sequence.left, 1 if sequence.needs_tokens else most)
-        factors = self.runner.tables.left(sequence.computed, sequence.is_long)
-        if factors is not None:
-            count = min(count, factors)
-        if count < 1:
-            return
-        slots = self._slots_of(sequence)
-        slots.pending.append((self.runner.decode(sequence, slots, count), count))
-        sequence.computed += count
-        sequence.sampled += count
+    # ---- scores ----------------------------------------------------------------------------
 
     def logits(self, tokens: Tokens[int]) -> np.ndarray:
         """Compute the scores of the next token after each token: (T, V) float32.

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Tokens
 import numpy as np
 
 from phicore.backend import Array, Backend, Params
+from phicore.engine.cache import Cache
 from phicore.engine.chunks import (
     LOGITS_CHUNKS,
     Chunk,
@@ -17,13 +18,11 @@ from phicore.engine.chunks import (
 )
 from phicore.engine.compiled import Compiled
 from phicore.engine.rope_tables import RopeTables
-from phicore.engine.sequence import Sequence
-from phicore.engine.slots import Cache, Slots
+from phicore.engine.rows import Rows
 from phicore.engine.steps import Steps
-from phicore.engine.timings import Timings
 from phicore.network import sampler
 from phicore.network.config import Phi3Config
-from phicore.network.rope import RopeFactors
+from phicore.network.rope import RopeFactors, Tables
 from phicore.progress import Progress, silent
 
 
@@ -54,86 +53,94 @@ class Runner:
 
     # ---- steps -----------------------------------------------------------------------------
 
-    def chunk_at(self, prompt: Tokens[int], start: int) -> Chunk:
-        """Return the chunk of a prompt that begins at position `start`."""
-        sizes = self.ops.capabilities.prompt_chunks
-        return chunk_at(prompt, start, sizes, is_padded=self._is_padded)
+    def chunk_at(self, tokens: Tokens[int], start: int, most: int | None = None) -> Chunk:
+        """Return the chunk of a sequence's tokens that begins at position `start`.
 
-    def read(self, sequence: Sequence, slots: Slots, chunk: Chunk) -> None:
-        """Run a chunk of a sequence's prompt, and sample the token after it."""
+        Args:
+            most: The largest size of the chunk, if the smallest sizes allow that. None sets none.
+        """
+        sizes = self.ops.capabilities.prompt_chunks
+        if most is not None:
+            sizes = tuple(size for size in sizes if size <= most) or sizes
+            sizes = sizes if len(sizes) > 1 else self.ops.capabilities.prompt_chunks[:2]
+        return chunk_at(tokens, start, sizes, is_padded=self._is_padded)
+
+    def read(self, rows: Rows, chunk: Chunk) -> None:
+        """Run a chunk of the only row's tokens, and sample the token after it."""
         asarray = self.ops.asarray
         inputs = asarray(chunk.tokens), asarray(chunk.positions), asarray(chunk.last)
-        self._step(sequence, slots, inputs, chunk.size)
+        self._step(rows, inputs, chunk.size)
 
-    def decode(self, sequence: Sequence, slots: Slots, count: int) -> Array:
-        """Run the last token of a sequence and sample `count` tokens in one call: (1, N) int32.
+    def decode(self, rows: Rows, count: int) -> Array:
+        """Run the last token of each row and sample `count` tokens in one call: (B, N) int32.
 
         N is `Capabilities.steps`, the number of steps of a call. Tokens after the first `count` are
         garbage.
         """
         most = self.ops.capabilities.steps
+        starts = rows.positions(count)
+        position = self.ops.asarray(starts[:, None])
         if most == 1:
-            self._step(sequence, slots, (slots.token, slots.position, slots.only), 1)
-            return slots.token
-        self.make_room(slots.cache, sequence.computed, count)
-        draw = slots.draw and {**slots.draw, "uniforms": self._uniforms(sequence, count, most)}
+            self._step(rows, (rows.token, position, rows.only), 1)
+            return rows.token
+        self.make_room(rows.cache, starts, count)
+        draw = rows.draw and {**rows.draw, "uniforms": self._uniforms(rows, count, most)}
         wanted = self.ops.asarray(np.array([count], np.int32))
-        (
-            slots.cache.layers,
-            slots.token,
-            slots.position,
-            recent,
-            slots.states,
-            tokens,
-        ) = self.steps.run(
-            self.steps.steps(slots.kinds),
-            slots.cache,
-            self.tables.until(sequence.computed + count, sequence.is_long),
-            (slots.token, slots.position, slots.penalty, draw, slots.states, wanted, slots.ends),
-            sequence.timings,
+        rows.cache.layers, rows.token, _, recent, rows.states, tokens = self.steps.run(
+            self.steps.steps(rows.kinds),
+            rows.cache,
+            self._tables(rows, starts + count),
+            (rows.token, position, rows.penalty, draw, rows.states, wanted, rows.ends),
+            [sequence.timings for sequence in rows.live],
         )
-        slots.penalty = {**slots.penalty, "recent": recent}
+        rows.penalty = {**rows.penalty, "recent": recent}
         return tokens
 
-    def _step(
-        self, sequence: Sequence, slots: Slots, inputs: tuple[Array, Array, Array], count: int
-    ) -> None:
-        """Run tokens, and sample the next token.
+    def _step(self, rows: Rows, inputs: tuple[Array, Array, Array], count: int) -> None:
+        """Run tokens, and sample the next token of each row.
 
         Args:
-            inputs: Tokens and positions (1, T), and the index of the last token (1,).
+            inputs: Tokens and positions (B, T), and the index of the last token (B,).
             count: The number of tokens T.
         """
-        self.make_room(slots.cache, sequence.computed, count)
-        draw = slots.draw and {**slots.draw, "uniforms": self._uniforms(sequence)}
-        (
-            slots.cache.layers,
-            slots.token,
-            slots.position,
-            recent,
-            slots.states,
-        ) = self.steps.run(
-            self.steps.step(slots.kinds),
-            slots.cache,
-            self.tables.until(sequence.computed + count, sequence.is_long),
-            (*inputs, slots.penalty, draw, slots.states),
-            sequence.timings,
+        starts = rows.positions(count)
+        self.make_room(rows.cache, starts, count)
+        draw = rows.draw and {**rows.draw, "uniforms": self._uniforms(rows)}
+        rows.cache.layers, rows.token, _, recent, rows.states = self.steps.run(
+            self.steps.step(rows.kinds),
+            rows.cache,
+            self._tables(rows, starts + count),
+            (*inputs, rows.penalty, draw, rows.states),
+            [sequence.timings for sequence in rows.live],
         )
-        slots.penalty = {**slots.penalty, "recent": recent}
+        rows.penalty = {**rows.penalty, "recent": recent}
 
-    def _uniforms(self, sequence: Sequence, count: int = 1, room: int | None = None) -> Array:
-        """Make random numbers for the next `count` tokens.
+    def _tables(self, rows: Rows, ends: np.ndarray) -> Tables:
+        """Return rotary tables that have all positions below `ends` of each row."""
+        pairs = zip(rows.sequences, ends.tolist(), strict=True)
+        live = [(sequence.is_long, end) for sequence, end in pairs if sequence is not None]
+        longest = max(live)  # the long part comes after the whole short part
+        return self.tables.until(longest[1], longest[0])
+
+    def _uniforms(self, rows: Rows, count: int = 1, room: int | None = None) -> Array:
+        """Make random numbers for the next `count` tokens of each row.
+
+        They depend on the seed of a sequence and on the index of a token in its answer alone.
 
         Returns:
-            (1, V) float32 for one token if `room` is None; otherwise (room, 1, V) float32, with
-            zeros after the first `count` tokens.
+            (B, V) float32 for one token if `room` is None; otherwise (room, B, V) float32, with
+            zeros after the first `count` tokens. Rows that draw nothing have zeros.
         """
-        seed, size = sequence.request.seed, self.config.vocab_size
-        assert seed is not None, "filled in by Request"
-        numbers = np.zeros((room or 1, size), np.float32)
-        for i in range(count):
-            numbers[i] = sampler.uniforms(seed, sequence.sampled + i, size)
-        return self.ops.asarray(numbers if room is None else numbers[:, None])
+        size = self.config.vocab_size
+        numbers = np.zeros((room or 1, len(rows.sequences), size), np.float32)
+        for row, sequence in enumerate(rows.sequences):
+            if sequence is None or not sequence.left or sequence.request.sampling.is_greedy:
+                continue
+            seed = sequence.request.seed
+            assert seed is not None, "filled in by Request"
+            for i in range(count):
+                numbers[i, row] = sampler.uniforms(seed, sequence.sampled + i, size)
+        return self.ops.asarray(numbers if room is not None else numbers[0])
 
     def scores(self, tokens: Tokens[int]) -> np.ndarray:
         """Compute the scores of the next token after each token: (T, V) float32."""
@@ -141,13 +148,12 @@ class Runner:
         cache = self.new_cache(len(tokens), is_long)
         rows = np.empty((len(tokens), self.config.vocab_size), np.float32)
         for chunk in chunks(tokens, LOGITS_CHUNKS, is_padded=self._is_padded):
-            self.make_room(cache, chunk.start, chunk.size)
+            self.make_room(cache, np.array([chunk.start], np.int32), chunk.size)
             cache.layers, scores = self.steps.run(
                 self.steps.score(),
                 cache,
                 self.tables.until(chunk.start + chunk.size, is_long),
                 (self.ops.asarray(chunk.tokens), self.ops.asarray(chunk.positions)),
-                Timings(),
             )
             rows[chunk.start : chunk.end] = self.ops.to_numpy(scores)[0, : chunk.end - chunk.start]
         return rows
@@ -176,13 +182,36 @@ class Runner:
             return capacity
         return min(capacity, capacity_of_window(window, self.ops.capabilities.prompt_chunks[-1]))
 
-    def make_room(self, cache: Cache, start: int, count: int) -> None:
-        """Ensure that the cache has slots for `count` tokens from position `start` on."""
-        starts = np.array([start], np.int32)
+    def make_room(self, cache: Cache, starts: np.ndarray, count: int) -> None:
+        """Ensure that each row has slots for `count` tokens from its position in `starts` on."""
         if not cache.lacks(starts, count):
             return
-        cache.grow(self._capacity_for(start + count - int(cache.first.min())))
+        cache.grow(self._capacity_for(int((starts + count - cache.first).max())))
         if cache.lacks(starts, count):
             assert self.config.sliding_window is not None, "a cache without a window grows"
             counts = cache.unseen(starts, count, self.config.sliding_window)
             cache.freed(self.steps.shift(cache.layers, counts), counts)
+
+    # ---- rows ------------------------------------------------------------------------------
+
+    def rearrange(self, rows: Rows, indices: Tokens[int]) -> None:
+        """Give a cache and states the rows with these indices, in this order.
+
+        The other arrays of `rows` no longer fit; `Rows.of` makes new ones.
+        """
+        chosen, cache = np.array(indices, np.int32), rows.cache
+        layers = self.steps.take(cache.layers, chosen)
+        cache.rearranged(layers, cache.first[chosen], cache.rope_start[chosen])
+        rows.states = self.steps.take(rows.states, chosen) if rows.states else []
+
+    def insert(self, rows: Rows, index: int, new: Rows) -> None:
+        """Replace a row of a cache and of states by the only row of `new`."""
+        capacity = max(rows.cache.capacity, new.cache.capacity)
+        rows.cache.grow(capacity)
+        new.cache.grow(capacity)
+        layers = self.steps.insert(rows.cache.layers, new.cache.layers, index)
+        first, rope_start = rows.cache.first.copy(), rows.cache.rope_start.copy()
+        first[index], rope_start[index] = new.cache.first[0], new.cache.rope_start[0]
+        rows.cache.rearranged(layers, first, rope_start)
+        if rows.states:
+            rows.states = self.steps.insert(rows.states, new.states, index)

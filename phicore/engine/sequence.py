@@ -1,12 +1,14 @@
-"""Running requests, called sequences: their data on the host. `slots.py` has the device arrays."""
+"""Running requests, called sequences: their data on the host. `rows.py` has the device arrays."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from phicore.engine.request import Request
 from phicore.engine.timings import Timings
+from phicore.network.processors import Kinds
 
 
 @dataclass(eq=False)
@@ -25,7 +27,8 @@ class Sequence:
         sampled: Number of tokens of the answer that were sampled. The host may not have read the
             last ones yet.
         answer: The tokens of the answer that the host has read.
-        slot: The number of its slots on the device. None before the first step and after the end.
+        outputs: The outputs that nobody has taken yet, the oldest first.
+        finish_reason: Why the sequence has ended; None as long as it goes on.
         timings: The times and token counts so far.
     """
 
@@ -37,7 +40,8 @@ class Sequence:
     computed: int = 0
     sampled: int = 0
     answer: list[int] = field(default_factory=list)
-    slot: int | None = None
+    outputs: deque[Output] = field(default_factory=deque)
+    finish_reason: str | None = None
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
@@ -65,6 +69,11 @@ class Sequence:
         self.computed = 0
 
     @property
+    def kinds(self) -> Kinds:
+        """Return the classes of the logits processors."""
+        return tuple(type(processor) for processor in self.request.processors)
+
+    @property
     def needs_tokens(self) -> bool:
         """Return whether a logits processor needs each token before the next is sampled."""
         return any(processor.needs_tokens for processor in self.request.processors)
@@ -82,10 +91,12 @@ class Output:
     Attributes:
         sequence: The sequence.
         tokens: New tokens of its answer; none while the prompt is read.
-        finish_reason: None if the sequence continues; otherwise "stop" (an end token), "length" or
-            "context".
+        finish_reason: None if the sequence continues; otherwise "stop" (an end token), "length",
+            "context" or "error".
+        error: The error that has ended the sequence, if it was one.
     """
 
     sequence: Sequence
     tokens: tuple[int, ...] = ()
     finish_reason: str | None = None
+    error: Exception | None = None

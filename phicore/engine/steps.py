@@ -8,16 +8,18 @@ from typing import Any
 from phicore.backend import Array, Backend, LayerCache, Params
 from phicore.network import graph, sampler
 from phicore.network.config import Phi3Config
-from phicore.network.processors import LogitsProcessor, check_same
+from phicore.network.processors import Kinds, check_same
 from phicore.network.rope import Tables, rope_at
 
-Kinds = tuple[type[LogitsProcessor], ...]
-"""The classes of the logits processors that are compiled into a step."""
 States = list[Mapping[str, Array]]
 """The states of logits processors, arrays (B, ...)."""
 Place = dict[str, Array]
 """Two arrays (B,) int32: `first`, the position in slot 0 of each row, and `rope_start`, the row of
 the rotary tables for position 0."""
+Arrays = Mapping[str, Array]
+"""Arrays (B, ...) by name: the cache of a layer, or the state of a logits processor."""
+ENDED = -2
+"""An end token that no vocabulary has. A row with it has ended from the beginning."""
 
 
 class Steps:
@@ -108,7 +110,8 @@ class Steps:
             token, position: The token and the position of the first step, (B, 1) int32.
             draw: The argument of `step`, but with `uniforms` (N, B, V) for N steps.
             count: The number of requested steps, (1,) int32, at most N.
-            ends: The tokens that end each row, (B, any) int32. A token below 0 also ends a row.
+            ends: The tokens that end each row, (B, any) int32. A token below 0 also ends a row,
+                and a row with `ENDED` has ended already.
         Returns:
             The results of the last `step`, and the tokens of all steps, (B, N) int32. Tokens after
             the last step that ran are garbage.
@@ -120,7 +123,7 @@ class Steps:
 
         def goes_on(state: dict[str, Any]) -> Array:
             token = state["token"]
-            has_ended = (token == ends) | (token < 0)  # (B, any)
+            has_ended = (token == ends) | (token < 0) | (ends == ENDED)  # (B, any)
             rows_left = 1 - xp.max(xp.astype(has_ended, xp.int32), axis=1)
             return (state["index"] < count) & (xp.max(rows_left, axis=0, keepdims=True) > 0)
 
@@ -180,3 +183,12 @@ class Steps:
     def shift(self, cache: list[LayerCache], count: Array) -> list[LayerCache]:
         """Free the first `count` (B,) slots of each row in every layer."""
         return [self.ops.shift_cache(layer, count) for layer in cache]
+
+    def take(self, arrays: list[Arrays], rows: Array) -> list[Arrays]:
+        """Copy the rows with the indices `rows` (B,), in this order."""
+        return [self.ops.take_rows(each, rows) for each in arrays]
+
+    def insert(self, arrays: list[Arrays], row: list[Arrays], index: Array) -> list[Arrays]:
+        """Replace the row `index` (1,) by the only row of `row`."""
+        pairs = zip(arrays, row, strict=True)
+        return [self.ops.insert_row(each, one, index) for each, one in pairs]

@@ -67,6 +67,9 @@ class LogitsProcessor(ABC):
         return type(self).update is not LogitsProcessor.update
 
 
+Kinds = tuple[type[LogitsProcessor], ...]
+"""The classes of the logits processors that are compiled into a step."""
+
 LARGEST = 1e30
 """The largest allowed bias: larger than any score, and far from overflow in float32."""
 

@@ -38,16 +38,16 @@ def engine(ops: Backend, path: Path) -> Engine:
 def run(engine: Engine, request: Request) -> tuple[list[int], str | None]:
     """Run a request; return its tokens and its finish reason."""
     sequence, tokens = engine.add(request), []
-    while True:
-        [output] = engine.step([sequence])
+    for output in engine.outputs(sequence):
         tokens += output.tokens
         if output.finish_reason is not None:
             return tokens, output.finish_reason
+    raise AssertionError("a sequence ends with a reason")
 
 
 def test_step_reads_the_prompt_then_gives_tokens(engine: Engine):
     sequence = engine.add(Request(PROMPT, GREEDY, max_tokens=3))
-    assert sequence.slot is None  # it takes no memory yet
+    assert engine._reading is None  # it takes no memory yet
     outputs: list[Output] = []
     while not outputs or outputs[-1].finish_reason is None:
         outputs += engine.step()
@@ -55,7 +55,7 @@ def test_step_reads_the_prompt_then_gives_tokens(engine: Engine):
     assert [t for o in outputs for t in o.tokens] == sequence.answer
     assert [o.finish_reason for o in outputs[:-1]] == [None] * (len(outputs) - 1)
     assert (outputs[-1].finish_reason, len(sequence.answer)) == ("length", 3)
-    assert sequence.slot is None
+    assert engine.is_idle
     assert engine.step() == []
 
 
@@ -78,7 +78,7 @@ def test_sequences_stepped_in_turn_give_the_tokens_of_each_alone(engine: Engine)
     ]
     alone = [run(engine, request)[0] for request in requests]
     sequences = [engine.add(request) for request in requests]
-    while any(s.slot is not None or not s.answer for s in sequences):
+    while not engine.is_idle:
         engine.step()
     assert [s.answer for s in sequences] == alone
 
@@ -92,7 +92,7 @@ def test_abort_frees_the_slot_and_spares_the_others(engine: Engine):
         pass
     assert first.answer == []
     assert len(second.answer) == 5
-    assert engine._slots == {}
+    assert engine.is_idle
 
 
 def test_sequence_that_fails_leaves_nothing(engine: Engine):
@@ -100,7 +100,7 @@ def test_sequence_that_fails_leaves_nothing(engine: Engine):
     with pytest.raises(ArgumentError, match="token id 80"):
         list(engine.generate(wrong))
     assert engine.step() == []
-    assert engine._slots == {}
+    assert engine.is_idle
 
 
 def test_prompt_that_does_not_fit_is_refused_at_once(engine: Engine):

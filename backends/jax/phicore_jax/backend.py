@@ -13,7 +13,7 @@ buffer donation.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -414,6 +414,23 @@ class JaxBackend(Backend):
             return lax.dynamic_slice_in_dim(jnp.concatenate([a, a], axis=1), count, a.shape[1], 1)
 
         return type(cache)({name: jax.vmap(shift)(a, count) for name, a in cache.items()})
+
+    def take_rows(self, arrays: Mapping[str, Array], rows: Array) -> dict[str, Array]:
+        def take(a: Array) -> Array:  # XLA's gather would copy number by number on a CPU
+            chosen = [lax.dynamic_index_in_dim(a, rows[i], axis=0) for i in range(rows.shape[0])]
+            return jnp.concatenate(chosen, axis=0)
+
+        return type(arrays)({name: take(a) for name, a in arrays.items()})  # type: ignore[call-arg, return-value]
+
+    def insert_row(
+        self, arrays: Mapping[str, Array], row: Mapping[str, Array], index: Array
+    ) -> dict[str, Array]:
+        return type(arrays)(  # type: ignore[call-arg, return-value]
+            {
+                name: lax.dynamic_update_slice_in_dim(a, row[name], index[0], axis=0)
+                for name, a in arrays.items()
+            }
+        )
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, slots: Array) -> LayerCache:
         names = [n for n in ("k", "k_scale", "v", "v_scale") if n in cache]

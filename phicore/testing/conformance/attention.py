@@ -108,6 +108,36 @@ class AttentionConformance(Conformance):
             assert np.array_equal(new[:, :, :S], old)
             assert not new[:, :, S:].any()
 
+    @pytest.mark.parametrize("rows", [[0], [2, 0], [1, 1, 0, 2]], ids=str)
+    def test_take_rows_copies_rows_in_order(
+        self, ops: Backend, rng: np.random.Generator, rows: list[int]
+    ) -> None:
+        k, v = normal(rng, 3, K, S, D), normal(rng, 3, K, S, D)
+        cache = made_of(ops, k, v)
+        take = ops.compile(ops.take_rows)
+        found = take(cache, ops.asarray(np.array(rows, np.int32)))
+        assert type(found) is type(cache)
+        for before, after, kept in zip((k, v), host(ops, found), host(ops, cache), strict=True):
+            assert np.array_equal(after, before[rows])
+            assert np.array_equal(kept, before)
+        state = ops.take_rows(
+            {"x": ops.asarray(k[:, 0, 0, 0])}, ops.asarray(np.array([2, 0], np.int32))
+        )
+        assert np.array_equal(ops.to_numpy(state["x"]), k[[2, 0], 0, 0, 0])
+
+    @pytest.mark.parametrize("index", [0, 2])
+    def test_insert_row_replaces_one_row(
+        self, ops: Backend, rng: np.random.Generator, index: int
+    ) -> None:
+        k, v = normal(rng, 3, K, S, D), normal(rng, 3, K, S, D)
+        new = normal(rng, 1, K, S, D), normal(rng, 1, K, S, D)
+        insert = ops.compile(ops.insert_row, donate=(0,))
+        cache, row = made_of(ops, k, v), made_of(ops, *new)
+        found = insert(cache, row, ops.asarray(np.array([index], np.int32)))
+        for before, one, after in zip((k, v), new, host(ops, found), strict=True):
+            before[index] = one[0]
+            assert np.array_equal(after, before)
+
     @pytest.mark.parametrize("count", [[0], [1], [S - 1], [4, 9], [0, 10]], ids=str)
     def test_shift_cache_forgets_the_first_positions(
         self, ops: Backend, rng: np.random.Generator, count: list[int]

@@ -1,0 +1,75 @@
+"""The caches of keys and values of several sequences, one in each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from phicore.backend import Backend, LayerCache
+from phicore.engine.steps import Place
+
+
+@dataclass
+class Cache:
+    """The caches of all layers for B rows, and the positions that they hold.
+
+    A cache has slots for all tokens or, if the model has a window, for the window and one chunk.
+    When a cache of a model with a window is full, the slots of tokens that no later token sees are
+    freed, and slot 0 then holds a later position. Keys need no change for that, since they were
+    rotated when they were stored.
+
+    Attributes:
+        layers: The cache of each layer.
+        capacity: S, the number of slots of a row.
+        first: The position in slot 0 of each row, (B,) int32 on the host.
+        rope_start: The row of the rotary tables for position 0, (B,) int32 on the host.
+        place: `first` and `rope_start` on the device.
+    """
+
+    ops: Backend
+    layers: list[LayerCache]
+    capacity: int
+    rope_start: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.first = np.zeros_like(self.rope_start)
+        self._set_place()
+
+    def _set_place(self) -> None:
+        asarray = self.ops.asarray
+        self.place: Place = {"first": asarray(self.first), "rope_start": asarray(self.rope_start)}
+
+    def lacks(self, starts: np.ndarray, count: int) -> bool:
+        """Return whether a row lacks slots for `count` tokens from its position in `starts` on."""
+        return bool((starts + count - self.first > self.capacity).any())
+
+    def grow(self, capacity: int) -> None:
+        """Grow the cache to this capacity, if it is smaller."""
+        if capacity > self.capacity:
+            self.layers = [self.ops.grow_cache(layer, capacity) for layer in self.layers]
+            self.capacity = capacity
+
+    def unseen(self, starts: np.ndarray, count: int, window: int) -> np.ndarray:
+        """Return how many slots each row can free, (B,) int32; 0 for a row that has room.
+
+        Args:
+            starts: The position of the next token in each row, (B,).
+            count: The number of tokens to make room for.
+            window: The number of positions that a token sees.
+        """
+        is_full = starts + count - self.first > self.capacity
+        return np.where(is_full, starts - (window - 1) - self.first, 0).astype(np.int32)
+
+    def freed(self, layers: list[LayerCache], counts: np.ndarray) -> None:
+        """Replace the layers by layers in which the first `counts` (B,) slots were freed."""
+        self.layers = layers
+        self.first = self.first + counts
+        self._set_place()
+
+    def rearranged(
+        self, layers: list[LayerCache], first: np.ndarray, rope_start: np.ndarray
+    ) -> None:
+        """Replace the layers by layers with other rows."""
+        self.layers, self.first, self.rope_start = layers, first, rope_start
+        self._set_place()
