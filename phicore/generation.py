@@ -1,13 +1,15 @@
-"""A generation under way: an iterator over the pieces of an answer."""
+"""Generations under way: iterators over the pieces of an answer, or over many answers."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Self
 
-from phicore.engine import Engine
+from phicore.engine import Engine, Request
 from phicore.engine import Sequence as EngineSequence
+from phicore.errors import PhicoreError
 from phicore.plugins.observers import Observers
 from phicore.text.pieces import Piece, Pieces
 
@@ -33,6 +35,7 @@ class Generation:
         assert sequence.request.seed is not None, "filled in by Request"
         self.seed = sequence.request.seed
         self.prompt_ids = list(sequence.request.prompt_ids)
+        self._sequence = sequence
         self.timings = sequence.timings
         found = _pieces(engine, sequence, pieces)
         self._pieces = found if observers is None else observers.watch(self, found)
@@ -45,6 +48,11 @@ class Generation:
 
     def __next__(self) -> Piece:
         return next(self._pieces)
+
+    @property
+    def is_ready(self) -> bool:
+        """Return whether the next piece, or the end, is there without running a step."""
+        return bool(self._sequence.outputs) or self._sequence.finish_reason is not None
 
     def text(self) -> str:
         """Generate the rest of the answer, and return its text."""
@@ -59,6 +67,109 @@ class Generation:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of `Model.generate_many`.
+
+    Attributes:
+        index: The number of the request, from 0.
+        text: The text.
+        token_ids: The tokens, the end token included.
+        finish_reason: "stop", "length", "context" or "error".
+        generation: The generation, which has the seed, the prompt's tokens and the times; None if
+            the request was refused.
+        error: Why there is no complete answer; None if there is one.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    generation: Generation | None
+    error: PhicoreError | None = None
+
+
+class Answers:
+    """Runs many requests, as many at a time as the engine takes, and yields their answers.
+
+    Requests are taken one by one as others end, so they may come from a long file.
+    """
+
+    def __init__(
+        self, begin: Callable[[Request], Generation], engine: Engine, requests: Iterable[Request]
+    ) -> None:
+        """Prepare to run requests.
+
+        Args:
+            begin: Makes the generation of a request; it may raise PhicoreError.
+            engine: The engine that runs the generations.
+            requests: The requests.
+        """
+        self._begin = begin
+        self._engine = engine
+        self._requests = enumerate(requests)
+        self._running: dict[int, Generation] = {}
+        self._pieces: dict[int, list[Piece]] = {}
+        # One more than run at a time waits, so that no row waits for its request.
+        self._most = 2 * engine.scheduler.max_sequences
+
+    def __iter__(self) -> Iterator[Answer]:
+        try:
+            while True:
+                yield from self._fill()
+                if not self._running:
+                    return
+                if not any(generation.is_ready for generation in self._running.values()):
+                    self._engine.step()
+                yield from self._collect()
+        finally:
+            for generation in self._running.values():
+                generation.close()
+
+    def _fill(self) -> Iterator[Answer]:
+        """Begin requests until enough of them run; yield those that are refused."""
+        while len(self._running) < self._most:
+            index, request = next(self._requests, (-1, None))
+            if request is None:
+                return
+            try:
+                self._running[index] = self._begin(request)
+            except PhicoreError as error:
+                yield Answer(index, "", (), "error", None, error)
+            else:
+                self._pieces[index] = []
+
+    def _collect(self) -> Iterator[Answer]:
+        """Take the pieces that are there; yield the answers that are complete."""
+        for index, generation in list(self._running.items()):
+            pieces, error, is_over = self._pieces[index], None, False
+            try:
+                while generation.is_ready and not is_over:
+                    piece = next(generation, None)
+                    is_over = piece is None or piece.finish_reason is not None
+                    pieces += [] if piece is None else [piece]
+            except PhicoreError as caught:
+                error, is_over = caught, True
+            if is_over:
+                generation.close()
+                del self._running[index], self._pieces[index]
+                reason = "error" if error or not pieces else pieces[-1].finish_reason or "error"
+                text = "".join(piece.text for piece in pieces)
+                ids = tuple(piece.token_id for piece in pieces)
+                yield Answer(index, text, ids, reason, generation, error)
+
+
+def in_order(answers: Iterable[Answer]) -> Iterator[Answer]:
+    """Yield answers in the order of their requests; those that are early are kept."""
+    early: dict[int, Answer] = {}
+    following = 0
+    for answer in answers:
+        early[answer.index] = answer
+        while following in early:
+            yield early.pop(following)
+            following += 1
 
 
 def _pieces(engine: Engine, sequence: EngineSequence, pieces: Pieces) -> Iterator[Piece]:

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from types import TracebackType
@@ -17,8 +17,9 @@ import numpy as np
 from phicore.backend import Backend, BackendOptions
 from phicore.engine import Engine, Request
 from phicore.engine.request import ROPE_FACTORS, is_integer
+from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
 from phicore.errors import ArgumentError, GGUFError, PhicoreError, TokenizerError, about
-from phicore.generation import Generation
+from phicore.generation import Answer, Answers, Generation, in_order
 from phicore.gguf.reader import open_gguf
 from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
 from phicore.network.config import Phi3Config
@@ -70,6 +71,7 @@ class Model:
         observers: Observers | None = None,
         architectures: Mapping[str, Architecture] = BUILT_IN,
         processors: Mapping[str, Callable[[str, Model], LogitsProcessor]] | None = None,
+        max_sequences: int = MAX_SEQUENCES,
     ) -> None:
         started = time.perf_counter()
         self.reference = files.reference
@@ -92,7 +94,13 @@ class Model:
             if left_out:
                 log.warning("%s: recommended, but not used: %s", name, ", ".join(left_out))
             self._engine: Engine | None = Engine.load(
-                ops, file, architecture, self.config, context=self.context, progress=progress
+                ops,
+                file,
+                architecture,
+                self.config,
+                context=self.context,
+                progress=progress,
+                scheduler=Scheduler(max_sequences=max_sequences),
             )
         self._ops = ops
         self._observers = observers
@@ -275,6 +283,23 @@ class Model:
         pieces = Pieces(stream, StopStrings(request.stop), request.ends)
         return Generation(engine, sequence, pieces, self._observers)
 
+    def generate_many(
+        self, requests: Iterable[Request], *, ordered: bool = False
+    ) -> Iterator[Answer]:
+        """Generate the answers to many requests, several at a time.
+
+        Each text is the one that `generate` gives for the request alone. Requests are taken one by
+        one as others end. A request that is refused or fails stops no other: its answer has the
+        error.
+
+        Args:
+            requests: The requests; `request` makes them.
+            ordered: Whether the answers come in the order of the requests. If False, each comes
+                when it is complete.
+        """
+        answers = iter(Answers(self.generate, self.engine, requests))
+        return in_order(answers) if ordered else answers
+
     def _processor(self, processor: LogitsProcessor | str) -> LogitsProcessor:
         if isinstance(processor, LogitsProcessor):
             return processor
@@ -344,6 +369,7 @@ def load(
     ctx: int | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    max_sequences: int = MAX_SEQUENCES,
     **options: Any,
 ) -> Model:
     """Load a model.
@@ -357,6 +383,7 @@ def load(
         tokenizer: A tokenizer.json to use instead of the model's own.
         progress: Called with (what, done, total) while weights are loaded, steps are compiled and
             prompts are read.
+        max_sequences: The largest number of generations that are computed together; others wait.
         options: The fields of `BackendOptions`: `device`, `devices`, `cache_type`, `dtype`,
             `fast_prefill`, `compact`, `threads`.
     Raises:
@@ -370,6 +397,9 @@ def load(
             parameter=min(unknown),
         )
     chosen = BackendOptions(**options)
+    if not is_integer(max_sequences) or not 1 <= max_sequences <= SIZES[-1]:
+        expected = f"1 to {SIZES[-1]}"
+        raise ArgumentError(parameter="max_sequences", expected=expected, got=max_sequences)
     plugins = Plugins()
     info = choose_backend(backend, plugins) if backend is not None else None
     reference = default_reference()[0] if ref is None else os.fspath(ref)
@@ -384,6 +414,7 @@ def load(
         observers=plugins.observers(),
         architectures=plugins.architectures(),
         processors=plugins.logits_processors(),
+        max_sequences=max_sequences,
     )
 
 

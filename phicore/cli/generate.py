@@ -19,11 +19,13 @@ from phicore.cli.options import (
     takes,
 )
 from phicore.cli.stdin import read_file, read_text
-from phicore.errors import ArgumentError
+from phicore.errors import ArgumentError, PhicoreError
 from phicore.lab.interrupts import swallowed_interrupts
 from phicore.network.sampling import Sampling
 
 if TYPE_CHECKING:
+    from phicore.cli.batch import Batch
+    from phicore.cli.terminal import Console, ProgressLine
     from phicore.generation import Generation
     from phicore.model import Model
     from phicore.text.pieces import Piece
@@ -36,6 +38,7 @@ Examples:
   phicore generate -m phi-3-mini -n 100 -t 1 --repeat-penalty 1.2 "Write a haiku"
   phicore generate -m hf:owner/repo:Q4_K_M -s "Be brief." "Why is the sky blue?"
   git diff | phicore generate -t 0 --json -
+  phicore generate --batch prompts.jsonl --out answers.jsonl
   phicore generate --raw $'<|user|>\\nHello<|end|>\\n<|assistant|>'
 """
 
@@ -133,6 +136,40 @@ def generate(
             "the text again with the long factors; long uses these from the beginning.",
         ),
     ] = "auto",
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Answer many requests: each line of this file is a JSON object with a prompt (or "
+            "messages), and with its own id, seed, max_tokens and so on where it needs them. "
+            "Several are computed together; the text of each is the one that it gets alone.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the answers of --batch here, one JSON object a line. Answers that are "
+            "there already are not computed again, so an interrupted command can be repeated. "
+            "[standard output]",
+        ),
+    ] = None,
+    in_order: Annotated[
+        bool,
+        typer.Option(
+            "--in-order", help="Write the answers of --batch in the order of the requests."
+        ),
+    ] = False,
+    parallel: Annotated[
+        int,
+        typer.Option(
+            "--parallel",
+            metavar="N",
+            min=1,
+            max=64,
+            help="How many requests of --batch are computed together.",
+        ),
+    ] = 8,
     backend_options: dict[str, Any],
     as_json: JsonOption = False,
     stats: Annotated[
@@ -143,10 +180,18 @@ def generate(
     ] = True,
 ) -> None:
     """Write the model's answer to a prompt."""
+    from phicore.cli.batch import Batch
     from phicore.cli.terminal import Console, stats_lines
     from phicore.engine import Request
 
-    if file is not None:
+    if batch is not None:
+        if prompt is not None or file is not None or as_json:
+            raise ArgumentError("not together with a prompt or --json", parameter="batch")
+        text = ""
+    elif out is not None or in_order:
+        name = "out" if out is not None else "in_order"
+        raise ArgumentError("only together with --batch", parameter=name)
+    elif file is not None:
         if prompt is not None:
             raise ArgumentError("leave the prompt out; the file has it", parameter="file")
         text = read_file(file, exact=raw)
@@ -165,6 +210,7 @@ def generate(
     BackendOptions(**backend_options)
     if raw and system is not None:
         raise ArgumentError("a raw prompt has no system message", parameter="system")
+    requests = None if batch is None else Batch(batch, out)
 
     from phicore.model import load
 
@@ -179,9 +225,24 @@ def generate(
             ctx=ctx,
             tokenizer=tokenizer,
             progress=progress,
+            max_sequences=parallel,
             **backend_options,
         ) as loaded,
     ):
+        if requests is not None:
+            defaults = {
+                "max_tokens": max_tokens,
+                "seed": seed,
+                "stop": stop or [],
+                "ignore_eos": ignore_eos,
+                "system": system,
+                "raw": raw,
+                "processors": processor or [],
+                "rope_factors": rope_factors,
+                **sampling,
+            }
+            _answer_all(requests, loaded, defaults, in_order, progress, console)
+            return
         generation = loaded.generate(
             text,
             max_tokens=max_tokens,
@@ -220,6 +281,31 @@ def generate(
                 console.say(line)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _answer_all(
+    batch: Batch,
+    model: Model,
+    defaults: dict[str, Any],
+    is_in_order: bool,
+    progress: ProgressLine,
+    console: Console,
+) -> None:
+    """Write the answers to a file of requests, and say which requests have none.
+
+    Raises:
+        PhicoreError: If a request has no answer.
+    """
+    from phicore.cli.batch import run
+
+    if batch.done:
+        console.say(f"{batch.done} of {batch.total} answers are there already")
+    console.text_begins()  # no progress of single prompts
+    run(batch, model, defaults, ordered=is_in_order, line=progress)
+    for problem in batch.problems:
+        console.say(problem)
+    if batch.problems:
+        raise PhicoreError(f"{len(batch.problems)} of {batch.total} requests have no answer")
 
 
 def _result(model: Model, generation: Generation, pieces: list[Piece]) -> dict[str, Any]:

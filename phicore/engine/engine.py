@@ -75,6 +75,7 @@ class Engine:
         *,
         context: int | None = None,
         progress: Progress = silent,
+        scheduler: Scheduler | None = None,
     ) -> Self:
         """Load the model of a file.
 
@@ -83,6 +84,7 @@ class Engine:
             config: The result of `read_config` for the file. None calls it.
             context: The largest number of tokens. None takes the context that the model was made
                 for.
+            scheduler: The queue; None makes one with the defaults.
         Raises:
             GGUFError: If the file is damaged or not supported.
             BackendError: If the backend cannot hold the model.
@@ -98,6 +100,7 @@ class Engine:
             Runner(ops, share, params, factors, progress),
             context=config.max_position_embeddings if context is None else context,
             progress=progress,
+            scheduler=scheduler,
         )
 
     @property

@@ -12,6 +12,8 @@ from phicore.errors import BusyError
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Batches have one of these numbers of rows, so that steps are compiled for few of them."""
+MAX_SEQUENCES = 8
+"""The default for the largest number of sequences that are computed together."""
 PATIENCE = 32
 """A batch keeps a row that nobody needs for this many steps, since somebody may come."""
 BUDGET_S = 0.1
@@ -32,7 +34,9 @@ class Scheduler:
         max_waiting: The largest number of sequences that may wait; None sets no limit.
     """
 
-    def __init__(self, *, max_sequences: int = 8, max_waiting: int | None = None) -> None:
+    def __init__(
+        self, *, max_sequences: int = MAX_SEQUENCES, max_waiting: int | None = None
+    ) -> None:
         self.max_sequences = min(max_sequences, SIZES[-1])
         self.max_waiting = max_waiting
         self.waiting: deque[Sequence] = deque()

@@ -1,0 +1,234 @@
+"""Answers to a file of requests: one JSON object a line in, one JSON object a line out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from phicore.cli.terminal import ProgressLine, duration
+from phicore.errors import ArgumentError, PhicoreError
+
+if TYPE_CHECKING:
+    from phicore.engine import Request
+    from phicore.generation import Answer
+    from phicore.model import Model
+
+_PROMPTS = ("prompt", "messages")
+_OPTIONS = (
+    *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"),
+    *("seed", "stop", "ignore_eos", "system", "raw", "tools", "documents", "chat_template_kwargs"),
+    *("processors", "rope_factors"),
+)
+
+
+class Batch:
+    """The requests of a file, and the answers that are there already.
+
+    Attributes:
+        source: The file of requests.
+        out: The file of answers; None is standard output, which starts anew every time.
+        total: The number of lines with a request.
+        problems: What is wrong with lines, "line 3: ...".
+    """
+
+    def __init__(self, source: Path, out: Path | None) -> None:
+        """Read the identifiers of the answers that are there, and count the requests.
+
+        Raises:
+            ArgumentError: If a file cannot be read.
+        """
+        self.source = source
+        self.out = out
+        self.problems: list[str] = []
+        with _reading(source) as file:
+            self.total = sum(bool(line.strip()) for line in file)
+        self._answered: dict[Any, str | None] = {}
+        if out is not None and out.exists():
+            self._answered = _answered(out)
+
+    @property
+    def done(self) -> int:
+        """Return the number of answers that were there already."""
+        return len(self._answered)
+
+    def check_model(self, reference: str) -> None:
+        """Check that the answers that are there come from the same model.
+
+        Raises:
+            ArgumentError: If they come from another one.
+        """
+        others = {model for model in self._answered.values() if model != reference}
+        if others:
+            raise ArgumentError(
+                f"{self.out} has answers of {others.pop()}; name another file", parameter="out"
+            )
+
+    def requests(self, make: Callable[..., Request], ids: list[Any]) -> Iterator[Request]:
+        """Make the requests that have no answer yet, one by one; bad lines are noted.
+
+        Args:
+            make: `Model.request`, with the defaults of the command line.
+            ids: Gets the identifier of each request.
+        """
+        seen: set[Any] = set()
+        with _reading(self.source) as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    id, prompt, options = _parsed(line, number)
+                    if id in seen:
+                        raise ArgumentError(f"id {id!r} occurs twice")
+                    seen.add(id)
+                    if id in self._answered:
+                        continue
+                    request = make(prompt, **options)
+                except PhicoreError as error:
+                    self.problems.append(f"line {number}: {error}")
+                    continue
+                ids.append(id)
+                yield request
+
+
+def _reading(path: Path) -> Any:
+    try:
+        return path.open(encoding="utf-8-sig")
+    except OSError as error:
+        raise ArgumentError(f"{path}: {error.strerror}", parameter="batch") from None
+
+
+def _parsed(line: str, number: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the identifier, the prompt and the options of a line.
+
+    Raises:
+        ArgumentError: If the line is no JSON object, has no prompt, or has an unknown key.
+    """
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(f"not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ArgumentError("expected a JSON object")
+    if unknown := found.keys() - {"id", *_PROMPTS, *_OPTIONS}:
+        known = ", ".join(("id", *_PROMPTS, *_OPTIONS))
+        raise ArgumentError(f"unknown key {min(unknown)!r}; the keys are {known}")
+    prompts = [found[name] for name in _PROMPTS if name in found]
+    if len(prompts) != 1:
+        raise ArgumentError("expected 'prompt' or 'messages'")
+    id = found.get("id", number)
+    if not isinstance(id, (str, int)) or isinstance(id, bool):
+        raise ArgumentError(f"id: expected text or a whole number, found {id!r:.40}")
+    options = {name: value for name, value in found.items() if name in _OPTIONS}
+    return id, prompts[0], {name: value for name, value in options.items() if value is not None}
+
+
+def _answered(out: Path) -> dict[Any, str | None]:
+    """Return the models of the answers in a file by identifier.
+
+    A last line that an interruption has cut, and lines with errors, are removed from the file.
+    """
+    found: dict[Any, str | None] = {}
+    kept, is_clean = [], True
+    try:
+        text = out.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{out}: cannot be read: {error}", parameter="out") from None
+    for line in text.splitlines(keepends=True):
+        try:
+            answer = json.loads(line)
+            id, model = answer["id"], answer["model"]
+        except (ValueError, KeyError, TypeError):
+            if line.endswith("\n"):
+                raise ArgumentError(
+                    f"{out}: its lines are no answers; name another file", parameter="out"
+                ) from None
+            is_clean = False
+            continue
+        if "error" in answer or not line.endswith("\n"):
+            is_clean = False
+            continue
+        found[id] = model
+        kept.append(line)
+    if not is_clean:
+        new = out.with_name(f"{out.name}.new")
+        new.write_text("".join(kept), encoding="utf-8")
+        new.replace(out)
+    return found
+
+
+def run(
+    batch: Batch,
+    model: Model,
+    defaults: Mapping[str, Any],
+    *,
+    ordered: bool,
+    line: ProgressLine,
+) -> int:
+    """Write the answers; return the number of requests without an answer.
+
+    Args:
+        defaults: Options of `Model.request` for requests that do not give them.
+        ordered: Whether answers are written in the order of the requests.
+        line: Shows progress.
+    """
+    batch.check_model(model.reference)
+    ids: list[Any] = []
+
+    def make(prompt: Any, **options: Any) -> Request:
+        return model.request(prompt, **{**defaults, **options})
+
+    answers = model.generate_many(batch.requests(make, ids), ordered=ordered)
+    writing: Any = nullcontext(sys.stdout)
+    if batch.out is not None:
+        try:
+            writing = batch.out.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ArgumentError(f"{batch.out}: {error.strerror}", parameter="out") from None
+    with writing as file:
+        return _write(answers, file, ids, batch, model, line)
+
+
+def _write(
+    answers: Iterable[Answer],
+    file: TextIO,
+    ids: list[Any],
+    batch: Batch,
+    model: Model,
+    line: ProgressLine,
+) -> int:
+    started, tokens, failed = time.perf_counter(), 0, 0
+    for done, answer in enumerate(answers, start=1):
+        tokens += len(answer.token_ids)
+        if answer.error is not None:
+            failed += 1
+            batch.problems.append(f"id {ids[answer.index]!r}: {answer.error}")
+        print(json.dumps(_line(ids[answer.index], answer, model), ensure_ascii=False), file=file)
+        file.flush()
+        took_s = time.perf_counter() - started
+        left = batch.total - batch.done - done - len(batch.problems)
+        left_s = took_s / done * max(left, 0)
+        line.tell(
+            f"{batch.done + done} of {batch.total} answers, {tokens / took_s:.1f} tokens/s, "
+            f"{duration(left_s)} left"
+        )
+    return failed
+
+
+def _line(id: Any, answer: Answer, model: Model) -> dict[str, Any]:
+    found = {"id": id, "model": model.reference}
+    if answer.error is not None:
+        return {**found, "error": str(answer.error)}
+    assert answer.generation is not None, "there is no error"
+    return {
+        **found,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "seed": answer.generation.seed,
+        "prompt_tokens": len(answer.generation.prompt_ids),
+        "generated_tokens": len(answer.token_ids),
+    }
