@@ -73,6 +73,15 @@ def bench(
             help="Numbers of tokens that fill the context before an answer. [0]",
         ),
     ] = None,
+    sequences: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sequences",
+            "-B",
+            metavar="N,...",
+            help="Numbers of answers that are generated together; their tokens are added. [1]",
+        ),
+    ] = None,
     repetitions: Annotated[
         int,
         typer.Option(
@@ -96,7 +105,7 @@ def bench(
     from phicore.lab.synthetic import synthetic_model
     from phicore.model import load
 
-    rows = plan(n_prompt or ["512"], n_gen or ["64"], depth or ["0"])
+    rows = plan(n_prompt or ["512"], n_gen or ["64"], depth or ["0"], sequences or ["1"])
     console = Console()
     with console.progress() as line:
         shown = _Shown(line)
@@ -104,7 +113,10 @@ def bench(
             reference = str(synthetic_model(synthetic, line))
         else:
             reference = model_or_default(model, console.say)
-        with load(reference, backend, progress=shown.work, **backend_options) as loaded:
+        most = max(row.sequences for row in rows)
+        with load(
+            reference, backend, progress=shown.work, max_sequences=most, **backend_options
+        ) as loaded:
             line("measuring", 0, 1)
             found = measure(loaded, rows, repetitions, shown.measuring)
             line("measuring", 1, 1)

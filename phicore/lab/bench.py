@@ -22,7 +22,8 @@ import numpy as np
 
 from phicore.backend import NUM_EXPERTS_PER_TOK
 from phicore.backend.host import cpu_count
-from phicore.engine.timings import Timings
+from phicore.engine import Engine, Request, Timings
+from phicore.engine.scheduler import SIZES
 from phicore.errors import ArgumentError
 from phicore.gguf.reader import GGUFTensor, open_gguf
 from phicore.lab.interrupts import swallowed_interrupts
@@ -38,19 +39,22 @@ class Row:
     """A measurement: reading `n_prompt` tokens or, if that is 0, generating tokens.
 
     It then generates `n_gen` tokens after a prompt of `depth` tokens. A depth of 0 means a prompt
-    of one token, since generating needs a prompt.
+    of one token, since generating needs a prompt. `sequences` of these are computed together; the
+    time counts from when all of them have begun.
     """
 
     n_prompt: int = 0
     n_gen: int = 0
     depth: int = 0
+    sequences: int = 1
 
     @property
     def name(self) -> str:
         """Return the name that llama-bench would give the row."""
         if self.n_prompt:
             return f"pp{self.n_prompt}"
-        return f"tg{self.n_gen} @ d{self.depth}" if self.depth else f"tg{self.n_gen}"
+        many = f" x {self.sequences}" if self.sequences > 1 else ""
+        return f"tg{self.n_gen}{many} @ d{self.depth}" if self.depth else f"tg{self.n_gen}{many}"
 
     @property
     def prompt_tokens(self) -> int:
@@ -59,7 +63,7 @@ class Row:
     @property
     def new_tokens(self) -> int:
         """Return `max_tokens` for `generate`: `n_gen`, and one token that comes with the prompt."""
-        return 1 + self.n_gen
+        return 1 + self.n_gen + 2 * (self.sequences - 1)  # the first go on while others begin
 
     @property
     def tokens(self) -> int:
@@ -67,7 +71,7 @@ class Row:
 
         The first generated token does not count, since reading the prompt gives it.
         """
-        return self.prompt_tokens + self.n_gen
+        return self.sequences * (self.prompt_tokens + self.n_gen)
 
     def run(self, model: Model, tell: Callable[[int], None] = lambda done: None) -> Timings:
         """Run the measurement once, with a random prompt that is the same in every run.
@@ -75,21 +79,57 @@ class Row:
         Args:
             tell: Called after each new token with the number of tokens that are done.
         """
-        prompt = np.random.default_rng(0).integers(model.vocab_size, size=self.prompt_tokens)
-        generation = model.generate(
-            prompt,
-            max_tokens=self.new_tokens,
-            temperature=0,
-            repeat_penalty=1,
-            seed=0,
-            ignore_eos=True,
-        )
+        rng = np.random.default_rng(0)
+        options: dict[str, Any] = {"temperature": 0, "repeat_penalty": 1, "seed": 0}
+        requests = [
+            model.request(
+                rng.integers(model.vocab_size, size=self.prompt_tokens),
+                max_tokens=self.new_tokens,
+                ignore_eos=True,
+                **options,
+            )
+            for _ in range(self.sequences)
+        ]
+        if self.sequences > 1:
+            return _together(model.engine, requests, tell)
+        generation = model.generate(requests[0])
         with swallowed_interrupts() as swallowed:
             for new, _ in enumerate(generation):
                 if swallowed:
                     raise KeyboardInterrupt
                 tell(self.prompt_tokens + new)
         return generation.timings
+
+
+def _together(engine: Engine, requests: Sequence[Request], tell: Callable[[int], None]) -> Timings:
+    """Run requests together; return the times of all answers as if they were one.
+
+    The time counts from when all have a token until one of them ends.
+    """
+    sequences = [engine.add(request) for request in requests]
+
+    def tokens() -> int:
+        return sum(len(sequence.answer) for sequence in sequences)
+
+    def run_while(goes_on: Callable[[], bool]) -> None:
+        while goes_on():
+            engine.step()
+            tell(tokens() + sum(len(request.prompt_ids) for request in requests))
+            if swallowed:
+                raise KeyboardInterrupt
+
+    try:
+        with swallowed_interrupts() as swallowed:
+            run_while(lambda: not all(sequence.answer for sequence in sequences))
+            started, begun = time.perf_counter(), tokens()
+            compiled_s = sequences[0].timings.compile_s
+            run_while(lambda: not any(sequence.finish_reason for sequence in sequences))
+    finally:
+        for sequence in sequences:
+            engine.abort(sequence)
+    compile_s = sequences[0].timings.compile_s
+    took_s = time.perf_counter() - started - (compile_s - compiled_s)
+    return Timings(generated_tokens=1 + tokens() - begun, decode_s=took_s, compile_s=compile_s)
 
 
 @dataclass(frozen=True)
@@ -148,7 +188,12 @@ class _Clock:
         return timings
 
 
-def plan(n_prompt: Sequence[str], n_gen: Sequence[str], depth: Sequence[str]) -> list[Row]:
+def plan(
+    n_prompt: Sequence[str],
+    n_gen: Sequence[str],
+    depth: Sequence[str],
+    sequences: Sequence[str] = ("1",),
+) -> list[Row]:
     """Make the rows from the options, each of which is a list of texts such as "128,512".
 
     Raises:
@@ -157,7 +202,18 @@ def plan(n_prompt: Sequence[str], n_gen: Sequence[str], depth: Sequence[str]) ->
     prompts = _numbers("n_prompt", n_prompt)
     answers, depths = _numbers("n_gen", n_gen), _numbers("depth", depth)
     rows = [Row(n_prompt=n) for n in prompts if n]
-    rows += [Row(n_gen=n, depth=d) for d in depths for n in answers if n]
+    together = _numbers("sequences", sequences)
+    if any(not 1 <= count <= SIZES[-1] for count in together):
+        raise ArgumentError(
+            parameter="sequences", expected=f"1 to {SIZES[-1]}, such as 1,8", got=sequences[0]
+        )
+    rows += [
+        Row(n_gen=n, depth=d, sequences=count)
+        for d in depths
+        for n in answers
+        for count in together
+        if n
+    ]
     if not rows:
         raise ArgumentError("nothing to measure: --n-prompt and --n-gen are both 0")
     return rows
@@ -284,13 +340,14 @@ def _row_figures(
     is_prompt = row.n_prompt > 0
     speeds = [t.prompt_tokens_per_s if is_prompt else t.decode_tokens_per_s for t in runs]
     median = statistics.median(speeds)
-    gb_per_s = None if is_prompt else median * step_bytes / 1e9
+    gb_per_s = None if is_prompt else median / row.sequences * step_bytes / 1e9
     share = gb_per_s / memory["median_gb_per_s"] if gb_per_s is not None and memory else None
     return {
         "name": row.name,
         "n_prompt": row.n_prompt,
         "n_gen": row.n_gen,
         "depth": row.depth,
+        "sequences": row.sequences,
         "tokens_per_s": median,
         "min_tokens_per_s": min(speeds),
         "max_tokens_per_s": max(speeds),

@@ -13,6 +13,7 @@ from api.tiny_models import write_tiny
 
 from phicore.cli import terminal
 from phicore.engine.timings import Timings
+from phicore.errors import ArgumentError
 from phicore.gguf.reader import open_gguf
 from phicore.lab import bench, machine
 from phicore.lab.synthetic import MODELS
@@ -56,6 +57,14 @@ def test_json_has_figures_that_fit_together(phicore: Callable) -> None:
     assert decode["weights_gb_per_s"] == pytest.approx(gb_per_s)
     share = gb_per_s / memory["median_gb_per_s"]
     assert decode["share_of_bandwidth"] == pytest.approx(share)
+
+
+def test_answers_that_are_generated_together_are_added(phicore: Callable) -> None:
+    result = phicore("bench", *QUICK, "-p", "0", "-B", "1,3", "-d", "0,6", "--json")
+    rows = json.loads(result.out)["rows"]
+    assert [row["name"] for row in rows] == ["tg4", "tg4 x 3", "tg4 @ d6", "tg4 x 3 @ d6"]
+    assert [row["sequences"] for row in rows] == [1, 3, 1, 3]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
 def test_table_has_a_row_for_each_test(phicore: Callable) -> None:
@@ -172,6 +181,10 @@ def test_plan_takes_lists_and_repeated_options_and_drops_what_occurs_twice() -> 
     rows = bench.plan(["512", "8, 512"], ["4,2"], ["0", "7"])
     assert [r.name for r in rows] == ["pp512", "pp8", "tg4", "tg2", "tg4 @ d7", "tg2 @ d7"]
     assert len(set(rows)) == len(rows)
+    rows = bench.plan(["0"], ["4"], ["0"], ["1,8"])
+    assert [r.name for r in rows] == ["tg4", "tg4 x 8"]
+    with pytest.raises(ArgumentError, match=r"^sequences: expected 1 to 64"):
+        bench.plan(["0"], ["4"], ["0"], ["65"])
 
 
 @pytest.mark.parametrize("tied", [False, True])
