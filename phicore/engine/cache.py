@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -39,6 +40,12 @@ class Cache:
     def _set_place(self) -> None:
         asarray = self.ops.asarray
         self.place: Place = {"first": asarray(self.first), "rope_start": asarray(self.rope_start)}
+
+    @property
+    def bytes(self) -> int:
+        """Return the number of bytes of all layers."""
+        arrays = [a for layer in self.layers for a in layer.values()]
+        return sum(getattr(a, "nbytes", 4 * prod(a.shape)) for a in arrays)
 
     def lacks(self, starts: np.ndarray, count: int) -> bool:
         """Return whether a row lacks slots for `count` tokens from its position in `starts` on."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from phicore.backend import Backend
 from phicore.engine.cache import Cache
+from phicore.engine.prefixes import SHORTEST, Prefix, Prefixes
 from phicore.engine.request import Request
 from phicore.engine.rows import Call, Rows, first_states
 from phicore.engine.runner import Runner
@@ -44,6 +45,7 @@ class Engine:
         scheduler: The queue of the sequences that wait.
         context: The largest number of tokens that a prompt and its answer may have together.
         progress: Called while prompts are read.
+        prefixes: What ended sequences have computed.
     """
 
     def __init__(
@@ -53,8 +55,16 @@ class Engine:
         context: int,
         progress: Progress = silent,
         scheduler: Scheduler | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
+        """Make an engine.
+
+        Args:
+            scheduler: The queue; None makes one with the defaults.
+            prefix_bytes: The largest number of bytes of the prefix cache.
+        """
         self.runner = runner
+        self.prefixes = Prefixes(prefix_bytes, runner.config.sliding_window)
         self.context = context
         self.progress = progress
         self.scheduler = scheduler or Scheduler()
@@ -76,6 +86,7 @@ class Engine:
         context: int | None = None,
         progress: Progress = silent,
         scheduler: Scheduler | None = None,
+        prefix_bytes: int = 0,
     ) -> Self:
         """Load the model of a file.
 
@@ -84,7 +95,7 @@ class Engine:
             config: The result of `read_config` for the file. None calls it.
             context: The largest number of tokens. None takes the context that the model was made
                 for.
-            scheduler: The queue; None makes one with the defaults.
+            scheduler, prefix_bytes: Arguments of `Engine`.
         Raises:
             GGUFError: If the file is damaged or not supported.
             BackendError: If the backend cannot hold the model.
@@ -101,6 +112,7 @@ class Engine:
             context=config.max_position_embeddings if context is None else context,
             progress=progress,
             scheduler=scheduler,
+            prefix_bytes=prefix_bytes,
         )
 
     @property
@@ -218,7 +230,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Return whether no sequence waits or runs. The engine then holds no cache."""
+        """Return whether no sequence waits or runs. Then only the prefix cache has memory."""
         return not (
             self.scheduler.waiting or self._again or self._reading or self._ready or self._batches
         )
@@ -242,12 +254,28 @@ class Engine:
         self._again = deque(pair for pair in self._again if pair[0] is not sequence)
         self._ready = [rows for rows in self._ready if sequence not in rows.sequences]
         if self._reading is not None and sequence in self._reading.sequences:
+            self._keep(self._reading, sequence)
             self._reading = None
         for kinds, rows in list(self._batches.items()):
             if sequence in rows.sequences:
+                self._keep(rows, sequence)
                 rows.end(sequence)
                 if not rows.live:
                     del self._batches[kinds]
+
+    def _keep(self, rows: Rows, sequence: Sequence) -> None:
+        """Keep what an ended sequence has computed for others that begin the same way."""
+        if sequence.finish_reason == "error" or not self.prefixes.most_bytes:
+            return
+        index, cache = rows.sequences.index(sequence), rows.cache
+        # A sequence whose last tokens were not read yet may have used its last slot again.
+        full = int(cache.first[index]) + cache.capacity - 1
+        tokens = sequence.tokens[: min(sequence.computed, full)]
+        if len(tokens) < SHORTEST or cache.bytes > len(rows.sequences) * self.prefixes.most_bytes:
+            return
+        if len(rows.sequences) > 1:
+            cache = self.runner.copy(cache, index)
+        self.prefixes.add(Prefix(np.array(tokens, np.int32), sequence.is_long, cache))
 
     def _failed(self, sequences: Tokens[Sequence], error: Exception) -> list[Output]:
         """End sequences because of an error."""
@@ -294,11 +322,26 @@ class Engine:
                 for output in self._failed([sequence], error):
                     sequence.outputs.append(output)
                 return False
-        self.progress(what, 0, sequence.given)
-        expected = min(sequence.left, EXPECTED_ANSWER)
-        cache = self.runner.new_cache(sequence.given + expected, sequence.is_long)
-        self._reading = self._rows(cache, [sequence], states)
+        self._reading = self._rows(self._cache_for(sequence), [sequence], states)
+        self.progress(what, sequence.computed, sequence.given)
         return True
+
+    def _cache_for(self, sequence: Sequence) -> Cache:
+        """Return a cache for a sequence: with the first tokens of its prompt, if these are known.
+
+        Its capacity is for the given tokens and a part of the answer.
+        """
+        needed = sequence.given + min(sequence.left, EXPECTED_ANSWER)
+        found = self.prefixes.find(sequence.tokens, is_long=sequence.is_long)
+        if found is None:
+            return self.runner.new_cache(needed, sequence.is_long)
+        prefix, sequence.computed = found
+        if not sequence.is_read_again:
+            sequence.timings.cached_tokens = sequence.computed
+        is_used_up = sequence.computed == len(prefix.tokens)
+        cache = prefix.cache if is_used_up else self.runner.copy(prefix.cache, 0)
+        self.runner.grow(cache, needed)
+        return cache
 
     def _rows(self, cache: Cache, sequences: Tokens[Sequence | None], states: States) -> Rows:
         return Rows.of(cache, sequences, states, context=self.context)

@@ -192,6 +192,19 @@ class Runner:
             counts = cache.unseen(starts, count, self.config.sliding_window)
             cache.freed(self.steps.shift(cache.layers, counts), counts)
 
+    def grow(self, cache: Cache, positions: int) -> None:
+        """Grow a cache of one row to slots for this many positions."""
+        cache.grow(self._capacity_for(positions - int(cache.first[0])))
+
+    def copy(self, cache: Cache, row: int) -> Cache:
+        """Return a copy of a row of a cache."""
+        chosen = np.array([row], np.int32)
+        copy = Cache(
+            self.ops, self.steps.take(cache.layers, chosen), cache.capacity, cache.rope_start[[row]]
+        )
+        copy.rearranged(copy.layers, cache.first[[row]], cache.rope_start[[row]])
+        return copy
+
     # ---- rows ------------------------------------------------------------------------------
 
     def rearrange(self, rows: Rows, indices: Tokens[int]) -> None:

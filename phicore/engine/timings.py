@@ -11,6 +11,8 @@ class Timings:
     """The times of a generation in seconds, and its numbers of tokens."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """The number of the prompt's tokens that were computed before, for another sequence."""
     prompt_s: float = 0.0
     """The time from the start to the first token, without compiling."""
     generated_tokens: int = 0
@@ -51,7 +53,9 @@ class Timings:
 
     @property
     def prompt_tokens_per_s(self) -> float:
-        return self.prompt_tokens / self.prompt_s if self.prompt_s > 0 else 0.0
+        """Return the speed of the prompt's tokens that were computed."""
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prompt_s if self.prompt_s > 0 else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float:

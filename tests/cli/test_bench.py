@@ -60,10 +60,10 @@ def test_json_has_figures_that_fit_together(phicore: Callable) -> None:
 
 
 def test_answers_that_are_generated_together_are_added(phicore: Callable) -> None:
-    result = phicore("bench", *QUICK, "-p", "0", "-B", "1,3", "-d", "0,6", "--json")
+    result = phicore("bench", *QUICK, "-B", "1,3", "-d", "0,6", "--json")
     rows = json.loads(result.out)["rows"]
-    assert [row["name"] for row in rows] == ["tg4", "tg4 x 3", "tg4 @ d6", "tg4 x 3 @ d6"]
-    assert [row["sequences"] for row in rows] == [1, 3, 1, 3]
+    assert [row["name"] for row in rows] == ["pp8", "tg4", "tg4 x 3", "tg4 @ d6", "tg4 x 3 @ d6"]
+    assert [row["sequences"] for row in rows] == [1, 1, 3, 1, 3]
     assert all(row["tokens_per_s"] > 0 for row in rows)
 
 

@@ -1,0 +1,109 @@
+"""The prefix cache: what ended sequences have computed, for sequences that begin the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from phicore.engine.cache import Cache
+
+SHORTEST = 16
+"""Fewer common tokens than this are read again, since that is as fast as to copy them."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The cache of an ended sequence.
+
+    Attributes:
+        tokens: The tokens whose keys and values it holds, (N,) int32. A model with a window has
+            freed the slots of the first ones, and `cache.first` says how many.
+        is_long: Whether LongRoPE's long factors rotated the keys.
+        cache: The cache, of one row.
+    """
+
+    tokens: np.ndarray
+    is_long: bool
+    cache: Cache
+
+    def common(self, tokens: np.ndarray, is_long: bool, window: int | None) -> int:
+        """Return how many tokens of a sequence this has computed, 0 if it cannot be used.
+
+        Args:
+            tokens: The tokens of the sequence, (N,) int32.
+            is_long: Whether the sequence is rotated by the long factors.
+            window: The number of positions that a token sees; None means all.
+        """
+        if is_long != self.is_long:
+            return 0
+        most = min(len(self.tokens), len(tokens) - 1)  # the last one must be run
+        differs = self.tokens[:most] != tokens[:most]
+        count = int(differs.argmax()) if differs.any() else most
+        first = int(self.cache.first[0])
+        # The next token sees `window - 1` positions before it.
+        is_seen = first == 0 or (window is not None and count - (window - 1) >= first)
+        return count if is_seen and count >= SHORTEST else 0
+
+
+class Prefixes:
+    """The caches of ended sequences, up to a number of bytes; the least recently used go first.
+
+    Attributes:
+        most_bytes: The largest number of bytes; 0 keeps nothing.
+        window: The number of positions that a token of the model sees; None means all.
+    """
+
+    def __init__(self, most_bytes: int, window: int | None = None) -> None:
+        self.most_bytes = most_bytes
+        self.window = window
+        self._entries: list[Prefix] = []  # the least recently used one first
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def bytes(self) -> int:
+        """Return the number of bytes of all caches."""
+        return sum(entry.cache.bytes for entry in self._entries)
+
+    def add(self, prefix: Prefix) -> None:
+        """Add a cache. Caches of a part of the same tokens are removed, and the oldest ones."""
+        if prefix.cache.bytes > self.most_bytes or len(prefix.tokens) < SHORTEST:
+            return
+        self._entries = [e for e in self._entries if not _replaces(prefix, e)]
+        self._entries.append(prefix)
+        while self.bytes > self.most_bytes:
+            del self._entries[0]
+
+    def find(self, tokens: Sequence[int], *, is_long: bool) -> tuple[Prefix, int] | None:
+        """Return the entry that has most of a sequence's first tokens, and how many.
+
+        An entry whose tokens are all used is removed: it belongs to a conversation that goes on.
+        Its cache may be changed. Otherwise the cache must be copied.
+        """
+        ids = np.array(tokens, np.int32)
+        counts = [entry.common(ids, is_long, self.window) for entry in self._entries]
+        most = max(counts, default=0)
+        if not most:
+            return None
+        entry = self._entries.pop(counts.index(most))
+        if most < len(entry.tokens):
+            self._entries.append(entry)  # now the most recently used one
+        return entry, most
+
+    def clear(self) -> None:
+        """Remove all caches."""
+        self._entries.clear()
+
+
+def _replaces(new: Prefix, old: Prefix) -> bool:
+    """Return whether everything that an old entry is good for can be had from a new one."""
+    count = len(old.tokens)
+    return (
+        new.is_long == old.is_long
+        and count <= len(new.tokens)
+        and bool(new.cache.first[0] <= old.cache.first[0])
+        and np.array_equal(new.tokens[:count], old.tokens)
+    )
