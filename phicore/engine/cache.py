@@ -23,8 +23,8 @@ class Cache:
     Attributes:
         layers: The cache of each layer.
         capacity: S, the number of slots of a row.
-        first: The position in slot 0 of each row, (B,) int32 on the host.
         rope_start: The row of the rotary tables for position 0, (B,) int32 on the host.
+        first: The position in slot 0 of each row, (B,) int32 on the host.
         place: `first` and `rope_start` on the device.
     """
 
@@ -32,9 +32,9 @@ class Cache:
     layers: list[LayerCache]
     capacity: int
     rope_start: np.ndarray
+    first: np.ndarray
 
     def __post_init__(self) -> None:
-        self.first = np.zeros_like(self.rope_start)
         self._set_place()
 
     def _set_place(self) -> None:
@@ -74,9 +74,8 @@ class Cache:
         self.first = self.first + counts
         self._set_place()
 
-    def rearranged(
-        self, layers: list[LayerCache], first: np.ndarray, rope_start: np.ndarray
-    ) -> None:
-        """Replace the layers by layers with other rows."""
-        self.layers, self.first, self.rope_start = layers, first, rope_start
-        self._set_place()
+    def with_row(self, layers: list[LayerCache], index: int, row: Cache) -> Cache:
+        """Return a cache with these layers, in which one row is the only row of another cache."""
+        first, rope_start = self.first.copy(), self.rope_start.copy()
+        first[index], rope_start[index] = row.first[0], row.rope_start[0]
+        return Cache(self.ops, layers, self.capacity, rope_start, first)

@@ -23,13 +23,14 @@ class Compiled:
 
     Attributes:
         pure: The functions to compile.
+        progress: Called when a function is compiled.
     """
 
     def __init__(self, ops: Backend, pure: Steps, params: Params, progress: Progress) -> None:
         self.pure = pure
         self._ops = ops
         self._params = params
-        self._progress = progress
+        self.progress = progress
         self._functions: dict[tuple[str, Kinds], Callable[..., Any]] = {}
         self._called: set[Any] = set()
 
@@ -88,13 +89,13 @@ class Compiled:
         """Call a function, and report compiling if this is the first call with a key."""
         if key is None or key in self._called:
             return function(*args)
-        self._progress("compiling", 0, 1)
+        self.progress("compiling", 0, 1)
         started = time.perf_counter()
         result = function(*args)
         for each in timings:
             each.compile_s += time.perf_counter() - started
         self._called.add(key)
-        self._progress("compiling", 1, 1)
+        self.progress("compiling", 1, 1)
         return result
 
     def shift(self, layers: list[LayerCache], counts: np.ndarray) -> list[LayerCache]:

@@ -22,7 +22,7 @@ from phicore.engine.prefixes import SHORTEST, Prefix, Prefixes
 from phicore.engine.request import Request
 from phicore.engine.rows import Call, Rows, first_states
 from phicore.engine.runner import Runner
-from phicore.engine.scheduler import Scheduler
+from phicore.engine.scheduler import SIZES, Scheduler
 from phicore.engine.sequence import Output, Sequence
 from phicore.engine.steps import States
 from phicore.errors import ArgumentError, ContextError, PhicoreError
@@ -30,6 +30,7 @@ from phicore.gguf.reader import GGUFFile
 from phicore.network.architectures import Architecture, architecture_of
 from phicore.network.config import Phi3Config
 from phicore.network.processors import Kinds
+from phicore.network.sampling import Sampling
 from phicore.network.weights import load_params, read_config
 from phicore.progress import AGAIN, Progress, silent
 
@@ -214,6 +215,27 @@ class Engine:
         for output in self.outputs(self.add(request)):
             yield from output.tokens
 
+    def warm_up(self, samplings: Tokens[Sampling]) -> None:
+        """Compile the steps that sequences with these sampling parameters need, for short texts.
+
+        Afterwards nothing is compiled when sequences come and go, until a text is longer than the
+        smallest cache.
+        """
+        for sampling in samplings:
+            for size in self.runner.ops.capabilities.prompt_chunks:
+                if size < self.context:
+                    list(self.generate(Request([0] * size, sampling, max_tokens=1)))
+        sizes = [size for size in SIZES if size <= self.scheduler.max_sequences]
+        one = self.runner.new_cache(1)
+        for size in sizes:
+            cache = self.runner.copy(one, [0] * size)
+            for other in sizes:
+                self.runner.copy(cache, [0] * other)
+            cache.layers = self.runner.steps.insert(cache.layers, one.layers, 0)
+            for sampling in samplings:
+                sequence = Sequence(Request([0], sampling, max_tokens=2), 2, "length", False)
+                self.runner.decode(self._rows(cache, [sequence] * size, []), 1)
+
     def _check_fits(self, prompt: Tokens[int], answer: int) -> None:
         for token in prompt:
             if not 0 <= token < self.vocab_size:
@@ -274,7 +296,7 @@ class Engine:
         if len(tokens) < SHORTEST or cache.bytes > len(rows.sequences) * self.prefixes.most_bytes:
             return
         if len(rows.sequences) > 1:
-            cache = self.runner.copy(cache, index)
+            cache = self.runner.copy(cache, [index])
         self.prefixes.add(Prefix(np.array(tokens, np.int32), sequence.is_long, cache))
 
     def _failed(self, sequences: Tokens[Sequence], error: Exception) -> list[Output]:
@@ -339,7 +361,7 @@ class Engine:
         if not sequence.is_read_again:
             sequence.timings.cached_tokens = sequence.computed
         is_used_up = sequence.computed == len(prefix.tokens)
-        cache = prefix.cache if is_used_up else self.runner.copy(prefix.cache, 0)
+        cache = prefix.cache if is_used_up else self.runner.copy(prefix.cache, [0])
         self.runner.grow(cache, needed)
         return cache
 

@@ -173,7 +173,8 @@ class Runner:
             self.ops.new_cache(1, c.num_key_value_heads, capacity, c.head_dim)
             for _ in range(c.num_hidden_layers)
         ]
-        return Cache(self.ops, layers, capacity, np.array([self.tables.start(is_long)], np.int32))
+        start = np.array([self.tables.start(is_long)], np.int32)
+        return Cache(self.ops, layers, capacity, start, np.zeros(1, np.int32))
 
     def _capacity_for(self, positions: int) -> int:
         """Return a capacity for this many positions, limited to what the window needs."""
@@ -196,14 +197,11 @@ class Runner:
         """Grow a cache of one row to slots for this many positions."""
         cache.grow(self._capacity_for(positions - int(cache.first[0])))
 
-    def copy(self, cache: Cache, row: int) -> Cache:
-        """Return a copy of a row of a cache."""
-        chosen = np.array([row], np.int32)
-        copy = Cache(
-            self.ops, self.steps.take(cache.layers, chosen), cache.capacity, cache.rope_start[[row]]
-        )
-        copy.rearranged(copy.layers, cache.first[[row]], cache.rope_start[[row]])
-        return copy
+    def copy(self, cache: Cache, indices: Tokens[int]) -> Cache:
+        """Return a cache that has copies of the rows with these indices, in this order."""
+        chosen = np.array(indices, np.int32)
+        layers, rope_start = self.steps.take(cache.layers, chosen), cache.rope_start[chosen]
+        return Cache(self.ops, layers, cache.capacity, rope_start, cache.first[chosen])
 
     # ---- rows ------------------------------------------------------------------------------
 
@@ -212,10 +210,9 @@ class Runner:
 
         The other arrays of `rows` no longer fit; `Rows.of` makes new ones.
         """
-        chosen, cache = np.array(indices, np.int32), rows.cache
-        layers = self.steps.take(cache.layers, chosen)
-        cache.rearranged(layers, cache.first[chosen], cache.rope_start[chosen])
-        rows.states = self.steps.take(rows.states, chosen) if rows.states else []
+        rows.cache = self.copy(rows.cache, indices)
+        if rows.states:
+            rows.states = self.steps.take(rows.states, np.array(indices, np.int32))
 
     def insert(self, rows: Rows, index: int, new: Rows) -> None:
         """Replace a row of a cache and of states by the only row of `new`."""
@@ -223,8 +220,6 @@ class Runner:
         rows.cache.grow(capacity)
         new.cache.grow(capacity)
         layers = self.steps.insert(rows.cache.layers, new.cache.layers, index)
-        first, rope_start = rows.cache.first.copy(), rows.cache.rope_start.copy()
-        first[index], rope_start[index] = new.cache.first[0], new.cache.rope_start[0]
-        rows.cache.rearranged(layers, first, rope_start)
+        rows.cache = rows.cache.with_row(layers, index, new.cache)
         if rows.states:
             rows.states = self.steps.insert(rows.states, new.states, index)

@@ -136,8 +136,8 @@ def test_prefix_that_is_found_is_one(
 ) -> None:
     prefixes, ops = Prefixes(LOTS, window), make_backend("numpy")
     for number, tokens in enumerate(kept):
-        cache = Cache(ops, [{"k": np.zeros((1, 1, 4, 1))}], 4, np.zeros(1, np.int32))
-        cache.first = np.array([number if window else 0], np.int32)
+        first = np.array([number if window else 0], np.int32)
+        cache = Cache(ops, [{"k": np.zeros((1, 1, 4, 1))}], 4, np.zeros(1, np.int32), first)
         prefixes.add(Prefix(np.array(tokens, np.int32), False, cache))
     assert prefixes.find(asked, is_long=True) is None
     found = prefixes.find(asked, is_long=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_backend
+from conftest import BACKENDS, make_backend
 
 from phicore.backend import Backend
 from phicore.engine import Engine, Request, Sequence
@@ -220,3 +220,27 @@ def test_fault_is_seen(
     assert together(engine, made) == expected
     monkeypatch.setattr(where, name, fault)
     assert together(engine, made) != expected
+
+
+def test_nothing_is_compiled_once_the_sizes_are_warm(path: Path):
+    """200 sequences come and go at random."""
+    if "jax" not in BACKENDS:
+        pytest.skip("needs a backend that compiles: install phicore-jax")
+    engine = engine_of(make_backend("jax"), path)
+    engine.scheduler = Scheduler(max_sequences=4)
+    rng = random.Random(8)
+
+    def made(count: int) -> list[Callable[[], Request]]:
+        found: list[Callable[[], Request]] = []
+        for _ in range(count):
+            prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 40))]
+            options = {"max_tokens": rng.randint(1, 12), "seed": rng.randrange(2**32)}
+            sampling = rng.choice([Sampling(), Sampling(temperature=0)])
+            found.append(lambda p=prompt, s=sampling, o=options: Request(p, s, **o))  # type: ignore[misc]
+        return found
+
+    engine.warm_up([Sampling(), Sampling(temperature=0)])
+    compiled: list[str] = []
+    engine.runner.steps.progress = lambda what, done, total: compiled.append(what)
+    together(engine, made(200), seed=1)
+    assert not compiled
