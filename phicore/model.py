@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from phicore.backend import Backend, BackendOptions
-from phicore.backend.host import memory_bytes
+from phicore.backend.host import free_memory_bytes, memory_bytes
 from phicore.engine import Engine, Request
 from phicore.engine.request import ROPE_FACTORS, is_integer
 from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
@@ -77,6 +77,7 @@ class Model:
         processors: Mapping[str, Callable[[str, Model], LogitsProcessor]] | None = None,
         max_sequences: int = MAX_SEQUENCES,
         prefix_cache_bytes: int | None = None,
+        kv_memory: int | None = None,
     ) -> None:
         started = time.perf_counter()
         self.reference = files.reference
@@ -107,7 +108,11 @@ class Model:
                 progress=progress,
                 scheduler=Scheduler(max_sequences=max_sequences),
                 prefix_bytes=_checked_prefix_bytes(prefix_cache_bytes),
+                kv_bytes=_checked_kv_memory(kv_memory, ops),
             )
+            if kv_memory is not None:
+                self._engine.fit_context()
+                self.context = self._engine.context
         self._ops = ops
         self._observers = observers
         self._processors = processors or {}
@@ -377,6 +382,7 @@ def load(
     progress: Progress | None = None,
     max_sequences: int = MAX_SEQUENCES,
     prefix_cache_bytes: int | None = None,
+    kv_memory: int | None = None,
     **options: Any,
 ) -> Model:
     """Load a model.
@@ -395,6 +401,9 @@ def load(
             generations have read, for prompts that begin the same way, such as the next turn of a
             conversation. None takes an eighth of the machine's memory, at most 2 GB; 0 remembers
             nothing.
+        kv_memory: The largest number of bytes of all keys and values together. Generations that do
+            not fit wait, and the context is what fits. None takes half of the memory that is free
+            on a CPU, and sets no limit on other devices.
         options: The fields of `BackendOptions`: `device`, `devices`, `cache_type`, `dtype`,
             `fast_prefill`, `compact`, `threads`.
     Raises:
@@ -427,6 +436,7 @@ def load(
         processors=plugins.logits_processors(),
         max_sequences=max_sequences,
         prefix_cache_bytes=prefix_cache_bytes,
+        kv_memory=kv_memory,
     )
 
 
@@ -472,6 +482,15 @@ def _checked_context(context: int | None, config: Phi3Config) -> int:
             parameter="ctx", expected=f"1 to {most}, the model's context", got=context
         )
     return int(context)
+
+
+def _checked_kv_memory(count: int | None, ops: Backend) -> int | None:
+    if count is None:
+        free = free_memory_bytes() if ops.capabilities.device == "cpu" else None
+        return None if free is None else free // 2
+    if not is_integer(count) or count < 1:
+        raise ArgumentError(parameter="kv_memory", expected="1 or more bytes", got=count)
+    return int(count)
 
 
 def _checked_prefix_bytes(count: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def cpu_count() -> int:
@@ -17,3 +18,25 @@ def memory_bytes() -> int | None:
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory_bytes() -> int | None:
+    """Return how much memory new programs can use, in bytes; None if the system does not say.
+
+    In a container, this is what its limit leaves.
+    """
+    free = []
+    if lines := _read("/proc/meminfo"):
+        found = {name: rest.split() for name, _, rest in (x.partition(":") for x in lines)}
+        free += [1024 * int(found["MemAvailable"][0])] if "MemAvailable" in found else []
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit and used and limit[0].isdigit():
+        free.append(int(limit[0]) - int(used[0]))
+    return max(min(free), 0) if free else None
+
+
+def _read(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []

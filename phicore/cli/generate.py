@@ -15,6 +15,7 @@ from phicore.cli.options import (
     JsonOption,
     ModelOption,
     TokenizerOption,
+    bytes_of,
     model_or_default,
     takes,
 )
@@ -170,6 +171,14 @@ def generate(
             help="How many requests of --batch are computed together.",
         ),
     ] = 8,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The most memory for keys and values, such as 4GB. Requests that do not fit wait, "
+            "and the context is what fits. [half of the free memory for --batch]",
+        ),
+    ] = None,
     backend_options: dict[str, Any],
     as_json: JsonOption = False,
     stats: Annotated[
@@ -208,6 +217,7 @@ def generate(
         rope_factors=rope_factors,
     )
     BackendOptions(**backend_options)
+    kv_bytes = None if kv_memory is None else bytes_of(kv_memory)
     if raw and system is not None:
         raise ArgumentError("a raw prompt has no system message", parameter="system")
     requests = None if batch is None else Batch(batch, out)
@@ -226,6 +236,7 @@ def generate(
             tokenizer=tokenizer,
             progress=progress,
             max_sequences=parallel,
+            kv_memory=kv_bytes,
             **backend_options,
         ) as loaded,
     ):

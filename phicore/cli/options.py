@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import Field, fields
 from functools import wraps
 from typing import Annotated, Any
 
 import typer
+
+from phicore.errors import ArgumentError
 
 MODEL_HELP = (
     "The model: a GGUF file, hf:owner/repo[:Q4_K_M] on the Hugging Face Hub, package:NAME, or a "
@@ -50,6 +53,19 @@ def complete_synthetic(incomplete: str) -> list[str]:
     from phicore.lab.synthetic import MODELS
 
     return [name for name in MODELS if name.startswith(incomplete)]
+
+
+def bytes_of(text: str) -> int:
+    """Return the number of bytes that a text such as "4GB" or "500 MB" says.
+
+    Raises:
+        ArgumentError: If it says none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text.strip())
+    size = float(found[1]) * 1000 ** " kMGT".index(found[2] or " ") if found else 0
+    if size < 1:
+        raise ArgumentError(parameter="kv_memory", expected="a size such as 4GB", got=text)
+    return int(size)
 
 
 def takes(

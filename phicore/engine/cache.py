@@ -11,6 +11,11 @@ from phicore.backend import Backend, LayerCache
 from phicore.engine.steps import Place
 
 
+def bytes_of(layer: LayerCache) -> int:
+    """Return the number of bytes of a layer's cache."""
+    return sum(getattr(a, "nbytes", 4 * prod(a.shape)) for a in layer.values())
+
+
 @dataclass
 class Cache:
     """The caches of all layers for B rows, and the positions that they hold.
@@ -44,8 +49,7 @@ class Cache:
     @property
     def bytes(self) -> int:
         """Return the number of bytes of all layers."""
-        arrays = [a for layer in self.layers for a in layer.values()]
-        return sum(getattr(a, "nbytes", 4 * prod(a.shape)) for a in arrays)
+        return sum(map(bytes_of, self.layers))
 
     def lacks(self, starts: np.ndarray, count: int) -> bool:
         """Return whether a row lacks slots for `count` tokens from its position in `starts` on."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from phicore.backend import Backend
 from phicore.engine.cache import Cache
+from phicore.engine.chunks import MIN_CAPACITY
 from phicore.engine.prefixes import SHORTEST, Prefix, Prefixes
 from phicore.engine.request import Request
 from phicore.engine.rows import Call, Rows, first_states
@@ -57,13 +58,18 @@ class Engine:
         progress: Progress = silent,
         scheduler: Scheduler | None = None,
         prefix_bytes: int = 0,
+        kv_bytes: int | None = None,
     ) -> None:
         """Make an engine.
 
         Args:
             scheduler: The queue; None makes one with the defaults.
             prefix_bytes: The largest number of bytes of the prefix cache.
+            kv_bytes: The largest number of bytes of all caches of keys and values together; None
+                sets no limit. A sequence waits until it fits beside the others. A single sequence
+                is never kept from growing, unless `fit_context` is called.
         """
+        self._kv_bytes = kv_bytes
         self.runner = runner
         self.prefixes = Prefixes(prefix_bytes, runner.config.sliding_window)
         self.context = context
@@ -88,6 +94,7 @@ class Engine:
         progress: Progress = silent,
         scheduler: Scheduler | None = None,
         prefix_bytes: int = 0,
+        kv_bytes: int | None = None,
     ) -> Self:
         """Load the model of a file.
 
@@ -96,7 +103,7 @@ class Engine:
             config: The result of `read_config` for the file. None calls it.
             context: The largest number of tokens. None takes the context that the model was made
                 for.
-            scheduler, prefix_bytes: Arguments of `Engine`.
+            scheduler, prefix_bytes, kv_bytes: Arguments of `Engine`.
         Raises:
             GGUFError: If the file is damaged or not supported.
             BackendError: If the backend cannot hold the model.
@@ -114,7 +121,26 @@ class Engine:
             progress=progress,
             scheduler=scheduler,
             prefix_bytes=prefix_bytes,
+            kv_bytes=kv_bytes,
         )
+
+    def fit_context(self) -> None:
+        """Reduce the context to what fits into `kv_bytes`.
+
+        Raises:
+            ArgumentError: If no text fits.
+        """
+        if self._kv_bytes is None:
+            return
+        most = self.runner.positions_in(self._kv_bytes)
+        if most == 0:
+            least = MIN_CAPACITY * self.runner.slot_bytes
+            raise ArgumentError(
+                parameter="kv_memory",
+                expected=f"{least} bytes or more for this model",
+                got=self._kv_bytes,
+            )
+        self.context = self.context if most is None else min(self.context, most)
 
     @property
     def vocab_size(self) -> int:
@@ -332,8 +358,9 @@ class Engine:
             sequence, states = self._again.popleft()
             what = AGAIN
         else:
-            running = self._decoding
-            found = self.scheduler.next_to_read(running)
+            if not self.scheduler.waiting or not self._has_memory_for(self.scheduler.waiting[0]):
+                return False
+            found = self.scheduler.next_to_read(self._decoding)
             if found is None:
                 return False
             sequence, what = found, "prompt"
@@ -346,6 +373,23 @@ class Engine:
                 return False
         self._reading = self._rows(self._cache_for(sequence), [sequence], states)
         self.progress(what, sequence.computed, sequence.given)
+        return True
+
+    def _has_memory_for(self, sequence: Sequence) -> bool:
+        """Return whether a sequence fits beside those that run, however long all become.
+
+        All rows of a batch have the capacity of the longest. The prefix cache makes way.
+        """
+        if self._kv_bytes is None:
+            return True
+        others = [s for rows in [*self._batches.values(), *self._ready] for s in rows.live]
+        others += [pair[0] for pair in self._again]
+        lengths = [len(s.request.prompt_ids) + s.limit for s in [*others, sequence]]
+        slots = self.runner.capacity_for(max(lengths)) * len(lengths)
+        room = self._kv_bytes - slots * self.runner.slot_bytes
+        if room < 0 and others:
+            return False
+        self.prefixes.shrink(max(room, 0))
         return True
 
     def _cache_for(self, sequence: Sequence) -> Cache:

@@ -74,8 +74,7 @@ class Prefixes:
             return
         self._entries = [e for e in self._entries if not _replaces(prefix, e)]
         self._entries.append(prefix)
-        while self.bytes > self.most_bytes:
-            del self._entries[0]
+        self.shrink(self.most_bytes)
 
     def find(self, tokens: Sequence[int], *, is_long: bool) -> tuple[Prefix, int] | None:
         """Return the entry that has most of a sequence's first tokens, and how many.
@@ -92,6 +91,11 @@ class Prefixes:
         if most < len(entry.tokens):
             self._entries.append(entry)  # now the most recently used one
         return entry, most
+
+    def shrink(self, most_bytes: int) -> None:
+        """Remove the least recently used caches until the rest has at most this size."""
+        while self._entries and self.bytes > most_bytes:
+            del self._entries[0]
 
     def clear(self) -> None:
         """Remove all caches."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
+from functools import cached_property
 
 import numpy as np
 
 from phicore.backend import Array, Backend, Params
-from phicore.engine.cache import Cache
+from phicore.engine.cache import Cache, bytes_of
 from phicore.engine.chunks import (
     LOGITS_CHUNKS,
+    MIN_CAPACITY,
     Chunk,
     capacity_for,
     capacity_of_window,
@@ -166,9 +168,27 @@ class Runner:
         ops = self.ops.capabilities
         return ops.compiles and ops.compiled_tokens is None
 
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Return the number of bytes of a slot in all layers."""
+        c = self.config
+        layer = self.ops.new_cache(1, c.num_key_value_heads, 1, c.head_dim)
+        return c.num_hidden_layers * bytes_of(layer)
+
+    def positions_in(self, size_bytes: int) -> int | None:
+        """Return how many positions a cache of this size holds; None means any number."""
+        most = size_bytes // self.slot_bytes
+        window = self.config.sliding_window
+        if window is not None and self.capacity_for(2**30) <= most:
+            return None
+        capacity = MIN_CAPACITY
+        while 2 * capacity <= most:
+            capacity *= 2
+        return capacity if capacity <= most else 0
+
     def new_cache(self, positions: int, is_long: bool = False) -> Cache:
         """Make an empty cache of one row with slots for this many positions."""
-        c, capacity = self.config, self._capacity_for(positions)
+        c, capacity = self.config, self.capacity_for(positions)
         layers = [
             self.ops.new_cache(1, c.num_key_value_heads, capacity, c.head_dim)
             for _ in range(c.num_hidden_layers)
@@ -176,7 +196,7 @@ class Runner:
         start = np.array([self.tables.start(is_long)], np.int32)
         return Cache(self.ops, layers, capacity, start, np.zeros(1, np.int32))
 
-    def _capacity_for(self, positions: int) -> int:
+    def capacity_for(self, positions: int) -> int:
         """Return a capacity for this many positions, limited to what the window needs."""
         window, capacity = self.config.sliding_window, capacity_for(positions)
         if window is None:
@@ -187,7 +207,7 @@ class Runner:
         """Ensure that each row has slots for `count` tokens from its position in `starts` on."""
         if not cache.lacks(starts, count):
             return
-        cache.grow(self._capacity_for(int((starts + count - cache.first).max())))
+        cache.grow(self.capacity_for(int((starts + count - cache.first).max())))
         if cache.lacks(starts, count):
             assert self.config.sliding_window is not None, "a cache without a window grows"
             counts = cache.unseen(starts, count, self.config.sliding_window)
@@ -195,7 +215,7 @@ class Runner:
 
     def grow(self, cache: Cache, positions: int) -> None:
         """Grow a cache of one row to slots for this many positions."""
-        cache.grow(self._capacity_for(positions - int(cache.first[0])))
+        cache.grow(self.capacity_for(positions - int(cache.first[0])))
 
     def copy(self, cache: Cache, indices: Tokens[int]) -> Cache:
         """Return a cache that has copies of the rows with these indices, in this order."""

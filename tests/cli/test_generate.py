@@ -241,6 +241,20 @@ def test_max_tokens_of_minus_one_goes_on_until_the_context_is_full(generate) -> 
     assert len(found["prompt_ids"]) + len(found["token_ids"]) == 32
 
 
+def test_memory_for_keys_and_values_limits_the_context(phicore: Callable, tiny: Path) -> None:
+    args = ("generate", "-m", tiny, "-b", "numpy", "-n", -1, "--ignore-eos", "Hello", "--json")
+    found = json.loads(phicore(*args, "-c", 300, "--kv-memory", "200kB").out)
+    assert len(found["prompt_ids"]) + len(found["token_ids"]) == 256
+    for text, message in (
+        ("4", "expected"),
+        ("lots", "expected a size such as 4GB, got 'lots'"),
+        ("-4GB", "expected a size such as 4GB, got '-4GB'"),
+    ):
+        result = phicore(*args, "--kv-memory", text)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.splitlines()[-1].startswith(f"phicore: --kv-memory: {message}")
+
+
 def test_aliases_of_other_programs(generate) -> None:
     found = [generate("Hello", "--seed", 1, *args).out for args in (["-t", 0], ["--temp", 0])]
     assert found[0] == found[1]
