@@ -63,6 +63,10 @@ class SourceError(PhicoreError):
     """A model reference is malformed, does not exist or cannot be fetched."""
 
 
+class SessionError(PhicoreError):
+    """A session file is damaged, or was saved for another model, cache type or backend."""
+
+
 class BackendError(PhicoreError):
     """A backend or device is not installed, does not work here or cannot do what was requested."""
 

@@ -50,6 +50,11 @@ class Generation:
         return next(self._pieces)
 
     @property
+    def token_ids(self) -> list[int]:
+        """Return the tokens of the prompt, and of the answer so far."""
+        return list(self._sequence.tokens)
+
+    @property
     def is_ready(self) -> bool:
         """Return whether the next piece, or the end, is there without running a step."""
         return bool(self._sequence.outputs) or self._sequence.finish_reason is not None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -89,6 +90,7 @@ class Model:
             architecture = architecture_of(self.metadata, architectures, tensors=file.tensors)
             self.config = read_config(file, architecture)
             self.vocab_size = self.config.vocab_size
+            self._fingerprint = file.fingerprint()
             self.context = _checked_context(context, self.config)
             self.tokenizer = tokenizer_of(files, self.metadata)
             if self.tokenizer.vocab_size != self.vocab_size:
@@ -326,6 +328,36 @@ class Model:
         if not isinstance(made, LogitsProcessor):
             raise PhicoreError(f"processor {name!r}: made {made!r:.60}, expected a LogitsProcessor")
         return made
+
+    def save_session(
+        self, path: str | os.PathLike[str], generation: Generation | Sequence[int]
+    ) -> int:
+        """Save what an ended generation has read and written, for another process.
+
+        Args:
+            path: The file. An older one is replaced.
+            generation: The generation, or the tokens of the text.
+        Returns:
+            The number of tokens that were saved. It is 0, and nothing is written, if the prefix
+            cache does not have the text.
+        Raises:
+            SessionError: If the cache cannot be saved.
+        """
+        if isinstance(generation, Generation):
+            generation = generation.token_ids
+        tokens = list(generation)
+        return self.engine.save_session(Path(path), tokens, self._fingerprint)
+
+    def load_session(self, path: str | os.PathLike[str]) -> list[int]:
+        """Load a session, so that a prompt that begins with its text is read faster.
+
+        Returns:
+            The tokens of its text.
+        Raises:
+            SessionError: If the file is damaged, or was saved for another model, cache type or
+                backend.
+        """
+        return list(self.engine.load_session(Path(path), self._fingerprint))
 
     @property
     def engine(self) -> Engine:

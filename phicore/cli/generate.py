@@ -171,6 +171,14 @@ def generate(
             help="How many requests of --batch are computed together.",
         ),
     ] = 8,
+    session: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep what was read and written in this file, so that a later command whose "
+            "prompt begins the same way need not read it again.",
+        ),
+    ] = None,
     kv_memory: Annotated[
         str | None,
         typer.Option(
@@ -194,8 +202,10 @@ def generate(
     from phicore.engine import Request
 
     if batch is not None:
-        if prompt is not None or file is not None or as_json:
-            raise ArgumentError("not together with a prompt or --json", parameter="batch")
+        if prompt is not None or file is not None or as_json or session is not None:
+            raise ArgumentError(
+                "not together with a prompt, --json or --session", parameter="batch"
+            )
         text = ""
     elif out is not None or in_order:
         name = "out" if out is not None else "in_order"
@@ -237,6 +247,7 @@ def generate(
             progress=progress,
             max_sequences=parallel,
             kv_memory=kv_bytes,
+            prefix_cache_bytes=None if session is None else 2**62,
             **backend_options,
         ) as loaded,
     ):
@@ -254,6 +265,8 @@ def generate(
             }
             _answer_all(requests, loaded, defaults, in_order, progress, console)
             return
+        if session is not None and session.exists():
+            console.say(f"session: {len(loaded.load_session(session))} tokens")
         generation = loaded.generate(
             text,
             max_tokens=max_tokens,
@@ -281,6 +294,8 @@ def generate(
             interrupted = True
         finally:
             generation.close()
+        if session is not None:
+            loaded.save_session(session, generation)
         if as_json:
             print(json.dumps(_result(loaded, generation, pieces), ensure_ascii=False))
         elif pieces:

@@ -12,11 +12,13 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Tokens
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from phicore.backend import Backend
+from phicore.engine import sessions
 from phicore.engine.cache import Cache
 from phicore.engine.chunks import MIN_CAPACITY
 from phicore.engine.prefixes import SHORTEST, Prefix, Prefixes
@@ -273,6 +275,38 @@ class Engine:
                 expected=f"{self.context - answer} tokens or fewer",
                 got=len(prompt),
             )
+
+    # ---- sessions --------------------------------------------------------------------------
+
+    def save_session(self, path: Path, tokens: Tokens[int], model: str) -> int:
+        """Save what is known of a sequence's first tokens, for another process.
+
+        Args:
+            path: The file, which is replaced at once when it is complete.
+            tokens: The tokens of the sequence.
+            model: A text that only this model has.
+        Returns:
+            The number of tokens that were saved, 0 if nothing is known; there is then no file.
+        Raises:
+            SessionError: If the backend's arrays cannot be saved, or the file cannot be written.
+        """
+        with self._lock:
+            known = self.prefixes.longest(tokens)
+        if known is None:
+            return 0
+        sessions.save(path, known, self.runner, model)
+        return len(known.tokens)
+
+    def load_session(self, path: Path, model: str) -> Tokens[int]:
+        """Load a session into the prefix cache, and return its tokens.
+
+        Raises:
+            SessionError: If the file cannot be read, is damaged, or does not fit.
+        """
+        known = sessions.load(path, self.runner, model)
+        with self._lock:
+            self.prefixes.add(known)
+        return list(map(int, known.tokens))
 
     # ---- who runs --------------------------------------------------------------------------
 

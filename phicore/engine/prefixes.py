@@ -92,6 +92,12 @@ class Prefixes:
             self._entries.append(entry)  # now the most recently used one
         return entry, most
 
+    def longest(self, tokens: Sequence[int]) -> Prefix | None:
+        """Return the entry all of whose tokens a sequence begins with, the longest one."""
+        ids = np.array(tokens, np.int32)
+        found = [e for e in self._entries if np.array_equal(ids[: len(e.tokens)], e.tokens)]
+        return max(found, key=lambda entry: len(entry.tokens), default=None)
+
     def shrink(self, most_bytes: int) -> None:
         """Remove the least recently used caches until the rest has at most this size."""
         while self._entries and self.bytes > most_bytes:

@@ -4,6 +4,7 @@
 files `NAME-00001-of-00003.gguf` and so on. Opening the first file opens all of them as one.
 """
 
+import hashlib
 import math
 import mmap
 import os
@@ -103,6 +104,19 @@ class GGUFFile:
                 size = (start + data.size) // mmap.PAGESIZE * mmap.PAGESIZE - first
                 if size > 0:  # only pages that hold nothing else, since other tensors may be in use
                     view.madvise(mmap.MADV_DONTNEED, first, size)
+
+    def fingerprint(self) -> str:
+        """Return a text that tells this model from others.
+
+        It depends on the names, shapes and types of all tensors, and on a few bytes of each.
+        """
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            found.update(f"{name} {tensor.shape} {tensor.type.name}".encode())
+            data = tensor.data.reshape(-1)
+            for start in range(0, data.size, max(1, data.size // 4)):
+                found.update(data[start : start + 64].tobytes())
+        return found.hexdigest()[:32]
 
     def close(self) -> None:
         """Release the memory maps. A map that arrays still view is released with the last view."""

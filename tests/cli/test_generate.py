@@ -241,6 +241,23 @@ def test_max_tokens_of_minus_one_goes_on_until_the_context_is_full(generate) -> 
     assert len(found["prompt_ids"]) + len(found["token_ids"]) == 32
 
 
+def test_session_of_an_earlier_command_is_used(
+    phicore: Callable, tiny: Path, tmp_path: Path, expected
+) -> None:
+    session = tmp_path / "s"
+    args = ("generate", "-m", tiny, "-b", "numpy", "-t", 0, "-n", 8, "--session", session)
+    prompt = "Tell me of the sea, of the ships and of the islands."
+    assert phicore(*args, prompt).out == expected(prompt) + "\n"
+    again = phicore(*args, "--json", prompt)
+    assert again.err.splitlines()[1].startswith("session: ")
+    assert json.loads(again.out)["stats"]["cached_tokens"] > 20
+    assert json.loads(again.out)["text"] == expected(prompt)
+    session.write_bytes(b"no session")
+    refused = phicore(*args, prompt)
+    assert refused.code == 1
+    assert f"{session}: not a session file, or damaged" in refused.err
+
+
 def test_memory_for_keys_and_values_limits_the_context(phicore: Callable, tiny: Path) -> None:
     args = ("generate", "-m", tiny, "-b", "numpy", "-n", -1, "--ignore-eos", "Hello", "--json")
     found = json.loads(phicore(*args, "-c", 300, "--kv-memory", "200kB").out)
