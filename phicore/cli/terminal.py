@@ -114,11 +114,12 @@ def duration(seconds: float) -> str:
 def stats_lines(model: Model, generation: Generation) -> list[str]:
     """Format the seed, times, speeds and memory of a generation as lines of text."""
     t = generation.timings
+    known = f" ({t.cached_tokens} known)" if t.cached_tokens else ""
     lines = [
         f"model {model.path.name}, backend {model.backend}, seed {generation.seed}",
         f"load {model.load_s:.2f} s, compile {t.compile_s:.2f} s, "
         f"first token {t.first_token_s:.2f} s",
-        f"prompt {_tokens(t.prompt_tokens)}, {_speed(t.prompt_tokens_per_s)}; "
+        f"prompt {_tokens(t.prompt_tokens)}{known}, {_speed(t.prompt_tokens_per_s)}; "
         f"generated {_tokens(t.generated_tokens)}, {_speed(t.decode_tokens_per_s)}",
     ]
     if t.again_s:
