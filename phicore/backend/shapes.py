@@ -4,6 +4,9 @@ from __future__ import annotations
 
 PROMPT_CHUNKS = (1, 16, 32, 64, 128, 256)
 """Chunk sizes for prompts, ascending from 1; each divides the next."""
+BLOCK_OF_SLOTS = 32
+"""Slots at the front of a cache are freed in multiples of this. Attention that adds up a cache in
+blocks of as many slots then finds a position in the same block and place as before."""
 
 
 def power_of_two(n: int) -> int:

@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 
 from phicore.backend import Backend, LayerCache
+from phicore.backend.shapes import BLOCK_OF_SLOTS
 from phicore.engine.steps import Place
 
 
@@ -64,13 +65,17 @@ class Cache:
     def unseen(self, starts: np.ndarray, count: int, window: int) -> np.ndarray:
         """Return how many slots each row can free, (B,) int32; 0 for a row that has room.
 
+        The numbers are multiples of `BLOCK_OF_SLOTS`.
+
         Args:
             starts: The position of the next token in each row, (B,).
             count: The number of tokens to make room for.
             window: The number of positions that a token sees.
         """
         is_full = starts + count - self.first > self.capacity
-        return np.where(is_full, starts - (window - 1) - self.first, 0).astype(np.int32)
+        unseen = starts - (window - 1) - self.first
+        unseen -= unseen % BLOCK_OF_SLOTS
+        return np.where(is_full, unseen, 0).astype(np.int32)
 
     def freed(self, layers: list[LayerCache], counts: np.ndarray) -> None:
         """Replace the layers by layers in which the first `counts` (B,) slots were freed."""

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from phicore.backend.shapes import power_of_two
+from phicore.backend.shapes import BLOCK_OF_SLOTS, power_of_two
 
 LOGITS_CHUNKS = (1, 64)
 """Chunk sizes for computing the logits of all tokens. They are small: a token has V logits."""
 MIN_CAPACITY = 256
-"""Capacities are multiples of this."""
+"""Capacities are multiples of this, but for those that a window limits."""
 
 
 def capacity_for(positions: int) -> int:
@@ -25,8 +25,12 @@ def capacity_for(positions: int) -> int:
 
 
 def capacity_of_window(window: int, chunk: int) -> int:
-    """Return a capacity for a window and a chunk of a prompt, rounded up to a multiple of 256."""
-    return -(-(window - 1 + chunk) // MIN_CAPACITY) * MIN_CAPACITY
+    """Return a capacity for a window and a chunk of a prompt, rounded up to whole blocks of slots.
+
+    It has room for the unseen slots that are not freed because they do not fill a block.
+    """
+    slots = window - 1 + BLOCK_OF_SLOTS - 1 + chunk
+    return -(-slots // BLOCK_OF_SLOTS) * BLOCK_OF_SLOTS
 
 
 class Chunk(NamedTuple):

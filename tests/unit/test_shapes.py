@@ -40,6 +40,6 @@ def test_capacity_is_256_times_a_power_of_two(positions: int, capacity: int):
     assert capacity_for(positions) == capacity
 
 
-@pytest.mark.parametrize(("window", "capacity"), [(1, 256), (2, 512), (257, 512), (2047, 2304)])
+@pytest.mark.parametrize(("window", "capacity"), [(1, 288), (2, 288), (3, 320), (2047, 2336)])
 def test_capacity_of_a_window_holds_it_and_a_chunk(window: int, capacity: int):
     assert capacity_of_window(window, 256) == capacity

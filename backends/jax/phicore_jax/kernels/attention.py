@@ -17,6 +17,7 @@ from math import log
 from llvmlite import ir
 
 from phicore.backend.cache_types import CacheType
+from phicore.backend.shapes import BLOCK_OF_SLOTS
 from phicore_jax.cache import ROW_TYPES
 from phicore_jax.kernels import ffi, pool
 from phicore_jax.kernels.ffi import Buffer
@@ -31,14 +32,18 @@ from phicore_jax.kernels.lang import (
     VOID,
     Function,
     Module,
+    Operand,
     Value,
+    Variable,
+    sums_in_pairs,
     vec,
 )
 
 FLOATS = vec(F32)
 LOWEST = -1e30  # below every score
 PREFETCH = 4096  # bytes ahead
-BLOCK = 32  # positions that are processed together
+BLOCK = BLOCK_OF_SLOTS  # slots that are processed together
+VECTOR = 4 * LANES  # bytes of a vector
 CACHE_TYPES = ("f32", "f16", "i16", "i24", "q8_0")
 BLOCK_OF_Q8_0 = ROW_TYPES["q8_0"].group or 0  # channels that share a scale
 
@@ -238,6 +243,21 @@ def _scale(f: Function, cache: Cache, scales: Value, number: Value) -> Value | N
     return f.load(F32, f.offset(scales, number * 4)) if cache.has_scales else None
 
 
+def _first_seen(position: Value, window: Value) -> Value:
+    """Return the first position that a token sees."""
+    start = position - window + 1
+    return (start < 0).select(0, start)
+
+
+def _start_of_block(position: Value) -> Value:
+    """Return the start of a position's block.
+
+    Blocks start at multiples of 32, whatever a token sees: the sums of a token then do not depend
+    on the other tokens of its chunk.
+    """
+    return position & -BLOCK
+
+
 def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
     """Write a job for one token; a chunk is the `group` heads of queries that share a key head."""
     pieces = cache.keys.pieces()
@@ -251,21 +271,22 @@ def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
             f.load(I64, args, 8 * i) for i in (WINDOW, KV_HEADS, CAPACITY)
         )
         position = f.load(I32, f.offset(positions, chunk // kv_heads * 4)).to(I64)
-        start = position - window + 1
-        start = (start < 0).select(0, start)
+        start = _first_seen(position, window)
         q = f.offset(q, chunk * (group * 4 * cache.dim))
         out = f.offset(out, chunk * (group * 4 * cache.dim))
         scores = f.buffer(group * BLOCK * 4)
         highest = [f.variable(f.f32(LOWEST)) for _ in queries]
         sums = [f.variable(f.zeros(FLOATS)) for _ in queries]
         found = [[f.variable(f.zeros(vec(F32, n))) for _, n in pieces] for _ in queries]
-        with f.loop(position + 1, start=start, step=BLOCK) as first:
+        with f.loop(position + 1, start=_start_of_block(start), step=BLOCK) as first:
             left = position + 1 - first
             count = (left < BLOCK).select(left, BLOCK)
+            unseen = start - first
+            unseen = (unseen > 0).select(unseen, 0)  # above 0 in the first block only
             for r in queries:
                 for i in range(BLOCK // LANES):
                     f.store(f.like(f.zeros(FLOATS), LOWEST), scores, (r * BLOCK + i * LANES) * 4)
-            with f.loop(count) as j:
+            with f.loop(count, start=unseen) as j:
                 number = chunk * capacity + first + j
                 row = f.offset(keys, number * cache.keys.bytes)
                 f.prefetch(row, PREFETCH)
@@ -293,14 +314,14 @@ def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
                 highest[r].value = new
                 total = sums[r].value * factor
                 for b, a in zip(block, at, strict=True):
-                    # beyond the last position, scores are LOWEST and p is 0
+                    # where the token sees no position, the score is LOWEST and p is 0
                     p = (b > LOWEST).select(exp(f, b - new.splat()), f.zeros(FLOATS))
                     total = total + p
                     f.store(p, scores, a)
                 sums[r].value = total
                 for so_far, (_, n) in zip(found[r], pieces, strict=True):
                     so_far.value = so_far.value * factor.lane(0).splat(n)
-            with f.loop(count) as j:
+            with f.loop(count, start=unseen) as j:
                 number = chunk * capacity + first + j
                 row = f.offset(values, number * cache.values.bytes)
                 f.prefetch(row, PREFETCH)
@@ -335,127 +356,246 @@ def _dot(f: Function, x: Sequence[Value], y: Sequence[Value]) -> Value:
     return total if rest is None else total + rest
 
 
-KEYS_TOGETHER, CHANNELS_TOGETHER = 8, 4
+KEYS_TOGETHER, CHANNELS_TOGETHER = 4, 4
 
 
 def _emit_many_tokens(module: Module, cache: Cache) -> ir.Function:
     """Write a job for many tokens; a chunk is 16 tokens of a head of queries, one in each lane."""
-    dim = cache.dim
-    vector = 4 * LANES
-    channels = -(-dim // CHANNELS_TOGETHER) * CHANNELS_TOGETHER
 
     def body(f: Function, args: Value, chunk: Value, slot: Value) -> None:
-        q, positions, keys, values, key_scales, value_scales, out = (
-            f.load(PTR, args, 8 * i) for i in range(7)
-        )
-        window, heads, kv_heads, tokens, capacity = (
-            f.load(I64, args, 8 * i) for i in (WINDOW, HEADS, KV_HEADS, TOKENS, CAPACITY)
-        )
-        blocks = (tokens + (LANES - 1)) // LANES
-        head, block = chunk // blocks, chunk % blocks
-        # later blocks see more positions; they come first, so that all threads end together
-        block = blocks - 1 - block
-        sequence, h = head // heads, head % heads
-        kv_head = sequence * kv_heads + h // (heads // kv_heads)
-        last_token = tokens - 1
-
-        def token(lane: Value) -> Value:
-            """Return the token of a lane. Lanes beyond the last token copy it, without effect."""
-            t = block * LANES + lane
-            return (t < tokens).select(t, last_token)
-
-        queries, result = f.buffer(vector * channels), f.buffer(vector * channels)
-        places, weights = f.buffer(vector), f.buffer(vector * BLOCK)
-        rows = f.buffer(4 * channels * BLOCK)
-        with f.loop(LANES) as lane:
-            t = token(lane)
-            at = f.load(I32, f.offset(positions, (sequence * tokens + t) * 4))
-            f.store(at, f.offset(places, lane * 4))
-            with f.loop(dim) as d:
-                x = f.load(F32, f.offset(q, ((head * tokens + t) * dim + d) * 4))
-                f.store(x, f.offset(queries, (d * LANES + lane) * 4))
-        for channel in range(channels):
-            f.store(f.zeros(FLOATS), result, vector * channel, align=64)
-        place = f.load(vec(I32), places, align=64)
-        lowest, end = place.lane(0).to(I64), place.lane(LANES - 1).to(I64) + 1
-        start = lowest - window + 1
-        start = (start < 0).select(0, start)
-        oldest = place - window.to(I32).splat()  # the last position that is out of the window
-
-        def load_rows(kind: Rows, source: Value, first: Value, count: Value) -> None:
-            """Load positions of the cache into `rows` as float32, without separate scales."""
-            with f.loop(count) as j:
-                row = f.offset(source, (kv_head * capacity + first + j) * kind.bytes)
-                to = f.offset(rows, j * (4 * channels))
-                for d, n in kind.pieces():
-                    f.store(kind.load(f, row, d, n), to, 4 * d)
-
-        highest = f.variable(f.like(f.zeros(FLOATS), LOWEST))
-        total = f.variable(f.zeros(FLOATS))
-        with f.loop(end, start=start, step=BLOCK) as first:
-            left = end - first
-            count = (left < BLOCK).select(left, BLOCK)
-            load_rows(cache.keys, keys, first, count)
-            largest = f.variable(highest.value)
-            with f.loop(BLOCK, step=KEYS_TOGETHER) as j:
-                sums = [f.variable(f.zeros(FLOATS)) for _ in range(KEYS_TOGETHER)]
-                at = f.offset(rows, j * (4 * channels))
-                with f.loop(dim) as d:
-                    x = f.load(FLOATS, f.offset(queries, d * vector), align=64)
-                    here = f.offset(at, d * 4)
-                    for i, s in enumerate(sums):
-                        s.value = f.fma(x, f.load(F32, here, i * 4 * channels).splat(), s.value)
-                for i, s in enumerate(sums):
-                    p = first + j + i
-                    score = s.value
-                    if cache.has_scales:
-                        # p may be beyond the capacity; the score is masked anyway
-                        safe = (p < end).select(p, first)
-                        scale = f.load(F32, f.offset(key_scales, (kv_head * capacity + safe) * 4))
-                        score = score * scale.splat()
-                    p32 = p.to(I32).splat()
-                    is_seen = (p32 <= place) & (p32 > oldest)
-                    score = is_seen.select(score, LOWEST)
-                    largest.value = f.maximum(largest.value, score)
-                    f.store(score, f.offset(weights, (j + i) * vector), align=64)
-            factor = exp(f, highest.value - largest.value)
-            highest.value = largest.value
-            new_total = f.variable(total.value * factor)
-            with f.loop(count) as j:
-                at = f.offset(weights, j * vector)
-                score = f.load(FLOATS, at, align=64)
-                p = (score > LOWEST).select(exp(f, score - highest.value), 0.0)
-                new_total.value = new_total.value + p
-                if cache.has_scales:
-                    number = kv_head * capacity + first + j
-                    p = p * f.load(F32, f.offset(value_scales, number * 4)).splat()
-                f.store(p, at, align=64)
-            total.value = new_total.value
-            load_rows(cache.values, values, first, count)
-            with f.loop(channels, step=CHANNELS_TOGETHER) as d:
-                at = f.offset(result, d * vector)
-                sums = []
-                for i in range(CHANNELS_TOGETHER):
-                    sums.append(f.variable(f.load(FLOATS, at, vector * i, align=64) * factor))
-                source = f.offset(rows, d * 4)
-                with f.loop(count) as j:
-                    p = f.load(FLOATS, f.offset(weights, j * vector), align=64)
-                    here = f.offset(source, j * (4 * channels))
-                    for i, s in enumerate(sums):
-                        s.value = f.fma(p, f.load(F32, here, 4 * i).splat(), s.value)
-                for i, s in enumerate(sums):
-                    f.store(s.value, at, vector * i, align=64)
-        inverse = f.like(total.value, 1.0) / total.value
-        for channel in range(dim):
-            x = f.load(FLOATS, result, vector * channel, align=64) * inverse
-            f.store(x, result, vector * channel, align=64)
-        with f.loop(LANES) as lane:
-            t = block * LANES + lane
-            with f.when(t < tokens), f.loop(dim) as d:
-                x = f.load(F32, f.offset(result, (d * LANES + lane) * 4))
-                f.store(x, f.offset(out, ((head * tokens + t) * dim + d) * 4))
+        job = _ManyTokens(f, cache, args, chunk)
+        with f.loop(job.end, start=_start_of_block(job.start), step=BLOCK) as first:
+            job.add_block(first)
+        job.finish()
 
     return module.function("many_tokens", [PTR, I64, I64], body, exported=False)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Positions that are processed together, and which of them 16 tokens see.
+
+    Attributes:
+        first: The first position, a multiple of 32; the other attributes count from it.
+        start, end: The positions that any of the tokens sees.
+        all_start, all_end: The positions that all of the tokens see.
+    """
+
+    first: Value
+    start: Value
+    end: Value
+    all_start: Value
+    all_end: Value
+
+
+class _ManyTokens:
+    """The attention of 16 tokens to the positions that they see, block by block.
+
+    Each lane computes the numbers that `_emit_one_token` computes for its token, in the same order.
+
+    Attributes:
+        start: The first position that any of the tokens sees.
+        end: The position after the last that any of them sees.
+    """
+
+    def __init__(self, f: Function, cache: Cache, args: Value, chunk: Value) -> None:
+        self.f, self.cache, self.dim = f, cache, cache.dim
+        self.channels = -(-self.dim // CHANNELS_TOGETHER) * CHANNELS_TOGETHER
+        self.row_bytes = 4 * self.channels
+        q, positions, self.keys, self.values, self.key_scales, self.value_scales, self.out = (
+            f.load(PTR, args, 8 * i) for i in range(7)
+        )
+        window, heads, kv_heads, self.tokens, capacity = (
+            f.load(I64, args, 8 * i) for i in (WINDOW, HEADS, KV_HEADS, TOKENS, CAPACITY)
+        )
+        blocks = (self.tokens + (LANES - 1)) // LANES
+        head, block = chunk // blocks, chunk % blocks
+        # later blocks see more positions; they come first, so that all threads end together
+        self.first_token = (blocks - 1 - block) * LANES
+        self.first_row = head * self.tokens
+        sequence, h = head // heads, head % heads
+        self.first_slot = (sequence * kv_heads + h // (heads // kv_heads)) * capacity
+        self.queries, self.result = (f.buffer(VECTOR * self.channels) for _ in range(2))
+        self.weights, self.totals = f.buffer(VECTOR * BLOCK), f.buffer(VECTOR * LANES)
+        self.rows = f.buffer(self.row_bytes * BLOCK)
+        self.highest = f.variable(f.like(f.zeros(FLOATS), LOWEST))
+        for buffer, count in ((self.result, self.channels), (self.totals, LANES)):
+            for i in range(count):
+                f.store(f.zeros(FLOATS), buffer, VECTOR * i, align=64)
+        self.place = self._load_queries(q, f.offset(positions, sequence * self.tokens * 4))
+        # a lane sees the positions up to `place` and beyond `oldest`
+        self.oldest = self.place - window.to(I32).splat()
+        self.lowest = self.place.lane(0).to(I64)
+        self.end = self.place.lane(LANES - 1).to(I64) + 1
+        self.start = _first_seen(self.lowest, window)
+        self.last_start = _first_seen(self.end - 1, window)
+
+    def _load_queries(self, q: Value, positions: Value) -> Value:
+        """Load the queries, one in each lane, and return their positions."""
+        f, places = self.f, self.f.buffer(VECTOR)
+        last = self.tokens - 1
+        with f.loop(LANES) as lane:
+            t = self.first_token + lane
+            t = (t < last).select(t, last)  # lanes beyond the last token copy it, without effect
+            f.store(f.load(I32, f.offset(positions, t * 4)), f.offset(places, lane * 4))
+            with f.loop(self.dim) as d:
+                x = f.load(F32, f.offset(q, ((self.first_row + t) * self.dim + d) * 4))
+                f.store(x, f.offset(self.queries, (d * LANES + lane) * 4))
+        return f.load(vec(I32), places, align=64)
+
+    def add_block(self, first: Value) -> None:
+        """Add the positions from `first` on, up to 32 of them, to the result."""
+        f, block = self.f, self._block(first)
+        largest = f.variable(self.highest.value)
+        self._load_rows(self.cache.keys, self.keys, block)
+        self._store_scores(block, largest)
+        is_seen_by_all = block.all_start.equals(0) & block.all_end.equals(BLOCK)
+        with f.when(is_seen_by_all.equals(0)):
+            largest.value = self.highest.value
+            self._mask_scores(block, largest)
+        factor = exp(f, self.highest.value - largest.value)
+        self.highest.value = largest.value
+        self._store_weights(block, factor)
+        self._load_rows(self.cache.values, self.values, block)
+        self._add_values(block, factor)
+
+    def _block(self, first: Value) -> _Block:
+        def within(low: Operand, i: Value, high: Operand) -> Value:
+            i = (i < low).select(low, i)
+            return (i > high).select(high, i)
+
+        start = within(0, self.start - first, BLOCK)
+        end = within(0, self.end - first, BLOCK)
+        all_start = within(start, self.last_start - first, end)
+        all_end = within(all_start, self.lowest + 1 - first, end)
+        return _Block(first, start, end, all_start, all_end)
+
+    def _load_rows(self, kind: Rows, source: Value, block: _Block) -> None:
+        """Load positions of the cache into `rows` as float32, without separate scales."""
+        f = self.f
+        with f.loop(block.end, start=block.start) as j:
+            row = f.offset(source, (self.first_slot + block.first + j) * kind.bytes)
+            to = f.offset(self.rows, j * self.row_bytes)
+            for d, n in kind.pieces():
+                f.store(kind.load(f, row, d, n), to, 4 * d)
+
+    def _multiplied(self, x: Value, scales: Value, block: _Block, j: Value) -> Value:
+        """Return x times the scale of a position, or of any, if it may be beyond the cache."""
+        safe = block.first + (j < block.end).select(j, block.start)
+        scale = _scale(self.f, self.cache, scales, self.first_slot + safe)
+        return x if scale is None else x * scale.splat()
+
+    def _is_seen(self, position: Value) -> Value:
+        p = position.to(I32).splat()
+        return (p <= self.place) & (p > self.oldest)
+
+    def _store_scores(self, block: _Block, largest: Variable) -> None:
+        """Store scores as if all tokens saw the positions of the block, and up to 3 others."""
+        f = self.f
+        with f.loop(block.end, start=block.start & -KEYS_TOGETHER, step=KEYS_TOGETHER) as j:
+            scores = self._dots(f.offset(self.rows, j * self.row_bytes))
+            for i, score in enumerate(scores):
+                score = self._multiplied(score, self.key_scales, block, j + i)
+                largest.value = (largest.value > score).select(largest.value, score)
+                f.store(score, f.offset(self.weights, (j + i) * VECTOR), align=64)
+
+    def _dots(self, rows: Value) -> list[Value]:
+        """Return the dot products of the queries and some rows, added in the order of `_dot`."""
+        f, whole = self.f, self.dim // LANES * LANES
+
+        def terms(first: int, end: int) -> list[Value]:
+            """Return the sums over every 16th channel."""
+            found: list[Value] = []
+            for d in range(first, end, LANES):
+                x = f.load(FLOATS, self.queries, d * VECTOR, align=64)
+                ys = [
+                    f.load(F32, rows, i * self.row_bytes + 4 * d).splat()
+                    for i in range(KEYS_TOGETHER)
+                ]
+                found = [f.fma(x, y, found[i]) if found else x * y for i, y in enumerate(ys)]
+            return found
+
+        sums = sums_in_pairs(LANES, lambda i: terms(i, whole)) if whole else []
+        if self.dim > whole:
+            rest = sums_in_pairs(self.dim - whole, lambda i: terms(whole + i, self.dim))
+            sums = [a + b for a, b in zip(sums, rest, strict=True)] if sums else rest
+        return sums
+
+    def _mask_scores(self, block: _Block, largest: Variable) -> None:
+        """Replace the scores of all positions of the block that a token does not see."""
+        f = self.f
+        with f.loop(BLOCK) as j:
+            at = f.offset(self.weights, j * VECTOR)
+            score = self._is_seen(block.first + j).select(f.load(FLOATS, at, align=64), LOWEST)
+            largest.value = (largest.value > score).select(largest.value, score)
+            f.store(score, at, align=64)
+
+    def _store_weights(self, block: _Block, factor: Value) -> None:
+        """Replace scores by weights, multiplied by the scales of values, and add them to totals.
+
+        There are 16 totals, as the kernel for one token has one in each lane.
+        """
+        f = self.f
+
+        def add(i: Value, total_at: Value, total: Value) -> None:
+            at = f.offset(self.weights, i * VECTOR)
+            score = f.load(FLOATS, at, align=64)
+            # a score that is NaN must reach the result
+            p = (score <= LOWEST).select(0.0, exp(f, score - self.highest.value))
+            f.store(total + p, total_at, align=64)
+            f.store(self._multiplied(p, self.value_scales, block, i), at, align=64)
+
+        with f.loop(LANES) as i:
+            at = f.offset(self.totals, i * VECTOR)
+            add(i, at, f.load(FLOATS, at, align=64) * factor)
+        with f.loop(block.end, start=LANES) as i:
+            at = f.offset(self.totals, i % LANES * VECTOR)
+            add(i, at, f.load(FLOATS, at, align=64))
+
+    def _add_values(self, block: _Block, factor: Value) -> None:
+        """Add values times weights to the result.
+
+        A value that a token does not see may be infinite. So it is not multiplied by 0.
+        """
+        f = self.f
+        with f.loop(self.channels, step=CHANNELS_TOGETHER) as d:
+            at, source = f.offset(self.result, d * VECTOR), f.offset(self.rows, d * 4)
+            sums = [
+                f.variable(f.load(FLOATS, at, VECTOR * i, align=64) * factor)
+                for i in range(CHANNELS_TOGETHER)
+            ]
+
+            def add(start: Value, end: Value, is_masked: bool) -> None:
+                with f.loop(end, start=start) as j:
+                    p = f.load(FLOATS, f.offset(self.weights, j * VECTOR), align=64)
+                    row = f.offset(source, j * self.row_bytes)
+                    for i, s in enumerate(sums):
+                        new = f.fma(p, f.load(F32, row, 4 * i).splat(), s.value)
+                        if is_masked:
+                            new = self._is_seen(block.first + j).select(new, s.value)
+                        s.value = new
+
+            add(block.start, block.all_start, is_masked=True)
+            add(block.all_start, block.all_end, is_masked=False)
+            add(block.all_end, block.end, is_masked=True)
+            for i, s in enumerate(sums):
+                f.store(s.value, at, VECTOR * i, align=64)
+
+    def finish(self) -> None:
+        """Divide the result by the sum of the weights and store it."""
+        f = self.f
+        [total] = sums_in_pairs(
+            LANES, lambda i: [f.load(FLOATS, self.totals, VECTOR * i, align=64)]
+        )
+        inverse = f.like(total, 1.0) / total
+        for channel in range(self.dim):
+            x = f.load(FLOATS, self.result, VECTOR * channel, align=64) * inverse
+            f.store(x, self.result, VECTOR * channel, align=64)
+        with f.loop(LANES) as lane:
+            t = self.first_token + lane
+            with f.when(t < self.tokens), f.loop(self.dim) as d:
+                x = f.load(F32, f.offset(self.result, (d * LANES + lane) * 4))
+                f.store(x, f.offset(self.out, ((self.first_row + t) * self.dim + d) * 4))
 
 
 def emit_attention(module: Module, cache: Cache, group: int | None) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -175,6 +176,30 @@ def joined(vectors: Sequence[Value]) -> Value:
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
         vectors = [a.lanes(list(range(n)), b) for a, b in pairs]
     return vectors[0]
+
+
+def sums_in_pairs(
+    n: int, terms: Callable[[int], list[Value]], odd: tuple[Callable[[], list[Value]], ...] = ()
+) -> list[Value]:
+    """Return the sums of terms(0), ..., terms(n - 1), in the order of `Function.sum_of_lanes`.
+
+    So a sum over vectors has the bits of a sum over lanes. Terms are computed as late as possible:
+    few of them are in registers at a time.
+
+    Args:
+        terms: Returns the terms with this index of all sums.
+        odd: Terms without a partner, which are added at the end.
+    """
+
+    def added(x: list[Value], y: list[Value]) -> list[Value]:
+        return [a + b for a, b in zip(x, y, strict=True)]
+
+    if n == 1:
+        return reduce(added, (term() for term in odd), terms(0))
+    if n % 2:
+        odd = (*odd, lambda: terms(n - 1))
+    half = n // 2
+    return sums_in_pairs(half, lambda i: added(terms(i), terms(i + half)), odd)
 
 
 def _element(t: ir.Type) -> Any:
