@@ -24,6 +24,10 @@ MODELS: dict[str, tuple[Tiny, Types]] = {
     "phi3": (PHI3, Q4_K_M),
     "window": (replace(PHI3, sliding_window=40), Type.F32),
     "partial_rotation": (replace(PHI3, rope_dimension_count=48, sliding_window=70), Type.Q6_K),
+    "phimoe": (
+        replace(PHI3, arch="phimoe", num_local_experts=16, intermediate_size=256),
+        Type.Q4_K,
+    ),
     "qwen2": (replace(PHI3, arch="qwen2", num_attention_heads=16), Type.Q8_0),
 }
 SIZES = ([16], [64], [5, 1, 33, 64, 2, 16])

@@ -1,4 +1,4 @@
-"""Tests of RMS normalization and SwiGLU, with rows and numbers of any size."""
+"""Tests of normalization and SwiGLU, with rows and numbers of any size."""
 
 from __future__ import annotations
 
@@ -22,13 +22,30 @@ def test_rows_of_any_size_equal_float64(kernels: Kernels, rng: np.random.Generat
     @jax.jit
     def run(xs, weights, gates):
         norms = [kernels.rms_norm(x, w, 1e-5) for x, w in zip(xs, weights, strict=True)]
-        return norms, [kernels.swiglu(g) for g in gates]
+        centred = [kernels.layer_norm(x, w, w, 1e-5) for x, w in zip(xs, weights, strict=True)]
+        return norms, centred, [kernels.swiglu(g) for g in gates]
 
-    norms, products = run(xs, weights, gates)
+    norms, centred, products = run(xs, weights, gates)
     for x, w, y in zip(xs, weights, norms, strict=True):
         assert_close(y, oracle.rms_norm(x, w, 1e-5), tolerances.ELEMENTWISE)
+    for x, w, y in zip(xs, weights, centred, strict=True):
+        assert_close(y, oracle.layer_norm(x, w, w, 1e-5), tolerances.ELEMENTWISE)
     for g, y in zip(gates, products, strict=True):
         assert_close(y, oracle.swiglu(g), tolerances.ELEMENTWISE)
+
+
+def test_a_row_has_the_same_bits_alone_and_with_others(kernels: Kernels, rng: np.random.Generator):
+    x = rng.standard_normal((5, 70), np.float32)
+    weight, bias = rng.standard_normal((2, 70), np.float32)
+
+    @jax.jit
+    def run(x, weight, bias):
+        norms = kernels.rms_norm(x, weight, 1e-5), kernels.layer_norm(x, weight, bias, 1e-5)
+        return *norms, kernels.swiglu(x)
+
+    alone = [run(x[i : i + 1], weight, bias) for i in range(len(x))]
+    for y, rows in zip(run(x, weight, bias), zip(*alone, strict=True), strict=True):
+        assert np.array_equal(y, np.concatenate(rows))
 
 
 def test_rms_norm_of_zeros_tiny_and_huge_rows(kernels: Kernels, rng: np.random.Generator):

@@ -98,7 +98,13 @@ def test_norms_and_swiglu_of_all_targets_agree(
     x, weight = rng.standard_normal((5, 70), np.float32), rng.standard_normal(70, np.float32)
     found = []
     for each in (kernels, kernels_of(BEST)):
-        run = jax.jit(lambda x, w, each=each: (each.rms_norm(x, w, 1e-5), each.swiglu(x)))
+        run = jax.jit(
+            lambda x, w, each=each: (
+                each.rms_norm(x, w, 1e-5),
+                each.layer_norm(x, w, w, 1e-5),
+                each.swiglu(x),
+            )
+        )
         found.append([np.asarray(y) for y in run(x, weight)])
     for y, best in zip(*found, strict=True):
         assert_agree(target, y, best)
@@ -171,6 +177,7 @@ def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]
         "attention-f16-3": ("floats", lambda m: attention.emit_attention(m, f16, 3)),
         "attention-i24-many": ("floats", lambda m: attention.emit_attention(m, i24, None)),
         "rms-norm": ("", rowwise.emit_rms_norm),
+        "layer-norm": ("floats", rowwise.emit_layer_norm),
         "swiglu": ("floats", rowwise.emit_swiglu),
     }
     for name, t, tile, bits, is_fused in [

@@ -372,6 +372,12 @@ class JaxBackend(Backend):
             return super().rms_norm(x, weight, eps)
         return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
 
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        if self._kernels is None or not self._kernels.has_rowwise:
+            return super().layer_norm(x, weight, bias, eps)
+        rows = x.reshape(-1, x.shape[-1])
+        return self._kernels.layer_norm(rows, weight, bias, eps).reshape(x.shape)
+
     def swiglu(self, gate_up: Array) -> Array:
         if self._kernels is None or not self._kernels.has_rowwise:
             return super().swiglu(gate_up)

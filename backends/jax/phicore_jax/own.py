@@ -38,7 +38,7 @@ class OwnKernels(ABC):
         packed: The class of the matrices that `pack` returns.
         cache_type: The default cache type of a backend with these kernels.
         has_threads: Whether `set_threads` works.
-        has_rowwise: Whether there are kernels for `rms_norm` and `swiglu`.
+        has_rowwise: Whether there are kernels for `rms_norm`, `layer_norm` and `swiglu`.
         has_fast_products: Whether `linear` has a faster, less exact way (`is_fast`).
     """
 
@@ -103,6 +103,10 @@ class OwnKernels(ABC):
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """Scale rows (n, E) to a root mean square of 1, and multiply them by weight (E,)."""
+        raise NotImplementedError
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """Shift and scale rows (n, E) to mean 0 and variance 1; multiply by weight, add bias."""
         raise NotImplementedError
 
     def swiglu(self, gate_up: Array) -> Array:

@@ -1,11 +1,14 @@
-"""Kernels for RMS normalization and SwiGLU, which process one row at a time.
+"""Kernels for RMS normalization, LayerNorm and SwiGLU, which process one row at a time.
 
-XLA needs several operations for each, and does not split them between threads.
+XLA needs several operations for each, does not split them between threads, and may add the numbers
+of a row in another order when there are more rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+from llvmlite import ir
 
 from phicore_jax.kernels import ffi, pool
 from phicore_jax.kernels.attention import exp
@@ -24,6 +27,28 @@ def _each_vector(f: Function, size: Value, body: Callable[[Value, int], None]) -
         body(i * 4, 1)
 
 
+def _total(f: Function, size: Value, added: Callable[[Value, Value, ir.Type], Value]) -> Value:
+    """Return a sum over a row.
+
+    Args:
+        added: Adds to a total, given it, the place of numbers in bytes, and their type.
+    """
+    many, few = f.variable(f.zeros(FLOATS)), f.variable(f.f32(0.0))
+
+    def add(at: Value, lanes: int) -> None:
+        total = many if lanes == LANES else few
+        total.value = added(total.value, at, total.value.type)
+
+    _each_vector(f, size, add)
+    return f.sum_of_lanes(many.value) + few.value
+
+
+def _inverse_root(f: Function, squares: Value, size: Value, epsilon: Value) -> Value:
+    """Return 1 / sqrt(squares / size + epsilon)."""
+    mean = squares / size.to(F32) + f.load(F32, epsilon)
+    return f.f32(1.0) / f.call("llvm.sqrt.f32", F32, mean)
+
+
 def emit_rms_norm(module: Module) -> None:
     """Write the handler `rms_norm`: x (rows, size), weight (size,), eps (1,) to y (rows, size).
 
@@ -35,17 +60,12 @@ def emit_rms_norm(module: Module) -> None:
         x, weight, epsilon, y = (f.load(PTR, args, 8 * i) for i in range(4))
         size = f.load(I64, args, 32)
         x, y = f.offset(x, chunk * size * 4), f.offset(y, chunk * size * 4)
-        many, few = f.variable(f.zeros(FLOATS)), f.variable(f.f32(0.0))
 
-        def square(at: Value, lanes: int) -> None:
-            value = f.load(FLOATS if lanes == LANES else F32, f.offset(x, at))
-            total = many if lanes == LANES else few
-            total.value = f.fma(value, value, total.value)
+        def with_square(total: Value, at: Value, t: ir.Type) -> Value:
+            value = f.load(t, f.offset(x, at))
+            return f.fma(value, value, total)
 
-        _each_vector(f, size, square)
-        total = f.sum_of_lanes(many.value) + few.value
-        mean = total / size.to(F32) + f.load(F32, epsilon)
-        factor = f.f32(1.0) / f.call("llvm.sqrt.f32", F32, mean)
+        factor = _inverse_root(f, _total(f, size, with_square), size, epsilon)
 
         def scale(at: Value, lanes: int) -> None:
             t = FLOATS if lanes == LANES else F32
@@ -63,6 +83,51 @@ def emit_rms_norm(module: Module) -> None:
         f.call("pool_run", VOID, state, f.address_of(job), packed, x.dim(0))
 
     ffi.emit_handler(module, "rms_norm", 3, 1, call)
+
+
+def emit_layer_norm(module: Module) -> None:
+    """Write the handler `layer_norm`: x (rows, size), weight and bias (size,), eps (1,) to y.
+
+    y = weight * c / rms(c) + bias in float32, where c is x less the mean of its row.
+    """
+    pool.emit(module)
+
+    def row(f: Function, args: Value, chunk: Value, slot: Value) -> None:
+        x, weight, bias, epsilon, y = (f.load(PTR, args, 8 * i) for i in range(5))
+        size = f.load(I64, args, 40)
+        x, y = f.offset(x, chunk * size * 4), f.offset(y, chunk * size * 4)
+
+        def like(t: ir.Type, number: Value) -> Value:
+            return number.splat() if t == FLOATS else number
+
+        mean = _total(f, size, lambda total, at, t: total + f.load(t, f.offset(x, at)))
+        mean = mean / size.to(F32)
+
+        def centred(at: Value, t: ir.Type) -> Value:
+            return f.load(t, f.offset(x, at)) - like(t, mean)
+
+        def with_square(total: Value, at: Value, t: ir.Type) -> Value:
+            value = centred(at, t)
+            return f.fma(value, value, total)
+
+        factor = _inverse_root(f, _total(f, size, with_square), size, epsilon)
+
+        def scale(at: Value, lanes: int) -> None:
+            t = FLOATS if lanes == LANES else F32
+            value = centred(at, t) * like(t, factor)
+            shifted = f.fma(value, f.load(t, f.offset(weight, at)), f.load(t, f.offset(bias, at)))
+            f.store(shifted, f.offset(y, at))
+
+        _each_vector(f, size, scale)
+
+    job = module.function("layer_norm_row", [PTR, I64, I64], row, exported=False)
+
+    def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
+        (x, weight, bias, epsilon), (y,) = args, rets
+        packed = f.pack(x.data, weight.data, bias.data, epsilon.data, y.data, x.dim(1))
+        f.call("pool_run", VOID, state, f.address_of(job), packed, x.dim(0))
+
+    ffi.emit_handler(module, "layer_norm", 4, 1, call)
 
 
 def emit_swiglu(module: Module) -> None:

@@ -187,6 +187,12 @@ class Kernels(OwnKernels):
         result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
         return jax.ffi.ffi_call(target, result)(x, weight, np.array([eps], np.float32))
 
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """Shift and scale rows (n, E) to mean 0 and variance 1; multiply by weight, add bias."""
+        target = self._target("layer-norm", "layer_norm", rowwise.emit_layer_norm)
+        result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        return jax.ffi.ffi_call(target, result)(x, weight, bias, np.array([eps], np.float32))
+
     def swiglu(self, gate_up: Array) -> Array:
         """Compute silu(gate) * up (n, F) from rows (n, 2F), which hold gates before ups."""
         target = self._target("swiglu", "swiglu", rowwise.emit_swiglu)
