@@ -73,17 +73,31 @@ def demo_model():
         for command in commands()
     ],
 )
-def test_documented_command_works(command, demo_model, monkeypatch):
+def test_documented_command_works(command, demo_model, monkeypatch, tmp_path):
     monkeypatch.delenv("PHICORE_MODEL", raising=False)
     program = f"{shlex.quote(sys.executable)} -m phicore"
     shell = re.sub(r"\b(uv run )?phicore(?= )", lambda _: program, command, count=1)
     if "generate" in command:  # the quickest backend to start, and a short answer
         shell += " --max-tokens 5" + ("" if "--backend" in command else " --backend numpy")
 
-    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
+    writes = "--batch" in command or "--session" in command
+    [requests] = blocks(ROOT / "README.md", "json")
+    (tmp_path / "prompts.jsonl").write_text(requests, encoding="utf-8")
+
+    done = subprocess.run(
+        shell,
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path if writes else None,
+    )
 
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    if "--out" in command:
+        assert (tmp_path / "answers.jsonl").read_text().count("\n") == requests.count("\n")
+    else:
+        assert done.stdout.strip()
 
 
 @pytest.mark.complete

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,19 @@ def test_text_is_the_same_where_rows_shift_and_switch_at_other_times(
     made = requests(3 if name == "windowed" else 6, seed=3, longest=longest)
     expected = alone(engine, made)
     for seed in (None, 1):
+        assert together(engine, made, seed) == expected
+
+
+@pytest.mark.each_value("sizes", "backend_name")
+@pytest.mark.parametrize("sizes", [(1, 16), (1, 16, 64), (1, 64, 256)], ids=str)
+def test_text_is_the_same_with_chunks_of_other_sizes(
+    sizes: tuple[int, ...], ops: Backend, path: Path
+):
+    engine, made = engine_of(ops, path), requests(6, seed=6, longest=150)
+    expected = alone(engine, made)
+    ops.capabilities = replace(ops.capabilities, prompt_chunks=sizes)
+    engine.prefixes.most_bytes = 10**8
+    for seed in (None, 2):
         assert together(engine, made, seed) == expected
 
 

@@ -14,8 +14,8 @@ from phicore_jax.kernels.build import supported_targets
 
 from phicore.backend import BackendOptions
 from phicore.backend.shapes import BLOCK_OF_SLOTS
+from phicore.engine.cache import Cache
 from phicore.engine.runner import Runner
-from phicore.engine.timings import Timings
 from phicore.testing.conformance.models import engine_of
 from phicore.testing.tiny_models import Q4_K_M, Tiny, Type, Types, write_model
 
@@ -48,14 +48,13 @@ def logits(runner: Runner, sizes: list[int]) -> tuple[np.ndarray, int]:
         if ids.size == 0:
             return np.concatenate(rows), int(cache.first[0])
         end = start + ids.size
-        runner.make_room(cache, start, ids.size)
+        runner.make_room(cache, np.array([start], np.int32), ids.size)
         places = np.arange(start, end, dtype=np.int32)[None]
         cache.layers, scores = runner.steps.run(
             runner.steps.score(),
             cache,
             runner.tables.until(end, is_long=False),
             (asarray(ids), asarray(places)),
-            Timings(),
         )
         rows.append(runner.ops.to_numpy(scores)[0])
         start = end
@@ -77,3 +76,41 @@ def test_logits_have_the_same_bits_in_chunks_of_any_size(name: str, target: str,
     for sizes in SIZES:
         found, _ = logits(runner, sizes)
         assert found.tobytes() == expected.tobytes(), sizes
+
+
+@pytest.mark.each_value("name", "target")
+@pytest.mark.parametrize("target", supported_targets())
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_of_a_row_have_the_same_bits_alone_and_among_others(
+    name: str, target: str, tmp_path: Path
+):
+    """Rows of five texts, of other lengths, in one step."""
+    path = write_model(tmp_path / "m.gguf", *MODELS[name], tokenizer=False)
+    ops = JaxBackend(BackendOptions(device="cpu"), kernels=kernels_of(target))
+    runner = engine_of(ops, path).runner
+    asarray, counts = ops.asarray, [1, 7, 30, 31, 38]
+
+    def step(cache: Cache, starts: list[int], tokens: list[int]) -> np.ndarray:
+        cache.layers, scores = runner.steps.run(
+            runner.steps.score(),
+            cache,
+            runner.tables.until(64, is_long=False),
+            (asarray(np.int32(tokens)[:, None]), asarray(np.int32(starts)[:, None])),
+        )
+        return ops.to_numpy(scores)[:, 0]
+
+    caches, expected = [], []
+    for count in counts:
+        cache = runner.new_cache(64)
+        for position in range(count):
+            before = runner.copy(cache, [0])
+            scores = step(cache, [position], [int(TOKENS[position + count])])
+        caches.append(before)
+        expected.append(scores)
+    together = runner.copy(caches[0], [0] * len(counts))
+    for row, cache in enumerate(caches):
+        layers = runner.steps.insert(together.layers, cache.layers, row)
+        together = together.with_row(layers, row, cache)
+    last = [int(TOKENS[2 * count - 1]) for count in counts]
+    found = step(together, [count - 1 for count in counts], last)
+    assert found.tobytes() == np.concatenate(expected).tobytes()
