@@ -37,7 +37,7 @@ def measure(model_ref: str, backend: str, tokens: int, started: float) -> dict[s
     Args:
         started: When the parent asked for this process, in seconds since 1970.
     """
-    model = phicore.load(model_ref, backend)
+    model = phicore.load(model_ref, backend, prefix_cache_bytes=0)
     options = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     first = model.generate(PROMPT, **options)
     next(first)

@@ -75,7 +75,7 @@ class Phicore:
     def __init__(self, model: str, backend: str = "jax", **options: Any) -> None:
         import phicore
 
-        self._model = phicore.load(model, backend, device="cpu", **options)
+        self._model = phicore.load(model, backend, device="cpu", prefix_cache_bytes=0, **options)
         self.vocab_size = self._model.vocab_size
 
     def about(self) -> str:

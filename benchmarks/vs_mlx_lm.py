@@ -175,7 +175,7 @@ class Phicore:
     """phicore's MLX backend."""
 
     def __init__(self, path: Path, dtype: str | None) -> None:
-        self._model = phicore.load(path, "mlx", dtype=dtype)
+        self._model = phicore.load(path, "mlx", dtype=dtype, prefix_cache_bytes=0)
         self.vocab_size = self._model.vocab_size
 
     def tokens(self, ids: list[int], count: int) -> Iterator[int]:

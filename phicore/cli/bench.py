@@ -115,7 +115,12 @@ def bench(
             reference = model_or_default(model, console.say)
         most = max(row.sequences for row in rows)
         with load(
-            reference, backend, progress=shown.work, max_sequences=most, **backend_options
+            reference,
+            backend,
+            progress=shown.work,
+            max_sequences=most,
+            prefix_cache_bytes=0,
+            **backend_options,
         ) as loaded:
             line("measuring", 0, 1)
             found = measure(loaded, rows, repetitions, shown.measuring)

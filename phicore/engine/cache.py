@@ -17,7 +17,7 @@ def bytes_of(layer: LayerCache) -> int:
     return sum(getattr(a, "nbytes", 4 * prod(a.shape)) for a in layer.values())
 
 
-@dataclass
+@dataclass(eq=False)
 class Cache:
     """The caches of all layers for B rows, and the positions that they hold.
 

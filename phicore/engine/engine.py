@@ -80,7 +80,7 @@ class Engine:
         self._lock = threading.Lock()
         self._aborted: deque[Sequence] = deque()
         self._again: deque[tuple[Sequence, States]] = deque()
-        self._reading: Rows | None = None
+        self._reading: list[Rows] = []
         self._ready: list[Rows] = []
         self._batches: dict[Kinds, Rows] = {}
 
@@ -335,9 +335,10 @@ class Engine:
             self.scheduler.waiting.remove(sequence)
         self._again = deque(pair for pair in self._again if pair[0] is not sequence)
         self._ready = [rows for rows in self._ready if sequence not in rows.sequences]
-        if self._reading is not None and sequence in self._reading.sequences:
-            self._keep(self._reading, sequence)
-            self._reading = None
+        for rows in self._reading:
+            if sequence in rows.sequences:
+                self._keep(rows, sequence)
+        self._reading = [rows for rows in self._reading if sequence not in rows.sequences]
         for kinds, rows in list(self._batches.items()):
             if sequence in rows.sequences:
                 self._keep(rows, sequence)
@@ -368,46 +369,49 @@ class Engine:
     # ---- reading ---------------------------------------------------------------------------
 
     def _read(self) -> list[Output]:
-        """Read a chunk of the sequence whose turn it is, or the first token after its last one."""
-        if self._reading is None and not self._place_next():
-            return []
-        rows = self._reading
-        assert rows is not None, "it was placed"
-        [sequence] = rows.live
+        """Read a chunk of one prompt, or the first token after the last chunk."""
+        outputs = self._place_waiting()
+        if not self._reading:
+            return outputs
+        reading = [rows.live[0] for rows in self._reading]
+        index = self.scheduler.next_chunk(reading)
+        rows, sequence = self._reading[index], reading[index]
         try:
             if not rows.pending:
                 self._read_chunk(rows, sequence)
-                return [Output(sequence)]
-            outputs = self._take_tokens(rows)
+                return [*outputs, Output(sequence)]
+            outputs += self._take_tokens(rows)
         except Exception as error:  # noqa: BLE001 - a processor may raise anything
-            return self._failed([sequence], error)
-        self._reading = None
+            return [*outputs, *self._failed([sequence], error)]
         if sequence.finish_reason is None:
+            self._reading.remove(rows)
             self._ready.append(rows)
         return outputs
 
-    def _place_next(self) -> bool:
-        """Give a row to the next sequence; return whether there is one."""
-        if self._again:
+    def _place_waiting(self) -> list[Output]:
+        """Give rows to the sequences that wait, as many as fit; return the outputs of failures."""
+        outputs = []
+        while self._again:
             sequence, states = self._again.popleft()
-            what = AGAIN
-        else:
-            if not self.scheduler.waiting or not self._has_memory_for(self.scheduler.waiting[0]):
-                return False
-            found = self.scheduler.next_to_read(self._decoding)
+            outputs += self._place(sequence, AGAIN, states)
+        while self.scheduler.waiting and self._has_memory_for(self.scheduler.waiting[0]):
+            found = self.scheduler.next_to_read(self._decoding + len(self._reading))
             if found is None:
-                return False
-            sequence, what = found, "prompt"
-            sequence.timings.start(len(sequence.request.prompt_ids))
-            try:
+                break
+            found.timings.start(len(found.request.prompt_ids))
+            outputs += self._place(found, "prompt")
+        return outputs
+
+    def _place(self, sequence: Sequence, what: str, states: States | None = None) -> list[Output]:
+        try:
+            if states is None:
                 states = first_states(self.runner.ops, sequence, self.vocab_size)
-            except Exception as error:  # noqa: BLE001 - a processor may raise anything
-                for output in self._failed([sequence], error):
-                    sequence.outputs.append(output)
-                return False
-        self._reading = self._rows(self._cache_for(sequence), [sequence], states)
+            rows = self._rows(self._cache_for(sequence), [sequence], states)
+        except Exception as error:  # noqa: BLE001 - a processor may raise anything
+            return self._failed([sequence], error)
+        self._reading.append(rows)
         self.progress(what, sequence.computed, sequence.given)
-        return True
+        return []
 
     def _has_memory_for(self, sequence: Sequence) -> bool:
         """Return whether a sequence fits beside those that run, however long all become.
@@ -416,8 +420,8 @@ class Engine:
         """
         if self._kv_bytes is None:
             return True
-        others = [s for rows in [*self._batches.values(), *self._ready] for s in rows.live]
-        others += [pair[0] for pair in self._again]
+        all_rows = [*self._batches.values(), *self._ready, *self._reading]
+        others = [other for rows in all_rows for other in rows.live]
         lengths = [len(s.request.prompt_ids) + s.limit for s in [*others, sequence]]
         slots = self.runner.capacity_for(max(lengths)) * len(lengths)
         room = self._kv_bytes - slots * self.runner.slot_bytes
@@ -452,7 +456,7 @@ class Engine:
         Every chunk samples a token. Only the token that the last chunk samples is used. The chunk
         before is waited for, so that nobody waits long for an abort, and its time is measured.
         """
-        others = self._decoding
+        others = self._decoding + len(self._reading) - 1
         most = self.scheduler.most_tokens(others)
         given = sequence.tokens[: sequence.given]
         chunk = self.runner.chunk_at(given, sequence.computed, most)

@@ -41,7 +41,7 @@ class Call:
     sequences: tuple[EngineSequence | None, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class Rows:
     """The cache of B sequences, and the arrays for their next step.
 

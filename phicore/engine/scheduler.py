@@ -18,6 +18,8 @@ PATIENCE = 32
 """A batch keeps a row that nobody needs for this many steps, since somebody may come."""
 BUDGET_S = 0.1
 """Running answers wait at most about this long while a part of a prompt is read."""
+OLDEST_EVERY = 4
+"""Every so many chunks, the oldest prompt that is read gets one."""
 NEWEST = 0.3
 """The weight of the newest measurement in the time that a token of a prompt takes."""
 
@@ -25,8 +27,10 @@ NEWEST = 0.3
 class Scheduler:
     """The queue of sequences that wait, and the rules by which they are served.
 
-    The first to come is read first. While one prompt is read, in chunks, the answers of others go
-    on between the chunks.
+    The first to come gets a row first. Of the prompts that are read, the one with the fewest tokens
+    left gets the next chunk, so that a short prompt does not wait for a long one. Every fourth
+    chunk is for the oldest one, so that it does not wait for ever. The answers of others go on
+    between the chunks.
 
     Attributes:
         waiting: The sequences that wait, the next one first.
@@ -41,6 +45,7 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.waiting: deque[Sequence] = deque()
         self._token_s: float | None = None
+        self._chunks = 0
 
     def add(self, sequence: Sequence) -> None:
         """Add a sequence at the end of the queue.
@@ -61,6 +66,18 @@ class Scheduler:
         if not self.waiting or running >= self.max_sequences:
             return None
         return self.waiting.popleft()
+
+    def next_chunk(self, reading: list[Sequence]) -> int:
+        """Return the index of the sequence that reads the next chunk.
+
+        Args:
+            reading: The sequences that are read, the oldest first.
+        """
+        self._chunks += 1
+        if self._chunks % OLDEST_EVERY == 0:
+            return 0
+        left = [sequence.given - sequence.computed for sequence in reading]
+        return left.index(min(left))
 
     def most_tokens(self, others: int) -> int | None:
         """Return how many tokens of a prompt may be read at once; None means any number.

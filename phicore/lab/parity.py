@@ -187,7 +187,7 @@ def parity(
     comparisons, parts = [], []
     first_trace: dict[str, np.ndarray] | None = None
     for name in backends:
-        with load(reference, backend=name, progress=progress) as model:
+        with load(reference, backend=name, progress=progress, prefix_cache_bytes=0) as model:
             if not ids:
                 ids = [model.encode(prompt, raw=True) for prompt in prompts]
             reading = read(model, ids, n_gen)

@@ -24,6 +24,18 @@ def test_first_come_first_served_within_the_rows():
     assert scheduler.next_to_read(0) is None
 
 
+def test_short_prompt_does_not_wait_for_a_long_one_nor_the_long_one_for_ever():
+    long, short = (Sequence(Request([1] * n), 1, "length", is_long=False) for n in (2000, 20))
+    scheduler, turns = Scheduler(), []
+    for _ in range(8):
+        turns.append(scheduler.next_chunk([long, short]))
+    assert turns == [1, 1, 1, 0, 1, 1, 1, 0]
+    equal = [Sequence(Request([1] * 50), 1, "length", is_long=False) for _ in range(3)]
+    equal[0].computed = 16
+    assert Scheduler().next_chunk(equal) == 0  # the first to come is read first
+    assert Scheduler().next_chunk(equal[1:]) == 0
+
+
 def test_too_many_that_wait_are_refused():
     scheduler = Scheduler(max_waiting=1)
     scheduler.add(sequence())
