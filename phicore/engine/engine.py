@@ -334,10 +334,10 @@ class Engine:
         if sequence in self.scheduler.waiting:
             self.scheduler.waiting.remove(sequence)
         self._again = deque(pair for pair in self._again if pair[0] is not sequence)
-        self._ready = [rows for rows in self._ready if sequence not in rows.sequences]
-        for rows in self._reading:
+        for rows in [*self._ready, *self._reading]:
             if sequence in rows.sequences:
                 self._keep(rows, sequence)
+        self._ready = [rows for rows in self._ready if sequence not in rows.sequences]
         self._reading = [rows for rows in self._reading if sequence not in rows.sequences]
         for kinds, rows in list(self._batches.items()):
             if sequence in rows.sequences:
