@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from api.tiny_models import write_tiny
@@ -69,3 +70,24 @@ def test_memory_does_not_grow_with_the_number_of_requests(model: phicore.Model) 
 def test_number_of_sequences_is_checked(count: object) -> None:
     with pytest.raises(phicore.ArgumentError, match=r"^max_sequences: expected 1 to 64"):
         phicore.load("not-looked-for", "numpy", max_sequences=count)  # type: ignore[arg-type]
+
+
+def test_threads_share_a_model_and_get_the_texts_of_each_alone(model: phicore.Model) -> None:
+    requests = [model.request(f"Hello {i}", seed=i, max_tokens=10 + i) for i in range(12)]
+    expected = [model.generate(request).text() for request in requests]
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda request: model.generate(request).text(), requests))
+    assert found == expected
+    assert model.engine.is_idle
+
+
+def test_generation_that_is_left_unfinished_does_not_stop_others(model: phicore.Model) -> None:
+    request = model.request("Hello", seed=1, max_tokens=20)
+    expected = model.generate(request).text()
+    left = model.generate(model.request("Hm", seed=2, max_tokens=100))
+    next(left)
+    assert model.generate(request).text() == expected
+    del left
+    gc.collect()
+    model.engine.step()
+    assert model.engine.is_idle
