@@ -232,9 +232,12 @@ class Engine:
                     yield output
                     if output.finish_reason is not None:
                         return
-                if sequence.finish_reason is not None:
-                    return
-                self.step()
+                if sequence.finish_reason is None:
+                    self.step()
+                    continue
+                with self._lock:  # another thread may be about to add the last output
+                    if not sequence.outputs:
+                        return
         finally:
             self.abort(sequence)
 
@@ -491,6 +494,7 @@ class Engine:
         """
         outputs: list[Output] = []
         rows = self._batches.get(kinds)
+        concerned = [*(rows.live if rows is not None else []), *self._ready_of(kinds)]
         try:
             if rows is None or self._must_rearrange(rows):
                 while rows is not None and rows.pending:
@@ -507,8 +511,8 @@ class Engine:
             if rows.pending:
                 outputs += self._take_tokens(rows)
         except Exception as error:  # noqa: BLE001 - no memory left, for example
-            concerned = [*(rows.live if rows is not None else []), *self._ready_of(kinds)]
-            outputs += self._failed(concerned, error)
+            going_on = [sequence for sequence in concerned if sequence.finish_reason is None]
+            outputs += self._failed(going_on, error)
         return outputs
 
     def _ready_of(self, kinds: Kinds) -> list[Sequence]:
@@ -594,8 +598,9 @@ class Engine:
 
     def _take_tokens(self, rows: Rows) -> list[Output]:
         """Wait for the tokens of the oldest call, and return what they are for each sequence."""
-        call = rows.pending.popleft()
+        call = rows.pending[0]
         values = self.runner.ops.to_numpy(call.tokens)[:, : call.count].tolist()
+        rows.pending.popleft()  # only now: Ctrl-C may end the wait, and others need the tokens
         outputs = []
         for row, sequence in enumerate(call.sequences):
             # A sequence that has ended meanwhile has left its row.

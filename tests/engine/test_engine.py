@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -101,6 +102,47 @@ def test_sequence_that_fails_leaves_nothing(engine: Engine):
         list(engine.generate(wrong))
     assert engine.step() == []
     assert engine.is_idle
+
+
+@pytest.mark.parametrize("name", ["insert", "rearrange", "decode", "read", "new_cache"])
+def test_backend_that_fails_ends_those_that_it_concerns_and_the_engine_goes_on(
+    name: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    def no_memory(*args: object, **options: object) -> None:
+        raise MemoryError("no memory left")
+
+    request = Request(PROMPT, GREEDY, max_tokens=5)
+    expected = list(engine.generate(request))
+    first, second = (engine.add(Request(PROMPT, GREEDY, max_tokens=20)) for _ in range(2))
+    if name in ("insert", "rearrange"):
+        while not first.answer:
+            engine.step()
+    monkeypatch.setattr(engine.runner, name, no_memory)
+    for _ in range(60):
+        engine.step()
+    assert engine.is_idle
+    assert (first.finish_reason, second.finish_reason) == ("error", "error")
+    with pytest.raises(MemoryError, match="no memory left"):
+        list(engine.outputs(first))
+    monkeypatch.undo()
+    assert list(engine.generate(request)) == expected
+
+
+def test_last_output_that_another_thread_adds_is_not_missed(engine: Engine):
+    sequence = engine.add(Request(PROMPT, GREEDY, max_tokens=4))
+    outputs = engine.outputs(sequence)
+    next(outputs)
+    while sequence.finish_reason is None:  # as another thread would
+        engine.step()
+    late = [sequence.outputs.pop()]
+    engine._lock.acquire()
+
+    def add() -> None:
+        sequence.outputs.extend(late)
+        engine._lock.release()
+
+    threading.Timer(0.2, add).start()
+    assert [output.finish_reason for output in outputs][-1] == "length"
 
 
 def test_prompt_that_does_not_fit_is_refused_at_once(engine: Engine):
