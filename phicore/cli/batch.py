@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -168,6 +168,7 @@ def run(
     *,
     ordered: bool,
     line: ProgressLine,
+    swallowed: Collection[object] = (),
 ) -> int:
     """Write the answers; return the number of requests without an answer.
 
@@ -175,6 +176,7 @@ def run(
         defaults: Options of `Model.request` for requests that do not give them.
         ordered: Whether answers are written in the order of the requests.
         line: Shows progress.
+        swallowed: The interrupts that a library has swallowed so far.
     """
     batch.check_model(model.reference)
     ids: list[Any] = []
@@ -190,7 +192,7 @@ def run(
         except OSError as error:
             raise ArgumentError(f"{batch.out}: {error.strerror}", parameter="out") from None
     with writing as file:
-        return _write(answers, file, ids, batch, model, line)
+        return _write(answers, file, ids, batch, model, line, swallowed)
 
 
 def _write(
@@ -200,6 +202,7 @@ def _write(
     batch: Batch,
     model: Model,
     line: ProgressLine,
+    swallowed: Collection[object],
 ) -> int:
     started, tokens, failed = time.perf_counter(), 0, 0
     for done, answer in enumerate(answers, start=1):
@@ -216,6 +219,8 @@ def _write(
             f"{batch.done + done} of {batch.total} answers, {tokens / took_s:.1f} tokens/s, "
             f"{duration(left_s)} left"
         )
+        if swallowed:
+            raise KeyboardInterrupt
     return failed
 
 

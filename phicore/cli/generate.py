@@ -263,7 +263,7 @@ def generate(
                 "rope_factors": rope_factors,
                 **sampling,
             }
-            _answer_all(requests, loaded, defaults, in_order, progress, console)
+            _answer_all(requests, loaded, defaults, in_order, progress, console, swallowed)
             return
         if session is not None and session.exists():
             console.say(f"session: {len(loaded.load_session(session))} tokens")
@@ -316,6 +316,7 @@ def _answer_all(
     is_in_order: bool,
     progress: ProgressLine,
     console: Console,
+    swallowed: list[object],
 ) -> None:
     """Write the answers to a file of requests, and say which requests have none.
 
@@ -327,7 +328,7 @@ def _answer_all(
     if batch.done:
         console.say(f"{batch.done} of {batch.total} answers are there already")
     console.text_begins()  # no progress of single prompts
-    run(batch, model, defaults, ordered=is_in_order, line=progress)
+    run(batch, model, defaults, ordered=is_in_order, line=progress, swallowed=swallowed)
     for problem in batch.problems:
         console.say(problem)
     if batch.problems:
