@@ -360,8 +360,7 @@ class Benchmark:
 
             def run(sampling: Sampling = sampling) -> Timings:
                 sequence = engine.add(Request([5] * 16, sampling, max_tokens=200, seed=1))
-                while engine.step([sequence])[0].finish_reason is None:
-                    pass
+                list(engine.outputs(sequence))
                 return sequence.timings
 
             run()  # compiles

@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from phicore.engine import Engine, Request
 from phicore.engine import Sequence as EngineSequence
-from phicore.errors import PhicoreError
 from phicore.plugins.observers import Observers
 from phicore.text.pieces import Piece, Pieces
 
@@ -36,6 +36,7 @@ class Generation:
         self.seed = sequence.request.seed
         self.prompt_ids = list(sequence.request.prompt_ids)
         self._sequence = sequence
+        self._abort = partial(engine.abort, sequence)
         self.timings = sequence.timings
         found = _pieces(engine, sequence, pieces)
         self._pieces = found if observers is None else observers.watch(self, found)
@@ -66,6 +67,7 @@ class Generation:
     def close(self) -> None:
         """Stop generating."""
         self._pieces.close()  # type: ignore[attr-defined]  # a generator
+        self._abort()  # a generator that was never begun does nothing when it is closed
 
     def __enter__(self) -> Self:
         return self
@@ -93,7 +95,7 @@ class Answer:
     token_ids: tuple[int, ...]
     finish_reason: str
     generation: Generation | None
-    error: PhicoreError | None = None
+    error: Exception | None = None
 
 
 class Answers:
@@ -108,7 +110,7 @@ class Answers:
         """Prepare to run requests.
 
         Args:
-            begin: Makes the generation of a request; it may raise PhicoreError.
+            begin: Makes the generation of a request; it may raise.
             engine: The engine that runs the generations.
             requests: The requests.
         """
@@ -141,7 +143,7 @@ class Answers:
                 return
             try:
                 self._running[index] = self._begin(request)
-            except PhicoreError as error:
+            except Exception as error:  # noqa: BLE001 - it stops no other request
                 yield Answer(index, "", (), "error", None, error)
             else:
                 self._pieces[index] = []
@@ -149,13 +151,14 @@ class Answers:
     def _collect(self) -> Iterator[Answer]:
         """Take the pieces that are there; yield the answers that are complete."""
         for index, generation in list(self._running.items()):
-            pieces, error, is_over = self._pieces[index], None, False
+            pieces, is_over = self._pieces[index], False
+            error: Exception | None = None
             try:
                 while generation.is_ready and not is_over:
                     piece = next(generation, None)
                     is_over = piece is None or piece.finish_reason is not None
                     pieces += [] if piece is None else [piece]
-            except PhicoreError as caught:
+            except Exception as caught:  # noqa: BLE001 - a processor may raise anything
                 error, is_over = caught, True
             if is_over:
                 generation.close()

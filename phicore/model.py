@@ -175,6 +175,7 @@ class Model:
     def _encoded(
         self,
         messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
         documents: Sequence[Mapping[str, Any]] | None,
         **for_template: Any,
     ) -> list[int]:
@@ -183,15 +184,30 @@ class Model:
         The other messages and the documents may be by anyone, and cannot add a turn of the chat.
         """
         escape = self.tokenizer.escape
-        turns = [
-            with_texts(turn, escape)
-            if isinstance(turn, Mapping) and turn.get("role") != "assistant"
-            else turn
-            for turn in messages
-        ]
-        documents = with_texts(documents, escape)
-        prompt = self.chat_template.render(turns, documents=documents, **for_template)
+        prompt = self.chat_template.render(
+            [self._escaped(message) for message in messages],
+            tools=with_texts(tools, escape),
+            documents=with_texts(documents, escape),
+            **for_template,
+        )
         return self.tokenizer.encode(prompt, escaped=True)
+
+    def _escaped(self, message: Message) -> Any:
+        """Return a message whose control tokens are text, unless it is the assistant's."""
+        if not isinstance(message, Mapping):
+            return message  # the chat template says what is wrong with it
+        if message.get("role") == "assistant":
+            return with_texts(message, self.tokenizer.escape_marks)
+        content, escape = message.get("content"), self.tokenizer.escape
+        found = with_texts(message, escape)
+        if isinstance(content, (list, tuple)):
+            given = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+            texts = self.tokenizer.escape_parts([t if isinstance(t, str) else "" for t in given])
+            found["content"] = [
+                {**part, "text": text} if isinstance(part, Mapping) and text else part
+                for part, text in zip(found["content"], texts, strict=True)
+            ]
+        return found
 
     def request(
         self,

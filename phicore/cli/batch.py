@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from phicore.model import Model
 
 _PROMPTS = ("prompt", "messages")
+_BEGINNING = '{"id": '  # of every answer
 _OPTIONS = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"),
     *("seed", "stop", "ignore_eos", "system", "raw", "tools", "documents", "chat_template_kwargs"),
@@ -45,19 +46,22 @@ class Batch:
         self.source = source
         self.out = out
         self.problems: list[str] = []
-        with _reading(source) as file:
-            self.total = sum(bool(line.strip()) for line in file)
+        self._lines = _read(source, "batch").split("\n")
+        self.total = sum(bool(line.strip()) for line in self._lines)
         self._answered: dict[Any, str | None] = {}
+        self._clean: str | None = None
         if out is not None and out.exists():
-            self._answered = _answered(out)
+            if out.samefile(source):
+                raise ArgumentError("the file of requests is no place for answers", parameter="out")
+            self._answered, self._clean = _answered(out)
 
     @property
     def done(self) -> int:
         """Return the number of answers that were there already."""
         return len(self._answered)
 
-    def check_model(self, reference: str) -> None:
-        """Check that the answers that are there come from the same model.
+    def prepare(self, reference: str) -> None:
+        """Check that the answers that are there come from the same model, and remove the others.
 
         Raises:
             ArgumentError: If they come from another one.
@@ -67,6 +71,10 @@ class Batch:
             raise ArgumentError(
                 f"{self.out} has answers of {others.pop()}; name another file", parameter="out"
             )
+        if self.out is not None and self._clean is not None:
+            new = self.out.with_name(f"{self.out.name}.new")
+            new.write_text(self._clean, encoding="utf-8")
+            new.replace(self.out)
 
     def requests(self, make: Callable[..., Request], ids: list[Any]) -> Iterator[Request]:
         """Make the requests that have no answer yet, one by one; bad lines are noted.
@@ -76,30 +84,31 @@ class Batch:
             ids: Gets the identifier of each request.
         """
         seen: set[Any] = set()
-        with _reading(self.source) as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
+        for number, line in enumerate(self._lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                id, prompt, options = _parsed(line, number)
+                if id in seen:
+                    raise ArgumentError(f"id {id!r} occurs twice")
+                seen.add(id)
+                if id in self._answered:
                     continue
-                try:
-                    id, prompt, options = _parsed(line, number)
-                    if id in seen:
-                        raise ArgumentError(f"id {id!r} occurs twice")
-                    seen.add(id)
-                    if id in self._answered:
-                        continue
-                    request = make(prompt, **options)
-                except PhicoreError as error:
-                    self.problems.append(f"line {number}: {error}")
-                    continue
-                ids.append(id)
-                yield request
+                request = make(prompt, **options)
+            except PhicoreError as error:
+                self.problems.append(f"line {number}: {error}")
+                continue
+            ids.append(id)
+            yield request
 
 
-def _reading(path: Path) -> Any:
+def _read(path: Path, parameter: str) -> str:
     try:
-        return path.open(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ArgumentError(f"{path}: {error.strerror}", parameter="batch") from None
+        raise ArgumentError(f"{path}: {error.strerror}", parameter=parameter) from None
+    except UnicodeDecodeError:
+        raise ArgumentError(f"{path}: not UTF-8 text", parameter=parameter) from None
 
 
 def _parsed(line: str, number: int) -> tuple[Any, Any, dict[str, Any]]:
@@ -121,44 +130,53 @@ def _parsed(line: str, number: int) -> tuple[Any, Any, dict[str, Any]]:
     if len(prompts) != 1:
         raise ArgumentError("expected 'prompt' or 'messages'")
     id = found.get("id", number)
-    if not isinstance(id, (str, int)) or isinstance(id, bool):
+    if not _is_id(id):
         raise ArgumentError(f"id: expected text or a whole number, found {id!r:.40}")
     options = {name: value for name, value in found.items() if name in _OPTIONS}
     return id, prompts[0], {name: value for name, value in options.items() if value is not None}
 
 
-def _answered(out: Path) -> dict[Any, str | None]:
-    """Return the models of the answers in a file by identifier.
+def _is_id(id: Any) -> bool:
+    """Return whether a value can identify a request: a whole number, or valid text."""
+    if isinstance(id, str):
+        return not any("\ud800" <= character <= "\udfff" for character in id)
+    return isinstance(id, int) and not isinstance(id, bool)
 
-    A last line that an interruption has cut, and lines with errors, are removed from the file.
+
+def _answered(out: Path) -> tuple[dict[Any, str | None], str | None]:
+    """Read a file of answers.
+
+    Returns:
+        The models of the answers by identifier; and the text of the file without the last line, if
+        an interruption has cut it, and without errors, or None if it has none of these.
+    Raises:
+        ArgumentError: If the file has something else in it.
     """
     found: dict[Any, str | None] = {}
     kept, is_clean = [], True
-    try:
-        text = out.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"{out}: cannot be read: {error}", parameter="out") from None
-    for line in text.splitlines(keepends=True):
+    *lines, last = _read(out, "out").split("\n")
+    for line in lines:
         try:
             answer = json.loads(line)
             id, model = answer["id"], answer["model"]
         except (ValueError, KeyError, TypeError):
-            if line.endswith("\n"):
-                raise ArgumentError(
-                    f"{out}: its lines are no answers; name another file", parameter="out"
-                ) from None
-            is_clean = False
-            continue
-        if "error" in answer or not line.endswith("\n"):
+            id = model = None
+        if not _is_id(id) or not isinstance(model, str):
+            raise _no_answers(out)
+        if "error" in answer:
             is_clean = False
             continue
         found[id] = model
-        kept.append(line)
-    if not is_clean:
-        new = out.with_name(f"{out.name}.new")
-        new.write_text("".join(kept), encoding="utf-8")
-        new.replace(out)
-    return found
+        kept.append(f"{line}\n")
+    if last:
+        is_clean = False
+        if not last.startswith(_BEGINNING[: len(last)]):
+            raise _no_answers(out)
+    return found, None if is_clean else "".join(kept)
+
+
+def _no_answers(out: Path) -> ArgumentError:
+    return ArgumentError(f"{out}: its lines are no answers; name another file", parameter="out")
 
 
 def run(
@@ -178,7 +196,7 @@ def run(
         line: Shows progress.
         swallowed: The interrupts that a library has swallowed so far.
     """
-    batch.check_model(model.reference)
+    batch.prepare(model.reference)
     ids: list[Any] = []
 
     def make(prompt: Any, **options: Any) -> Request:

@@ -7,6 +7,7 @@ depend on the others: a row sees its own slots, and its random numbers follow fr
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -28,7 +29,7 @@ from phicore.engine.runner import Runner
 from phicore.engine.scheduler import SIZES, Scheduler
 from phicore.engine.sequence import Output, Sequence
 from phicore.engine.steps import States
-from phicore.errors import ArgumentError, ContextError, PhicoreError
+from phicore.errors import ArgumentError, ContextError, PhicoreError, SessionError
 from phicore.gguf.reader import GGUFFile
 from phicore.network.architectures import Architecture, architecture_of
 from phicore.network.config import Phi3Config
@@ -36,6 +37,8 @@ from phicore.network.processors import Kinds
 from phicore.network.sampling import Sampling
 from phicore.network.weights import load_params, read_config
 from phicore.progress import AGAIN, Progress, silent
+
+log = logging.getLogger(__name__)
 
 EXPECTED_ANSWER = 512
 """A new cache has slots for the prompt and up to this many tokens of the answer. It can grow."""
@@ -210,8 +213,6 @@ class Engine:
             for kinds in list(dict.fromkeys([*self._batches, *(r.kinds for r in self._ready)])):
                 outputs += self._advance(kinds)
             outputs += self._read()
-            for output in outputs:
-                output.sequence.outputs.append(output)
         self._end_aborted_if_free()
         return outputs
 
@@ -293,12 +294,12 @@ class Engine:
         Raises:
             SessionError: If the backend's arrays cannot be saved, or the file cannot be written.
         """
-        with self._lock:
+        with self._lock:  # nobody may go on with this cache meanwhile
             known = self.prefixes.longest(tokens)
-        if known is None:
-            return 0
-        sessions.save(path, known, self.runner, model)
-        return len(known.tokens)
+            if known is None:
+                return 0
+            sessions.save(path, known, self.runner, model)
+            return len(known.tokens)
 
     def load_session(self, path: Path, model: str) -> Tokens[int]:
         """Load a session into the prefix cache, and return its tokens.
@@ -309,6 +310,10 @@ class Engine:
         known = sessions.load(path, self.runner, model)
         with self._lock:
             self.prefixes.add(known)
+            if known not in self.prefixes:
+                raise SessionError(
+                    f"{path}: {known.cache.bytes} bytes, more than the prefix cache may have"
+                )
         return list(map(int, known.tokens))
 
     # ---- who runs --------------------------------------------------------------------------
@@ -354,20 +359,39 @@ class Engine:
         if sequence.finish_reason == "error" or not self.prefixes.most_bytes:
             return
         index, cache = rows.sequences.index(sequence), rows.cache
-        # A sequence whose last tokens were not read yet may have used its last slot again.
-        full = int(cache.first[index]) + cache.capacity - 1
-        tokens = sequence.tokens[: min(sequence.computed, full)]
+        # The last token may not have been run. A sequence whose last tokens were not read yet may
+        # have used its last slots again.
+        full = int(cache.first[index]) + cache.capacity - self.runner.ops.capabilities.steps
+        tokens = sequence.tokens[:-1][: min(sequence.computed, full)]
         if len(tokens) < SHORTEST or cache.bytes > len(rows.sequences) * self.prefixes.most_bytes:
             return
-        if len(rows.sequences) > 1:
-            cache = self.runner.copy(cache, [index])
+        try:
+            if len(rows.sequences) > 1:
+                cache = self.runner.copy(cache, [index])
+        except Exception as error:  # noqa: BLE001 - no memory left, for example
+            log.warning("a prefix is not kept: %s", error)
+            return
         self.prefixes.add(Prefix(np.array(tokens, np.int32), sequence.is_long, cache))
+        if self._kv_bytes is not None:
+            self.prefixes.shrink(max(self._kv_bytes - self._running_bytes(rows), 0))
+
+    def _running_bytes(self, ended: Rows) -> int:
+        """Return the bytes of all caches of sequences that run, without a row that has ended."""
+        all_rows = [*self._batches.values(), *self._ready, *self._reading]
+        is_alone = len(ended.sequences) == 1
+        return sum(r.cache.bytes for r in all_rows if not (is_alone and r is ended))
 
     def _failed(self, sequences: Tokens[Sequence], error: Exception) -> list[Output]:
         """End sequences because of an error."""
         for sequence in sequences:
             self._end(sequence, "error")
-        return [Output(sequence, (), "error", error) for sequence in sequences]
+        return [self._told(Output(sequence, (), "error", error)) for sequence in sequences]
+
+    @staticmethod
+    def _told(output: Output) -> Output:
+        """Add an output to those of its sequence, at once: an interrupt must not lose it."""
+        output.sequence.outputs.append(output)
+        return output
 
     # ---- reading ---------------------------------------------------------------------------
 
@@ -382,7 +406,7 @@ class Engine:
         try:
             if not rows.pending:
                 self._read_chunk(rows, sequence)
-                return [*outputs, Output(sequence)]
+                return [*outputs, self._told(Output(sequence))]
             outputs += self._take_tokens(rows)
         except Exception as error:  # noqa: BLE001 - a processor may raise anything
             return [*outputs, *self._failed([sequence], error)]
@@ -402,7 +426,11 @@ class Engine:
             if found is None:
                 break
             found.timings.start(len(found.request.prompt_ids))
-            outputs += self._place(found, "prompt")
+            try:
+                outputs += self._place(found, "prompt")
+            except BaseException:  # Ctrl-C, which concerns others as little as possible
+                self.scheduler.waiting.appendleft(found)
+                raise
         return outputs
 
     def _place(self, sequence: Sequence, what: str, states: States | None = None) -> list[Output]:
@@ -412,25 +440,39 @@ class Engine:
             rows = self._rows(self._cache_for(sequence), [sequence], states)
         except Exception as error:  # noqa: BLE001 - a processor may raise anything
             return self._failed([sequence], error)
-        self._reading.append(rows)
         self.progress(what, sequence.computed, sequence.given)
+        self._reading.append(rows)
         return []
 
     def _has_memory_for(self, sequence: Sequence) -> bool:
         """Return whether a sequence fits beside those that run, however long all become.
 
-        All rows of a batch have the capacity of the longest. The prefix cache makes way.
+        All rows of a batch have the capacity of the longest. The prefix cache makes way, except for
+        what the sequence itself begins with.
         """
         if self._kv_bytes is None:
             return True
         all_rows = [*self._batches.values(), *self._ready, *self._reading]
         others = [other for rows in all_rows for other in rows.live]
+        if len(others) >= self.scheduler.max_sequences:
+            return False  # so nothing needs to make way
+        capacities = [rows.cache.capacity for rows in all_rows]
         lengths = [len(s.request.prompt_ids) + s.limit for s in [*others, sequence]]
-        slots = self.runner.capacity_for(max(lengths)) * len(lengths)
-        room = self._kv_bytes - slots * self.runner.slot_bytes
-        if room < 0 and others:
+        capacities.append(self.runner.capacity_for(max(lengths)))
+        known, is_taken = self.prefixes.touch(sequence.tokens, is_long=sequence.is_long)
+        copied = taken = 0
+        if known is not None:
+            capacities.append(known.cache.capacity)
+            copied, taken = (0, known.cache.bytes) if is_taken else (known.cache.bytes, 0)
+        # A row that is read has a cache of its own beside the batch, which may have unused rows.
+        rows = max(
+            self.scheduler.rows_wanted(1, len(lengths), 0),
+            1 + sum(len(rows.sequences) for rows in all_rows),
+        )
+        room = self._kv_bytes - max(capacities) * rows * self.runner.slot_bytes
+        if room < copied and others:
             return False
-        self.prefixes.shrink(max(room, 0))
+        self.prefixes.shrink(max(room, 0) + taken)
         return True
 
     def _cache_for(self, sequence: Sequence) -> Cache:
@@ -511,8 +553,10 @@ class Engine:
             if rows.pending:
                 outputs += self._take_tokens(rows)
         except Exception as error:  # noqa: BLE001 - no memory left, for example
-            going_on = [sequence for sequence in concerned if sequence.finish_reason is None]
-            outputs += self._failed(going_on, error)
+            outputs += self._failed(_going_on(concerned), error)
+        except BaseException:  # Ctrl-C; the batch may be half arranged
+            self._failed(_going_on(concerned), PhicoreError("interrupted"))
+            raise
         return outputs
 
     def _ready_of(self, kinds: Kinds) -> list[Sequence]:
@@ -629,7 +673,7 @@ class Engine:
                 break
         if sequence.finish_reason is None and len(sequence.answer) == sequence.limit:
             self._end(sequence, sequence.at_limit)
-        return Output(sequence, tuple(found), sequence.finish_reason)
+        return self._told(Output(sequence, tuple(found), sequence.finish_reason))
 
     # ---- scores ----------------------------------------------------------------------------
 
@@ -648,6 +692,10 @@ class Engine:
         if not np.isfinite(scores).all():
             raise PhicoreError(_NOT_FINITE)
         return scores
+
+
+def _going_on(sequences: Tokens[Sequence]) -> list[Sequence]:
+    return [sequence for sequence in sequences if sequence.finish_reason is None]
 
 
 _NOT_FINITE = (

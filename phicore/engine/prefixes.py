@@ -13,7 +13,7 @@ SHORTEST = 16
 """Fewer common tokens than this are read again, since that is as fast as to copy them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """The cache of an ended sequence.
 
@@ -91,6 +91,22 @@ class Prefixes:
         if most < len(entry.tokens):
             self._entries.append(entry)  # now the most recently used one
         return entry, most
+
+    def __contains__(self, prefix: Prefix) -> bool:
+        return any(entry is prefix for entry in self._entries)
+
+    def touch(self, tokens: Sequence[int], *, is_long: bool) -> tuple[Prefix | None, bool]:
+        """Return the entry that `find` would use, and whether it would be removed.
+
+        It becomes the most recently used one.
+        """
+        found = self.find(tokens, is_long=is_long)
+        if found is None:
+            return None, False
+        is_removed = found[0] not in self
+        if is_removed:
+            self._entries.append(found[0])
+        return found[0], is_removed
 
     def longest(self, tokens: Sequence[int]) -> Prefix | None:
         """Return the entry all of whose tokens a sequence begins with, the longest one."""

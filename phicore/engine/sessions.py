@@ -44,8 +44,8 @@ def save(path: Path, prefix: Prefix, runner: Runner, model: str) -> None:
         "form": _form(runner),
         "is_long": str(prefix.is_long),
         "first": str(first),
-        "checksum": _checksum(arrays),
     }
+    metadata["checksum"] = _checksum(arrays, metadata)
     new = path.with_name(f"{path.name}.new")
     try:
         save_file(arrays, new, metadata)
@@ -76,7 +76,7 @@ def load(path: Path, runner: Runner, model: str) -> Prefix:
         raise SessionError(f"{path}: cannot be read: {error.strerror}") from error
     except (SafetensorError, ValueError, TypeError) as error:
         raise SessionError(f"{path}: not a session file, or damaged: {error}") from error
-    if _checksum(arrays) != metadata.get("checksum"):
+    if _checksum(arrays, metadata) != metadata.get("checksum"):
         raise SessionError(f"{path}: damaged: its checksum is wrong; delete it")
     tokens = arrays.pop(_TOKENS)
     first, is_long = int(metadata["first"]), metadata["is_long"] == "True"
@@ -121,8 +121,10 @@ def _host(runner: Runner, array: Any) -> np.ndarray:
         raise SessionError(f"a cache of type {cache_type} cannot be saved; take f16") from error
 
 
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
-    checksum = 0
+def _checksum(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """Return a checksum of all arrays, and of the metadata except the checksum itself."""
+    said = sorted((name, value) for name, value in metadata.items() if name != "checksum")
+    checksum = zlib.crc32(repr(said).encode())
     for name in sorted(arrays):
         checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, checksum)
         checksum = zlib.crc32(name.encode(), checksum)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import tokenizers
 from tokenizers import AddedToken, normalizers
@@ -41,6 +41,23 @@ class ControlPieces:
             lambda found: self._names.get(found[0], found[0] + _BREAK),
             text,
         )
+
+    def escape_parts(self, texts: Sequence[str]) -> list[str]:
+        """Escape texts that may be joined, so that no spelling lies across their borders."""
+        escaped = []
+        for number, text in enumerate(texts):
+            before, after = "".join(texts[: number + 1]), "".join(texts[number + 1 :])
+            is_across = any(
+                before.endswith(piece[:cut]) and after.startswith(piece[cut:])
+                for piece in self.ids
+                for cut in range(1, len(piece))
+            )
+            escaped.append(self.escape(text) + (_BREAK if is_across else ""))
+        return escaped
+
+    def escape_marks(self, text: str) -> str:
+        """Return the text so that `unescaping` gives it back, its control tokens included."""
+        return text.replace(_MARK, self._names[_MARK])
 
     def unescaping(self, backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         """Return a tokenizer that takes marks away after it has looked for control tokens.

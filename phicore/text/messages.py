@@ -83,14 +83,11 @@ def plain(value: Any) -> Any:
 
 
 def with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """Return data with `change` applied to each string in it, except keys, roles and types."""
+    """Return data with `change` applied to each string in it, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {
-            key: item if key in ("role", "type") else with_texts(item, change)
-            for key, item in value.items()
-        }
+        return {with_texts(k, change): with_texts(item, change) for k, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [with_texts(item, change) for item in value]
     return value
@@ -104,13 +101,15 @@ def arrangements(messages: Sequence[Message]) -> Iterator[list[Turns]]:
 
     Some templates know no developer's message, some only a system message at the start, and some
     no system message. Each item is one way to place these messages, and has the forms that the
-    contents can have: as they are, with None beside tool calls, as texts, and as lists of parts.
+    contents can have: as they are, with None or an empty text beside tool calls, as texts, and as
+    lists of parts.
 
     Raises:
         TokenizerError: If `checked` raises it.
     """
     turns = checked(messages)
     forms = [turns, checked(messages, keep_none=True)]
+    forms.append([{"content": "", **turn} for turn in turns])
     forms += [[_with_content(turn, kind) for turn in turns] for kind in (str, list)]
     found: list[list[Turns]] = []
     for place in (list, _as_system, partial(_without_system, start=1), _without_system):
@@ -189,7 +188,7 @@ def texts_of(turn: Mapping[str, Any]) -> list[str]:
     content = turn.get("content") or ""
     if isinstance(content, str):
         return [content]
-    return [str(part.get("text", "")) for part in content if isinstance(part, dict)]
+    return [str(part.get("text") or "") for part in content if isinstance(part, dict)]
 
 
 # ---- what a template leaves out ------------------------------------------------------------

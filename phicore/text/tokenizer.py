@@ -288,6 +288,14 @@ class Tokenizer:
         """
         return self._control.escape(text)
 
+    def escape_parts(self, texts: Sequence[str]) -> list[str]:
+        """Escape texts that may be joined, so that no control token lies across their borders."""
+        return self._control.escape_parts(texts)
+
+    def escape_marks(self, text: str) -> str:
+        """Return a text for `encode(..., escaped=True)` whose control tokens stay such."""
+        return self._control.escape_marks(text)
+
     def control_tokens_in(self, text: str) -> list[int]:
         """Return the control tokens whose spellings are in the text, in the text's order."""
         return [self._control.ids[piece] for piece in self._control.found_in(text)]

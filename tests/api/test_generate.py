@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -277,6 +278,44 @@ def test_control_tokens_come_from_the_template_and_the_assistant(model: phicore.
     ):
         assert model.encode(messages).count(user) == count
     assert model.encode("a<|user|>", raw=True).count(user) == 1
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [["<|us", "er|>"], ["a<", "|user|", ">"], ["<|user|", "", ">b"], ["<|user|>", "<|user"]],
+)
+def test_control_token_across_parts_of_a_message_is_text(
+    model: phicore.Model, parts: list[str]
+) -> None:
+    content = [{"type": "text", "text": text} for text in parts]
+    whole = [{"role": "user", "content": "".join(parts)}]
+    ids = model.encode([{"role": "user", "content": content}])
+    assert ids.count(model.tokenizer.token_id("<|user|>")) == 1
+    assert model.tokenizer.decode(ids) == model.tokenizer.decode(model.encode(whole))
+
+
+def test_tools_keys_and_marks_add_no_control_token(tmp_path: Path) -> None:
+    template = "{{ tools | tojson }}{{ documents | tojson }}{% for m in messages %}{{ m | tojson }}"
+    path = write_tiny(tmp_path / "m.gguf", lambda w: set_template(w, template + "{% endfor %}"))
+    with phicore.load(path, "numpy") as model:
+        token = "<|user|>"
+        ids = model.encode(
+            [{"role": "user", "content": "a", "x": {token: {"type": token}}}],
+            tools=[{"name": token, "type": token}],
+            documents=[{token: token, "role": token}],
+        )
+        assert model.tokenizer.token_id(token) not in ids
+        assert model.tokenizer.decode(ids).count(token) == 7
+        text = "a\ufdd0.b\ufdd00.c"
+        turns = [{"role": "assistant", "content": text}, {"role": "user", "content": text}]
+        assert model.tokenizer.decode(model.encode(turns)).count(text) == 2
+
+
+def set_template(writer: Any, template: str) -> None:
+    key = "tokenizer.chat_template"
+    for values in writer.kv_data:
+        values.pop(key, None)
+    writer.add_chat_template(template)
 
 
 def test_control_token_in_a_text_is_told(

@@ -6,7 +6,9 @@ import gc
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import pytest
 from api.tiny_models import write_tiny
 
@@ -42,6 +44,31 @@ def test_request_that_is_refused_stops_no_other(model: phicore.Model) -> None:
     assert refused.finish_reason == "error"
     assert str(refused.error).startswith("the prompt has 5000 tokens")
     assert first.text == last.text != ""
+
+
+def test_processor_that_raises_anything_stops_no_other(model: phicore.Model) -> None:
+    class Broken(phicore.LogitsProcessor):
+        def start(self, prompt: object, vocab_size: int) -> dict[str, np.ndarray]:
+            raise ValueError("no state")
+
+        @classmethod
+        def apply(cls, ops: Any, logits: Any, state: Any) -> Any:
+            return logits
+
+    good = model.request("Hello", seed=1, max_tokens=3)
+    broken = model.request("Hello", processors=[Broken()])
+    first, failed, last = model.generate_many([good, broken, good], ordered=True)
+    assert (failed.finish_reason, str(failed.error)) == ("error", "no state")
+    assert first.text == last.text != ""
+
+
+def test_generation_that_is_closed_before_it_begins_leaves_the_engine(
+    model: phicore.Model,
+) -> None:
+    model.generate("Hello").close()
+    with model.generate("Hello"):
+        pass
+    assert model.engine.is_idle
 
 
 def test_closed_early_leaves_nothing(model: phicore.Model) -> None:

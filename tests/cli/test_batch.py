@@ -102,6 +102,57 @@ def test_bad_line_is_told_and_stops_no_other(batch: Callable, tmp_path: Path, li
     assert {answer["id"] for answer in read(tmp_path / "out.jsonl")} == {"two", 3}
 
 
+def test_file_of_requests_is_never_a_file_of_answers(phicore: Callable, tiny: Path, tmp_path: Path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "Hello"}', encoding="utf-8")  # without a newline at its end
+    for out in (source, tmp_path / "notes.txt"):
+        out.write_text('{"prompt": "Hello"}', encoding="utf-8")
+        result = phicore("generate", "-m", tiny, "-b", "numpy", "--batch", source, "--out", out)
+        assert result.code == 2
+        assert out.read_text(encoding="utf-8") == '{"prompt": "Hello"}'
+
+
+def test_odd_characters_in_ids_and_texts_are_kept(batch: Callable, tmp_path: Path):
+    lines = [
+        {"id": "a\u2028b\u0085", "prompt": "a\u2029", "seed": 1},
+        '{"id": "\\ud800", "prompt": "a"}',
+    ]
+    result = batch(lines)
+    assert result.code == 1
+    assert "line 2: id: expected text or a whole number" in result.err
+    assert [answer["id"] for answer in read_lines(tmp_path / "out.jsonl")] == ["a\u2028b\u0085"]
+    assert "1 of 2 answers are there already" in batch(lines).err
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_requests_come_from_a_pipe(tiny: Path):
+    command = [sys.executable, "-m", "phicore", "generate", "-m", str(tiny), "-b", "numpy"]
+    if not Path("/dev/stdin").exists():
+        pytest.skip("this system has no /dev/stdin")
+    done = subprocess.run(
+        [*command, "-n", "2", "--batch", "/dev/stdin"],
+        input=b'{"prompt": "Hello"}\n{"prompt": "Hi"}\n',
+        capture_output=True,
+        check=True,
+    )
+    assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("content", [b"\xff\n", b'{"id": [1], "model": "x"}\n', b"[]\n", b'{"id"'])
+def test_file_that_has_something_else_is_refused(batch: Callable, tmp_path: Path, content: bytes):
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(content)
+    result = batch(LINES)
+    if content == b'{"id"':  # the beginning of an answer
+        assert result.code == 0
+    else:
+        assert (result.code, out.read_bytes()) == (2, content)
+        assert result.err.count("\n") == 1
+
+
 def test_request_that_does_not_fit_has_an_error_for_an_answer(batch: Callable, tmp_path: Path):
     long = {"id": "long", "prompt": "word " * 5000}
     result = batch([long, LINES[0]])

@@ -12,7 +12,7 @@ import pytest
 from api.tiny_models import write_tiny
 
 import phicore
-from phicore import ArgumentError, ContextError
+from phicore import ArgumentError, ContextError, PhicoreError
 from phicore.backend import Backend
 from phicore.engine import Engine, Output, Request
 from phicore.network.processors import LogitBias
@@ -126,6 +126,29 @@ def test_backend_that_fails_ends_those_that_it_concerns_and_the_engine_goes_on(
         list(engine.outputs(first))
     monkeypatch.undo()
     assert list(engine.generate(request)) == expected
+
+
+def test_interrupt_in_a_step_leaves_nobody_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    sequences = [engine.add(Request(PROMPT, GREEDY, max_tokens=20)) for _ in range(2)]
+    while not sequences[0].answer:
+        engine.step()
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.runner, "insert", interrupted)
+
+    def run_on() -> None:
+        while True:
+            engine.step()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on()
+    monkeypatch.undo()
+    for sequence in sequences:
+        with pytest.raises(PhicoreError, match="interrupted"):
+            list(engine.outputs(sequence))
+    assert engine.is_idle
 
 
 def test_last_output_that_another_thread_adds_is_not_missed(engine: Engine):

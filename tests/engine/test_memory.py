@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from api.tiny_models import write_tiny
 from conftest import make_backend
@@ -75,6 +76,45 @@ def test_prefix_cache_makes_way(path: Path):
     list(engine.generate(Request([3] * 20, GREEDY, max_tokens=300)))
     assert engine.prefixes.bytes <= 10**9
     assert [e.tokens[0] for e in engine.prefixes._entries] == [3]
+
+
+def test_limit_holds_with_prefixes_that_are_copied_and_kept(path: Path):
+    engine = limited(path, 2048)
+    engine.prefixes.most_bytes = 10**9
+    start = np.random.default_rng(0).integers(0, 80, 300).tolist()
+    list(engine.generate(Request(start, GREEDY, max_tokens=90)))
+
+    def held() -> int:
+        all_rows = [*engine._batches.values(), *engine._ready, *engine._reading]
+        return sum(rows.cache.bytes for rows in all_rows) + engine.prefixes.bytes
+
+    for seed in range(6):
+        engine.add(Request([*start[:20], seed], GREEDY, max_tokens=9 + seed))
+        engine.add(Request([seed, *start[:30]], GREEDY, max_tokens=5))
+    while not engine.is_idle:
+        engine.step()
+        assert held() <= 2048 * engine.runner.slot_bytes
+
+
+def test_prefix_that_the_next_sequence_needs_does_not_make_way(path: Path):
+    engine = limited(path, 1024)
+    engine.prefixes.most_bytes = 10**9
+    first = np.random.default_rng(0).integers(0, 80, 300).tolist()
+    list(engine.generate(Request(first, GREEDY, max_tokens=3)))
+    sequence = engine.add(Request([*first, 1, 2], GREEDY, max_tokens=-1))
+    while not sequence.answer:
+        engine.step()
+    assert sequence.timings.cached_tokens == 300
+    engine.abort(sequence)
+    engine.scheduler.max_sequences = 1
+    running = engine.add(Request([5] * 20, GREEDY, max_tokens=30))
+    engine.step()
+    kept = len(engine.prefixes)
+    engine.add(Request([6] * 20, GREEDY, max_tokens=600))  # waits for a row
+    for _ in range(5):
+        engine.step()
+    assert running.finish_reason is None
+    assert len(engine.prefixes) == kept > 0
 
 
 def test_model_with_a_window_needs_no_more_than_the_window(tmp_path: Path):

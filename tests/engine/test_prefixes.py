@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from api.tiny_models import write_tiny
-from conftest import make_backend
+from conftest import BACKENDS, make_backend
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,6 +80,51 @@ def test_sequences_together_use_what_was_computed(path: Path):
             warm.step()
         assert [sequence.answer for sequence in sequences] == expected
         assert all(sequence.timings.cached_tokens >= 50 for sequence in sequences)
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.parametrize("name", [name for name in ("numpy", "jax") if name in BACKENDS])
+def test_prefix_has_only_what_was_run(name: str, steps: int, path: Path):
+    """Calls of several steps end early at an end token; rows that are done run along."""
+    ops = make_backend(name)
+    ops.capabilities = replace(ops.capabilities, steps=steps, asynchronous=True)
+    cold, warm = engine_of(ops, path), with_prefixes(ops, path)
+    prompt = random_tokens(40)
+    for seed in range(4):
+        answer, _ = run(cold, prompt, seed=seed, max_tokens=30)
+        ends = frozenset({answer[10 + seed]})
+        answer, _ = run(warm, prompt, seed=seed, max_tokens=30, ends=ends)
+        longer = [*prompt, *answer, *random_tokens(4, seed=seed)]
+        assert run(warm, longer) == (run(cold, longer)[0], len(longer) - 5)
+        warm.prefixes.clear()
+    for size in range(249, 257):  # ends within the last slots of the cache
+        prompt = random_tokens(size - 8)
+        other = warm.add(Request(random_tokens(200, seed=7), GREEDY, max_tokens=40))
+        answer, _ = run(warm, prompt, max_tokens=8)
+        longer = [*prompt, *answer, *random_tokens(4, seed=size)]
+        assert run(warm, longer)[0] == run(cold, longer)[0], size
+        warm.abort(other)
+        warm.prefixes.clear()
+
+
+def test_prefix_that_cannot_be_kept_harms_nobody(path: Path, monkeypatch: pytest.MonkeyPatch):
+    engine = with_prefixes(make_backend("numpy"), path)
+    requests = [Request(random_tokens(30, i), GREEDY, max_tokens=9 + i) for i in range(3)]
+    expected = [list(engine.generate(request)) for request in requests]
+
+    def no_memory(*args: object) -> None:
+        raise MemoryError("no memory left")
+
+    sequences = [engine.add(request) for request in requests]
+    aborted = engine.add(Request(random_tokens(30, 9), GREEDY, max_tokens=90))
+    while len(aborted.answer) < 2:
+        engine.step()
+    monkeypatch.setattr(engine.runner, "copy", no_memory)
+    engine.abort(aborted)
+    monkeypatch.undo()
+    while not engine.is_idle:
+        engine.step()
+    assert [sequence.answer for sequence in sequences] == expected
 
 
 def test_what_an_aborted_sequence_has_read_is_used(path: Path):

@@ -319,6 +319,17 @@ def test_render_template_that_asks_for_none_beside_tool_calls_gets_it() -> None:
     assert ChatTemplate(source).render(turns) == "userA<clock>"
 
 
+def test_render_tool_call_without_content_in_a_template_that_concatenates() -> None:
+    source = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    turns = [user("A"), {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}]
+    assert ChatTemplate(source).render(turns) == "userAassistant"
+
+
+def test_render_part_without_text_is_empty() -> None:
+    parts = [{"type": "text", "text": None}, {"type": "text", "text": "a"}]
+    assert ChatTemplate(SHOW).render([{"role": "user", "content": parts}]) == "[user]a"
+
+
 @pytest.mark.parametrize(
     "source",
     [
