@@ -115,7 +115,7 @@ def test_text_is_the_same_alone_and_in_a_crowd(ops: Backend, path: Path, count: 
     engine, made = engine_of(ops, path), requests(count, seed=count, longest=count + 7)
     expected = alone(engine, made)
     assert together(engine, made) == expected
-    for seed in range(count // 5):
+    for seed in range(1 if count == 5 else 2):
         assert together(engine, made, seed) == expected
 
 
