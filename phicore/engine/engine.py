@@ -326,6 +326,11 @@ class Engine:
         )
 
     @property
+    def _all_rows(self) -> list[Rows]:
+        """Return the rows of all sequences that have some."""
+        return [*self._batches.values(), *self._ready, *self._reading]
+
+    @property
     def _decoding(self) -> int:
         """Return the number of sequences whose answers wait while a prompt is read."""
         return len(self._ready) + sum(len(rows.live) for rows in self._batches.values())
@@ -377,18 +382,17 @@ class Engine:
 
     def _running_bytes(self, ended: Rows) -> int:
         """Return the bytes of all caches of sequences that run, without a row that has ended."""
-        all_rows = [*self._batches.values(), *self._ready, *self._reading]
         is_alone = len(ended.sequences) == 1
-        return sum(r.cache.bytes for r in all_rows if not (is_alone and r is ended))
+        return sum(r.cache.bytes for r in self._all_rows if not (is_alone and r is ended))
 
     def _failed(self, sequences: Tokens[Sequence], error: Exception) -> list[Output]:
         """End sequences because of an error."""
         for sequence in sequences:
             self._end(sequence, "error")
-        return [self._told(Output(sequence, (), "error", error)) for sequence in sequences]
+        return [self._put(Output(sequence, (), "error", error)) for sequence in sequences]
 
     @staticmethod
-    def _told(output: Output) -> Output:
+    def _put(output: Output) -> Output:
         """Add an output to those of its sequence, at once: an interrupt must not lose it."""
         output.sequence.outputs.append(output)
         return output
@@ -406,7 +410,7 @@ class Engine:
         try:
             if not rows.pending:
                 self._read_chunk(rows, sequence)
-                return [*outputs, self._told(Output(sequence))]
+                return [*outputs, self._put(Output(sequence))]
             outputs += self._take_tokens(rows)
         except Exception as error:  # noqa: BLE001 - a processor may raise anything
             return [*outputs, *self._failed([sequence], error)]
@@ -452,7 +456,7 @@ class Engine:
         """
         if self._kv_bytes is None:
             return True
-        all_rows = [*self._batches.values(), *self._ready, *self._reading]
+        all_rows = self._all_rows
         others = [other for rows in all_rows for other in rows.live]
         if len(others) >= self.scheduler.max_sequences:
             return False  # so nothing needs to make way
@@ -465,11 +469,11 @@ class Engine:
             capacities.append(known.cache.capacity)
             copied, taken = (0, known.cache.bytes) if is_taken else (known.cache.bytes, 0)
         # A row that is read has a cache of its own beside the batch, which may have unused rows.
-        rows = max(
+        count = max(
             self.scheduler.rows_wanted(1, len(lengths), 0),
             1 + sum(len(rows.sequences) for rows in all_rows),
         )
-        room = self._kv_bytes - max(capacities) * rows * self.runner.slot_bytes
+        room = self._kv_bytes - max(capacities) * count * self.runner.slot_bytes
         if room < copied and others:
             return False
         self.prefixes.shrink(max(room, 0) + taken)
@@ -507,7 +511,7 @@ class Engine:
         chunk = self.runner.chunk_at(given, sequence.computed, most)
         if sequence.computed:
             self.runner.ops.to_numpy(rows.token)
-            self._tell(sequence, sequence.computed)
+            self._report(sequence, sequence.computed)
         state, compile_s = (rows.penalty, rows.states), sequence.timings.compile_s
         started = time.perf_counter()
         self.runner.read(rows, chunk)
@@ -522,7 +526,7 @@ class Engine:
         else:
             rows.penalty, rows.states = state
 
-    def _tell(self, sequence: Sequence, done: int) -> None:
+    def _report(self, sequence: Sequence, done: int) -> None:
         """Report how many of the given tokens are read."""
         self.progress(AGAIN if sequence.is_read_again else "prompt", done, sequence.given)
 
@@ -665,7 +669,7 @@ class Engine:
             rows.tell(sequence, value)
             sequence.timings.count_token()
             if len(sequence.answer) == sequence.given - len(sequence.request.prompt_ids):
-                self._tell(sequence, sequence.given)
+                self._report(sequence, sequence.given)
             sequence.answer.append(value)
             found.append(value)
             if value in sequence.request.ends:
@@ -673,7 +677,7 @@ class Engine:
                 break
         if sequence.finish_reason is None and len(sequence.answer) == sequence.limit:
             self._end(sequence, sequence.at_limit)
-        return self._told(Output(sequence, tuple(found), sequence.finish_reason))
+        return self._put(Output(sequence, tuple(found), sequence.finish_reason))
 
     # ---- scores ----------------------------------------------------------------------------
 
