@@ -276,6 +276,8 @@ class Backend(ABC):
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
         """Make an empty cache for one layer with `capacity` slots in each row.
 
+        Slots that are not in use hold zeros, or anything that `attention` does not let through.
+
         Raises:
             BackendError: If the cache type cannot hold heads of this size.
         """
@@ -286,17 +288,6 @@ class Backend(ABC):
     def _cache_type(self) -> str:
         assert self.options.cache_type is not None, "filled in by Capabilities.accept"
         return self.options.cache_type
-
-    def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
-        """Copy a cache into a larger one with `capacity` slots; the new slots hold zeros."""
-        xp = self.xp
-        return {
-            name: xp.concat(
-                [a, xp.zeros((*a.shape[:2], capacity - a.shape[2], *a.shape[3:]), dtype=a.dtype)],
-                axis=2,
-            )
-            for name, a in cache.items()
-        }
 
     def shift_cache(self, cache: LayerCache, count: Array) -> LayerCache:
         """Free the first slots of each row: slot j gets the contents of slot j + count.
@@ -317,34 +308,50 @@ class Backend(ABC):
 
         return {name: shift(a) for name, a in cache.items()}
 
-    def take_rows(self, arrays: Mapping[str, Array], rows: Array) -> dict[str, Array]:
-        """Copy rows of arrays: the cache of a layer, or other arrays (B, ...).
+    def copy_rows(self, cache: LayerCache, rows: Array, slots: Array, capacity: int) -> LayerCache:
+        """Copy rows of a cache into a new one, which may have another number of slots.
+
+        Like `new_cache`, this is not called within a compiled function.
 
         Args:
-            arrays: Arrays by name, each (B, ...).
             rows: The indices of the rows to copy, in order, (N,) int32. One may occur repeatedly.
+            slots: The number of slots of each of these rows that are in use, (N,) int32, at most
+                `capacity`. A backend may leave out the others.
+            capacity: The number of slots of the new cache.
         Returns:
-            Arrays (N, ...) with the same names. They share no memory with `arrays`.
+            A cache of N rows, which shares no memory with the old one.
         """
-        return {name: self.xp.take(a, rows, axis=0) for name, a in arrays.items()}
+        take = self.xp.take
+        return {n: self._with_slots(take(a, rows, axis=0), capacity) for n, a in cache.items()}
 
     def insert_row(
-        self, arrays: Mapping[str, Array], row: Mapping[str, Array], index: Array
-    ) -> dict[str, Array]:
-        """Replace one row of arrays (B, ...).
+        self, cache: LayerCache, row: LayerCache, index: Array, slots: Array
+    ) -> LayerCache:
+        """Replace one row of a cache by a cache of one row, which may have fewer slots.
+
+        This method may write into the cache that it is given.
 
         Args:
-            arrays: Arrays by name, each (B, ...).
-            row: Arrays (1, ...) with the same names.
+            row: The new row.
             index: The index of the row to replace, (1,) int32.
+            slots: The number of slots of the new row that are in use, (1,) int32. A backend may
+                leave out the others.
         """
         xp = self.xp
 
         def put(old: Array, new: Array) -> Array:
             is_row = xp.arange(old.shape[0], dtype=xp.int32) == index
+            new = self._with_slots(new, old.shape[2])
             return xp.where(xp.reshape(is_row, (-1, *(1 for _ in old.shape[1:]))), new, old)
 
-        return {name: put(a, row[name]) for name, a in arrays.items()}
+        return {name: put(a, row[name]) for name, a in cache.items()}
+
+    def _with_slots(self, a: Array, capacity: int) -> Array:
+        """Give an array (B, K, S, ...) this number of slots: cut it, or add zeros."""
+        if a.shape[2] >= capacity:
+            return a[:, :, :capacity, ...]
+        shape = (*a.shape[:2], capacity - a.shape[2], *a.shape[3:])
+        return self.xp.concat([a, self.xp.zeros(shape, dtype=a.dtype)], axis=2)
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, slots: Array) -> LayerCache:
         """Store the keys and values of new tokens.

@@ -56,12 +56,6 @@ class Cache:
         """Return whether a row lacks slots for `count` tokens from its position in `starts` on."""
         return bool((starts + count - self.first > self.capacity).any())
 
-    def grow(self, capacity: int) -> None:
-        """Grow the cache to this capacity, if it is smaller."""
-        if capacity > self.capacity:
-            self.layers = [self.ops.grow_cache(layer, capacity) for layer in self.layers]
-            self.capacity = capacity
-
     def unseen(self, starts: np.ndarray, count: int, window: int) -> np.ndarray:
         """Return how many slots each row can free, (B,) int32; 0 for a row that has room.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from phicore.backend import Backend, LayerCache, Params
 from phicore.engine.cache import Cache
-from phicore.engine.steps import Arrays, Steps
+from phicore.engine.steps import States, Steps
 from phicore.engine.timings import Timings
 from phicore.network.processors import Kinds
 from phicore.network.rope import Tables
@@ -31,7 +31,7 @@ class Compiled:
         self._ops = ops
         self._params = params
         self.progress = progress
-        self._functions: dict[tuple[str, Kinds], Callable[..., Any]] = {}
+        self._functions: dict[tuple[str, Any], Callable[..., Any]] = {}
         self._called: set[Any] = set()
 
     def step(self, kinds: Kinds) -> Callable[..., Any]:
@@ -100,21 +100,34 @@ class Compiled:
 
     def shift(self, layers: list[LayerCache], counts: np.ndarray) -> list[LayerCache]:
         """Free the first `counts` (B,) slots of each row."""
-        return self._moved("shift", layers, self._ops.asarray(counts))
+        count = self._ops.asarray(counts)
+        return [self._moved("shift", layer, count) for layer in layers]
 
-    def take(self, arrays: Sequence[Arrays], rows: np.ndarray) -> list[Any]:
-        """Copy the rows with the indices `rows` (B,), in this order."""
-        return self._moved("take", arrays, self._ops.asarray(rows), donate=())
+    def insert(
+        self, layers: list[LayerCache], row: list[LayerCache], index: int, slots: int
+    ) -> list[LayerCache]:
+        """Replace the row `index`, of which `slots` are in use; see `Backend.insert_row`."""
+        args = [self._ops.asarray(np.array([number], np.int32)) for number in (index, slots)]
+        pairs = zip(layers, row, strict=True)
+        return [self._moved("insert", layer, one, *args) for layer, one in pairs]
 
-    def insert(self, arrays: Sequence[Arrays], row: Sequence[Arrays], index: int) -> list[Any]:
-        """Replace the row `index` by the only row of `row`."""
-        return self._moved("insert", arrays, row, self._ops.asarray(np.array([index], np.int32)))
+    def take_states(self, states: States, rows: np.ndarray) -> States:
+        """Return the states of logits processors with these indices (B,), in this order."""
+        return self._moved("take", states, self._ops.asarray(rows), donate=())
 
-    def _moved(self, name: str, *args: Any, donate: Sequence[int] = (0,)) -> list[Any]:
+    def put_states(self, states: States, row: States, index: int) -> States:
+        """Replace the states of logits processors with the index by the only ones of `row`."""
+        return self._moved("put", states, row, self._ops.asarray(np.array([index], np.int32)))
+
+    def _moved(self, name: str, *args: Any, donate: Sequence[int] = (0,)) -> Any:
+        """Call a function of `Steps` that moves slots, rows or states.
+
+        Layers are moved one by one, so that little is compiled.
+        """
         key = name, ()
         if key not in self._functions:
             self._functions[key] = self._ops.compile(getattr(self.pure, name), donate=donate)
-        shapes = (name, *map(_shapes, args)) if self._ops.capabilities.compiles else None
+        shapes = (key, *map(_shapes, args)) if self._ops.capabilities.compiles else None
         return self._call(shapes, self._functions[key], args)
 
 

@@ -260,10 +260,10 @@ class Engine:
         sizes = [size for size in SIZES if size <= self.scheduler.max_sequences]
         one = self.runner.new_cache(1)
         for size in sizes:
-            cache = self.runner.copy(one, [0] * size)
+            cache = self.runner.copy(one, [0] * size, np.ones(size))
             for other in sizes:
-                self.runner.copy(cache, [0] * other)
-            cache.layers = self.runner.steps.insert(cache.layers, one.layers, 0)
+                self.runner.copy(cache, [0] * other, np.ones(other))
+            cache.layers = self.runner.steps.insert(cache.layers, one.layers, 0, 1)
             for sampling in samplings:
                 sequence = Sequence(Request([0], sampling, max_tokens=2), 2, "length", False)
                 self.runner.decode(self._rows(cache, [sequence] * size, []), 1)
@@ -366,13 +366,16 @@ class Engine:
         index, cache = rows.sequences.index(sequence), rows.cache
         # The last token may not have been run. A sequence whose last tokens were not read yet may
         # have used its last slots again.
-        full = int(cache.first[index]) + cache.capacity - self.runner.ops.capabilities.steps
+        first = int(cache.first[index])
+        full = first + cache.capacity - self.runner.ops.capabilities.steps
         tokens = sequence.tokens[:-1][: min(sequence.computed, full)]
         if len(tokens) < SHORTEST or cache.bytes > len(rows.sequences) * self.prefixes.most_bytes:
             return
         try:
             if len(rows.sequences) > 1:
-                cache = self.runner.copy(cache, [index])
+                room = self.runner.capacity_for(len(tokens) - first + EXPECTED_ANSWER)
+                capacity, end = min(room, cache.capacity), np.array([len(tokens)])
+                cache = self.runner.copy(cache, [index], end, capacity)
         except Exception as error:  # noqa: BLE001 - no memory left, for example
             log.warning("a prefix is not kept: %s", error)
             return
@@ -484,17 +487,18 @@ class Engine:
 
         Its capacity is for the given tokens and a part of the answer.
         """
-        needed = sequence.given + min(sequence.left, EXPECTED_ANSWER)
+        answer = min(sequence.left, EXPECTED_ANSWER)
         found = self.prefixes.find(sequence.tokens, is_long=sequence.is_long)
         if found is None:
-            return self.runner.new_cache(needed, sequence.is_long)
+            return self.runner.new_cache(sequence.given + answer, sequence.is_long)
         prefix, sequence.computed = found
         if not sequence.is_read_again:
             sequence.timings.cached_tokens = sequence.computed
-        is_used_up = sequence.computed == len(prefix.tokens)
-        cache = prefix.cache if is_used_up else self.runner.copy(prefix.cache, [0])
-        self.runner.grow(cache, needed)
-        return cache
+        cache, end = prefix.cache, sequence.computed
+        capacity = self.runner.capacity_for(sequence.given + answer - int(cache.first[0]))
+        if end == len(prefix.tokens) and capacity <= cache.capacity:
+            return cache
+        return self.runner.copy(cache, [0], np.array([end]), capacity)
 
     def _rows(self, cache: Cache, sequences: Tokens[Sequence | None], states: States) -> Rows:
         return Rows.of(cache, sequences, states, context=self.context)
@@ -595,7 +599,7 @@ class Engine:
         if size != len(rows.sequences):
             indices = [i for i, sequence in enumerate(rows.sequences) if sequence is not None]
             sequences = [*rows.live, *[None] * (size - len(indices))]
-            self.runner.rearrange(rows, [*indices, *[indices[0]] * (size - len(indices))])
+            self.runner.rearrange(rows, indices, size)
             rows.sequences = sequences
         for ready in new:
             index = rows.sequences.index(None)
@@ -620,7 +624,7 @@ class Engine:
         Source: `prepare_inputs_for_generation` of transformers (modeling_phi3.py).
         """
         row = np.array([rows.sequences.index(sequence)], np.int32)
-        states = self.runner.steps.take(rows.states, row) if rows.states else []
+        states = self.runner.steps.take_states(rows.states, row) if rows.states else []
         sequence.timings.start_again()
         sequence.read_again(is_long=True)
         rows.end(sequence)

@@ -207,39 +207,63 @@ class Runner:
         """Ensure that each row has slots for `count` tokens from its position in `starts` on."""
         if not cache.lacks(starts, count):
             return
-        cache.grow(self.capacity_for(int((starts + count - cache.first).max())))
+        self._grow(cache, starts, self.capacity_for(int((starts + count - cache.first).max())))
         if cache.lacks(starts, count):
             assert self.config.sliding_window is not None, "a cache without a window grows"
             counts = cache.unseen(starts, count, self.config.sliding_window)
             cache.freed(self.steps.shift(cache.layers, counts), counts)
 
-    def grow(self, cache: Cache, positions: int) -> None:
-        """Grow a cache of one row to slots for this many positions."""
-        cache.grow(self.capacity_for(positions - int(cache.first[0])))
+    def _grow(self, cache: Cache, ends: np.ndarray, capacity: int) -> None:
+        """Grow a cache to this capacity, if it is smaller.
 
-    def copy(self, cache: Cache, indices: Tokens[int]) -> Cache:
-        """Return a cache that has copies of the rows with these indices, in this order."""
-        chosen = np.array(indices, np.int32)
-        layers, rope_start = self.steps.take(cache.layers, chosen), cache.rope_start[chosen]
-        return Cache(self.ops, layers, cache.capacity, rope_start, cache.first[chosen])
+        Args:
+            ends: The position after the last token of each row, (B,) int32.
+        """
+        if capacity > cache.capacity:
+            grown = self.copy(cache, range(len(ends)), ends, capacity)
+            cache.layers, cache.capacity = grown.layers, capacity
+
+    def copy(
+        self, cache: Cache, indices: Tokens[int], ends: np.ndarray, capacity: int | None = None
+    ) -> Cache:
+        """Return a cache that has copies of the rows with these indices, in this order.
+
+        Args:
+            ends: The position after the last token of each of these rows that is to be copied,
+                (N,) int32.
+            capacity: The number of slots of the new cache; None means as many as before.
+        """
+        chosen, capacity = np.array(indices, np.int32), capacity or cache.capacity
+        first, rope_start = cache.first[chosen], cache.rope_start[chosen]
+        slots = np.clip(ends - first, 0, min(capacity, cache.capacity)).astype(np.int32)
+        args = self.ops.asarray(chosen), self.ops.asarray(slots), capacity
+        layers = [self.ops.copy_rows(layer, *args) for layer in cache.layers]
+        return Cache(self.ops, layers, capacity, rope_start, first)
 
     # ---- rows ------------------------------------------------------------------------------
 
-    def rearrange(self, rows: Rows, indices: Tokens[int]) -> None:
-        """Give a cache and states the rows with these indices, in this order.
+    def rearrange(self, rows: Rows, indices: Tokens[int], size: int) -> None:
+        """Give a cache and states the rows with these indices, in this order, and unused rows.
 
         The other arrays of `rows` no longer fit; `Rows.of` makes new ones.
+
+        Args:
+            size: The number of rows, the unused ones included.
         """
-        rows.cache = self.copy(rows.cache, indices)
+        ends = rows.positions(0)[indices]
+        unused = size - len(indices)
+        indices, ends = [*indices, *[indices[0]] * unused], np.pad(ends, (0, unused))
+        rows.cache = self.copy(rows.cache, indices, ends)
         if rows.states:
-            rows.states = self.steps.take(rows.states, np.array(indices, np.int32))
+            rows.states = self.steps.take_states(rows.states, np.array(indices, np.int32))
 
     def insert(self, rows: Rows, index: int, new: Rows) -> None:
         """Replace a row of a cache and of states by the only row of `new`."""
-        capacity = max(rows.cache.capacity, new.cache.capacity)
-        rows.cache.grow(capacity)
-        new.cache.grow(capacity)
-        layers = self.steps.insert(rows.cache.layers, new.cache.layers, index)
+        self._grow(rows.cache, rows.positions(0), new.cache.capacity)
+        end = int(new.positions(0)[0])
+        layers = self.steps.insert(
+            rows.cache.layers, new.cache.layers, index, end - int(new.cache.first[0])
+        )
         rows.cache = rows.cache.with_row(layers, index, new.cache)
         if rows.states:
-            rows.states = self.steps.insert(rows.states, new.states, index)
+            rows.states = self.steps.put_states(rows.states, new.states, index)

@@ -16,8 +16,6 @@ States = list[Mapping[str, Array]]
 Place = dict[str, Array]
 """Two arrays (B,) int32: `first`, the position in slot 0 of each row, and `rope_start`, the row of
 the rotary tables for position 0."""
-Arrays = Mapping[str, Array]
-"""Arrays (B, ...) by name: the cache of a layer, or the state of a logits processor."""
 ENDED = -2
 """An end token that no vocabulary has. A row with it has ended from the beginning."""
 
@@ -180,15 +178,28 @@ class Steps:
         hidden, cache = self.hidden(params, cache, tables, place, tokens, positions)
         return cache, graph.logits(self.ops, params, hidden)
 
-    def shift(self, cache: list[LayerCache], count: Array) -> list[LayerCache]:
-        """Free the first `count` (B,) slots of each row in every layer."""
-        return [self.ops.shift_cache(layer, count) for layer in cache]
+    def shift(self, layer: LayerCache, count: Array) -> LayerCache:
+        """Free the first `count` (B,) slots of each row of a layer."""
+        return self.ops.shift_cache(layer, count)
 
-    def take(self, arrays: list[Arrays], rows: Array) -> list[Arrays]:
-        """Copy the rows with the indices `rows` (B,), in this order."""
-        return [self.ops.take_rows(each, rows) for each in arrays]
+    def insert(self, layer: LayerCache, row: LayerCache, index: Array, slots: Array) -> LayerCache:
+        """Replace a row of a layer; see `Backend.insert_row`."""
+        return self.ops.insert_row(layer, row, index, slots)
 
-    def insert(self, arrays: list[Arrays], row: list[Arrays], index: Array) -> list[Arrays]:
-        """Replace the row `index` (1,) by the only row of `row`."""
-        pairs = zip(arrays, row, strict=True)
-        return [self.ops.insert_row(each, one, index) for each, one in pairs]
+    def take(self, states: States, rows: Array) -> States:
+        """Return the states with the indices `rows` (B,), in this order."""
+        take = self.ops.xp.take
+        return [{name: take(a, rows, axis=0) for name, a in s.items()} for s in states]
+
+    def put(self, states: States, row: States, index: Array) -> States:
+        """Replace the states with the index `index` (1,) by the only ones of `row`."""
+        xp = self.ops.xp
+
+        def put(old: Array, new: Array) -> Array:
+            is_row = xp.arange(old.shape[0], dtype=xp.int32) == index
+            return xp.where(xp.reshape(is_row, (-1, *(1 for _ in old.shape[1:]))), new, old)
+
+        return [
+            {name: put(old[name], new[name]) for name in old}
+            for old, new in zip(states, row, strict=True)
+        ]

@@ -103,13 +103,13 @@ def test_logits_of_a_row_have_the_same_bits_alone_and_among_others(
     for count in counts:
         cache = runner.new_cache(64)
         for position in range(count):
-            before = runner.copy(cache, [0])
+            before = runner.copy(cache, [0], np.array([position]))
             scores = step(cache, [position], [int(TOKENS[position + count])])
         caches.append(before)
         expected.append(scores)
-    together = runner.copy(caches[0], [0] * len(counts))
+    together = runner.copy(caches[0], [0] * len(counts), np.array([0] * len(counts)))
     for row, cache in enumerate(caches):
-        layers = runner.steps.insert(together.layers, cache.layers, row)
+        layers = runner.steps.insert(together.layers, cache.layers, row, counts[row] - 1)
         together = together.with_row(layers, row, cache)
     last = [int(TOKENS[2 * count - 1]) for count in counts]
     found = step(together, [count - 1 for count in counts], last)

@@ -169,7 +169,7 @@ def test_logits_far_beyond_the_window_equal_transformers(sizes, ops, tmp_path, m
     """A cache for the window and a chunk is enough for 3000 tokens, read in any chunks."""
     monkeypatch.setattr("phicore.engine.runner.LOGITS_CHUNKS", sizes)
     capacities = []
-    for name in ("new_cache", "grow_cache"):
+    for name in ("new_cache", "copy_rows"):
         method = getattr(ops, name)
 
         def counted(*args, method=method):

@@ -13,9 +13,10 @@ buffer donation.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -37,7 +38,7 @@ from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFTensor
 from phicore_jax import cuda, expanded
-from phicore_jax.cache import as_numbers, as_stored, names, put, rows_of_cache, width, zeros
+from phicore_jax.cache import as_numbers, as_stored, names, put, rows_of_cache, width
 from phicore_jax.kernels import ROWS_OF_STRIP, find_kernels
 from phicore_jax.own import OwnKernels, Source
 from phicore_jax.parallel import Devices, ShardedCache, Share
@@ -198,7 +199,7 @@ class JaxBackend(Backend):
         capabilities = capabilities_of(name, kernels, steps)
         super().__init__(options, capabilities)
         self._packing_device = self.device
-        self._grow: dict[int, Callable[[LayerCache], LayerCache]] = {}
+        self._copy: dict[int, Callable[..., LayerCache]] = {}
         self._shared: Devices | None = None
         if options.devices != 1:
             self._shared = Devices(self.device, options.devices)
@@ -388,32 +389,29 @@ class JaxBackend(Backend):
     # `k` and `v` hold rows. Rows of integers are multiples of `k_scale` and `v_scale`.
 
     def new_cache(self, batch: int, heads: int, capacity: int, head_dim: int) -> LayerCache:
-        cache: LayerCache = {} if self._shared is None else ShardedCache()
+        forms: dict[str, jax.ShapeDtypeStruct] = {}
         for name, row_type in zip(("k", "v"), rows_of_cache(self._cache_type), strict=True):
             shape = (batch, heads, capacity, width(row_type, head_dim))
-            cache[name] = self._zeros(shape, row_type.dtype)
+            forms[name] = jax.ShapeDtypeStruct(shape, row_type.dtype)
             if row_type.scale_dtype is not None and row_type.group is None:
-                cache[f"{name}_scale"] = self._zeros(shape[:3], row_type.scale_dtype)
-        return cache
-
-    def _zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+                scale_form = jax.ShapeDtypeStruct(shape[:3], row_type.scale_dtype)
+                forms[f"{name}_scale"] = scale_form
         with memory_errors():
             if self._shared is not None:
-                return self._shared.zeros(shape, dtype)
-            if self.device.platform != "cpu":
-                return jnp.zeros(shape, dtype, device=self.device)
-        return self._put(zeros(shape, dtype))
+                shared = self._shared
+                return ShardedCache({n: shared.zeros(f.shape, f.dtype) for n, f in forms.items()})
+            if self._moves is not None:
+                with jax.default_device(self.device):
+                    return dict(
+                        zip(forms, self._moves.new_cache(list(forms.values())), strict=True)
+                    )
+            return {n: jnp.zeros(f.shape, f.dtype, device=self.device) for n, f in forms.items()}
 
-    def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
-        def grow(cache: LayerCache) -> LayerCache:
-            return type(cache)(super(JaxBackend, self).grow_cache(cache, capacity))
-
-        if self._shared is None:
-            with memory_errors():
-                return grow(cache)
-        if capacity not in self._grow:
-            self._grow[capacity] = self.compile(grow)
-        return self._grow[capacity](cache)
+    @property
+    def _moves(self) -> OwnKernels | None:
+        """Return the kernels, if they can move the rows of a cache."""
+        has_moves = self._kernels is not None and self._kernels.has_moves(self._cache_type)
+        return self._kernels if has_moves else None
 
     def shift_cache(self, cache: LayerCache, count: Array) -> LayerCache:
         def shift(a: Array, count: Array) -> Array:  # one sequence, (K, S, ...)
@@ -421,22 +419,39 @@ class JaxBackend(Backend):
 
         return type(cache)({name: jax.vmap(shift)(a, count) for name, a in cache.items()})
 
-    def take_rows(self, arrays: Mapping[str, Array], rows: Array) -> dict[str, Array]:
-        def take(a: Array) -> Array:  # XLA's gather would copy number by number on a CPU
-            chosen = [lax.dynamic_index_in_dim(a, rows[i], axis=0) for i in range(rows.shape[0])]
-            return jnp.concatenate(chosen, axis=0)
+    def copy_rows(self, cache: LayerCache, rows: Array, slots: Array, capacity: int) -> LayerCache:
+        if capacity not in self._copy:
+            self._copy[capacity] = self.compile(partial(self._copied, capacity))
+        with memory_errors():
+            return self._copy[capacity](cache, rows, slots)
 
-        return type(arrays)({name: take(a) for name, a in arrays.items()})  # type: ignore[call-arg, return-value]
+    def _copied(self, capacity: int, cache: LayerCache, rows: Array, slots: Array) -> LayerCache:
+        if self._moves is not None:
+            names, arrays = tuple(cache), list(cache.values())
+            new = self._moves.copy_rows(arrays, rows, slots, capacity)
+            return type(cache)(zip(names, new, strict=True))
+
+        def copied(a: Array) -> Array:  # XLA's gather would copy number by number on a CPU
+            a = a[:, :, :capacity]
+            chosen = [lax.dynamic_index_in_dim(a, rows[i], axis=0) for i in range(rows.shape[0])]
+            return self._with_slots(jnp.concatenate(chosen, axis=0), capacity)
+
+        return type(cache)({name: copied(a) for name, a in cache.items()})
 
     def insert_row(
-        self, arrays: Mapping[str, Array], row: Mapping[str, Array], index: Array
-    ) -> dict[str, Array]:
-        return type(arrays)(  # type: ignore[call-arg, return-value]
-            {
-                name: lax.dynamic_update_slice_in_dim(a, row[name], index[0], axis=0)
-                for name, a in arrays.items()
-            }
-        )
+        self, cache: LayerCache, row: LayerCache, index: Array, slots: Array
+    ) -> LayerCache:
+        if self._moves is not None:
+            names, arrays = tuple(cache), list(cache.values())
+            own = [row[name] for name in names]
+            new = self._moves.insert_row(arrays, own, index, slots)
+            return type(cache)(zip(names, new, strict=True))
+
+        def put(a: Array, new: Array) -> Array:
+            new = self._with_slots(new, a.shape[2])
+            return lax.dynamic_update_slice_in_dim(a, new, index[0], axis=0)
+
+        return type(cache)({name: put(a, row[name]) for name, a in cache.items()})
 
     def update_cache(self, cache: LayerCache, k: Array, v: Array, slots: Array) -> LayerCache:
         names = [n for n in ("k", "k_scale", "v", "v_scale") if n in cache]

@@ -62,14 +62,6 @@ def width(row_type: CacheType, dim: int) -> int:
     return dim * row_type.bits // 8 // np.dtype(row_type.dtype).itemsize
 
 
-def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Make zeros in memory of their own, aligned to 64 bytes so that JAX need not copy them."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.zeros(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
 def as_stored(x: Array, row_type: CacheType) -> list[Array]:
     """Convert rows (..., D) to the arrays of a cache: stored rows, and scales if kept apart."""
     if row_type is I24:

@@ -65,6 +65,38 @@ class OwnKernels(ABC):
             dim: D, the number of channels of a head.
         """
 
+    def has_moves(self, cache_type: str) -> bool:
+        """Return whether there are kernels that move rows of a cache: the next three methods.
+
+        They leave slots that are not in use as they find the memory, so `attention` must not read
+        these.
+        """
+        return False
+
+    def new_cache(self, shapes: Sequence[Any]) -> list[Array]:
+        """Return the arrays of a cache, whose numbers are arbitrary.
+
+        Args:
+            shapes: The shape and dtype of each array.
+        """
+        raise NotImplementedError
+
+    def copy_rows(
+        self, arrays: Sequence[Array], rows: Array, slots: Array, capacity: int
+    ) -> list[Array]:
+        """Copy rows of the arrays of a cache; see `Backend.copy_rows`."""
+        raise NotImplementedError
+
+    def insert_row(
+        self,
+        arrays: Sequence[Array],
+        row: Sequence[Array],
+        index: Array,
+        slots: Array,
+    ) -> list[Array]:
+        """Replace a row in the arrays of a cache, in place; see `Backend.insert_row`."""
+        raise NotImplementedError
+
     def set_threads(self, threads: int) -> None:
         raise NotImplementedError
 

@@ -313,12 +313,13 @@ class MlxBackend(Backend):
             mx.eval(cache)
         return cache
 
-    def grow_cache(self, cache: LayerCache, capacity: int) -> LayerCache:
+    def copy_rows(self, cache: LayerCache, rows: Array, slots: Array, capacity: int) -> LayerCache:
         with self._on_device():
-            self._check_room(sum(a.nbytes // a.shape[2] * capacity for a in cache.values()))
-            grown = super().grow_cache(cache, capacity)
-            mx.eval(grown)
-        return grown
+            slot_bytes = sum(a.nbytes // (a.shape[0] * a.shape[2]) for a in cache.values())
+            self._check_room(slot_bytes * rows.shape[0] * capacity)
+            copied = super().copy_rows(cache, rows, slots, capacity)
+            mx.eval(copied)
+        return copied
 
     def shift_cache(self, cache: LayerCache, count: Array) -> LayerCache:
         if count.shape[0] > 1:

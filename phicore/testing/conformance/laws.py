@@ -225,7 +225,9 @@ class LawsConformance(Conformance):
             cache = runner.new_cache(capacity=capacity)
             _, cache = runner(cache, [padded(tokens)], [0])
             if grown is not None:
-                cache = [runner.ops.grow_cache(layer, grown) for layer in cache]
+                first, count = np.array([0], np.int32), np.array([len(tokens)], np.int32)
+                rows, slots = runner.ops.asarray(first), runner.ops.asarray(count)
+                cache = [runner.ops.copy_rows(layer, rows, slots, grown) for layer in cache]
             results.append(runner(cache, [[following]], [len(tokens)])[0])
         assert_close(results[1], results[0], tolerances.SAME_GRAPH)
         assert_close(results[2], results[0], tolerances.SAME_GRAPH)

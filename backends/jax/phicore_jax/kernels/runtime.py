@@ -10,7 +10,7 @@ import ctypes
 import mmap
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from phicore.errors import BackendError
 from phicore.gguf.reader import GGUFTensor
 from phicore_jax.cache import rows_of_cache
 from phicore_jax.experts import in_tiles
-from phicore_jax.kernels import attention, dense, ffi, linear, rowwise
+from phicore_jax.kernels import attention, dense, ffi, linear, moves, rowwise
 from phicore_jax.kernels.attention import Cache, Rows
 from phicore_jax.kernels.build import Compiler
 from phicore_jax.kernels.formats import FORMATS
@@ -221,6 +221,48 @@ class Kernels(OwnKernels):
         aliases = {3 + i: i for i in range(len(cache))}
         call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
         return list(call(k, v, positions, *cache))
+
+    def has_moves(self, cache_type: str) -> bool:
+        return cache_type in attention.CACHE_TYPES
+
+    def new_cache(self, shapes: Sequence[Any]) -> list[Array]:
+        count = len(shapes)
+        target = self._target(
+            f"empty-{count}", "empty", lambda module: moves.emit_empty(module, count)
+        )
+        return list(jax.ffi.ffi_call(target, tuple(shapes))())
+
+    def copy_rows(
+        self, arrays: Sequence[Array], rows: Array, slots: Array, capacity: int
+    ) -> list[Array]:
+        target = self._moves("copy_rows", arrays)
+        results = [
+            jax.ShapeDtypeStruct((rows.shape[0], a.shape[1], capacity, *a.shape[3:]), a.dtype)
+            for a in arrays
+        ]
+        return list(jax.ffi.ffi_call(target, results)(rows, slots, *arrays))
+
+    def insert_row(
+        self,
+        arrays: Sequence[Array],
+        row: Sequence[Array],
+        index: Array,
+        slots: Array,
+    ) -> list[Array]:
+        target = self._moves("insert_row", arrays)
+        results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+        aliases = {2 + len(arrays) + i: i for i in range(len(arrays))}
+        call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
+        return list(call(index, slots, *row, *arrays))
+
+    def _moves(self, handler: str, arrays: Sequence[Array]) -> str:
+        slot_bytes = [prod(a.shape[3:]) * a.dtype.itemsize for a in arrays]
+        emit = moves.emit_copy_rows if handler == "copy_rows" else moves.emit_insert_row
+        return self._target(
+            "-".join([handler.replace("_", "-"), *map(str, slot_bytes)]),
+            handler,
+            lambda module: emit(module, slot_bytes),
+        )
 
     def attention(
         self,
