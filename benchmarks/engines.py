@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -63,6 +63,39 @@ class LlamaCpp:
         scores = self._c.llama_get_logits_ith(self._llama.ctx, -1)
         return int(np.ctypeslib.as_array(scores, (self.vocab_size,)).argmax())
 
+    def steps(self, prompts: list[list[int]], count: int) -> Iterator[None]:
+        """Yield after each of `count` greedy steps of several sequences at once.
+
+        Prompts have one token. Every sequence has its own part of the context, the library's
+        default.
+        """
+        c, most = self._c, len(prompts)
+        params = c.llama_context_default_params()
+        for name in ("n_threads", "n_threads_batch", "flash_attn_type"):
+            setattr(params, name, getattr(self._llama.context_params, name))
+        params.n_seq_max, params.n_ctx = most, most * 256
+        context = c.llama_init_from_model(self._llama.model, params)
+        batch = c.llama_batch_init(most, 0, 1)
+        try:
+            tokens = [prompt[0] for prompt in prompts]
+            for position in range(count):
+                batch.n_tokens = most
+                for row, token in enumerate(tokens):
+                    batch.token[row], batch.pos[row] = token, position
+                    batch.n_seq_id[row], batch.seq_id[row][0] = 1, row
+                    batch.logits[row] = 1
+                if status := c.llama_decode(context, batch):
+                    raise RuntimeError(f"llama_decode: {status}")
+                tokens = []
+                for row in range(most):
+                    scores = c.llama_get_logits_ith(context, row)
+                    found = np.ctypeslib.as_array(scores, (self.vocab_size,)).argmax()
+                    tokens.append(int(found))
+                yield
+        finally:
+            c.llama_batch_free(batch)
+            c.llama_free(context)
+
     def logits(self, ids: list[int]) -> np.ndarray:
         llama = self._c.Llama(**self._options, logits_all=True)
         llama.eval(ids)
@@ -87,6 +120,21 @@ class Phicore:
             ids, max_tokens=count, temperature=0, repeat_penalty=1, seed=0, ignore_eos=True
         )
         return (piece.token_id for piece in generation)
+
+    def steps(self, prompts: list[list[int]], count: int) -> Iterator[None]:
+        """Yield after each of `count` greedy steps of several sequences at once."""
+        engine = self._model.engine
+        options = {"temperature": 0, "repeat_penalty": 1, "seed": 0, "ignore_eos": True}
+        with ExitStack() as stack:
+            generations = [
+                stack.enter_context(self._model.generate(ids, max_tokens=256, **options))
+                for ids in prompts
+            ]
+            while not all(len(g.token_ids) > 2 for g in generations):  # all run by now
+                engine.step()
+            for _ in range(count):
+                engine.step()
+                yield
 
     def logits(self, ids: list[int]) -> np.ndarray:
         return self._model.logits(ids)
@@ -115,6 +163,13 @@ def decode(engine: Engine, steps: int, depth: int) -> float:
     return float(np.median(np.diff(times)))
 
 
+def decode_many(engine: Engine, steps: int, count: int) -> float:
+    """Measure the median seconds of a greedy step of `count` sequences, for one of them."""
+    prompts = [[id] for id in _prompt(engine, count)]
+    times = [time.perf_counter() for _ in engine.steps(prompts, 1 + steps)]
+    return float(np.median(np.diff(times))) / count
+
+
 def save_logits(engine: Engine, count: int, path: str) -> None:
     """Write the logits of `count` tokens, (count, V) float32, to a file for `np.load`."""
     np.save(path, engine.logits(_prompt(engine, count)))
@@ -136,7 +191,7 @@ def _prompt(engine: Engine, count: int) -> list[int]:
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (about, prefill, decode, save_logits, peak_bytes)
+    f.__name__: f for f in (about, prefill, decode, decode_many, save_logits, peak_bytes)
 }
 
 

@@ -7,6 +7,8 @@ uncounted first round warms up. The program measures
 
 - decoding: the median time of a greedy step after some tokens. A step reads all weights, so its
   share of the memory's bandwidth is given too; the bandwidth is sampled before each turn;
+- many sequences: the median time of a greedy step that is shared by several sequences, which have
+  begun with one token each (`--sequences 2,4,8`);
 - prompts: the time from a prompt's tokens to the first token of the answer. phicore is measured as
   it is by default and, where the processor supports it, with `fast_prefill`, whose products use
   8-bit integers as llama.cpp's do;
@@ -158,6 +160,9 @@ class Comparison:
             rows.append(row(title, ("decode", args.steps, depth), "phicore"))
             shares = ([x / most for x in of] for of in (rows[-1].llama_cpp, rows[-1].phicore))
             rows.append(Row(f"{title}, of the bandwidth", "share", *shares))
+        for count in args.sequences:
+            title = f"decode of {count} at once"
+            rows.append(row(title, ("decode_many", args.steps, count), "phicore"))
         for count in args.prompts:
             for name in self._names[1:]:
                 title = f"prompt of {count}" + ", fast" * (name == "fast")
@@ -174,6 +179,7 @@ class Comparison:
         """
         found = {}
         commands = [(("decode", self._args.steps, depth), 1) for depth in self._args.depths]
+        commands += [(("decode_many", self._args.steps, n), 1) for n in self._args.sequences]
         commands += [(("prefill", count), count) for count in self._args.prompts]
         for command, tokens in commands:
             before()
@@ -312,6 +318,7 @@ def options() -> argparse.Namespace:
     option("--threads", type=positive, help="number of threads (default: all CPUs)")
     option("--prompts", type=prompts, default=[16, 128, 512], help="lengths of prompts; 0: none")
     option("--depths", type=depths, default=[1], help="tokens before decoding, e.g. 0,1000,2000")
+    option("--sequences", type=prompts, default=[], help="how many decode at once, e.g. 2,4,8")
     option("--steps", type=positive, default=32, help="tokens to decode")
     option("--repetitions", type=positive, default=5, help="number of rounds")
     option("--starts", type=int, default=3, help="fresh processes of each engine; 0: none")
