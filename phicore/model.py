@@ -23,6 +23,7 @@ from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
 from phicore.errors import ArgumentError, GGUFError, PhicoreError, TokenizerError, about
 from phicore.generation import Answer, Answers, Generation, in_order
 from phicore.gguf.reader import open_gguf
+from phicore.grammar import AllowedTokens, Vocabulary, constraint_of
 from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
 from phicore.network.config import Phi3Config
 from phicore.network.processors import LogitsProcessor
@@ -226,6 +227,9 @@ class Model:
         processors: Sequence[LogitsProcessor | str] = (),
         rope_factors: str = ROPE_FACTORS[0],
         logprobs: int | None = None,
+        json_schema: Any = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         **sampling: Any,
     ) -> Request:
         """Make a request from the arguments of `generate`, and check it."""
@@ -239,6 +243,12 @@ class Model:
             raise ArgumentError(parameter="processors", expected="a list", got=processors)
         chosen = {name: value for name, value in sampling.items() if value is not None}
         ends = frozenset() if ignore_eos else self.tokenizer.end_token_ids
+        all_processors = [self._processor(p) for p in processors]
+        constraint = constraint_of(json_schema=json_schema, regex=regex, grammar=grammar)
+        if constraint is not None:
+            if ignore_eos:
+                raise ArgumentError("not together with ignore_eos", parameter=constraint.name)
+            all_processors.append(AllowedTokens(self._grammar_vocabulary, constraint))
         return Request(
             self.encode(
                 prompt,
@@ -253,10 +263,14 @@ class Model:
             seed=seed,
             ends=ends | self._stop_tokens(checked_stops(stop)),
             stop=stop,
-            processors=[self._processor(p) for p in processors],
+            processors=all_processors,
             rope_factors=rope_factors,
             logprobs=logprobs,
         )
+
+    @cached_property
+    def _grammar_vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer)
 
     def _stop_tokens(self, stops: Sequence[str]) -> frozenset[int]:
         """Return the control tokens among the stop strings: they are no text, but end it too.
@@ -298,6 +312,11 @@ class Model:
             logprobs: Number of alternatives, 0 to 20, whose log probabilities each piece tells in
                 its `logprobs`, beside the one of its own token. The text stays the same. None tells
                 none.
+            json_schema: A JSON schema that the answer follows: a dictionary, JSON text, or a class
+                (a Pydantic model, a dataclass, a TypedDict). True asks for any JSON object. The
+                JSON has no white space between its parts.
+            regex: A regular expression that the whole answer matches.
+            grammar: A grammar that the answer follows, in the form of Lark or of GBNF.
         Raises:
             ArgumentError: If a value is outside of its range.
             ContextError: If the prompt leaves no room in the context.
@@ -314,7 +333,8 @@ class Model:
         # before every text is dropped. Otherwise the answer continues the prompt's text, and a
         # space at its start is kept.
         is_new = self.tokenizer.is_control(request.prompt_ids[-1])
-        stream = self.tokenizer.stream(strip_space=None if is_new else False)
+        is_constrained = any(isinstance(p, AllowedTokens) for p in request.processors)
+        stream = self.tokenizer.stream(strip_space=None if is_new and not is_constrained else False)
         pieces = Pieces(stream, StopStrings(request.stop), request.ends)
         return Generation(engine, sequence, pieces, self._observers)
 

@@ -25,7 +25,7 @@ _BEGINNING = '{"id": '  # of every answer
 _OPTIONS = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"),
     *("seed", "stop", "ignore_eos", "system", "raw", "tools", "documents", "chat_template_kwargs"),
-    *("processors", "rope_factors", "logprobs"),
+    *("processors", "rope_factors", "logprobs", "json_schema", "regex", "grammar"),
 )
 
 

@@ -116,6 +116,25 @@ def generate(
             "several times.",
         ),
     ] = None,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|JSON",
+            help="Write JSON that follows this schema: a file, or the schema itself, such as "
+            '\'{"type": "object"}\'.',
+        ),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Write a text that matches this regular expression."),
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a text that follows the grammar in this file, in the form of Lark or GBNF.",
+        ),
+    ] = None,
     ctx: Annotated[
         int | None,
         typer.Option(
@@ -227,6 +246,15 @@ def generate(
         rope_factors=rope_factors,
     )
     BackendOptions(**backend_options)
+    constraint = {
+        "json_schema": _schema(json_schema),
+        "regex": regex,
+        "grammar": None if grammar is None else read_file(grammar, parameter="grammar"),
+    }
+    if any(constraint.values()):
+        from phicore.grammar import constraint_of
+
+        constraint_of(**constraint)
     kv_bytes = None if kv_memory is None else bytes_of(kv_memory)
     if raw and system is not None:
         raise ArgumentError("a raw prompt has no system message", parameter="system")
@@ -261,6 +289,7 @@ def generate(
                 "raw": raw,
                 "processors": processor or [],
                 "rope_factors": rope_factors,
+                **constraint,
                 **sampling,
             }
             _answer_all(requests, loaded, defaults, in_order, progress, console, swallowed)
@@ -277,6 +306,7 @@ def generate(
             raw=raw,
             processors=processor or [],
             rope_factors=rope_factors,
+            **constraint,
             **sampling,
         )
         pieces: list[Piece] = []
@@ -307,6 +337,13 @@ def generate(
                 console.say(line)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _schema(text: str | None) -> str | None:
+    """Return a JSON schema that is given as JSON, or as the name of a file."""
+    if text is None or text.lstrip().startswith("{"):
+        return text
+    return read_file(Path(text), parameter="json_schema")
 
 
 def _answer_all(

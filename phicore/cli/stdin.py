@@ -27,12 +27,13 @@ def read_text(text: str | None, *, exact: bool = False) -> str:
     return text
 
 
-def read_file(path: Path, *, exact: bool = False) -> str:
+def read_file(path: Path, *, exact: bool = False, parameter: str = "file") -> str:
     """Read a text file, or standard input if the path is "-".
 
     Args:
         path: The file. A byte order mark at its start is dropped.
         exact: Whether to keep a newline at the end. If False, one is dropped.
+        parameter: The parameter that names the file, for errors.
     Raises:
         ArgumentError: If it cannot be read, is not UTF-8, or is empty.
     """
@@ -41,12 +42,12 @@ def read_file(path: Path, *, exact: bool = False) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ArgumentError(f"{path}: {error.strerror}", parameter="file") from None
+        raise ArgumentError(f"{path}: {error.strerror}", parameter=parameter) from None
     except UnicodeDecodeError:
-        raise ArgumentError(f"{path}: not UTF-8 text", parameter="file") from None
+        raise ArgumentError(f"{path}: not UTF-8 text", parameter=parameter) from None
     text = text if exact else text.removesuffix("\n")
     if not text:
-        raise ArgumentError(f"{path}: no text in it", parameter="file")
+        raise ArgumentError(f"{path}: no text in it", parameter=parameter)
     return text
 
 

@@ -318,7 +318,7 @@ class Tokenizer:
         Raises:
             TokenizerError: If an id is out of range.
         """
-        stream = TextStream(self.token_bytes if skip_special else self._spelling, self._strip_space)
+        stream = TextStream(self.token_bytes if skip_special else self.spelled, self._strip_space)
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def stream(self, *, strip_space: bool | None = None) -> TextStream:
@@ -346,13 +346,14 @@ class Tokenizer:
 
         They may be part of a character. A control token prints nothing.
         """
-        return b"" if self.is_control(id) else self._spelling(id)
+        return b"" if self.is_control(id) else self.spelled(id)
 
     def is_control(self, id: int) -> bool:
         """Return whether a token is a control token, such as "<|end|>" or "<unk>", and not text."""
         return self._types[self._check(id)] in (TokenType.CONTROL, TokenType.UNKNOWN)
 
-    def _spelling(self, id: int) -> bytes:
+    def spelled(self, id: int) -> bytes:
+        """Return the bytes of a token's spelling. That of a control token is never printed."""
         piece = self._pieces[self._check(id)]
         return piece_bytes(piece, self._types[id], byte_level=self._byte_level)
 

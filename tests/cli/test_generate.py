@@ -291,3 +291,41 @@ def test_text_that_outgrows_the_original_context_says_that_it_is_read_again(
     long = phicore(*args, "-n", 40, "--rope-factors", "long")
     assert "reading again" not in long.err
     assert long.out != crossing.out
+
+
+def test_answer_follows_an_expression_a_schema_or_a_grammar(
+    generate: Callable, tmp_path: Path
+) -> None:
+    assert re.fullmatch("[0-9]{3}\n", generate("Hello", "--regex", "[0-9]{3}").out)
+    schema = {"enum": [12, 13]}
+    given = json.dumps({"type": "object", "properties": {"a": schema}, "required": ["a"]})
+    file = tmp_path / "schema.json"
+    file.write_text(given)
+    answers = {generate("Hello", "-n", 30, "--json-schema", where).out for where in (given, file)}
+    assert answers <= {'{"a":12}\n', '{"a":13}\n'}
+    assert len(answers) == 1
+    grammar = tmp_path / "grammar.gbnf"
+    grammar.write_text('root ::= "ab" | "ac"\n')
+    assert generate("Hello", "--grammar", grammar).out in ("ab\n", "ac\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json-schema", "{"], "phicore: --json-schema: not JSON: "),
+        (["--json-schema", "nothing.json"], "phicore: --json-schema: nothing.json: No such file"),
+        (["--json-schema", '{"type": "hiccup"}'], "phicore: --json-schema: Invalid type: hiccup"),
+        (["--grammar", "nothing.lark"], "phicore: --grammar: nothing.lark: No such file"),
+        (["--regex", "("], "phicore: --regex: "),
+        (["--regex", "a", "--grammar", __file__], "phicore: --regex: not together with grammar"),
+        (["--regex", "a", "--ignore-eos"], "phicore: --regex: not together with ignore_eos"),
+    ],
+    ids=str,
+)
+def test_constraint_that_cannot_be_honoured_is_one_line(
+    generate: Callable, options: list[str], message: str
+) -> None:
+    result = generate("Hello", *options)
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.splitlines()[-1].startswith(message)

@@ -140,9 +140,10 @@ def test_plugins_of_the_documents_work(demo_model, install, tmp_path, monkeypatc
     assert shouted == shouted.upper() != ""
 
 
-def test_python_of_the_readme_works(demo_model, capsys):
-    for code in blocks(ROOT / "README.md", "python"):
-        exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize("document", ["README.md", "docs/structured-output.md"])
+def test_python_of_the_documents_works(demo_model, capsys, document):
+    for code in blocks(ROOT / document, "python"):
+        exec(compile(code, document, "exec"), {"__name__": "document"})
     assert capsys.readouterr().out.strip()
 
 
