@@ -326,6 +326,16 @@ class Engine:
         )
 
     @property
+    def kv_usage(self) -> tuple[int, int, int | None]:
+        """Return the bytes of keys and values of running sequences, those of the prefix cache, and
+        the largest number of both together; None if there is no limit.
+
+        Only the thread that runs the steps may ask.
+        """
+        running = sum(rows.cache.bytes for rows in self._all_rows)
+        return running, self.prefixes.bytes, self._kv_bytes
+
+    @property
     def _all_rows(self) -> list[Rows]:
         """Return the rows of all sequences that have some."""
         return [*self._batches.values(), *self._ready, *self._reading]

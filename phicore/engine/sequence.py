@@ -100,3 +100,8 @@ class Output:
     tokens: tuple[int, ...] = ()
     finish_reason: str | None = None
     error: Exception | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether the step read a part of a prompt, and the sequence continues."""
+        return not self.tokens and self.finish_reason is None and self.error is None
