@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from phicore.network.sampling import Sampling
     from phicore.plugins import BackendInfo
     from phicore.plugins.hookspecs import hookimpl
+    from phicore.text.logprobs import TokenLogprobs
     from phicore.text.pieces import Piece
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Piece",
     "Sampling",
     "SourceError",
+    "TokenLogprobs",
     "TokenizerError",
     "backends",
     "hookimpl",
@@ -60,6 +62,7 @@ _LAZY = {
     "Model": "phicore.model",
     "Piece": "phicore.text.pieces",
     "Sampling": "phicore.network.sampling",
+    "TokenLogprobs": "phicore.text.logprobs",
     "hookimpl": "phicore.plugins.hookspecs",
     "load": "phicore.model",
 }

@@ -11,6 +11,7 @@ from typing import Self
 from phicore.engine import Engine, Request
 from phicore.engine import Sequence as EngineSequence
 from phicore.plugins.observers import Observers
+from phicore.text.logprobs import TokenLogprobs
 from phicore.text.pieces import Piece, Pieces
 
 
@@ -92,6 +93,7 @@ class Answer:
         generation: The generation, which has the seed, the prompt's tokens and the times; None if
             the request was refused.
         error: Why there is no complete answer; None if there is one.
+        logprobs: The log probabilities of the tokens; empty unless the request asks for them.
     """
 
     index: int
@@ -100,6 +102,7 @@ class Answer:
     finish_reason: str
     generation: Generation | None
     error: Exception | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Answers:
@@ -170,7 +173,8 @@ class Answers:
                 reason = "error" if error or not pieces else pieces[-1].finish_reason or "error"
                 text = "".join(piece.text for piece in pieces)
                 ids = tuple(piece.token_id for piece in pieces)
-                yield Answer(index, text, ids, reason, generation, error)
+                logprobs = tuple(found for piece in pieces for found in piece.logprobs)
+                yield Answer(index, text, ids, reason, generation, error, logprobs)
 
 
 def in_order(answers: Iterable[Answer]) -> Iterator[Answer]:
@@ -195,10 +199,10 @@ def _pieces(
     outputs = engine.outputs(sequence)
     try:
         for output in outputs:
-            for number, token in enumerate(output.tokens, start=1):
-                is_last = number == len(output.tokens)
-                left[:] = output.tokens[number:]
-                piece = pieces.push(token, output.finish_reason if is_last else None)
+            for number, token in enumerate(output.tokens):
+                is_last = number + 1 == len(output.tokens)
+                reason = output.finish_reason if is_last else None
+                piece = pieces.push(token, reason, output.logprobs[number : number + 1])
                 yield piece
                 if piece.finish_reason is not None:
                     return

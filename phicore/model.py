@@ -37,6 +37,7 @@ from phicore.progress import Progress, silent
 from phicore.sources import ModelFiles, default_reference, resolve
 from phicore.sources.hub import fetch_tokenizer
 from phicore.text.chat_template import ChatTemplate
+from phicore.text.logprobs import TokenLogprobs
 from phicore.text.messages import Message, with_texts
 from phicore.text.pieces import Pieces
 from phicore.text.stop_strings import StopStrings, checked_stops
@@ -227,6 +228,7 @@ class Model:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         processors: Sequence[LogitsProcessor | str] = (),
         rope_factors: str = ROPE_FACTORS[0],
+        logprobs: int | None = None,
         **sampling: Any,
     ) -> Request:
         """Make a request from the arguments of `generate`, and check it."""
@@ -256,6 +258,7 @@ class Model:
             stop=stop,
             processors=[self._processor(p) for p in processors],
             rope_factors=rope_factors,
+            logprobs=logprobs,
         )
 
     def _stop_tokens(self, stops: Sequence[str]) -> frozenset[int]:
@@ -295,6 +298,9 @@ class Model:
             processors: Logits processors in the order in which they run: objects, or
                 `NAME=ARGUMENT` as on the command line.
             rope_factors: "auto", or "long" to begin with LongRoPE's long factors.
+            logprobs: Number of alternatives, 0 to 20, whose log probabilities each piece tells in
+                its `logprobs`, beside the one of its own token. The text stays the same. None tells
+                none.
         Raises:
             ArgumentError: If a value is outside of its range.
             ContextError: If the prompt leaves no room in the context.
@@ -398,6 +404,24 @@ class Model:
             PhicoreError: If a score is not a finite number.
         """
         return self.engine.logits(_checked_ids(token_ids, self.vocab_size))
+
+    def score(
+        self, token_ids: Sequence[int] | np.ndarray, logprobs: int = 0
+    ) -> list[TokenLogprobs | None]:
+        """Compute the log probability of each token of a text, given the tokens before it.
+
+        Args:
+            token_ids: The tokens.
+            logprobs: Number of alternatives, 0 to 20, whose log probabilities are told, too.
+        Returns:
+            One result for each token. The first is None, since nothing comes before it.
+        Raises:
+            ArgumentError: If there is no token, a token is outside of the vocabulary, or the number
+                of alternatives is not allowed.
+            ContextError: If there are more tokens than the context holds.
+            PhicoreError: If a score is not a finite number.
+        """
+        return self.engine.score(_checked_ids(token_ids, self.vocab_size), logprobs)
 
     @property
     def fingerprint(self) -> str:

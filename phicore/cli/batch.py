@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from phicore.engine import Request
     from phicore.generation import Answer
     from phicore.model import Model
+    from phicore.text.logprobs import TokenLogprobs
+    from phicore.text.tokenizer import Tokenizer
 
 _PROMPTS = ("prompt", "messages")
 _BEGINNING = '{"id": '  # of every answer
 _OPTIONS = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"),
     *("seed", "stop", "ignore_eos", "system", "raw", "tools", "documents", "chat_template_kwargs"),
-    *("processors", "rope_factors"),
+    *("processors", "rope_factors", "logprobs"),
 )
 
 
@@ -243,15 +245,24 @@ def _write(
 
 
 def _line(id: Any, answer: Answer, model: Model) -> dict[str, Any]:
-    found = {"id": id, "model": model.reference}
+    found: dict[str, Any] = {"id": id, "model": model.reference}
     if answer.error is not None:
         return {**found, "error": str(answer.error)}
     assert answer.generation is not None, "there is no error"
-    return {
-        **found,
+    found |= {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "seed": answer.generation.seed,
         "prompt_tokens": len(answer.generation.prompt_ids),
         "generated_tokens": len(answer.token_ids),
     }
+    if answer.logprobs:
+        found["logprobs"] = [_logprobs(known, model.tokenizer) for known in answer.logprobs]
+    return found
+
+
+def _logprobs(known: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        return {"id": token, "piece": tokenizer.piece(token), "logprob": logprob}
+
+    return {**one(known.token, known.logprob), "top": [one(*pair) for pair in known.top]}

@@ -31,27 +31,35 @@ class Compiled:
         self._ops = ops
         self._params = params
         self.progress = progress
-        self._functions: dict[tuple[str, Kinds], Callable[..., Any]] = {}
+        self._functions: dict[tuple[str, Kinds, bool], Callable[..., Any]] = {}
         self._called: set[Any] = set()
 
-    def step(self, kinds: Kinds) -> Callable[..., Any]:
+    def step(self, kinds: Kinds, *, has_logprobs: bool = False) -> Callable[..., Any]:
         """Return the compiled `Steps.step` for these processor classes."""
-        return self._function("step", kinds)
+        return self._function("step", kinds, has_logprobs)
 
-    def steps(self, kinds: Kinds) -> Callable[..., Any]:
+    def steps(self, kinds: Kinds, *, has_logprobs: bool = False) -> Callable[..., Any]:
         """Return the compiled `Steps.steps` for these processor classes."""
-        return self._function("steps", kinds)
+        return self._function("steps", kinds, has_logprobs)
 
     def score(self) -> Callable[..., Any]:
         """Return the compiled `Steps.score`."""
         return self._function("score", None)
 
-    def _function(self, name: str, kinds: Kinds | None) -> Callable[..., Any]:
-        key = name, kinds or ()
+    def score_tokens(self) -> Callable[..., Any]:
+        """Return the compiled `Steps.score_tokens`."""
+        return self._function("score_tokens", None)
+
+    def _function(
+        self, name: str, kinds: Kinds | None, has_logprobs: bool = False
+    ) -> Callable[..., Any]:
+        key = name, kinds or (), has_logprobs
         if key not in self._functions:
             function = getattr(self.pure, name)
             if kinds is not None:
                 function = partial(function, kinds)
+            if has_logprobs:
+                function = partial(function, has_logprobs=True)
             self._functions[key] = self._ops.compile(function, donate=(1,))
         return self._functions[key]
 
@@ -111,7 +119,7 @@ class Compiled:
         return self._moved("insert", arrays, row, self._ops.asarray(np.array([index], np.int32)))
 
     def _moved(self, name: str, *args: Any, donate: Sequence[int] = (0,)) -> list[Any]:
-        key = name, ()
+        key = name, (), False
         if key not in self._functions:
             self._functions[key] = self._ops.compile(getattr(self.pure, name), donate=donate)
         shapes = (name, *map(_shapes, args)) if self._ops.capabilities.compiles else None

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from pathlib import Path
 from typing import Self
@@ -19,11 +19,11 @@ from typing import Self
 import numpy as np
 
 from phicore.backend import Backend
-from phicore.engine import sessions
+from phicore.engine import logprobs, sessions
 from phicore.engine.cache import Cache
 from phicore.engine.chunks import MIN_CAPACITY
 from phicore.engine.prefixes import SHORTEST, Prefix, Prefixes
-from phicore.engine.request import Request
+from phicore.engine.request import Request, check_logprobs
 from phicore.engine.rows import Call, Rows, first_states
 from phicore.engine.runner import Runner
 from phicore.engine.scheduler import SIZES, Scheduler
@@ -37,6 +37,7 @@ from phicore.network.processors import Kinds
 from phicore.network.sampling import Sampling
 from phicore.network.weights import load_params, read_config
 from phicore.progress import AGAIN, Progress, silent
+from phicore.text.logprobs import TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -247,16 +248,22 @@ class Engine:
         for output in self.outputs(self.add(request)):
             yield from output.tokens
 
-    def warm_up(self, samplings: Tokens[Sampling]) -> None:
+    def warm_up(self, samplings: Tokens[Sampling], *, has_logprobs: bool = False) -> None:
         """Compile the steps that sequences with these sampling parameters need, for short texts.
 
         Afterwards nothing is compiled when sequences come and go, until a text is longer than the
         smallest cache.
+
+        Args:
+            has_logprobs: Whether some sequences ask for log probabilities. Their steps are compiled
+                beside the others.
         """
-        for sampling in samplings:
+        kinds = [(s, count) for s in samplings for count in ([None, 0] if has_logprobs else [None])]
+        for sampling, count in kinds:
             for size in self.runner.ops.capabilities.prompt_chunks:
                 if size < self.context:
-                    list(self.generate(Request([0] * size, sampling, max_tokens=1)))
+                    request = Request([0] * size, sampling, max_tokens=1, logprobs=count)
+                    list(self.generate(request))
         sizes = [size for size in SIZES if size <= self.scheduler.max_sequences]
         one = self.runner.new_cache(1)
         for size in sizes:
@@ -264,8 +271,9 @@ class Engine:
             for other in sizes:
                 self.runner.copy(cache, [0] * other)
             cache.layers = self.runner.steps.insert(cache.layers, one.layers, 0)
-            for sampling in samplings:
-                sequence = Sequence(Request([0], sampling, max_tokens=2), 2, "length", False)
+            for sampling, count in kinds:
+                request = Request([0], sampling, max_tokens=2, logprobs=count)
+                sequence = Sequence(request, 2, "length", False)
                 self.runner.decode(self._rows(cache, [sequence] * size, []), 1)
 
     def _check_fits(self, prompt: Tokens[int], answer: int) -> None:
@@ -532,7 +540,7 @@ class Engine:
         sequence.computed = chunk.end
         if sequence.is_read:
             sequence.sampled += 1
-            rows.pending.append(Call(rows.token, 1, (sequence,)))
+            rows.pending.append(Call(rows.token, 1, (sequence,), rows.logprobs))
         else:
             rows.penalty, rows.states = state
 
@@ -649,7 +657,7 @@ class Engine:
         count = min(counts)
         tokens = self.runner.decode(rows, count)
         is_running = [s if s is not None and s.left else None for s in rows.sequences]
-        rows.pending.append(Call(tokens, count, tuple(is_running)))
+        rows.pending.append(Call(tokens, count, tuple(is_running), rows.logprobs))
         for sequence in running:
             sequence.computed += count
             sequence.sampled += count
@@ -657,20 +665,33 @@ class Engine:
     def _take_tokens(self, rows: Rows) -> list[Output]:
         """Wait for the tokens of the oldest call, and return what they are for each sequence."""
         call = rows.pending[0]
-        values = self.runner.ops.to_numpy(call.tokens)[:, : call.count].tolist()
+        to_numpy = self.runner.ops.to_numpy
+        values = to_numpy(call.tokens)[:, : call.count].tolist()
+        found = {name: to_numpy(array) for name, array in call.logprobs.items()}
         rows.pending.popleft()  # only now: Ctrl-C may end the wait, and others need the tokens
         outputs = []
         for row, sequence in enumerate(call.sequences):
             # A sequence that has ended meanwhile has left its row.
             if sequence is not None and rows.sequences[row] is sequence:
                 try:
-                    outputs.append(self._took(rows, sequence, values[row]))
+                    known = {name: array[row] for name, array in found.items()}
+                    outputs.append(self._took(rows, sequence, values[row], known))
                 except Exception as error:  # noqa: BLE001 - a processor may raise anything
                     outputs += self._failed([sequence], error)
         return outputs
 
-    def _took(self, rows: Rows, sequence: Sequence, values: list[int]) -> Output:
-        """Add tokens to the answer of a sequence, up to its end."""
+    def _took(
+        self,
+        rows: Rows,
+        sequence: Sequence,
+        values: list[int],
+        known: Mapping[str, np.ndarray],
+    ) -> Output:
+        """Add tokens to the answer of a sequence, up to its end.
+
+        Args:
+            known: The log probabilities of the tokens, if a sequence asks for them.
+        """
         found: list[int] = []
         for value in values:
             if value < 0:
@@ -687,7 +708,11 @@ class Engine:
                 break
         if sequence.finish_reason is None and len(sequence.answer) == sequence.limit:
             self._end(sequence, sequence.at_limit)
-        return self._put(Output(sequence, tuple(found), sequence.finish_reason))
+        wanted = sequence.request.logprobs
+        likely = [] if wanted is None else logprobs.of_tokens(found, known, wanted)
+        return self._put(
+            Output(sequence, tuple(found), sequence.finish_reason, logprobs=tuple(likely))
+        )
 
     # ---- scores ----------------------------------------------------------------------------
 
@@ -699,13 +724,38 @@ class Engine:
             ContextError: If there are more tokens than the context holds.
             PhicoreError: If a score is not a finite number.
         """
-        if not len(tokens):
-            raise ArgumentError("expected at least one token, got none", parameter="prompt")
-        self._check_fits(tokens, 0)
+        self._check_scored(tokens)
         scores = self.runner.scores(tokens)
         if not np.isfinite(scores).all():
             raise PhicoreError(_NOT_FINITE)
         return scores
+
+    def score(self, tokens: Tokens[int], count: int = 0) -> list[TokenLogprobs | None]:
+        """Compute the log probability of each token after the tokens before it.
+
+        This takes less memory than `logits`: the scores of 64 tokens at a time.
+
+        Args:
+            count: The number of alternatives, 0 to 20, that each result has.
+        Returns:
+            One result for each token. The first is None, since nothing comes before it.
+        Raises:
+            ArgumentError: If there is no token, a token is outside of the vocabulary, or the count
+                is not allowed.
+            ContextError: If there are more tokens than the context holds.
+            PhicoreError: If a log probability is not a finite number.
+        """
+        self._check_scored(tokens)
+        check_logprobs(count)
+        found = self.runner.logprobs(tokens)
+        if not all(np.isfinite(found[name]).all() for name in ("chosen", "likeliest")):
+            raise PhicoreError(_NOT_FINITE)
+        return [None, *logprobs.of_tokens(tokens[1:], found, count)]
+
+    def _check_scored(self, tokens: Tokens[int]) -> None:
+        if not len(tokens):
+            raise ArgumentError("expected at least one token, got none", parameter="prompt")
+        self._check_fits(tokens, 0)
 
 
 def _going_on(sequences: Tokens[Sequence]) -> list[Sequence]:

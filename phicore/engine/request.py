@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from phicore.errors import ArgumentError
+from phicore.network.logprobs import MOST
 from phicore.network.processors import LogitsProcessor
 from phicore.network.sampling import Sampling
 from phicore.text.stop_strings import checked_stops
 
 ROPE_FACTORS = ("auto", "long")
+MOST_LOGPROBS = MOST
+"""The largest number of alternatives whose log probabilities a request may ask for."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Request:
         processors: The logits processors, in the order in which they run.
         rope_factors: One of `ROPE_FACTORS`. LongRoPE's short factors hold until a token beyond the
             original context is run ("auto", as in the reference), or never ("long").
+        logprobs: Number of alternatives, 0 to `MOST_LOGPROBS`, whose log probabilities are computed
+            at each token of the answer, beside the token's own. None computes none. The answer is
+            the same in any case.
     Raises:
         ArgumentError: If a value is not allowed. The error names the parameter, the allowed values
             and, unless the prompt is empty, the value.
@@ -47,6 +53,7 @@ class Request:
     stop: str | Sequence[str] = ()
     processors: Sequence[LogitsProcessor] = ()
     rope_factors: str = ROPE_FACTORS[0]
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         prompt_ids = tuple(int(i) for i in self.prompt_ids)
@@ -59,6 +66,8 @@ class Request:
         if self.rope_factors not in ROPE_FACTORS:
             expected = " or ".join(ROPE_FACTORS)
             raise ArgumentError(parameter="rope_factors", expected=expected, got=self.rope_factors)
+        if self.logprobs is not None:
+            check_logprobs(self.logprobs)
         seed = secrets.randbits(32) if self.seed is None else self.seed
         if not is_integer(seed) or not 0 <= seed < 2**64:
             raise ArgumentError(parameter="seed", expected="0 to 2**64 - 1", got=seed)
@@ -71,6 +80,17 @@ class Request:
             "processors": tuple(self.processors),
         }.items():
             object.__setattr__(self, name, value)
+
+
+def check_logprobs(count: Any) -> None:
+    """Check a number of alternatives.
+
+    Raises:
+        ArgumentError: If it is not a whole number from 0 to `MOST_LOGPROBS`.
+    """
+    if not is_integer(count) or not 0 <= count <= MOST_LOGPROBS:
+        expected = f"0 to {MOST_LOGPROBS}"
+        raise ArgumentError(parameter="logprobs", expected=expected, got=count)
 
 
 def is_integer(value: Any) -> bool:

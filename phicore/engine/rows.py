@@ -12,7 +12,7 @@ from phicore.backend import Array, Backend
 from phicore.backend.shapes import power_of_two
 from phicore.engine.cache import Cache
 from phicore.engine.sequence import Sequence as EngineSequence
-from phicore.engine.steps import ENDED, States
+from phicore.engine.steps import ENDED, Logprobs, States
 from phicore.errors import PhicoreError
 from phicore.network import sampler
 from phicore.network.processors import Kinds, LogitsProcessor, check_same
@@ -34,11 +34,14 @@ class Call:
         tokens: The sampled tokens, (B, N) int32.
         count: The number of tokens that were requested, at most N.
         sequences: The sequences of the rows when the call was started.
+        logprobs: The log probabilities of the tokens, arrays (B, N, ...); empty if no sequence asks
+            for them.
     """
 
     tokens: Array
     count: int
     sequences: tuple[EngineSequence | None, ...]
+    logprobs: Logprobs = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -55,6 +58,8 @@ class Rows:
         ends: The tokens that end each row, (B, any) int32, padded with -1.
         only: Zeros, (B,) int32: the index of the last token in a step of one token.
         token: The last token of each row, (B, 1) int32.
+        logprobs: The log probabilities of the tokens of the last call; empty if no sequence asks
+            for them.
         pending: The calls that the host has not read yet, the oldest first.
         idle: The number of steps since fewer rows would do.
     """
@@ -67,6 +72,7 @@ class Rows:
     ends: Array
     only: Array
     token: Array
+    logprobs: Logprobs = field(default_factory=dict)
     pending: deque[Call] = field(default_factory=deque)
     idle: int = 0
 
@@ -111,6 +117,11 @@ class Rows:
         """Return the classes of the rows' logits processors."""
         live = self.live
         return live[0].kinds if live else ()
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Return whether a sequence asks for log probabilities."""
+        return any(sequence.request.logprobs is not None for sequence in self.live)
 
     def positions(self, count: int) -> np.ndarray:
         """Return the position of the next token in each row, (B,) int32 on the host.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,7 @@ from phicore.engine.chunks import (
 from phicore.engine.compiled import Compiled
 from phicore.engine.rope_tables import RopeTables
 from phicore.engine.rows import Rows
-from phicore.engine.steps import Steps
+from phicore.engine.steps import Logprobs, Steps
 from phicore.network import sampler
 from phicore.network.config import Phi3Config
 from phicore.network.rope import RopeFactors, Tables
@@ -88,12 +90,14 @@ class Runner:
         self.make_room(rows.cache, starts, count)
         draw = rows.draw and {**rows.draw, "uniforms": self._uniforms(rows, count, most)}
         wanted = self.ops.asarray(np.array([count], np.int32))
-        rows.cache.layers, rows.token, _, recent, rows.states, tokens = self.steps.run(
-            self.steps.steps(rows.kinds),
-            rows.cache,
-            self._tables(rows, starts + count),
-            (rows.token, position, rows.penalty, draw, rows.states, wanted, rows.ends),
-            [sequence.timings for sequence in rows.live],
+        rows.cache.layers, rows.token, _, recent, rows.states, rows.logprobs, tokens = (
+            self.steps.run(
+                self.steps.steps(rows.kinds, has_logprobs=rows.has_logprobs),
+                rows.cache,
+                self._tables(rows, starts + count),
+                (rows.token, position, rows.penalty, draw, rows.states, wanted, rows.ends),
+                [sequence.timings for sequence in rows.live],
+            )
         )
         rows.penalty = {**rows.penalty, "recent": recent}
         return tokens
@@ -108,8 +112,8 @@ class Runner:
         starts = rows.positions(count)
         self.make_room(rows.cache, starts, count)
         draw = rows.draw and {**rows.draw, "uniforms": self._uniforms(rows)}
-        rows.cache.layers, rows.token, _, recent, rows.states = self.steps.run(
-            self.steps.step(rows.kinds),
+        rows.cache.layers, rows.token, _, recent, rows.states, rows.logprobs = self.steps.run(
+            self.steps.step(rows.kinds, has_logprobs=rows.has_logprobs),
             rows.cache,
             self._tables(rows, starts + count),
             (*inputs, rows.penalty, draw, rows.states),
@@ -146,19 +150,52 @@ class Runner:
 
     def scores(self, tokens: Tokens[int]) -> np.ndarray:
         """Compute the scores of the next token after each token: (T, V) float32."""
-        is_long = self.tables.is_long(len(tokens))
-        cache = self.new_cache(len(tokens), is_long)
         rows = np.empty((len(tokens), self.config.vocab_size), np.float32)
-        for chunk in chunks(tokens, LOGITS_CHUNKS, is_padded=self._is_padded):
-            self.make_room(cache, np.array([chunk.start], np.int32), chunk.size)
-            cache.layers, scores = self.steps.run(
-                self.steps.score(),
-                cache,
-                self.tables.until(chunk.start + chunk.size, is_long),
-                (self.ops.asarray(chunk.tokens), self.ops.asarray(chunk.positions)),
-            )
+        for chunk, scores in self._run_chunks(self.steps.score(), tokens):
             rows[chunk.start : chunk.end] = self.ops.to_numpy(scores)[0, : chunk.end - chunk.start]
         return rows
+
+    def logprobs(self, tokens: Tokens[int]) -> Logprobs:
+        """Compute log probabilities after each token: of the next token, and of the likeliest ones.
+
+        The scores of at most 64 tokens are in memory at a time.
+
+        Returns:
+            The result of `logprobs.logprobs` on the host, with T rows. The last row's `chosen` is
+            garbage, since no token follows.
+        """
+        parts = []
+        following = [*tokens[1:], 0]
+        for chunk, found in self._run_chunks(self.steps.score_tokens(), tokens, following):
+            count = chunk.end - chunk.start
+            parts.append({name: self.ops.to_numpy(a)[0, :count] for name, a in found.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _run_chunks(
+        self, function: Callable[..., Any], tokens: Tokens[int], following: Tokens[int] = ()
+    ) -> Iterator[tuple[Chunk, Any]]:
+        """Run tokens in small chunks with an empty cache, and yield the result of each chunk.
+
+        Args:
+            function: A compiled function that returns the cache and a result.
+            following: The token after each token, if the function takes these too.
+        """
+        is_long = self.tables.is_long(len(tokens))
+        cache = self.new_cache(len(tokens), is_long)
+        for chunk in chunks(tokens, LOGITS_CHUNKS, is_padded=self._is_padded):
+            self.make_room(cache, np.array([chunk.start], np.int32), chunk.size)
+            inputs = [chunk.tokens, chunk.positions]
+            if following:
+                after = np.zeros((1, chunk.size), np.int32)
+                after[0, : chunk.end - chunk.start] = following[chunk.start : chunk.end]
+                inputs.append(after)
+            cache.layers, result = self.steps.run(
+                function,
+                cache,
+                self.tables.until(chunk.start + chunk.size, is_long),
+                tuple(map(self.ops.asarray, inputs)),
+            )
+            yield chunk, result
 
     # ---- caches ----------------------------------------------------------------------------
 

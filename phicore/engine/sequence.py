@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from phicore.engine.request import Request
 from phicore.engine.timings import Timings
 from phicore.network.processors import Kinds
+from phicore.text.logprobs import TokenLogprobs
 
 
 @dataclass(eq=False)
@@ -94,14 +95,11 @@ class Output:
         finish_reason: None if the sequence continues; otherwise "stop" (an end token), "length",
             "context" or "error".
         error: The error that has ended the sequence, if it was one.
+        logprobs: The log probabilities of the tokens; empty unless the request asks for them.
     """
 
     sequence: Sequence
     tokens: tuple[int, ...] = ()
     finish_reason: str | None = None
     error: Exception | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Return whether the step read a part of a prompt, and the sequence continues."""
-        return not self.tokens and self.finish_reason is None and self.error is None
+    logprobs: tuple[TokenLogprobs, ...] = ()

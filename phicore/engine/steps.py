@@ -8,6 +8,7 @@ from typing import Any
 from phicore.backend import Array, Backend, LayerCache, Params
 from phicore.network import graph, sampler
 from phicore.network.config import Phi3Config
+from phicore.network.logprobs import MOST, logprobs
 from phicore.network.processors import Kinds, check_same
 from phicore.network.rope import Tables, rope_at
 
@@ -18,6 +19,9 @@ Place = dict[str, Array]
 the rotary tables for position 0."""
 Arrays = Mapping[str, Array]
 """Arrays (B, ...) by name: the cache of a layer, or the state of a logits processor."""
+Logprobs = dict[str, Array]
+"""The result of `logprobs.logprobs` for some tokens, with their axis: arrays (B, N, ...). Empty if
+nobody asked."""
 ENDED = -2
 """An end token that no vocabulary has. A row with it has ended from the beginning."""
 
@@ -56,7 +60,9 @@ class Steps:
         penalty: dict[str, Array],
         draw: dict[str, Array] | None,
         states: States,
-    ) -> tuple[list[LayerCache], Array, Array, Array, States]:
+        *,
+        has_logprobs: bool = False,
+    ) -> tuple[list[LayerCache], Array, Array, Array, States, Logprobs]:
         """Run tokens, and sample one token for each row.
 
         This is prefill with a chunk of a prompt, and decode with one token per row.
@@ -67,16 +73,17 @@ class Steps:
             last: The index of the token in each row that the sampled token follows, (B,) int32.
             penalty, draw: Arguments of `sampler.sample`.
             states: The states of the logits processors.
+            has_logprobs: Whether to compute log probabilities.
         Returns:
             The cache; the sampled token and its position, (B, 1) int32; the `recent` tokens for the
-            next step's penalty; and the next step's states.
+            next step's penalty; the next step's states; and the log probabilities.
         """
         ops, xp = self.ops, self.ops.xp
         hidden, cache = self.hidden(params, cache, tables, place, tokens, positions)
         index = last[:, None]  # (B, 1)
         shape = (hidden.shape[0], 1, hidden.shape[2])
         hidden = xp.take_along_axis(hidden, xp.broadcast_to(index[:, :, None], shape), axis=1)
-        logits = graph.logits(ops, params, hidden[:, 0, :])
+        raw = logits = graph.logits(ops, params, hidden[:, 0, :])
         for kind, state in zip(kinds, states, strict=True):
             changed = kind.apply(ops, logits, state)
             check_same(f"{kind.__name__}.apply", {"scores": logits}, {"scores": changed})
@@ -87,7 +94,11 @@ class Steps:
         following = [k.advance(ops, s, token) for k, s in zip(kinds, states, strict=True)]
         for kind, old, new in zip(kinds, states, following, strict=True):
             check_same(f"{kind.__name__}.advance", old, new)
-        return cache, token, position, recent, following
+        found: Logprobs = {}
+        if has_logprobs:
+            found = logprobs(ops, raw, token[:, 0])
+            found = {name: xp.expand_dims(array, axis=1) for name, array in found.items()}
+        return cache, token, position, recent, following, found
 
     def steps(
         self,
@@ -103,7 +114,9 @@ class Steps:
         states: States,
         count: Array,
         ends: Array,
-    ) -> tuple[list[LayerCache], Array, Array, Array, States, Array]:
+        *,
+        has_logprobs: bool = False,
+    ) -> tuple[list[LayerCache], Array, Array, Array, States, Logprobs, Array]:
         """Run decode steps one after the other, until `count` are done or every row has ended.
 
         Args:
@@ -112,14 +125,20 @@ class Steps:
             count: The number of requested steps, (1,) int32, at most N.
             ends: The tokens that end each row, (B, any) int32. A token below 0 also ends a row,
                 and a row with `ENDED` has ended already.
+            has_logprobs: Whether to compute log probabilities.
         Returns:
-            The results of the last `step`, and the tokens of all steps, (B, N) int32. Tokens after
-            the last step that ran are garbage.
+            The results of the last `step`, but with the log probabilities of all steps; and the
+            tokens of all steps, (B, N) int32. What comes after the last step that ran is garbage.
         """
         ops, xp = self.ops, self.ops.xp
         most = ops.capabilities.steps
         only = position[:, 0] * 0
         places = xp.arange(most, dtype=xp.int32)[None, :]
+
+        def put(old: Array, new: Array, index: Array) -> Array:
+            """Replace what `old` (B, N, ...) has at a step by `new` (B, 1, ...)."""
+            is_at = places == index[:, None]  # (1, N)
+            return xp.where(is_at if len(old.shape) == 2 else is_at[:, :, None], new, old)
 
         def goes_on(state: dict[str, Any]) -> Array:
             token = state["token"]
@@ -131,7 +150,7 @@ class Steps:
             index, numbers = state["index"], draw
             if draw is not None:
                 numbers = {**draw, "uniforms": xp.take(draw["uniforms"], index, axis=0)[0, :, :]}
-            cache, token, position, recent, states = self.step(
+            cache, token, position, recent, states, found = self.step(
                 kinds,
                 params,
                 state["cache"],
@@ -143,6 +162,7 @@ class Steps:
                 {**penalty, "recent": state["recent"]},
                 numbers,
                 state["states"],
+                has_logprobs=has_logprobs,
             )
             return {
                 "cache": cache,
@@ -151,7 +171,8 @@ class Steps:
                 "recent": recent,
                 "states": states,
                 "index": index + 1,
-                "tokens": xp.where(places == index[:, None], token, state["tokens"]),
+                "tokens": put(state["tokens"], token, index),
+                "logprobs": {n: put(state["logprobs"][n], new, index) for n, new in found.items()},
             }
 
         first = {
@@ -162,10 +183,20 @@ class Steps:
             "states": states,
             "index": count * 0,
             "tokens": xp.broadcast_to(token, (token.shape[0], most)),
+            "logprobs": self._no_logprobs(token.shape[0], most) if has_logprobs else {},
         }
         s = ops.while_loop(goes_on, step, first)
-        names = ("cache", "token", "position", "recent", "states", "tokens")
+        names = ("cache", "token", "position", "recent", "states", "logprobs", "tokens")
         return tuple(s[name] for name in names)
+
+    def _no_logprobs(self, batch: int, most: int) -> Logprobs:
+        """Return zeros in place of the log probabilities of `most` steps."""
+        xp, count = self.ops.xp, min(MOST, self.config.vocab_size)
+        return {
+            "chosen": xp.zeros((batch, most), dtype=xp.float32),
+            "ids": xp.zeros((batch, most, count), dtype=xp.int32),
+            "likeliest": xp.zeros((batch, most, count), dtype=xp.float32),
+        }
 
     def score(
         self,
@@ -179,6 +210,30 @@ class Steps:
         """Run tokens (B, T); return the cache and the logits after each token, (B, T, V)."""
         hidden, cache = self.hidden(params, cache, tables, place, tokens, positions)
         return cache, graph.logits(self.ops, params, hidden)
+
+    def score_tokens(
+        self,
+        params: Params,
+        cache: list[LayerCache],
+        tables: Tables,
+        place: Place,
+        tokens: Array,
+        positions: Array,
+        following: Array,
+    ) -> tuple[list[LayerCache], Logprobs]:
+        """Run tokens (B, T); return the cache and the log probabilities of what follows each token.
+
+        Args:
+            following: The token that comes after each token, (B, T) int32.
+        """
+        cache, logits = self.score(params, cache, tables, place, tokens, positions)
+        rows = self.ops.xp.reshape(logits, (-1, logits.shape[-1]))
+        found = logprobs(self.ops, rows, self.ops.xp.reshape(following, (-1,)))
+        shape = following.shape
+        return cache, {
+            name: self.ops.xp.reshape(array, (*shape, *array.shape[1:]))
+            for name, array in found.items()
+        }
 
     def shift(self, cache: list[LayerCache], count: Array) -> list[LayerCache]:
         """Free the first `count` (B,) slots of each row in every layer."""

@@ -79,6 +79,31 @@ def test_options_of_the_command_are_defaults(batch: Callable, tmp_path: Path):
     assert all(answer["generated_tokens"] <= 2 for answer in answers)
 
 
+def test_log_probabilities_are_in_the_lines_that_ask_for_them(
+    batch: Callable, tiny: Path, tmp_path: Path
+):
+    options = {"prompt": "Hello", "seed": 1, "max_tokens": 4}
+    assert batch([{**options, "logprobs": 2}, options, {**options, "logprobs": 0}]).code == 0
+    two, none, zero = sorted(read(tmp_path / "out.jsonl"), key=lambda answer: answer["id"])
+    assert two["text"] == none["text"] == zero["text"]
+    assert "logprobs" not in none
+    with api.load(tiny, backend="numpy") as model:
+        pieces = list(model.generate("Hello", seed=1, max_tokens=4, logprobs=2))
+
+        def told(id: int, logprob: float) -> dict[str, Any]:
+            figure = pytest.approx(logprob, abs=1e-5)  # rows computed together add differently
+            return {"id": id, "piece": model.tokenizer.piece(id), "logprob": figure}
+
+        known = [piece.logprobs[0] for piece in pieces]
+        expected = [
+            {**told(each.token, each.logprob), "top": [told(*pair) for pair in each.top]}
+            for each in known
+        ]
+    assert [len(each["top"]) for each in two["logprobs"]] == [2] * len(pieces)
+    assert two["logprobs"] == expected
+    assert zero["logprobs"] == [{**each, "top": []} for each in expected]
+
+
 BAD = {
     "not JSON": "not JSON",
     "[1]": "expected a JSON object",
@@ -89,6 +114,7 @@ BAD = {
     '{"prompt": "a", "id": "two"}': "id 'two' occurs twice",
     '{"prompt": "a", "temperature": "hot"}': "temperature: expected",
     '{"prompt": 5}': "prompt: expected",
+    '{"prompt": "a", "logprobs": 21}': "logprobs: expected 0 to 20, got 21",
     '{"messages": [{"role": 1}]}': "messages[0]: expected",
 }
 

@@ -11,6 +11,7 @@ import phicore
 from phicore.errors import SourceError
 from phicore.sources import resolve
 from phicore.testing.compare import assert_close
+from phicore.testing.conformance.logprobs import log_softmax
 from phicore.testing.tolerances import FLOAT32_LOGITS
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "smollm2.npz"
@@ -65,6 +66,16 @@ def test_logits_of_200_tokens_equal_transformers(backend):
     assert_close(found[-1], expected["last_logits"], FLOAT32_LOGITS)
     assert_close(np.linalg.norm(found, axis=-1), expected["norms"], FLOAT32_LOGITS)
     assert found.argmax(-1).tolist() == expected["argmax"].tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_probabilities_after_200_tokens_equal_transformers(backend):
+    ids, expected = golden()["token_ids"].tolist(), log_softmax(golden()["last_logits"])
+    (piece,) = model(backend).generate(ids, max_tokens=1, temperature=0, logprobs=20)
+    (found,) = piece.logprobs
+    assert [id for id, _ in found.top] == np.argsort(-expected, kind="stable")[:20].tolist()
+    assert_close([x for _, x in found.top], -np.sort(-expected)[:20], FLOAT32_LOGITS)
+    assert found.token == found.top[0][0]
 
 
 @pytest.mark.each_value("backend", "chat")

@@ -19,6 +19,7 @@ from phicore.network.sampling import Sampling
 from phicore.progress import AGAIN
 from phicore.testing import tiny_models
 from phicore.testing.compare import assert_close, relative_error
+from phicore.testing.conformance.logprobs import log_softmax
 from phicore.testing.conformance.models import engine_of
 from phicore.testing.tolerances import FLOAT32_LOGITS, SAME_GRAPH
 
@@ -43,6 +44,21 @@ def test_logits_of_tiny_model_equal_transformers(name, ops, tmp_path):
 
     assert logits.dtype == np.float32
     assert_close(logits, golden()[f"{name}/logits"], FLOAT32_LOGITS)
+
+
+@pytest.mark.each_value("name", "backend_name")
+@pytest.mark.parametrize("name", ["F32", "mix", "llama", "qwen2", "crosses_original"])
+def test_log_probabilities_of_a_prompt_equal_transformers(name, ops, tmp_path):
+    ids = golden()["token_ids"].tolist()
+    engine = engine_of(ops, CASES[name].write(tmp_path / "tiny.gguf"))
+    expected = log_softmax(golden()[f"{name}/logits"])
+
+    scores = engine.score(ids, 20)[1:]
+
+    rows = np.arange(len(ids) - 1)
+    assert_close([s.logprob for s in scores], expected[rows, ids[1:]], FLOAT32_LOGITS)
+    found = np.array([s.top for s in scores])  # (T - 1, 20, 2)
+    assert_close(found[:, :, 1], -np.sort(-expected)[:-1, :20], FLOAT32_LOGITS)
 
 
 GREEDY_CASES = ("F32", "mix", "llama", "window", "partial_rope", "long_factors", "short_factors")

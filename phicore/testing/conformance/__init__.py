@@ -4,6 +4,7 @@ from phicore.testing.conformance.attention import AttentionConformance
 from phicore.testing.conformance.cache_types import CacheTypesConformance
 from phicore.testing.conformance.experts import ExpertsConformance
 from phicore.testing.conformance.laws import LawsConformance
+from phicore.testing.conformance.logprobs import LogprobsConformance
 from phicore.testing.conformance.models import ModelsConformance
 from phicore.testing.conformance.operations import OperationsConformance
 from phicore.testing.conformance.products import ProductsConformance
@@ -14,6 +15,7 @@ from phicore.testing.conformance.selection import SelectionConformance
 class BackendConformance(
     ModelsConformance,
     LawsConformance,
+    LogprobsConformance,
     SamplingConformance,
     SelectionConformance,
     CacheTypesConformance,
@@ -35,6 +37,7 @@ __all__ = [
     "CacheTypesConformance",
     "ExpertsConformance",
     "LawsConformance",
+    "LogprobsConformance",
     "ModelsConformance",
     "OperationsConformance",
     "ProductsConformance",
