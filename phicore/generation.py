@@ -200,7 +200,8 @@ def _pieces(
     try:
         for output in outputs:
             for number, token in enumerate(output.tokens):
-                is_last = number + 1 == len(output.tokens)
+                left[:] = output.tokens[number + 1 :]
+                is_last = not left
                 reason = output.finish_reason if is_last else None
                 piece = pieces.push(token, reason, output.logprobs[number : number + 1])
                 yield piece

@@ -27,6 +27,8 @@ from phicore.server.settings import Settings
 if TYPE_CHECKING:
     from phicore.model import Model
 
+BACKLOG = 512
+"""Number of clients that may wait to be accepted."""
 EXAMPLES = """
 \b
 Examples:
@@ -253,7 +255,7 @@ def _name_of(reference: str) -> str:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, or will when the server starts."""
+    """Return a socket that listens. Clients may connect at once; they wait until it accepts."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -264,6 +266,7 @@ def _listening(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(address)
+        found.listen(BACKLOG)
     except OSError as error:
         found.close()
         problem = f"cannot listen at {host}:{port}: {error.strerror}"

@@ -118,7 +118,6 @@ def _config(application: Starlette, settings: Settings) -> uvicorn.Config:
         timeout_graceful_shutdown=int(settings.grace + LINGER_S) + 1,
         timeout_keep_alive=75,  # longer than that of proxies, which would use a closed connection
         h11_max_incomplete_event_size=64 * 1024,
-        backlog=512,
     )
 
 

@@ -98,7 +98,7 @@ class Keys:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._digests and self._is_closed(scope):
@@ -121,10 +121,10 @@ class Keys:
 
     def _is_known(self, key: str) -> bool:
         """Compare a key with all keys, in a time that tells nothing about them."""
-        digest = _digest(key)
+        digest = _digest(key.encode("latin-1"))  # as it came: headers are read as Latin-1
         found = [hmac.compare_digest(digest, known) for known in self._digests]
         return any(found)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

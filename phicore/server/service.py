@@ -156,7 +156,7 @@ class Service:
         self.start()
         if self.state == "failed":
             raise ApiError("the model does not compute any more", status=500, code="server_error")
-        if self._worker is None:
+        if self._worker is None or self.state != "ready":
             raise loading() if self.state == "loading" else stopping()
         return self._worker
 
