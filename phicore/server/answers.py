@@ -11,8 +11,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from phicore.engine import Request as EngineRequest
-from phicore.server.errors import ApiError
+from phicore.server.errors import wrong_field
 from phicore.server.jobs import Exchange
+from phicore.server.logprobs import Logprobs, joined
 from phicore.server.parameters import Options
 from phicore.server.service import Service, new_id
 from phicore.server.shapes import REASONS, Shape, usage
@@ -20,6 +21,9 @@ from phicore.server.streams import DONE, PING, EventStream, GoneError, event, un
 from phicore.text.pieces import Piece
 
 log = logging.getLogger(__name__)
+
+Echo = tuple[str, dict[str, Any] | None]
+"""The text with which a choice begins, and its log probabilities."""
 
 
 class Answering:
@@ -30,8 +34,9 @@ class Answering:
         shape: How the answer looks.
         options: What the request asks for.
         model_name: The name of the model, as the client gave it.
-        echoes: For each prompt the text that its choices begin with.
         field: The field of the request that has the prompt.
+        logprobs: Makes the log probabilities of each choice; empty if nobody asks for them.
+        echoes: For each prompt, the text and the log probabilities with which its choices begin.
     """
 
     def __init__(
@@ -40,14 +45,16 @@ class Answering:
         shape: Shape,
         options: Options,
         model_name: str,
-        echoes: Sequence[str],
         field: str,
+        logprobs: Sequence[Logprobs] = (),
+        echoes: Sequence[Echo] = (),
     ) -> None:
         self._service = service
         self._shape = shape
         self._options = options
-        self._echoes = echoes
         self._field = field
+        self._logprobs = logprobs
+        self._echoes = echoes
         self._base = {
             "id": new_id(shape.prefix),
             "created": int(time.time()),
@@ -83,6 +90,23 @@ class Answering:
             exchange.close()
             raise
 
+    def echoed(self, requests: Sequence[EngineRequest]) -> Response:
+        """Return the prompts as the answers, for requests for no tokens.
+
+        Raises:
+            ApiError: If the client wants a stream.
+        """
+        if self._options.stream:
+            raise wrong_field(self._options.max_tokens, "0 is not for a stream")
+        choices = []
+        for index, request in enumerate(requests):
+            about = {"index": index, "finish_reason": "length", "seed": request.seed}
+            choices.append({**about, **self._shape.choice(*self._echo(index))})
+        prompt = sum(len(request.prompt_ids) for request in requests[:: self._options.choices])
+        usage = {"prompt_tokens": prompt, "completion_tokens": 0, "total_tokens": prompt}
+        body = {**self._base, "object": self._shape.whole, "choices": choices, "usage": usage}
+        return JSONResponse(body)
+
     async def _whole(self, exchange: Exchange) -> dict[str, Any]:
         found: list[list[Piece]] = [[] for _ in exchange.jobs]
         async for index, pieces in exchange.pieces(self._service.settings.ping):
@@ -91,10 +115,14 @@ class Answering:
         exchange.close()
         choices = []
         for index, pieces in enumerate(found):
-            text = self._echo(index) + "".join(piece.text for piece in pieces)
-            reason = pieces[-1].finish_reason
-            choice = self._shape.choice(text, None)
-            choices.append({**self._about(exchange, index, reason), **choice})
+            echo, before = self._echo(index)
+            logprobs = self._told(index, pieces)
+            choice = self._shape.choice(
+                echo + "".join(piece.text for piece in pieces),
+                logprobs if before is None else joined([before, logprobs]),
+            )
+            about = self._about(exchange, index, pieces[-1].finish_reason)
+            choices.append({**about, **choice})
         return {
             **self._base,
             "object": self._shape.whole,
@@ -115,14 +143,17 @@ class Answering:
             for index in range(len(exchange.jobs)):
                 if (first := shape.first()) is not None:
                     yield chunk(index, first)
-                if echo := self._echo(index):
-                    yield chunk(index, shape.part(echo, None))
+                echo, before = self._echo(index)
+                if echo or before:
+                    yield chunk(index, shape.part(echo, before))
             async for index, pieces in exchange.pieces(self._service.settings.ping):
                 if index < 0:
                     yield PING
                     continue
-                if text := "".join(piece.text for piece in pieces):
-                    yield chunk(index, shape.part(text, None))
+                text = "".join(piece.text for piece in pieces)
+                logprobs = self._told(index, pieces)
+                if text or logprobs:
+                    yield chunk(index, shape.part(text, logprobs))
                 if (reason := pieces[-1].finish_reason) is not None:
                     yield chunk(index, shape.part("", None), reason)
             if self._options.has_usage:
@@ -142,17 +173,11 @@ class Answering:
     def _usage(self, exchange: Exchange) -> dict[str, Any]:
         return usage(exchange.jobs, exchange.jobs[:: self._options.choices])
 
-    def _echo(self, index: int) -> str:
-        return self._echoes[index // self._options.choices] if self._echoes else ""
+    def _echo(self, index: int) -> Echo:
+        return self._echoes[index // self._options.choices] if self._echoes else ("", None)
+
+    def _told(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        return self._logprobs[index].part(pieces) if self._logprobs else None
 
     def _spell(self, parameter: str) -> str:
         return self._options.spelled(parameter, self._field)
-
-
-def refuse_logprobs(name: str) -> ApiError:
-    """Return the error about log probabilities."""
-    return ApiError(
-        f"{name}: this server has no log probabilities; leave the field out",
-        param=name,
-        code="unsupported_parameter",
-    )

@@ -9,10 +9,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from phicore.engine import Request as EngineRequest
-from phicore.server.answers import Answering, refuse_logprobs
+from phicore.engine.request import MOST_LOGPROBS
+from phicore.server.answers import Answering
 from phicore.server.errors import ApiError, wrong_field
 from phicore.server.fields import Fields
-from phicore.server.parameters import MOST_LOGPROBS, Options, options_of
+from phicore.server.logprobs import ChatLogprobs
+from phicore.server.parameters import Options, options_of
 from phicore.server.service import Service
 from phicore.server.shapes import ChatShape
 
@@ -31,23 +33,36 @@ async def chat(service: Service, request: Request) -> Response:
         most_tokens=service.settings.max_answer,
         vocab_size=model.vocab_size,
     )
-    most = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
-    if fields.flag("logprobs") or most is not None:
-        raise refuse_logprobs("logprobs")
+    count = _logprobs_of(fields)
     variables = fields.object("chat_template_kwargs")
     documents = fields.get("documents")
     service.check_room()
 
     def prepared() -> list[EngineRequest]:
         return options.requests(
-            model, messages, documents=documents, chat_template_kwargs=variables
+            model,
+            messages,
+            documents=documents,
+            chat_template_kwargs=variables,
+            logprobs=count,
         )
 
     spell = partial(Options.spelled, options, prompt="messages")
     requests = await service.in_pool(prepared, spell)
     service.check_prompts(requests, "messages")
-    answering = Answering(service, ChatShape(), options, name, [], "messages")
+    logprobs = [] if count is None else [ChatLogprobs(model.tokenizer) for _ in requests]
+    answering = Answering(service, ChatShape(), options, name, "messages", logprobs)
     return await answering.respond(request, requests)
+
+
+def _logprobs_of(fields: Fields) -> int | None:
+    """Read how many alternatives to tell for each token; None tells no log probabilities."""
+    most = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
+    if fields.flag("logprobs"):
+        return most or 0
+    if most:
+        raise wrong_field("top_logprobs", "only together with logprobs")
+    return None
 
 
 def messages_of(fields: Fields) -> list[dict[str, Any]]:

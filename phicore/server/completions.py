@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from phicore.engine import Request as EngineRequest
-from phicore.server.answers import Answering, refuse_logprobs
+from phicore.engine.request import MOST_LOGPROBS
+from phicore.model import Model
+from phicore.server.answers import Answering, Echo
 from phicore.server.errors import wrong_field
 from phicore.server.fields import Fields
+from phicore.server.logprobs import TextLogprobs
 from phicore.server.parameters import MOST_CHOICES, Options, check_ids, options_of
 from phicore.server.service import Service
 from phicore.server.shapes import TextShape
@@ -27,34 +31,52 @@ async def completions(service: Service, request: Request) -> Response:
     model = service.model
     name = service.check_model(fields)
     prompts = _prompts_of(fields, model.vocab_size)
-    most = service.settings.max_answer
+    is_echo = fields.flag("echo")
     options = options_of(
         fields,
         default_tokens=DEFAULT_TOKENS,
-        most_tokens=most,
+        most_tokens=service.settings.max_answer,
         vocab_size=model.vocab_size,
+        least_tokens=0 if is_echo else 1,
     )
-    if "logprobs" in fields:
-        raise refuse_logprobs("logprobs")
+    count = fields.integer("logprobs", 0, MOST_LOGPROBS)
     if len(prompts) * options.choices > MOST_CHOICES:
         raise wrong_field("prompt", f"expected at most {MOST_CHOICES} answers in a request")
-    is_echo = fields.flag("echo")
     service.check_room()
 
-    def prepared() -> tuple[list[EngineRequest], list[str]]:
+    def prepared() -> list[EngineRequest]:
         requests: list[EngineRequest] = []
         for prompt in prompts:
-            requests += options.requests(model, prompt, raw=isinstance(prompt, str))
-        if not is_echo:
-            return requests, []
-        decode = partial(model.tokenizer.decode, skip_special=False)
-        return requests, [p if isinstance(p, str) else decode(p) for p in prompts]
+            requests += options.requests(model, prompt, raw=isinstance(prompt, str), logprobs=count)
+        return requests
 
     spell = partial(Options.spelled, options, prompt="prompt")
-    requests, echoes = await service.in_pool(prepared, spell)
+    requests = await service.in_pool(prepared, spell)
     service.check_prompts(requests, "prompt")
-    answering = Answering(service, TextShape(), options, name, echoes, "prompt")
+    echoes: list[Echo] = []
+    for index, prompt in enumerate(prompts if is_echo else []):
+        ids = requests[index * options.choices].prompt_ids
+        echo = partial(_echo, model, prompt, ids, count)
+        echoes.append(await service.in_pool(echo, spell, is_scored=count is not None))
+    logprobs = []
+    if count is not None:
+        offsets = [len(text) for text, _ in echoes for _ in range(options.choices)]
+        offsets = offsets or [0] * len(requests)
+        logprobs = [TextLogprobs(model.tokenizer, offset) for offset in offsets]
+    answering = Answering(service, TextShape(), options, name, "prompt", logprobs, echoes)
+    if options.arguments["max_tokens"] == 0:
+        return answering.echoed(requests)
     return await answering.respond(request, requests)
+
+
+def _echo(model: Model, prompt: Prompt, ids: Sequence[int], count: int | None) -> Echo:
+    """Return the text of a prompt, and its log probabilities if somebody wants them."""
+    text = prompt
+    if not isinstance(text, str):
+        text = model.tokenizer.decode(text, skip_special=False)
+    if count is None:
+        return text, None
+    return text, TextLogprobs(model.tokenizer).prompt(text, ids, model.score(ids, count))
 
 
 def _prompts_of(fields: Fields, vocab_size: int) -> list[Prompt]:

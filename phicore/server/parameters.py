@@ -18,7 +18,6 @@ from phicore.server.errors import ApiError, wrong_field
 from phicore.server.fields import Fields
 
 MOST_STOPS = 16
-MOST_LOGPROBS = 20
 MOST_CHOICES = 128
 NEXT_SEED = 0x9E3779B97F4A7C15
 """The seed of choice i is the request's seed plus i times this, modulo 2**64. (The number is 2**64
@@ -118,7 +117,9 @@ class Options:
         Args:
             arguments: Further arguments of `Model.request`.
         """
-        first = model.request(prompt, seed=self.seed, **self.arguments, **arguments)
+        given = {**self.arguments, **arguments}
+        given["max_tokens"] = given["max_tokens"] or 1  # no tokens: the engine is not asked
+        first = model.request(prompt, seed=self.seed, **given)
         if self.end_ids:
             first = replace(first, ends=first.ends | self.end_ids)
         seeds = [(self.seed + i * NEXT_SEED) % 2**64 for i in range(1, self.choices)]
@@ -126,7 +127,12 @@ class Options:
 
 
 def options_of(
-    fields: Fields, *, default_tokens: int, most_tokens: int | None, vocab_size: int
+    fields: Fields,
+    *,
+    default_tokens: int,
+    most_tokens: int | None,
+    vocab_size: int,
+    least_tokens: int = 1,
 ) -> Options:
     """Read the fields that chat and text completions have in common.
 
@@ -134,13 +140,14 @@ def options_of(
         default_tokens: The number of tokens of an answer whose request does not say it.
         most_tokens: The largest number of tokens of an answer.
         vocab_size: The number of tokens that the model knows.
+        least_tokens: The smallest number of tokens that a request may ask for.
     Raises:
         ApiError: If a field is wrong or cannot be honoured.
     """
     refuse_unknown(fields)
     limit = fields.given("max_completion_tokens", "max_tokens", "n_predict")
     arguments: dict[str, Any] = {
-        "max_tokens": _max_tokens(fields, limit, default_tokens, most_tokens),
+        "max_tokens": _max_tokens(fields, limit, default_tokens, most_tokens, least_tokens),
         "stop": fields.texts("stop", MOST_STOPS),
         "processors": _processors(fields, vocab_size),
         "ignore_eos": fields.flag("ignore_eos"),
@@ -180,11 +187,13 @@ def refuse_unknown(fields: Fields) -> None:
             )
 
 
-def _max_tokens(fields: Fields, name: str | None, default: int, most: int | None) -> int:
+def _max_tokens(
+    fields: Fields, name: str | None, default: int, most: int | None, least: int
+) -> int:
     value = default
     if name is not None:
         is_all = fields.get(name) == -1  # as llama.cpp and `Model.request` mean it
-        value = -1 if is_all else fields.integer(name, 1) or default
+        value = -1 if is_all else int(fields.integer(name, least) or 0)
     if most is not None:
         return most if value == -1 else min(value, most)
     return value

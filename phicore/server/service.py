@@ -80,6 +80,7 @@ class Service:
         self._exchanges: WeakSet[Exchange] = WeakSet()
         # Texts are split into tokens here, since a long one would keep all others waiting.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="phicore-text")
+        self._scores = ThreadPoolExecutor(1, thread_name_prefix="phicore-scores")
 
     # ---- life ------------------------------------------------------------------------------
 
@@ -137,7 +138,8 @@ class Service:
             self._worker.stop()
             if self._thread is not None and self._thread is not threading.current_thread():
                 self._thread.join(wait_s)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._scores):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def is_alive(self) -> bool:
@@ -216,16 +218,22 @@ class Service:
             return name
         raise unknown_model(name, self.names)
 
-    async def in_pool(self, function: Callable[[], Any], spell: Callable[[str], str]) -> Any:
+    async def in_pool(
+        self, function: Callable[[], Any], spell: Callable[[str], str], *, is_scored: bool = False
+    ) -> Any:
         """Call a function in a thread for work with text.
 
+        Args:
+            spell: Returns the field of the request for a parameter in Python.
+            is_scored: Whether the function runs the model, which takes longer. Such functions run
+                one after the other.
         Raises:
             ApiError: If the function raises an error of phicore.
         """
         loop = asyncio.get_running_loop()
         model = self.model
         try:
-            return await loop.run_in_executor(self._pool, function)
+            return await loop.run_in_executor(self._scores if is_scored else self._pool, function)
         except ApiError:
             raise
         except TokenizerError as error:  # the file's name is of no use to a client
