@@ -533,7 +533,7 @@ class Engine:
         state, compile_s = (rows.penalty, rows.states), sequence.timings.compile_s
         started = time.perf_counter()
         self.runner.read(rows, chunk)
-        if others:
+        if others or self.scheduler.chunk_s is not None:
             self.runner.ops.to_numpy(rows.token)
             took_s = time.perf_counter() - started
             self.scheduler.measured(chunk.size, took_s - (sequence.timings.compile_s - compile_s))

@@ -60,6 +60,7 @@ def app(
     if names is None:
         names = [model.reference if isinstance(model, Model) else "default"]
     service = Service(model, names, settings or Settings(), failed)
+    service.has_keys = bool(api_keys)
 
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
@@ -164,7 +165,7 @@ async def metrics(service: Service, request: Request) -> Response:
 
 async def openapi(service: Service, request: Request) -> Response:
     """Return the description of the API."""
-    return JSONResponse(description(service.settings))
+    return JSONResponse(description(has_keys=service.has_keys))
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -37,6 +37,8 @@ from phicore.server.worker import Worker
 
 log = logging.getLogger(__name__)
 
+CHUNK_S = 0.8
+"""A prompt is read in parts of about this time, so that clients who go away are noticed soon."""
 State = Literal["loading", "ready", "failed", "stopping"]
 
 
@@ -51,6 +53,7 @@ class Service:
             no longer computes; "stopping" when the server is about to end.
         failure: Why the state is "failed".
         created: When the service was made, in seconds since 1970.
+        has_keys: Whether clients must send a key.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Service:
         self.state: State = "loading"
         self.failure: BaseException | None = None
         self.created = int(time.time())
+        self.has_keys = False
         self._model = model
         self._failed = failed
         self._worker: Worker | None = None
@@ -102,6 +106,7 @@ class Service:
             )
             if self.settings.warmup:
                 warm_up(model)
+            model.engine.scheduler.chunk_s = CHUNK_S  # after the warm-up, which reads whole chunks
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is told
             self._has_failed(error)
             return
