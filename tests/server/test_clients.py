@@ -57,7 +57,12 @@ def test_llm_prompts_and_continues(
   completion: true
 """
     (tmp_path / "extra-openai-models.yaml").write_text(models)
-    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "any"}
+    environment = {
+        **os.environ,
+        "LLM_USER_PATH": str(tmp_path),
+        "OPENAI_API_KEY": "any",
+        "LLM_LOAD_PLUGINS": "",  # the demo model's package is a plugin that needs llama.cpp
+    }
 
     def llm(*arguments: str) -> str:
         command = [sys.executable, "-m", "llm", *arguments]
@@ -186,6 +191,7 @@ def test_answers_are_as_the_description_says(quick: Served, tmp_path: Path, exam
         *("--checks", ",".join(checks)),
         *("--max-examples", str(examples)),
         *("--seed", "1"),
+        *("--phases", "examples,coverage,fuzzing"),
         "--generation-deterministic",
         "--no-color",
     ]
