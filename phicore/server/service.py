@@ -302,7 +302,7 @@ def unknown_model(name: str, names: Sequence[str]) -> ApiError:
 def warm_up(model: Model) -> None:
     """Compile what requests with the usual sampling parameters need."""
     usual = model.sampling
-    model.engine.warm_up([usual, replace(usual, temperature=0.0)])
+    model.engine.warm_up([usual, replace(usual, temperature=0.0)], has_logprobs=True)
 
 
 def new_id(prefix: str) -> str:
