@@ -39,7 +39,8 @@ class Generation:
         self._sequence = sequence
         self._abort = partial(engine.abort, sequence)
         self.timings = sequence.timings
-        found = _pieces(engine, sequence, pieces)
+        self._left: list[int] = []
+        found = _pieces(engine, sequence, pieces, self._left)
         self._pieces = found if observers is None else observers.watch(self, found)
         # A generation that is never started or closed is removed from the engine when it is
         # garbage-collected.
@@ -59,7 +60,10 @@ class Generation:
     @property
     def is_ready(self) -> bool:
         """Return whether the next piece, or the end, is there without running a step."""
-        return bool(self._sequence.outputs) or self._sequence.finish_reason is not None
+        outputs = self._sequence.outputs
+        while outputs and outputs[0].is_empty:
+            outputs.popleft()
+        return bool(self._left or outputs) or self._sequence.finish_reason is not None
 
     def text(self) -> str:
         """Generate the rest of the answer, and return its text."""
@@ -184,13 +188,20 @@ def in_order(answers: Iterable[Answer]) -> Iterator[Answer]:
             following += 1
 
 
-def _pieces(engine: Engine, sequence: EngineSequence, pieces: Pieces) -> Iterator[Piece]:
-    """Run a sequence until it finishes or its text has a stop string, and yield its pieces."""
+def _pieces(
+    engine: Engine, sequence: EngineSequence, pieces: Pieces, left: list[int]
+) -> Iterator[Piece]:
+    """Run a sequence until it finishes or its text has a stop string, and yield its pieces.
+
+    Args:
+        left: Gets the tokens that were computed and whose pieces were not yielded yet.
+    """
     outputs = engine.outputs(sequence)
     try:
         for output in outputs:
             for number, token in enumerate(output.tokens):
-                is_last = number + 1 == len(output.tokens)
+                left[:] = output.tokens[number + 1 :]
+                is_last = not left
                 reason = output.finish_reason if is_last else None
                 piece = pieces.push(token, reason, output.logprobs[number : number + 1])
                 yield piece

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
+from importlib.metadata import distributions
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from phicore.backend import Backend, BackendOptions
-from phicore.backend.host import free_memory_bytes, memory_bytes
+from phicore.backend.host import cpu_count, free_memory_bytes, memory_bytes
 from phicore.engine import Engine, Request
 from phicore.engine.request import ROPE_FACTORS, is_integer
 from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
@@ -439,6 +442,19 @@ class Model:
             PhicoreError: If a score is not a finite number.
         """
         return self.engine.score(_checked_ids(token_ids, self.vocab_size), logprobs)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a text that changes when the bits of the results may change.
+
+        It depends on the file, the versions of phicore and of the libraries, the backend and its
+        options, and the machine.
+        """
+        names = ("phicore", "numpy", "jax", "jaxlib", "llvmlite", "mlx", "torch")
+        versions = {d.name: d.version for d in distributions() if d.name in names}
+        parts = (self._fingerprint, sorted(versions.items()), self.backend, self._ops.options)
+        found = repr((*parts, platform.machine(), platform.processor(), cpu_count()))
+        return hashlib.sha256(found.encode()).hexdigest()[:32]
 
     @property
     def device(self) -> str:

@@ -24,6 +24,8 @@ from phicore.cli.listings import as_command, backends, models, plugins
 from phicore.cli.new_backend import new_backend
 from phicore.cli.parity import EXAMPLES as PARITY
 from phicore.cli.parity import parity
+from phicore.cli.serve import EXAMPLES as SERVE
+from phicore.cli.serve import serve
 
 
 class WithPlugins(typer.core.TyperGroup):
@@ -55,6 +57,7 @@ app = typer.Typer(
 Examples:
   phicore generate "Give me three tips for better sleep."
   phicore generate -m path/to/model.gguf -b jax -t 0 "Why is the sky blue?"
+  phicore serve -m phi-3-mini
   phicore bench --synthetic phi-3-mini
   phicore inspect phi-3-mini
   echo "Hello world" | phicore tokenize
@@ -96,6 +99,7 @@ def root(
 
 
 app.command(epilog=GENERATE)(generate)
+app.command(epilog=SERVE)(serve)
 app.command(epilog=BENCH)(bench)
 app.command()(inspect)
 app.command()(tokenize)

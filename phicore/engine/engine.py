@@ -334,6 +334,16 @@ class Engine:
         )
 
     @property
+    def kv_usage(self) -> tuple[int, int, int | None]:
+        """Return the bytes of keys and values of running sequences, those of the prefix cache, and
+        the largest number of both together; None if there is no limit.
+
+        Only the thread that runs the steps may ask.
+        """
+        running = sum(rows.cache.bytes for rows in self._all_rows)
+        return running, self.prefixes.bytes, self._kv_bytes
+
+    @property
     def _all_rows(self) -> list[Rows]:
         """Return the rows of all sequences that have some."""
         return [*self._batches.values(), *self._ready, *self._reading]
@@ -527,7 +537,7 @@ class Engine:
         state, compile_s = (rows.penalty, rows.states), sequence.timings.compile_s
         started = time.perf_counter()
         self.runner.read(rows, chunk)
-        if others:
+        if others or self.scheduler.chunk_s is not None:
             self.runner.ops.to_numpy(rows.token)
             took_s = time.perf_counter() - started
             self.scheduler.measured(chunk.size, took_s - (sequence.timings.compile_s - compile_s))

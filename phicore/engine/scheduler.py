@@ -36,6 +36,9 @@ class Scheduler:
         waiting: The sequences that wait, the next one first.
         max_sequences: The largest number of sequences that are read or decoded at a time.
         max_waiting: The largest number of sequences that may wait; None sets no limit.
+        chunk_s: About the longest time in seconds that a part of a prompt is read at once while no
+            answer waits for it; None sets no limit. Requests that come or are aborted meanwhile
+            wait for this.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Scheduler:
     ) -> None:
         self.max_sequences = min(max_sequences, SIZES[-1])
         self.max_waiting = max_waiting
+        self.chunk_s: float | None = None
         self.waiting: deque[Sequence] = deque()
         self._token_s: float | None = None
         self._chunks = 0
@@ -85,9 +89,10 @@ class Scheduler:
         Args:
             others: The number of sequences whose answers wait meanwhile.
         """
-        if not others:
+        budget_s = BUDGET_S if others else self.chunk_s
+        if budget_s is None or (self._token_s is None and not others):
             return None
-        return 1 if self._token_s is None else max(1, int(BUDGET_S / self._token_s))
+        return 1 if self._token_s is None else max(1, int(budget_s / self._token_s))
 
     def measured(self, tokens: int, seconds: float) -> None:
         """Take note of the time in which a part of a prompt was read."""

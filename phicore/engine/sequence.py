@@ -103,3 +103,8 @@ class Output:
     finish_reason: str | None = None
     error: Exception | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether the step read a part of a prompt, and the sequence continues."""
+        return not self.tokens and self.finish_reason is None and self.error is None

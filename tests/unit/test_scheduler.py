@@ -52,6 +52,16 @@ def test_tokens_of_a_chunk_fit_the_budget():
     for _ in range(50):  # the machine is slower now
         scheduler.measured(16, 16 * 2 * BUDGET_S)
     assert scheduler.most_tokens(3) == 1
+    assert scheduler.most_tokens(0) is None
+
+
+def test_prompt_that_is_read_alone_comes_in_parts_of_about_the_time_that_is_set():
+    scheduler = Scheduler()
+    scheduler.chunk_s = 2.0
+    assert scheduler.most_tokens(0) is None  # nothing is known yet
+    scheduler.measured(10, 1.0)
+    assert scheduler.most_tokens(0) == 20
+    assert scheduler.most_tokens(1) == 1
 
 
 def test_rows_grow_at_once_and_shrink_with_patience():

@@ -1,0 +1,274 @@
+"""The command `phicore serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from phicore.backend.options import BackendOptions
+from phicore.cli.options import (
+    BackendOption,
+    ModelOption,
+    TokenizerOption,
+    bytes_of,
+    model_or_default,
+    takes,
+)
+from phicore.errors import ArgumentError, PhicoreError
+from phicore.server.settings import Settings
+
+if TYPE_CHECKING:
+    from phicore.model import Model
+
+BACKLOG = 512
+"""Number of clients that may wait to be accepted."""
+EXAMPLES = """
+\b
+Examples:
+  phicore serve
+  phicore serve -m phi-3-mini --port 8000 --warmup
+  phicore serve --host 0.0.0.0 --api-key-file keys.txt
+  curl http://127.0.0.1:8080/v1/chat/completions -d \\
+    '{"messages": [{"role": "user", "content": "Hi"}]}'
+"""
+
+
+@takes("settings", Settings)
+@takes("backend_options", BackendOptions)
+def serve(
+    *,
+    model: ModelOption = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="The address to listen at. One that others can reach needs --api-key, "
+            "--api-key-file or --insecure.",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option("--port", metavar="N", min=0, max=65535, help="The port. 0 takes a free one."),
+    ] = 8080,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Another name by which clients may call the model. May be given several times.",
+        ),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Answer only clients that send this key. May be given several times. Other users "
+            "of this machine can see it; a file keeps it from them.",
+            envvar="PHICORE_API_KEY",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Read keys from this file, one a line."),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Listen at any address without a key."),
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name of this server that clients may use, beside localhost and addresses; * "
+            "allows all. May be given several times.",
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="An origin such as https://example.org whose pages may use the server; * allows "
+            "all. May be given several times.",
+        ),
+    ] = None,
+    settings: dict[str, Any],
+    parallel: Annotated[
+        int,
+        typer.Option(
+            "--parallel",
+            metavar="N",
+            min=1,
+            max=64,
+            help="How many answers are computed together.",
+        ),
+    ] = 8,
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            "--ctx",
+            "--ctx-size",
+            "-c",
+            metavar="N",
+            min=1,
+            help="Context size: the most tokens that a prompt and its answer have together. "
+            "[the model's]",
+        ),
+    ] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The most memory for keys and values, such as 4GB. Requests that do not fit wait, "
+            "and the context is what fits. [half of the free memory]",
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The most memory in which beginnings of prompts are remembered, such as 1GB; 0 "
+            "remembers none. [an eighth of the memory, at most 2GB]",
+        ),
+    ] = None,
+    tokenizer: TokenizerOption = None,
+    backend: BackendOption = None,
+    backend_options: dict[str, Any],
+    log_format: Annotated[
+        str, typer.Option(metavar="text|json", help="How logs are written on standard error.")
+    ] = "text",
+    log_level: Annotated[
+        str, typer.Option(metavar="debug|info|warning|error", help="What is logged.")
+    ] = "info",
+) -> None:
+    """Serve a model to programs, with OpenAI's API, and to people, with a page.
+
+    The server listens at once and tells at /health when the model is loaded. SIGTERM and Ctrl-C
+    let it finish what is under way.
+    """
+    # Check the options before a long load.
+    chosen = Settings(**settings)
+    BackendOptions(**backend_options)
+    kv_bytes = None if kv_memory is None else bytes_of(kv_memory)
+    prefix_bytes = None if prefix_cache is None else _prefix_bytes(prefix_cache)
+    if log_format not in ("text", "json"):
+        raise ArgumentError(parameter="log_format", expected="text or json", got=log_format)
+    if log_level not in ("debug", "info", "warning", "error"):
+        expected = "debug, info, warning or error"
+        raise ArgumentError(parameter="log_level", expected=expected, got=log_level)
+    keys = [*(api_key or ()), *(() if api_key_file is None else _keys_in(api_key_file))]
+    if any(not key.strip() for key in keys):
+        raise ArgumentError("a key must not be empty", parameter="api_key")
+    if not (keys or insecure or _is_local(host)):
+        raise ArgumentError(
+            f"others can reach {host}; give --api-key or --api-key-file, or --insecure to answer "
+            "everybody",
+            parameter="host",
+        )
+    try:
+        from phicore.cli.serving import run
+    except ImportError as error:
+        raise PhicoreError(
+            f"the server needs the package {error.name}; install it with: pip install "
+            "'phicore[serve]'"
+        ) from error
+
+    from phicore.cli.terminal import Console
+    from phicore.server.logs import Lines
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines(as_json=log_format == "json"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("phicore").setLevel(log_level.upper())
+
+    reference = model_or_default(model, Console().say)
+
+    def load() -> Model:
+        from phicore.model import load
+
+        return load(
+            reference,
+            backend,
+            ctx=ctx,
+            tokenizer=tokenizer,
+            max_sequences=parallel,
+            kv_memory=kv_bytes,
+            prefix_cache_bytes=prefix_bytes,
+            **backend_options,
+        )
+
+    hosts = list(allowed_host or ())
+    if not _is_local(host):
+        # With a key, a page that lets its name point here has nothing to send.
+        hosts += ["*"] if keys and not allowed_host else [host]
+    run(
+        _listening(host, port),
+        load,
+        names=[_name_of(reference), *(alias or ())],
+        settings=chosen,
+        api_keys=keys,
+        allowed_hosts=hosts,
+        cors_origins=list(cors_origin or ()),
+    )
+
+
+def _prefix_bytes(text: str) -> int:
+    if text.strip() == "0":
+        return 0
+    try:
+        return bytes_of(text)
+    except ArgumentError as error:
+        expected = "a size such as 1GB, or 0"
+        raise ArgumentError(parameter="prefix_cache", expected=expected, got=error.got) from None
+
+
+def _keys_in(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ArgumentError(f"{path}: {error.strerror}", parameter="api_key_file") from None
+    except UnicodeDecodeError:
+        raise ArgumentError(f"{path}: not UTF-8 text", parameter="api_key_file") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise ArgumentError(f"{path}: there is no key in it", parameter="api_key_file")
+    return keys
+
+
+def _is_local(host: str) -> bool:
+    """Return whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _name_of(reference: str) -> str:
+    """Return the name of a model for clients: that of its file, or the reference."""
+    is_path = reference.endswith(".gguf") and ":" not in reference
+    return Path(reference).stem if is_path or os.path.sep in reference[:2] else reference
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Clients may connect at once; they wait until it accepts."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ArgumentError(f"{host}: {error.strerror}", parameter="host") from None
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind(address)
+        found.listen(BACKLOG)
+    except OSError as error:
+        found.close()
+        problem = f"cannot listen at {host}:{port}: {error.strerror}"
+        raise ArgumentError(problem, parameter="port") from None
+    return found

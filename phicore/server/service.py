@@ -1,0 +1,310 @@
+"""What the handlers of a server share: the model, the thread that computes, settings and names."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal
+from weakref import WeakSet
+
+from starlette.requests import ClientDisconnect, Request
+
+from phicore.engine import Request as EngineRequest
+from phicore.errors import TokenizerError
+from phicore.model import Model
+from phicore.server.errors import (
+    ApiError,
+    api_error,
+    loading,
+    stopping,
+    too_long,
+    wrong_field,
+)
+from phicore.server.fields import Fields, parsed
+from phicore.server.jobs import Exchange
+from phicore.server.metrics import Metrics
+from phicore.server.settings import Settings
+from phicore.server.streams import GoneError
+from phicore.server.worker import Worker
+
+log = logging.getLogger(__name__)
+
+CHUNK_S = 0.8
+"""A prompt is read in parts of about this time, so that clients who go away are noticed soon."""
+State = Literal["loading", "ready", "failed", "stopping"]
+
+
+class Service:
+    """A model that is served.
+
+    Attributes:
+        names: The names by which clients may call the model, the first one being its id.
+        settings: The settings.
+        metrics: What is counted.
+        state: "loading" until the model is there, then "ready"; "failed" if it cannot be loaded or
+            no longer computes; "stopping" when the server is about to end.
+        failure: Why the state is "failed".
+        created: When the service was made, in seconds since 1970.
+        has_keys: Whether clients must send a key.
+    """
+
+    def __init__(
+        self,
+        model: Model | Callable[[], Model],
+        names: Sequence[str],
+        settings: Settings,
+        failed: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        """Prepare to serve.
+
+        Args:
+            model: The model, or a function that loads it.
+            failed: Called if the model cannot be loaded, or no longer computes.
+        """
+        self.names = tuple(names)
+        self.settings = settings
+        self.metrics = Metrics(self.names[0])
+        self.state: State = "loading"
+        self.failure: BaseException | None = None
+        self.created = int(time.time())
+        self.has_keys = False
+        self._model = model
+        self._failed = failed
+        self._worker: Worker | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._exchanges: WeakSet[Exchange] = WeakSet()
+        # Texts are split into tokens here, since a long one would keep all others waiting.
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="phicore-text")
+        self._scores = ThreadPoolExecutor(1, thread_name_prefix="phicore-scores")
+
+    # ---- life ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread that loads the model and computes, unless it runs already."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="phicore-engine")
+                self._thread.daemon = True  # a model that is being loaded must not keep the process
+                self._thread.start()
+                atexit.register(self.close)
+
+    def _run(self) -> None:
+        try:
+            given = self._model
+            model = given if isinstance(given, Model) else given()
+            worker = Worker(
+                model, most=self._most(model), watcher=self.metrics, died=self._has_failed
+            )
+            if self.settings.warmup:
+                warm_up(model)
+            model.engine.scheduler.chunk_s = CHUNK_S  # after the warm-up, which reads whole chunks
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is told
+            self._has_failed(error)
+            return
+        with self._lock:
+            if self.state != "loading":
+                return
+            self._worker, self.state = worker, "ready"
+        log.info("ready", extra={"fields": {"model": self.names[0], "backend": model.backend}})
+        worker.run()
+
+    def _most(self, model: Model) -> int:
+        return model.engine.scheduler.max_sequences + self.settings.max_queue
+
+    def _has_failed(self, error: BaseException) -> None:
+        self.failure, self.state = error, "failed"
+        self._failed(error)
+
+    def begin_stop(self) -> None:
+        """Let the service end: /health tells so, and what is under way goes on."""
+        if self.state in ("loading", "ready"):
+            self.state = "stopping"
+
+    def end_all(self, error: ApiError) -> None:
+        """End the answers that are under way because of an error."""
+        for exchange in list(self._exchanges):
+            exchange.fail(error)
+
+    def close(self, wait_s: float = 10.0) -> None:
+        """End the answers that are under way, and the thread."""
+        atexit.unregister(self.close)
+        with self._lock:
+            self.begin_stop()
+        if self._worker is not None:
+            self._worker.stop()
+            if self._thread is not None and self._thread is not threading.current_thread():
+                self._thread.join(wait_s)
+        for pool in (self._pool, self._scores):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Return whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    # ---- requests --------------------------------------------------------------------------
+
+    @property
+    def worker(self) -> Worker:
+        """Return the thread that computes.
+
+        Raises:
+            ApiError: If it is not there yet, or no longer.
+        """
+        self.start()
+        if self.state == "failed":
+            raise ApiError("the model does not compute any more", status=500, code="server_error")
+        if self._worker is None or self.state != "ready":
+            raise loading() if self.state == "loading" else stopping()
+        return self._worker
+
+    @property
+    def model(self) -> Model:
+        """Return the model.
+
+        Raises:
+            ApiError: If it is not there yet, or no longer.
+        """
+        return self.worker.model
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a text that changes when the bits of the answers may change."""
+        return f"fp_{self.model.fingerprint[:16]}"
+
+    async def body(self, request: Request) -> dict[str, Any]:
+        """Read the object in the body of a request.
+
+        Raises:
+            ApiError: If the body is too long, comes too slowly or is no object.
+        """
+        most = self.settings.max_body
+        too_large = ApiError(
+            f"the body is too large; this server takes {most} bytes", status=413, code="too_large"
+        )
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length) > most:
+            raise too_large
+        found = bytearray()
+        try:
+            async with asyncio.timeout(self.settings.patience):
+                async for part in request.stream():
+                    found += part
+                    if len(found) > most:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError("the body comes too slowly", status=408) from None
+        except ClientDisconnect:
+            raise GoneError from None
+        body = parsed(bytes(found))
+        if self.settings.log_text:
+            log.info("body", extra={"fields": {"body": body}})
+        return body
+
+    def check_model(self, fields: Fields) -> str:
+        """Return the name of the model that a request asks for; without one, the model's id.
+
+        Raises:
+            ApiError: If the model has another name.
+        """
+        name = fields.text("model")
+        if name is None or name in self.names:
+            return name or self.names[0]
+        if self.settings.any_model:
+            return name
+        raise unknown_model(name, self.names)
+
+    async def in_pool(
+        self, function: Callable[[], Any], spell: Callable[[str], str], *, is_scored: bool = False
+    ) -> Any:
+        """Call a function in a thread for work with text.
+
+        Args:
+            spell: Returns the field of the request for a parameter in Python.
+            is_scored: Whether the function runs the model, which takes longer. Such functions run
+                one after the other.
+        Raises:
+            ApiError: If the function raises an error of phicore.
+        """
+        loop = asyncio.get_running_loop()
+        model = self.model
+        try:
+            return await loop.run_in_executor(self._scores if is_scored else self._pool, function)
+        except ApiError:
+            raise
+        except TokenizerError as error:  # the file's name is of no use to a client
+            problem = error.problem.removeprefix(f"{model.path.name}: ")
+            raise wrong_field(spell("prompt"), problem) from error
+        except Exception as error:
+            found = api_error(error, spell, model.context)
+            if found.status == 500:
+                log.exception("a request cannot be prepared")
+            raise found from error
+
+    def check_room(self) -> None:
+        """Check that the queue has room, before a request costs anything.
+
+        Raises:
+            ApiError: If it is full, or the server is about to end.
+        """
+        worker = self.worker
+        if worker.count >= self._most(worker.model):
+            raise ApiError(
+                f"{worker.count} requests run or wait already; try again later",
+                status=503,
+                code="queue_full",
+            )
+
+    def check_prompts(self, requests: Sequence[EngineRequest], field: str) -> None:
+        """Check the lengths of prompts.
+
+        Raises:
+            ApiError: If one is too long.
+        """
+        context = self.model.context
+        most = min(context - 1, self.settings.max_prompt or context)
+        longest = max(len(request.prompt_ids) for request in requests)
+        if longest >= context:
+            raise too_long(longest, context, field)
+        if longest > most:
+            raise ApiError(
+                f"{field}: {longest} tokens; this server takes {most}", param=field, code="too_long"
+            )
+
+    def exchange(self, requests: Sequence[EngineRequest], spell: Callable[[str], str]) -> Exchange:
+        """Return an exchange for requests to the engine."""
+        limit = self.settings.time_limit
+        made = Exchange(requests, self.worker, time_limit_s=limit, spell=spell)
+        self._exchanges.add(made)
+        return made
+
+
+def unknown_model(name: str, names: Sequence[str]) -> ApiError:
+    """Return the error about a model that is not here."""
+    known = ", ".join(names)
+    return ApiError(
+        f"The model `{name:.100}` does not exist; this server has {known}",
+        status=404,
+        param="model",
+        code="model_not_found",
+    )
+
+
+def warm_up(model: Model) -> None:
+    """Compile what requests with the usual sampling parameters need."""
+    usual = model.sampling
+    model.engine.warm_up([usual, replace(usual, temperature=0.0)], has_logprobs=True)
+
+
+def new_id(prefix: str) -> str:
+    """Return an identifier that nobody else has."""
+    return f"{prefix}-{uuid.uuid4().hex}"

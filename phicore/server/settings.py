@@ -1,0 +1,84 @@
+"""The settings of a server. The command line derives its options from the fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phicore.settings import check_settings, setting
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server allows and how it behaves."""
+
+    max_queue: int = setting(
+        64,
+        "Number of answers that may wait while others are computed. Further requests get status "
+        "503 and are told when to try again.",
+        expected="0 or more",
+        check=lambda n: n >= 0,
+        metavar="N",
+    )
+    max_answer: int | None = setting(
+        None,
+        "The largest number of tokens of an answer, whatever a request asks for.",
+        expected="1 or more",
+        check=lambda n: n >= 1,
+        metavar="N",
+        shown_default="what the context holds",
+    )
+    max_prompt: int | None = setting(
+        None,
+        "The largest number of tokens of a prompt.",
+        expected="1 or more",
+        check=lambda n: n >= 1,
+        metavar="N",
+        shown_default="what the context holds",
+    )
+    max_body: int = setting(
+        4 * 2**20,
+        "The largest number of bytes of a request's body.",
+        expected="1 or more",
+        check=lambda n: n >= 1,
+        metavar="BYTES",
+    )
+    time_limit: float = setting(
+        3600.0,
+        "The longest time that a request may take, in seconds, the time in the queue included.",
+        expected="more than 0",
+        check=lambda s: s > 0,
+        metavar="SECONDS",
+    )
+    patience: float = setting(
+        60.0,
+        "How long a client may take to read what it was sent, or to send its request, in seconds.",
+        expected="more than 0",
+        check=lambda s: s > 0,
+        metavar="SECONDS",
+    )
+    ping: float = setting(
+        10.0,
+        "Send a comment in a stream after this many seconds without text, so that nobody between "
+        "closes the connection.",
+        expected="more than 0",
+        check=lambda s: s > 0,
+        metavar="SECONDS",
+    )
+    grace: float = setting(
+        30.0,
+        "After SIGTERM, the time in seconds for answers that are under way.",
+        expected="0 or more",
+        check=lambda s: s >= 0,
+        metavar="SECONDS",
+    )
+    any_model: bool = setting(
+        False, "Answer requests for any model name; many programs send a fixed one."
+    )
+    warmup: bool = setting(
+        False,
+        "Compile what requests need before the first one comes. /health tells when that is done.",
+    )
+    log_text: bool = setting(False, "Log the bodies of requests, which contain the users' texts.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)

@@ -1,0 +1,86 @@
+"""/tokenize, /detokenize and /apply-template, as llama-server and vLLM have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from phicore.server.chat import messages_of
+from phicore.server.errors import ApiError, wrong_field
+from phicore.server.fields import Fields
+from phicore.server.parameters import check_ids, refuse_unknown
+from phicore.server.service import Service
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """Turn a text, or a conversation, into tokens."""
+    fields = Fields(await service.body(request))
+    model = service.model
+    service.check_model(fields)
+    name = fields.given("content", "prompt")
+    if (name is None) == ("messages" not in fields):
+        raise ApiError("expected content, prompt or messages", param="prompt", code="invalid_value")
+    tokenizer = model.tokenizer
+    adds = fields.given("add_special", "add_special_tokens")
+    add_bos = fields.flag(adds) if adds is not None else False
+    has_pieces, parses = fields.flag("with_pieces"), fields.flag("parse_special", True)
+
+    def tokens() -> list[int]:
+        if name is None:
+            variables = fields.object("chat_template_kwargs")
+            return model.encode(messages_of(fields), chat_template_kwargs=variables)
+        text = fields.text(name) or ""
+        return tokenizer.encode(
+            text, add_bos=add_bos and tokenizer.bos_token_id is not None, parse_special=parses
+        )
+
+    ids = await service.in_pool(tokens, lambda parameter: name or "messages")
+    shown: list[Any] = ids
+    if has_pieces:
+        shown = [{"id": id, "piece": _piece(tokenizer.token_bytes(id))} for id in ids]
+    body = {"tokens": shown, "count": len(ids), "max_model_len": model.context}
+    return JSONResponse(body)
+
+
+def _piece(data: bytes) -> str | list[int]:
+    """Return the text of a token, or its bytes if they are no text."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    """Turn tokens into text."""
+    fields = Fields(await service.body(request))
+    model = service.model
+    service.check_model(fields)
+    tokens = fields.get("tokens")
+    if tokens == []:
+        return JSONResponse({"content": "", "prompt": ""})
+    if not isinstance(tokens, list) or not all(type(id) is int for id in tokens):
+        raise wrong_field("tokens", "expected a list of tokens' ids")
+    check_ids("tokens", tokens, model.vocab_size)
+
+    def text() -> str:
+        return model.tokenizer.decode(tokens, skip_special=False)
+
+    found = await service.in_pool(text, lambda parameter: "tokens")
+    return JSONResponse({"content": found, "prompt": found})
+
+
+async def apply_template(service: Service, request: Request) -> Response:
+    """Turn a conversation into the prompt that the model reads."""
+    fields = Fields(await service.body(request))
+    model = service.model
+    service.check_model(fields)
+    refuse_unknown(fields)
+    messages, variables = messages_of(fields), fields.object("chat_template_kwargs") or {}
+
+    def rendered() -> str:
+        model.encode(messages, chat_template_kwargs=variables)  # checks them
+        return model.chat_template.render(messages, **variables)
+
+    return JSONResponse({"prompt": await service.in_pool(rendered, lambda parameter: "messages")})

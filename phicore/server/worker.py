@@ -1,0 +1,231 @@
+"""The thread that computes: it alone runs the engine's steps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+from phicore.errors import BusyError, PhicoreError
+from phicore.model import Model
+from phicore.server.errors import ApiError, api_error, stopping
+from phicore.server.jobs import Job
+from phicore.text.pieces import Piece
+
+log = logging.getLogger(__name__)
+
+MOST_FAULTS = 3
+"""After so many faults without a good step between them, the thread ends."""
+
+
+class Watcher(Protocol):
+    """Gets told what the thread does; its methods must be quick."""
+
+    def stepped(self, worker: Worker) -> None: ...
+    def advanced(self, job: Job, tokens: int) -> None: ...
+    def ended(self, job: Job, reason: str) -> None: ...
+
+
+class Worker:
+    """Runs the engine of a model in a thread of its own.
+
+    A step's results go to each event loop all at once. An answer that is cancelled leaves the
+    engine before the next step.
+
+    Attributes:
+        model: The model.
+        jobs: The answers that the engine has; only the thread changes this.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        most: int,
+        watcher: Watcher,
+        died: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        """Make a worker.
+
+        Args:
+            most: The largest number of answers that run and wait.
+            watcher: Is told of steps, tokens and ends.
+            died: Called in the thread if it cannot go on.
+        """
+        self.model = model
+        self.jobs: list[Job] = []
+        self._most = most
+        self._watcher = watcher
+        self._died = died
+        self._faults = 0
+        self._submitted: list[Job] = []
+        self._count = 0
+        self._is_over = False
+        self._is_woken = False
+        self._condition = threading.Condition()
+
+    # ---- called by coroutines --------------------------------------------------------------
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Add answers to compute.
+
+        Raises:
+            BusyError: If too many are computed or wait.
+            ApiError: If the thread has ended.
+        """
+        with self._condition:
+            if self._is_over:
+                raise stopping()
+            if len(jobs) > self._most:
+                raise ApiError(f"expected at most {self._most} answers in a request", param="n")
+            if self._count + len(jobs) > self._most:
+                raise BusyError(f"{self._count} requests run or wait already; try again later")
+            self._submitted += jobs
+            self._count += len(jobs)
+            self._condition.notify()
+
+    def wake(self) -> None:
+        """Let the thread look for cancelled answers."""
+        with self._condition:
+            self._is_woken = True
+            self._condition.notify()
+
+    def stop(self) -> None:
+        """Let the thread end after the current step; its answers fail."""
+        with self._condition:
+            self._is_over = True
+            self._condition.notify()
+
+    @property
+    def count(self) -> int:
+        """Return the number of answers that run or wait."""
+        return self._count
+
+    # ---- the thread ------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Compute until `stop` is called."""
+        try:
+            while self._wait():
+                self._tick()
+        except BaseException as error:
+            log.exception("the thread that computes has failed")
+            self._end_all(api_error(error))
+            self._died(error)
+        finally:
+            self._end_all(stopping())
+
+    def _wait(self) -> bool:
+        """Wait for work; return whether to go on."""
+        with self._condition:
+            while not (self.jobs or self._submitted or self._is_woken or self._is_over):
+                self._condition.wait()
+            self._is_woken = False
+            new, self._submitted = self._submitted, []
+            is_over = self._is_over
+        self.jobs += new
+        return not is_over
+
+    def _tick(self) -> None:
+        """Take requests in and out, run a step, and tell its results."""
+        found: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = defaultdict(list)
+        for job in list(self.jobs):
+            if job.is_cancelled:
+                self._end(job, "abort")
+            elif job.generation is None:
+                try:
+                    job.generation = self.model.generate(job.request)
+                except Exception as error:  # noqa: BLE001 - the request is at fault
+                    self._end(job, "error")
+                    found[job.exchange.loop].append(partial(self._refused, job, error))
+                else:
+                    found[job.exchange.loop].append(partial(_taken, job))
+        try:
+            if self.jobs:
+                self.model.engine.step()
+                self._faults = 0
+            for job in list(self.jobs):
+                self._collect(job, found[job.exchange.loop])
+            self._watcher.stepped(self)
+        except Exception as error:
+            self._faults += 1
+            if self._faults == 1:
+                log.exception("a step has failed; the answers that were computed fail")
+            self._end_all(api_error(error))
+            if self._faults >= MOST_FAULTS:
+                raise
+        _deliver(found)
+
+    def _collect(self, job: Job, calls: list[Callable[[], None]]) -> None:
+        """Take the pieces of an answer that are there."""
+        generation = job.generation
+        assert generation is not None
+        pieces: list[Piece] = []
+        try:
+            while generation.is_ready and (not pieces or pieces[-1].finish_reason is None):
+                piece = next(generation, None)
+                if piece is None:
+                    raise PhicoreError("somebody else has ended this answer")
+                pieces.append(piece)
+        except Exception as error:  # noqa: BLE001 - an answer's error concerns no other
+            self._end(job, "error")
+            calls.append(partial(self._refused, job, error))
+            return
+        if pieces:
+            self._watcher.advanced(job, len(pieces))
+            calls.append(partial(job.push, pieces))
+            if (reason := pieces[-1].finish_reason) is not None:
+                self._end(job, reason)
+
+    def _end(self, job: Job, reason: str) -> None:
+        """Take an answer out of the engine."""
+        if job in self.jobs:
+            self.jobs.remove(job)
+            with self._condition:
+                self._count -= 1
+            if job.generation is not None:
+                job.generation.close()
+            self._watcher.ended(job, reason)
+
+    def _end_all(self, error: ApiError) -> None:
+        """End all answers because of an error, those that were submitted meanwhile included."""
+        with self._condition:
+            self.jobs += self._submitted
+            self._submitted = []
+        found: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = defaultdict(list)
+        for job in list(self.jobs):
+            self._end(job, "error")
+            found[job.exchange.loop].append(partial(job.exchange.fail, error))
+        _deliver(found)
+
+    def _refused(self, job: Job, error: Exception) -> None:
+        found = api_error(error, job.exchange.spell, self.model.context)
+        if found.status == 500:
+            fields = {"request_id": job.exchange.request_id}
+            log.error("an answer has failed: %s", error, exc_info=error, extra={"fields": fields})
+        job.exchange.fail(found)
+
+
+def _taken(job: Job) -> None:
+    job.is_taken = True
+    job.exchange.wake()
+
+
+def _deliver(found: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]]) -> None:
+    """Let each event loop make its calls, all of a step at once."""
+    for loop, calls in found.items():
+        if not calls:
+            continue
+        try:
+            loop.call_soon_threadsafe(_call_all, calls)
+        except RuntimeError:  # the loop is closed, so nobody waits any more
+            log.debug("an event loop has ended before its answers")
+
+
+def _call_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()

@@ -1,0 +1,202 @@
+"""The programs that people have run unchanged against the server.
+
+`uv run --group clients pytest tests/server/test_clients.py` installs and runs them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server.conftest import HI, Served, ready
+
+import phicore
+from phicore import Model
+from phicore.server import Settings
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(
+        bool(missing), reason=f"needs {', '.join(missing)}: uv sync --group clients"
+    )
+
+
+# What these libraries warn about is theirs.
+pytestmark = pytest.mark.filterwarnings("ignore")
+OPTIONS: dict[str, Any] = {"max_tokens": 8, "seed": 5, "temperature": 0.7}
+
+
+@pytest.fixture(scope="module")
+def expected(model: Model) -> str:
+    return model.generate("Hi", **OPTIONS).text()
+
+
+# ---- llm -----------------------------------------------------------------------------------
+
+
+@needs("llm")
+@pytest.mark.parametrize("options", [[], ["--no-stream"]], ids=["stream", "whole"])
+def test_llm_prompts_and_continues(
+    served: Served, expected: str, tmp_path: Path, options: list[str]
+):
+    models = f"""
+- model_id: phicore
+  model_name: tiny
+  api_base: {served.url}/v1
+- model_id: phicore-text
+  model_name: tiny
+  api_base: {served.url}/v1
+  completion: true
+"""
+    (tmp_path / "extra-openai-models.yaml").write_text(models)
+    environment = {
+        **os.environ,
+        "LLM_USER_PATH": str(tmp_path),
+        "OPENAI_API_KEY": "any",
+        "LLM_LOAD_PLUGINS": "",  # the demo model's package is a plugin that needs llama.cpp
+    }
+
+    def llm(*arguments: str) -> str:
+        command = [sys.executable, "-m", "llm", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    given = [x for name, value in OPTIONS.items() for x in ("-o", name, str(value))]
+    assert llm("-m", "phicore", *given, *options, "Hi").rstrip("\n") == expected.rstrip("\n")
+    llm("-c", *options, "And then?")
+    assert len(json.loads(llm("logs", "--json", "-n", "2"))) == 2
+    assert llm("-m", "phicore-text", *given, *options, "The sea")
+
+
+# ---- LangChain -----------------------------------------------------------------------------
+
+
+@needs("langchain_openai")
+def test_langchain_invokes_streams_and_batches(served: Served, expected: str):
+    from langchain_openai import ChatOpenAI
+
+    chat = ChatOpenAI(
+        model="tiny", base_url=f"{served.url}/v1", api_key="any", stream_usage=True, **OPTIONS
+    )
+    answer = chat.invoke("Hi")
+    assert answer.content == expected
+    assert answer.usage_metadata["output_tokens"] > 0
+    parts = list(chat.stream("Hi"))
+    assert "".join(part.content for part in parts) == expected
+    usage = [part.usage_metadata for part in parts if part.usage_metadata]
+    assert sum(each["output_tokens"] for each in usage) == answer.usage_metadata["output_tokens"]
+    assert [each.content for each in chat.batch(["Hi", "Hi", "Hi"])] == [expected] * 3
+    messages = [("system", "Be brief."), ("human", "Hi"), ("ai", "Hello"), ("human", "Bye")]
+    assert chat.invoke(messages).response_metadata["finish_reason"] in ("stop", "length")
+
+
+@needs("langchain_openai")
+def test_langchain_continues_text_and_reads_log_probabilities(served: Served, model: Model):
+    from langchain_openai import ChatOpenAI, OpenAI
+
+    where: dict[str, Any] = {"model": "tiny", "base_url": f"{served.url}/v1", "api_key": "any"}
+    text = OpenAI(**where, **OPTIONS).invoke("The sea")
+    assert text == model.generate("The sea", raw=True, **OPTIONS).text()
+    told = ChatOpenAI(**where, **OPTIONS).bind(logprobs=True, top_logprobs=2).invoke("Hi")
+    assert told.response_metadata["logprobs"]["content"]
+
+
+@needs("langchain_openai")
+def test_langchain_is_told_of_a_full_context(served: Served):
+    import openai
+    from langchain_core.exceptions import ContextOverflowError
+    from langchain_openai import ChatOpenAI
+
+    chat = ChatOpenAI(model="tiny", base_url=f"{served.url}/v1", api_key="any", max_retries=0)
+    with pytest.raises((openai.BadRequestError, ContextOverflowError)):
+        chat.invoke("word " * 1000)
+
+
+# ---- litellm -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def litellm() -> Any:
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise it asks the network
+    import litellm
+
+    litellm.telemetry = False
+    return litellm
+
+
+@needs("litellm")
+def test_litellm_completes_and_streams(served: Served, expected: str, litellm: Any):
+    where = {"model": "openai/tiny", "api_base": f"{served.url}/v1", "api_key": "any"}
+    answer = litellm.completion(messages=HI, **where, **OPTIONS)
+    assert answer.choices[0].message.content == expected
+    parts = list(
+        litellm.completion(
+            messages=HI, stream=True, stream_options={"include_usage": True}, **where, **OPTIONS
+        )
+    )
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == expected
+    assert parts[-1].usage.total_tokens == answer.usage.total_tokens
+    several = litellm.batch_completion(messages=[HI] * 3, **where, **OPTIONS)
+    assert [each.choices[0].message.content for each in several] == [expected] * 3
+
+
+@needs("litellm")
+def test_litellm_knows_the_errors(served: Served, litellm: Any):
+    where = {"api_base": f"{served.url}/v1", "api_key": "any", "num_retries": 0}
+    long = [{"role": "user", "content": "word " * 1000}]
+    with pytest.raises(litellm.ContextWindowExceededError):
+        litellm.completion(model="openai/tiny", messages=long, **where)
+    with pytest.raises(litellm.NotFoundError):
+        litellm.completion(model="openai/absent", messages=HI, **where)
+    with pytest.raises(litellm.BadRequestError):
+        litellm.completion(model="openai/tiny", messages=HI, seed=2**70, **where)
+
+
+# ---- schemathesis --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick(tiny_path: Path) -> Iterator[Served]:
+    """Serve a model whose answers are short."""
+    settings = Settings(max_answer=2, max_queue=200)
+    with phicore.load(tiny_path, "numpy") as model, ready(model, settings=settings) as found:
+        yield found
+
+
+@needs("schemathesis")
+@pytest.mark.parametrize("examples", [15, pytest.param(200, marks=pytest.mark.complete)])
+def test_answers_are_as_the_description_says(quick: Served, tmp_path: Path, examples: int):
+    """No request leads to a fault, and no answer is one that the description does not have."""
+    checks = (
+        "not_a_server_error",
+        "status_code_conformance",
+        "content_type_conformance",
+        "response_schema_conformance",
+        "negative_data_rejection",
+        "unsupported_method",
+    )
+    program = Path(sys.executable).parent / "schemathesis"
+    command = [
+        *(str(program), "run", f"{quick.url}/openapi.json"),
+        *("--checks", ",".join(checks)),
+        *("--max-examples", str(examples)),
+        *("--seed", "1"),
+        *("--phases", "examples,coverage,fuzzing"),
+        "--generation-deterministic",
+        "--no-color",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, timeout=1200, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    quick.wait_until(lambda: quick.is_free, "the end")

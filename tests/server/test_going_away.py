@@ -1,0 +1,136 @@
+"""Clients that go away, read slowly, or find the queue full."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import openai
+import pytest
+from server.conftest import ENDLESS, HI, Served
+
+REQUEST: dict[str, Any] = {"messages": HI, **ENDLESS}
+
+
+def connect(served: Served, body: dict[str, Any], buffer: int | None = None) -> socket.socket:
+    """Send a request by hand, and return the socket."""
+    connection = socket.socket()
+    if buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.connect(served.address)
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}"
+    connection.sendall(f"{head}\r\n\r\n".encode() + data)
+    return connection
+
+
+def read_until(connection: socket.socket, what: bytes) -> bytes:
+    found = b""
+    connection.settimeout(60)
+    while what not in found:
+        part = connection.recv(65536)
+        assert part, found
+        found += part
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_goes_away_while_its_answer_is_computed_frees_its_row(
+    endless: Served, stream: bool
+):
+    connection = connect(endless, {**REQUEST, "stream": stream})
+    if stream:
+        read_until(connection, b'"content": "')
+    worker = endless.service.worker
+    endless.wait_until(lambda: any(job.count > 3 for job in worker.jobs), "an answer")
+    connection.close()
+    endless.wait_until(lambda: endless.is_free, "the end")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_goes_away_while_it_waits_leaves_the_queue(endless: Served, stream: bool):
+    running = [connect(endless, {**REQUEST, "stream": True}) for _ in range(2)]
+    endless.wait_for_rows(2)
+    waiting = connect(endless, {**REQUEST, "stream": stream})
+    endless.wait_for_rows(3)
+    waiting.close()
+    endless.wait_for_rows(2)
+    for connection in running:
+        read_until(connection, b'"content": "')
+        connection.close()
+    endless.wait_until(lambda: endless.is_free, "the end")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_goes_away_while_its_prompt_is_read_frees_its_row(
+    endless: Served, stream: bool
+):
+    prompt = [{"role": "user", "content": "The sea. " * 2000}]
+    connection = connect(endless, {**REQUEST, "messages": prompt, "stream": stream})
+    worker = endless.service.worker
+    endless.wait_until(lambda: any(job.generation for job in worker.jobs), "reading")
+    connection.close()
+    endless.wait_until(lambda: endless.is_free, "the end")
+    # Reading the whole prompt takes far longer than a chunk, and no token was written.
+    assert b"vllm:num_requests_running" in endless.service.metrics.text()
+
+
+def test_full_queue_is_a_503_that_says_when_to_try_again(endless: Served):
+    connections = [connect(endless, {**REQUEST, "stream": True}) for _ in range(4)]
+    endless.wait_for_rows(4)
+    status, answer, headers = endless.post("/v1/chat/completions", REQUEST)
+    assert status == 503
+    assert answer["error"]["code"] == "queue_full"
+    assert int(headers["retry-after"]) > 0
+    with pytest.raises(openai.InternalServerError) as error:
+        endless.client.chat.completions.create(model="tiny", messages=HI, stream=True)
+    assert error.value.status_code == 503
+    for connection in connections:
+        connection.close()
+    endless.wait_until(lambda: endless.is_free, "the end")
+    body = {"messages": HI, "max_tokens": 2}
+    assert endless.post("/v1/chat/completions", body)[0] == 200
+
+
+def test_more_choices_than_the_queue_ever_holds_are_a_400(endless: Served):
+    status, answer, _ = endless.post("/v1/chat/completions", {**REQUEST, "n": 5})
+    assert status == 400
+    assert answer["error"]["param"] == "n"
+
+
+def test_slow_reader_stalls_nobody_and_its_buffer_is_bounded(
+    endless: Served, monkeypatch: pytest.MonkeyPatch
+):
+    import phicore.server.jobs as jobs
+
+    monkeypatch.setattr(jobs, "MOST_UNREAD", 200)
+    slow = connect(endless, {**REQUEST, "stream": True}, buffer=2048)
+    read_until(slow, b'"content": "')
+    worker = endless.service.worker
+    [job] = worker.jobs
+    others = 0
+    while not job.is_cancelled:  # the other client gets its answers meanwhile
+        body = {"messages": HI, "max_tokens": 3, "seed": others}
+        status, answer, _ = endless.post("/v1/chat/completions", body)
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 3)
+        others += 1
+    assert len(job.pieces) <= 201
+    assert job.exchange.error is not None
+    assert "slowly" in str(job.exchange.error)
+    endless.wait_until(lambda: endless.is_free, "the end")
+    slow.close()
+
+
+def test_silent_stream_gets_comments(endless: Served):
+    """While both rows are taken, a third client's stream is kept open by comments."""
+    object.__setattr__(endless.service.settings, "ping", 0.05)
+    running = [connect(endless, {**REQUEST, "stream": True}) for _ in range(2)]
+    endless.wait_for_rows(2)
+    waiting = connect(endless, {**REQUEST, "stream": True})
+    found = read_until(waiting, b": keep-alive\n\n")
+    assert b'"role": "assistant"' in found
+    assert b'"content": "",' not in found.partition(b": keep-alive")[2]
+    for connection in [*running, waiting]:
+        connection.close()
+    endless.wait_until(lambda: endless.is_free, "the end")
