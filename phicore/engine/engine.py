@@ -699,7 +699,7 @@ class Engine:
         found: list[int] = []
         for value in values:
             if value < 0:
-                processors = sequence.request.processors
+                processors = sequence.processors
                 raise PhicoreError(_NO_TOKEN if processors else _NOT_FINITE)
             rows.tell(sequence, value)
             sequence.timings.count_token()

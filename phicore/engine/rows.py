@@ -148,7 +148,7 @@ class Rows:
     def tell(self, sequence: EngineSequence, token: int) -> None:
         """Give the token that the next step begins with to the processors that need it."""
         ops, row = self.cache.ops, self.sequences.index(sequence)
-        for number, processor in enumerate(sequence.request.processors):
+        for number, processor in enumerate(sequence.processors):
             if processor.needs_tokens:
                 old = self.states[number]
                 new = _arrays(ops, processor, [processor.update(token)])
@@ -171,7 +171,7 @@ def first_states(ops: Backend, sequence: EngineSequence, vocab_size: int) -> Sta
     prompt = sequence.request.prompt_ids
     return [
         _arrays(ops, processor, [processor.start(prompt, vocab_size)])
-        for processor in sequence.request.processors
+        for processor in sequence.processors
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Tokens
+from copy import copy
 from dataclasses import dataclass, field
 
 from phicore.engine.request import Request
@@ -31,6 +32,8 @@ class Sequence:
         outputs: The outputs that nobody has taken yet, the oldest first.
         finish_reason: Why the sequence has ended; None as long as it goes on.
         timings: The times and token counts so far.
+        processors: The logits processors of the request. Those that need tokens on the host are
+            copies.
     """
 
     request: Request
@@ -47,6 +50,9 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.given = len(self.request.prompt_ids)
+        # Several sequences may have one request; each follows its own tokens.
+        given = self.request.processors
+        self.processors = tuple(copy(p) if p.needs_tokens else p for p in given)
 
     @property
     def tokens(self) -> Tokens[int]:
@@ -72,12 +78,12 @@ class Sequence:
     @property
     def kinds(self) -> Kinds:
         """Return the classes of the logits processors."""
-        return tuple(type(processor) for processor in self.request.processors)
+        return tuple(type(processor) for processor in self.processors)
 
     @property
     def needs_tokens(self) -> bool:
         """Return whether a logits processor needs each token before the next is sampled."""
-        return any(processor.needs_tokens for processor in self.request.processors)
+        return any(processor.needs_tokens for processor in self.processors)
 
     @property
     def left(self) -> int:

@@ -16,7 +16,7 @@ BITS = 8
 
 
 class AllowedTokens(LogitsProcessor):
-    """Forbids the tokens that a constraint does not allow. It serves one answer.
+    """Forbids the tokens that a constraint does not allow.
 
     The state is one bit for each token, `mask` (V / 8,) uint8, the first token in the lowest bit.
     """

@@ -24,7 +24,8 @@ class LogitsProcessor(ABC):
     device, and `update` on the host. A state on the host belongs to one sequence. A state on the
     device belongs to B sequences: its arrays have an additional first axis B. All states of a
     generation have the same names, shapes and dtypes, none of 64 bits. No method changes an array
-    that it is given. A processor that overrides `update` can serve only one generation.
+    that it is given. A processor that overrides `update` is copied (`copy.copy`) before each
+    `start`, so it may keep what it knows of an answer.
     """
 
     def start(self, prompt: Sequence[int], vocab_size: int) -> Mapping[str, np.ndarray]:

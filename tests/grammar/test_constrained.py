@@ -136,3 +136,10 @@ def test_tokens_that_the_tokenizer_lacks_are_forbidden(reference: Model):
     ids = np.flatnonzero(bits).tolist()
     assert ids
     assert all(re.fullmatch(rb"[a-z]+", reference.tokenizer.token_bytes(id)) for id in ids)
+
+
+def test_one_request_can_be_answered_several_times_at_once(reference: Model):
+    request = reference.request("Hello", regex="[a-z]{1,9}[0-9]", seed=4, max_tokens=30)
+    expected = reference.generate(request).text()
+    answers = list(reference.generate_many([request] * 3))
+    assert [answer.text for answer in answers] == [expected] * 3
