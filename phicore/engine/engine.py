@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Tokens
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -33,7 +34,7 @@ from phicore.errors import ArgumentError, ContextError, PhicoreError, SessionErr
 from phicore.gguf.reader import GGUFFile
 from phicore.network.architectures import Architecture, architecture_of
 from phicore.network.config import Phi3Config
-from phicore.network.processors import Kinds
+from phicore.network.processors import Kinds, LogitsProcessor
 from phicore.network.sampling import Sampling
 from phicore.network.weights import load_params, read_config
 from phicore.progress import AGAIN, Progress, silent
@@ -248,7 +249,13 @@ class Engine:
         for output in self.outputs(self.add(request)):
             yield from output.tokens
 
-    def warm_up(self, samplings: Tokens[Sampling], *, has_logprobs: bool = False) -> None:
+    def warm_up(
+        self,
+        samplings: Tokens[Sampling],
+        *,
+        has_logprobs: bool = False,
+        processors: Tokens[LogitsProcessor] = (),
+    ) -> None:
         """Compile the steps that sequences with these sampling parameters need, for short texts.
 
         Afterwards nothing is compiled when sequences come and go, until a text is longer than the
@@ -257,13 +264,18 @@ class Engine:
         Args:
             has_logprobs: Whether some sequences ask for log probabilities. Their steps are compiled
                 beside the others.
+            processors: Logits processors that sequences have, one at a time. The steps with each of
+                them are compiled beside the others.
         """
-        kinds = [(s, count) for s in samplings for count in ([None, 0] if has_logprobs else [None])]
-        for sampling, count in kinds:
+        requests = [Request([0], sampling, max_tokens=2) for sampling in samplings]
+        requests += [
+            *(replace(request, logprobs=0) for request in requests if has_logprobs),
+            *(replace(request, processors=[p]) for p in processors for request in requests),
+        ]
+        for request in requests:
             for size in self.runner.ops.capabilities.prompt_chunks:
                 if size < self.context:
-                    request = Request([0] * size, sampling, max_tokens=1, logprobs=count)
-                    list(self.generate(request))
+                    list(self.generate(replace(request, prompt_ids=[0] * size, max_tokens=1)))
         sizes = [size for size in SIZES if size <= self.scheduler.max_sequences]
         one = self.runner.new_cache(1)
         for size in sizes:
@@ -271,10 +283,12 @@ class Engine:
             for other in sizes:
                 self.runner.copy(cache, [0] * other, np.ones(other))
             cache.layers = self.runner.steps.insert(cache.layers, one.layers, 0, 1)
-            for sampling, count in kinds:
-                request = Request([0], sampling, max_tokens=2, logprobs=count)
+            for request in requests:
                 sequence = Sequence(request, 2, "length", False)
-                self.runner.decode(self._rows(cache, [sequence] * size, []), 1)
+                states = first_states(self.runner.ops, sequence, self.vocab_size)
+                if states:
+                    states = self.runner.steps.take_states(states, np.zeros(size, np.int32))
+                self.runner.decode(self._rows(cache, [sequence] * size, states), 1)
 
     def _check_fits(self, prompt: Tokens[int], answer: int) -> None:
         for token in prompt:

@@ -47,6 +47,7 @@ def _ref(name: str) -> Schema:
 _MAX_TOKENS = _integer(
     -1, 2**63 - 1, "The largest number of tokens of an answer; -1 is what the context holds."
 )
+_SCHEMA: Schema = {"type": "object", "description": "A JSON schema."}
 _COMMON: dict[str, Schema] = {
     "model": _or_null(_ref("ModelName")),
     "stream": _or_null(FLAG, "Whether the answer comes as server-sent events."),
@@ -74,6 +75,24 @@ _COMMON: dict[str, Schema] = {
     "stop": _or_null(
         {"anyOf": [TEXT, _list({**TEXT, "minLength": 1}, maxItems=MOST_STOPS)]},
         "Strings that end the text; they are no part of it.",
+    ),
+    "response_format": _or_null(
+        {
+            "anyOf": [
+                _object(["type"], {"type": {"const": "text"}}),
+                _object(["type"], {"type": {"const": "json_object"}, "schema": _SCHEMA}),
+                _object(
+                    ["type", "json_schema"],
+                    {
+                        "type": {"const": "json_schema"},
+                        "json_schema": _object(
+                            ["schema"], {"name": TEXT, "schema": _SCHEMA, "strict": FLAG}
+                        ),
+                    },
+                ),
+            ]
+        },
+        "What the answer follows. A schema that cannot be honoured is an error.",
     ),
     "stop_token_ids": _or_null(IDS),
     "ignore_eos": _or_null(FLAG),

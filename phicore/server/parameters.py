@@ -16,6 +16,7 @@ from phicore.model import Model
 from phicore.network.processors import AnswerPenalty, LogitBias, LogitsProcessor
 from phicore.server.errors import ApiError, wrong_field
 from phicore.server.fields import Fields
+from phicore.server.formats import format_of
 
 MOST_STOPS = 16
 MOST_CHOICES = 128
@@ -27,20 +28,11 @@ TINY = 1e-9
 
 _ALWAYS: tuple[Any, ...] = (False, [], {}, "", "none")
 _OFF: Mapping[str, tuple[Any, ...]] = {
-    # Tools and structured output.
+    # Tools.
     "tools": _ALWAYS,
     "tool_choice": ("none", "auto"),
     "functions": _ALWAYS,
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": _ALWAYS,
-    "grammar": _ALWAYS,
-    "json_schema": _ALWAYS,
-    "format": _ALWAYS,
-    "guided_json": _ALWAYS,
-    "guided_regex": _ALWAYS,
-    "guided_choice": _ALWAYS,
-    "guided_grammar": _ALWAYS,
     # What OpenAI's own models have.
     "audio": _ALWAYS,
     "modalities": (["text"],),
@@ -86,6 +78,7 @@ class Options:
         has_usage: Whether a stream ends with the numbers of tokens.
         end_ids: Tokens that end the answer beside the model's.
         max_tokens: The field that limits the answer, for errors.
+        format: The field that constrains the answer, for errors.
     """
 
     arguments: Mapping[str, Any]
@@ -95,6 +88,7 @@ class Options:
     has_usage: bool
     end_ids: frozenset[int]
     max_tokens: str
+    format: str
 
     def spelled(self, parameter: str, prompt: str) -> str:
         """Return the field of the request for a parameter of `Model.request`.
@@ -108,6 +102,7 @@ class Options:
             "max_tokens": self.max_tokens,
             "repeat_penalty": "repetition_penalty",
             "processor": "logit_bias",
+            **dict.fromkeys(("json_schema", "regex", "grammar"), self.format),
         }
         return names.get(parameter, parameter)
 
@@ -153,6 +148,8 @@ def options_of(
         "ignore_eos": fields.flag("ignore_eos"),
         **_sampling(fields),
     }
+    format, format_field = format_of(fields)
+    arguments |= format
     stream = fields.flag("stream")
     stream_options = Fields(fields.object("stream_options") or {})
     if not stream and "stream_options" in fields:
@@ -166,6 +163,7 @@ def options_of(
         stream_options.flag("include_usage"),
         frozenset(_token_ids(fields, "stop_token_ids", vocab_size)),
         limit or "max_tokens",
+        format_field,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -300,9 +301,14 @@ def unknown_model(name: str, names: Sequence[str]) -> ApiError:
 
 
 def warm_up(model: Model) -> None:
-    """Compile what requests with the usual sampling parameters need."""
+    """Compile what requests with the usual sampling parameters need, structured output included."""
     usual = model.sampling
-    model.engine.warm_up([usual, replace(usual, temperature=0.0)], has_logprobs=True)
+    constrained = []
+    if find_spec("llguidance") is not None and model.tokenizer.end_token_ids:
+        constrained = list(model.request([0], json_schema=True).processors)
+    model.engine.warm_up(
+        [usual, replace(usual, temperature=0.0)], has_logprobs=True, processors=constrained
+    )
 
 
 def new_id(prefix: str) -> str:

@@ -43,21 +43,23 @@ def test_generation_goes_on_after_the_client_has_gone(endless: Served):
 
 
 @pytest.mark.parametrize(
-    "fmt",
+    ("format", "problem"),
     [
-        {"type": "json_object"},
-        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}},
-        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "hiccup"}}},
-        {"type": "hiccup"},
-        {},
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "hiccup"}}}, "Invalid type"),
+        ({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "Unimplemented keys"),
+        ({"type": "json_schema", "json_schema": {"name": "a"}}, "schema: expected a JSON schema"),
+        ({"type": "json_schema"}, "json_schema: expected an object"),
+        ({"type": "hiccup"}, "type: expected text, json_object or json_schema"),
+        ({}, "type: expected text, json_object or json_schema"),
     ],
     ids=str,
 )
-def test_schema_is_silently_not_enforced(served: Served, fmt: dict[str, Any]):
+def test_schema_is_silently_not_enforced(served: Served, format: dict[str, Any], problem: str):
     """llama.cpp 19051, 24097; ollama 17933; mlx-lm 1007: what cannot be enforced is refused."""
-    status, answer, _ = served.post(CHAT, {"messages": HI, "response_format": fmt})
+    status, answer, _ = served.post(CHAT, {"messages": HI, "response_format": format})
     assert status == 400
     assert answer["error"]["param"] == "response_format"
+    assert problem in answer["error"]["message"]
 
 
 def test_one_long_prompt_stalls_all_others(endless: Served):
