@@ -70,9 +70,10 @@ def sample(
         logits: The scores, (B, V) float32.
         penalty: `recent` (B, R) int32, the recent tokens, newest last, padded with -1; `last_n`
             (B,) int32; `repeat_penalty` (B,) float32.
-        draw: `uniforms` (B, V) float32; `temperature` (B,) float32; and, if a row has a filter,
-            each of `FILTERS`, (B,) int32 or float32. A temperature of 0 makes its row greedy. None
-            means that all rows are greedy.
+        draw: `temperature` (B,) float32; if a row has a filter, each of `FILTERS`, (B,) int32 or
+            float32; and the random numbers, `uniforms` (B, V) float32, or the arguments `key` and
+            `step` of `Backend.uniforms`. A temperature of 0 makes its row greedy. None means that
+            all rows are greedy.
     Returns:
         Token ids, (B,) int32; -1 if the penalized logits of a row have a NaN or +infinity, or only
         -infinity.
@@ -87,7 +88,10 @@ def sample(
         return xp.where(is_finite[:, 0], best, -1)
     is_greedy = draw["temperature"] == 0
     scaled = (logits - largest) / xp.where(is_greedy, 1.0, draw["temperature"])[:, None]
-    scores = scaled + gumbel(ops, draw["uniforms"])
+    numbers = draw.get("uniforms")
+    if numbers is None:
+        numbers = ops.uniforms(draw["key"], draw["step"], logits.shape[1])
+    scores = scaled + gumbel(ops, numbers)
     if filters := {name: draw[name] for name in FILTERS if name in draw}:
         is_kept = keep_likely(ops, scaled, **filters)
         scores = xp.where(is_kept, scores, -float("inf"))
