@@ -3,11 +3,12 @@
 The order is repeat penalty, temperature, top-k, top-p, min-p. The Gumbel-max rule then draws one
 token.
 
-The same seed gives the same token on every backend, except in near-ties. The host makes one
-uniform random number for each token of the vocabulary, and the largest sum of logit and noise
-wins. So two backends differ only if the two best sums are closer than the rounding of the logits.
-With one number per step and an inverse CDF, backends could differ at every boundary between two
-tokens of the vocabulary (docs/architecture.md has measurements).
+The same seed gives the same token on every backend, except in near-ties. There is one uniform
+random number for each token of the vocabulary, with the same bits whether the host makes it or the
+device (`Backend.uniforms`), and the largest sum of logit and noise wins. So two backends differ
+only if the two best sums are closer than the rounding of the logits. With one number per step and
+an inverse CDF, backends could differ at every boundary between two tokens of the vocabulary
+(docs/architecture.md has measurements).
 """
 
 from __future__ import annotations
