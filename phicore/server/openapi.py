@@ -77,7 +77,6 @@ _COMMON: dict[str, Schema] = {
     ),
     "stop_token_ids": _or_null(IDS),
     "ignore_eos": _or_null(FLAG),
-    "user": _or_null(TEXT),
 }
 _PART: Schema = {
     "anyOf": [
