@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from phicore.engine.request import MOST_LOGPROBS
-from phicore.server.parameters import MOST_CHOICES, MOST_STOPS
+from phicore.server.parameters import LONGEST_STOP, MOST_CHOICES, MOST_STOPS
 
 Schema = dict[str, Any]
 
@@ -48,6 +48,7 @@ _MAX_TOKENS = _integer(
     -1, 2**63 - 1, "The largest number of tokens of an answer; -1 is what the context holds."
 )
 _SCHEMA: Schema = {"type": "object", "description": "A JSON schema."}
+_STOP: Schema = {**TEXT, "minLength": 1, "maxLength": LONGEST_STOP}
 _COMMON: dict[str, Schema] = {
     "model": _or_null(_ref("ModelName")),
     "stream": _or_null(FLAG, "Whether the answer comes as server-sent events."),
@@ -73,7 +74,7 @@ _COMMON: dict[str, Schema] = {
         "A bias for each token's id.",
     ),
     "stop": _or_null(
-        {"anyOf": [TEXT, _list({**TEXT, "minLength": 1}, maxItems=MOST_STOPS)]},
+        {"anyOf": [_STOP, _list(_STOP, maxItems=MOST_STOPS)]},
         "Strings that end the text; they are no part of it.",
     ),
     "response_format": _or_null(
@@ -96,7 +97,6 @@ _COMMON: dict[str, Schema] = {
     ),
     "stop_token_ids": _or_null(IDS),
     "ignore_eos": _or_null(FLAG),
-    "user": _or_null(TEXT),
 }
 _PART: Schema = {
     "anyOf": [
