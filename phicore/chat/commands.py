@@ -252,9 +252,9 @@ def _drop(chat: Chat, argument: str) -> Reply:
     talk.drop(count)
     chat.save()
     rest = len(talk.path(talk.current)) - talk.dropped
-    seen = {0: "no turns before the next one", 1: "the last turn"}.get(
-        rest, f"the last {rest} turns"
-    )
+    if not rest:
+        return Reply(["the model has forgotten all turns; the file keeps them"])
+    seen = "the last turn" if rest == 1 else f"the last {rest} turns"
     system = "" if talk.system is None else "the system message and "
     return Reply([f"the model sees {system}{seen} from now on; the file keeps all"])
 

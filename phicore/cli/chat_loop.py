@@ -183,8 +183,9 @@ class Loop:
                     break
                 draft, edits = reply.draft or "", reply.edits
                 if draft and not isinstance(reader, TerminalReader):
+                    if edits:
+                        self._console.say("expected /edit TEXT, since this is no terminal")
                     draft, edits = "", False
-                    self._console.say("expected /edit TEXT, since this is no terminal")
         finally:
             chat.leave()
 
@@ -207,8 +208,8 @@ class Loop:
         command = None if is_edit else commands.split(text)
         if command is None:
             text = content(commands.message_of(text))
-            if text.strip():
-                self._say(chat, text, is_edit=is_edit)
+            if text.strip() and not self._say(chat, text, is_edit=is_edit):
+                return commands.Reply(draft=text, edits=is_edit)
             return commands.Reply()
         try:
             reply = commands.run(chat, *command)
@@ -218,13 +219,15 @@ class Loop:
         self._show(chat, reply)
         return reply
 
-    def _say(self, chat: Chat, text: str, *, is_edit: bool = False) -> None:
+    def _say(self, chat: Chat, text: str, *, is_edit: bool = False) -> bool:
+        """Send a message; return False if the user has stopped it before the answer began."""
         try:
             answering = chat.edit(text) if is_edit else chat.ask(text)
         except PhicoreError as error:
             self._fail(error)
-            return
+            return True
         self._answer(answering)
+        return not answering.is_discarded
 
     def _fail(self, error: PhicoreError) -> None:
         self.failures += not self._has_person
@@ -288,7 +291,7 @@ class Loop:
                 self._fail(error)
         if answering.is_discarded:
             if self._stop.number is not None and self._has_person:
-                self._console.say("stopped before the answer began; the message is not kept")
+                self._console.say("stopped before the answer began")
         elif self._as_json:
             print(json.dumps(_result(answering), ensure_ascii=False), flush=True)
         self._after(answering)

@@ -84,27 +84,35 @@ class MarkdownStream:
         if not blocks:
             return
         blocks[0].goes_on |= self._goes_on
-        for block in blocks:
-            lines = self._rendered(block)
-            if lines and not block.goes_on and not self._is_first:
-                lines.insert(0, "")
-            self._live.show(lines, self._console.size)
-            if block is not blocks[-1] or is_over:
-                self._live.keep()
-                self._is_first = False
-        last = blocks[-1]
-        self._text = "".join(self._text.splitlines(keepends=True)[last.start_line :])
-        self._goes_on = last.goes_on
+        finished = len(blocks) if is_over else _finished(blocks, text)
+        for block in blocks[:finished]:
+            self._live.show(self._rendered(block), self._console.size)
+            self._live.keep()
+            self._is_first = False
+        if is_over:
+            return
+        lines: list[str] = []
+        for block in blocks[finished:]:
+            lines += self._rendered(block, is_first=self._is_first and not lines)
+        self._live.show(lines, self._console.size)
+        rest = blocks[finished]
+        self._text = "".join(self._text.splitlines(keepends=True)[rest.start_line :])
+        self._goes_on = rest.goes_on
 
-    def _rendered(self, block: Block) -> list[str]:
-        """Return the lines of a block, with escape sequences for styles, without space at ends."""
+    def _rendered(self, block: Block, is_first: bool | None = None) -> list[str]:
+        """Return the lines of a block, with escape sequences for styles, without space at ends.
+
+        A blank line is in front, unless the block is the first one or goes on with a list.
+        """
         with self._console.capture() as capture:
             self._console.print(_Markdown(block.tokens), end="")
         found = [_TRAILING.sub(r"\1", line) for line in capture.get().split("\n")]
         is_text = [bool(_STYLE.sub("", line)) for line in found]
         if not any(is_text):
             return []
-        return found[is_text.index(True) : len(found) - is_text[::-1].index(True)]
+        found = found[is_text.index(True) : len(found) - is_text[::-1].index(True)]
+        is_first = self._is_first if is_first is None else is_first
+        return found if block.goes_on or is_first else ["", *found]
 
 
 class LiveLines:
@@ -175,6 +183,17 @@ def _blocks(text: str) -> list[Block]:
     return found
 
 
+def _finished(blocks: Sequence[Block], text: str) -> int:
+    """Return how many blocks at the start cannot change any more, whatever follows the text.
+
+    The last block is open. If its first line is incomplete, this line may still become a part of
+    the block before, unless there is a blank line between them.
+    """
+    lines, start = text.split("\n"), blocks[-1].start_line
+    is_sure = start < len(lines) - 1 or (start > 0 and not lines[start - 1].strip())
+    return len(blocks) - (1 if is_sure else min(2, len(blocks)))
+
+
 def _groups(tokens: Sequence[Token], level: int) -> list[list[Token]]:
     """Divide tokens into those of each block at a level."""
     found: list[list[Token]] = []
@@ -214,8 +233,9 @@ def _settled(text: str) -> str:
 def _blocks_of_unfinished(text: str) -> list[Block]:
     """Divide a text into blocks as if what is open in its last line were closed."""
     blocks = _blocks(text)
-    if blocks and (missing := _missing_marks(blocks[-1])):
-        blocks = _blocks(text + missing)
+    is_open = not re.search(r"\n[ \t]*\n\Z", text)  # nothing goes on after a blank line
+    if blocks and is_open and (missing := _missing_marks(blocks[-1])):
+        blocks = _blocks(text.removesuffix("\n") + missing)
     return blocks
 
 

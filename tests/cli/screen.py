@@ -141,12 +141,18 @@ class Terminal:
             pass
         return self.process.wait(timeout=1)
 
+    def hang_up(self) -> None:
+        """Close the terminal, as a window that is closed does."""
+        os.close(self._controller)
+        self._controller = -1
+
     def close(self) -> None:
         """End the program if it still runs."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
-        os.close(self._controller)
+        if self._controller >= 0:
+            os.close(self._controller)
 
 
 def _lead_session() -> None:
