@@ -176,7 +176,7 @@ def _blocks(text: str) -> list[Block]:
             continue
         for index, item in enumerate(_groups(group[1:-1], 1)):
             head = copy(start)
-            head.attrs = {**start.attrs, "start": int(start.attrs.get("start", 1)) + index}
+            head.attrs = {**start.attrs, "start": int(item[0].info or 0)}  # as the text has it
             found.append(Block([head, *item, group[-1]], _line(item[0]), goes_on=index > 0))
     for block in found:
         block.tokens = [_safe(token) for token in block.tokens]
@@ -235,7 +235,9 @@ def _blocks_of_unfinished(text: str) -> list[Block]:
     blocks = _blocks(text)
     is_open = not re.search(r"\n[ \t]*\n\Z", text)  # nothing goes on after a blank line
     if blocks and is_open and (missing := _missing_marks(blocks[-1])):
-        blocks = _blocks(text.removesuffix("\n") + missing)
+        closed = _blocks(text.removesuffix("\n") + missing)
+        if [block.start_line for block in closed] == [block.start_line for block in blocks]:
+            blocks[-1] = closed[-1]
     return blocks
 
 

@@ -148,6 +148,7 @@ def test_document_in_pieces_is_the_document_at_once(sizes: list[int]) -> None:
 @example("```\n" * 3, [1])
 @example("|-|-|\n```- `\n", [1])  # a fence that turns out to be none
 @example("1. |-|-|\n1. **\n\n", [1])  # a mark that is never closed
+@example("|-|-|\n**\n\n", [1])
 @example("1. a\n\n2. b\n- c\n- d\n", [1])
 def test_any_text_in_pieces_is_the_text_at_once(text: str, sizes: list[int]) -> None:
     assert show(cut(text, sizes)).shown() == show([text]).shown()
