@@ -75,6 +75,7 @@ class Conversation:
     current: int | None = None
     dropped: int = 0
     created: str = field(default_factory=now)
+    _undone: list[int] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def title(self) -> str:
@@ -126,6 +127,7 @@ class Conversation:
     def add(self, turn: Turn) -> None:
         """Add a turn, or replace the turn of its number, and go to it."""
         self.turns = [*(t for t in self.turns if t.number != turn.number), turn]
+        self._undone.clear()
         self.go(turn.number)
 
     @property
@@ -153,11 +155,12 @@ class Conversation:
         path = self.path(self.current)
         if not 1 <= count <= len(path):
             raise ArgumentError(_too_many("undo", count, len(path)))
+        self._undone += [turn.number for turn in path[: -count - 1 : -1]]
         self.go(path[-count].parent)
         return path[-count:]
 
     def redo(self) -> Turn:
-        """Go to the newest turn that follows the current one, and return it.
+        """Go to the turn that was undone last, or to the newest one that follows, and return it.
 
         Raises:
             ArgumentError: If none follows.
@@ -165,8 +168,10 @@ class Conversation:
         following = self.children(self.current)
         if not following:
             raise ArgumentError("there is no turn after this one")
-        self.go(following[-1].number)
-        return following[-1]
+        numbers = [turn.number for turn in following]
+        undone = self._undone.pop() if self._undone else None
+        self.go(undone if undone in numbers else numbers[-1])
+        return following[numbers.index(self.current or 0)]
 
     def alternatives(self) -> list[Turn]:
         """Return the turns in the place of the current one, with itself."""

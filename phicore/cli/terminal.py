@@ -31,7 +31,10 @@ class Console:
 
     def say(self, line: str) -> None:
         """Print a line."""
-        self._rich.print(printable(line), style="dim", markup=False, soft_wrap=True)
+        # The terminal itself breaks a line with a long path in it, so that it can be copied.
+        is_broken = max(map(len, line.split()), default=0) >= self._rich.width
+        soft_wrap = is_broken or not self._rich.is_terminal or self._rich.is_dumb_terminal
+        self._rich.print(printable(line), style="dim", markup=False, soft_wrap=soft_wrap)
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
         """Print a table whose first row is its head; it takes the width that there is."""

@@ -60,6 +60,20 @@ def test_undo_keeps_the_turns_and_redo_takes_it_back(talk: Conversation) -> None
         talk.redo()
 
 
+def test_redo_goes_to_what_was_undone_and_not_to_another_branch(talk: Conversation) -> None:
+    say(talk, "three again", parent=2)
+    talk.go(3)
+    talk.undo()
+    talk.undo()
+    assert [talk.redo().number, talk.redo().number] == [2, 3]
+    talk.undo(2)
+    assert [talk.redo().number, talk.redo().number] == [2, 3]
+    talk.undo()
+    say(talk, "another")
+    talk.undo()
+    assert talk.redo().user == "another"
+
+
 @pytest.mark.parametrize("count", [0, -1, 4])
 def test_undo_and_drop_of_turns_that_are_not_there_are_refused(talk, count: int) -> None:
     for command in (talk.undo, talk.drop):
