@@ -297,7 +297,13 @@ class Chat:
             return
         self._generation = None
         tokens = generation.token_ids
-        if self.model.engine.runner.slot_bytes * len(tokens) > store.most_bytes:
+        needed = self.model.engine.runner.slot_bytes * len(tokens)
+        if needed > store.most_bytes:
+            if store.most_bytes:
+                self._tell(
+                    f"what the model has read is not saved: it has {needed / 1e9:.1f} GB, and "
+                    f"--saved-size allows {store.most_bytes / 1e9:.1f} GB"
+                )
             return
         try:
             store.save_rows(name, lambda path: self.model.save_session(path, tokens))

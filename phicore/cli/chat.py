@@ -81,7 +81,7 @@ def chat(
             help="The most space on disk for what the model has read of conversations, so that it "
             "need not read them again. What was not used for longest is removed first.",
         ),
-    ] = "1GB",
+    ] = "2GB",
     max_tokens: Annotated[
         int | None,
         typer.Option(

@@ -187,7 +187,17 @@ class Loop:
                         self._console.say("expected /edit TEXT, since this is no terminal")
                     draft, edits = "", False
         finally:
+            self._leave(chat)
+
+    def _leave(self, chat: Chat) -> None:
+        """Save what can be large, and show meanwhile that the program has not hung."""
+        self._console.text_ends()
+        if self._is_terminal:
+            self._line("saving what was read", 0, 1)
+        try:
             chat.leave()
+        finally:
+            self._line.stop()
 
     def _reader(self, chat: Chat) -> Reader:
         if not self._is_terminal:

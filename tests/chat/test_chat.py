@@ -100,12 +100,16 @@ def test_resumed_chat_of_another_model_says_that_it_reads_again(
     assert len(store.load(chat.conversation.name).turns) == 2
 
 
-def test_rows_that_are_larger_than_allowed_are_not_saved(model: Model, tmp_path, finish) -> None:
+def test_rows_that_are_larger_than_allowed_are_not_saved(model, tmp_path, told, finish) -> None:
     store = Store(tmp_path / "c", 100)
-    chat = Chat(model, store=store, tell=print)
+    chat = Chat(model, store=store, tell=told.append)
+    chat.set("max_tokens", 5)
     finish(chat.ask("Tell me of the sea and of the wind in the land of ice."))
     chat.leave()
     assert [path.suffix for path in store.folder.iterdir()] == [".json"]
+    assert told == [
+        "what the model has read is not saved: it has 0.0 GB, and --saved-size allows 0.0 GB"
+    ]
 
 
 def test_without_a_store_nothing_is_written(model: Model, tmp_path, finish, monkeypatch) -> None:

@@ -217,7 +217,7 @@ def test_retry_edit_undo_redo_branch(run, chat: Chat) -> None:
     assert fails(run, "/branch 5") == "branch: expected 1 to 4, got 5"
     assert run("/undo").lines[0] == "1 turn undone: Hello"
     assert fails(run, "/undo") == "there is no turn to undo"
-    assert run("/redo").turn.user == "Goodbye"
+    assert run("/redo").turn.user == "Hello"
     assert len(chat.conversation.turns) == 4
 
 
