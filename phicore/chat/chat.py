@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -260,11 +261,15 @@ class Chat:
     def _hint(self, turn: Turn, most: int) -> str:
         """Return what makes a prompt have at most a number of tokens."""
         path = self.conversation.path(turn.parent)
-        for dropped in range(turn.dropped + 1, len(path) + 1):
-            if self._tokens_of(replace(turn, dropped=dropped)) <= most:
-                count = dropped - turn.dropped
-                turns = "turn" if count == 1 else f"{count} turns"
-                return f"/drop {count} makes room (the model forgets the oldest {turns}); {_OTHERS}"
+        counts = range(1, len(path) - turn.dropped + 1)
+
+        def fits(count: int) -> bool:
+            return self._tokens_of(replace(turn, dropped=turn.dropped + count)) <= most
+
+        if (found := bisect_left(counts, True, key=fits)) < len(counts):
+            count = counts[found]
+            turns = "turn" if count == 1 else f"{count} turns"
+            return f"/drop {count} makes room (the model forgets the oldest {turns}); {_OTHERS}"
         if not path:
             return "shorten the message, or begin with a larger --ctx"
         return "no turns make enough room: shorten the message, or /clear begins anew"

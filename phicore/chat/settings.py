@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from phicore.engine.request import ROPE_FACTORS
 from phicore.errors import ArgumentError
 from phicore.network.sampling import Sampling
 
@@ -73,6 +74,14 @@ PARAMETERS: Mapping[str, Parameter] = {
             [],
             _words,
             "NAME=ARG",
+        ),
+        Parameter(
+            "rope_factors",
+            "The rotary factors of models with LongRoPE: auto changes from the short to the long "
+            "ones when the text needs it, and reads it again then; long begins with these.",
+            ROPE_FACTORS[0],
+            str,
+            " or ".join(ROPE_FACTORS),
         ),
     )
 }

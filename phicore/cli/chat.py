@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def chat(
     message: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MESSAGE]", help="The first message. Others follow.", show_default=False
+            metavar="MESSAGE", help="The first message. Others follow.", show_default=False
         ),
     ] = None,
     model: ModelOption = None,
@@ -128,6 +129,13 @@ def chat(
             help="Context size: the most tokens that the conversation has. [the model's]",
         ),
     ] = None,
+    rope_factors: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|long",
+            help="The rotary factors of models with LongRoPE, as in phicore generate. [auto]",
+        ),
+    ] = None,
     kv_memory: Annotated[
         str | None,
         typer.Option(
@@ -154,6 +162,7 @@ def chat(
         **({} if max_tokens is None else {"max_tokens": max_tokens}),
         **({} if not stop else {"stop": stop}),
         **({} if not processor else {"processors": processor}),
+        **({} if rope_factors is None else {"rope_factors": rope_factors}),
     }
     _check(given, seed)
     BackendOptions(**backend_options)
@@ -184,6 +193,7 @@ def chat(
     with (
         swallowed_interrupts() as swallowed,
         _ending_signals(),
+        _warnings(console.say),
         console.progress() as progress,
     ):
         loop = Loop(console, progress, swallowed, markdown=markdown, as_json=as_json)
@@ -210,7 +220,7 @@ def _check(settings: dict[str, Any], seed: int | None) -> None:
     """
     from phicore.engine import Request
 
-    others = {n: settings[n] for n in ("max_tokens", "stop") if n in settings}
+    others = {n: settings[n] for n in ("max_tokens", "stop", "rope_factors") if n in settings}
     sampling = {n: v for n, v in settings.items() if n not in (*others, "processors")}
     Request([0], Sampling(**sampling), seed=seed, **others)
 
@@ -238,6 +248,27 @@ def _conversation(
         except PhicoreError as error:
             say(str(error))
     raise PhicoreError("there is no conversation to resume")
+
+
+@contextmanager
+def _warnings(say: Callable[[str], None]) -> Iterator[None]:
+    """Show each warning of phicore's once: a chat template gives the same one in every turn."""
+    told: set[str] = set()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if message not in told:
+                told.add(message)
+                say(message)
+
+    handler = Handler(logging.WARNING)
+    logger = logging.getLogger("phicore")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from phicore.chat import commands
 from phicore.chat.blocks import content
@@ -19,6 +19,10 @@ from phicore.cli.clipboard import copy
 from phicore.cli.terminal import Console, ProgressLine, printable
 from phicore.errors import PhicoreError
 from phicore.model import Model
+from phicore.progress import AGAIN
+
+if TYPE_CHECKING:
+    from phicore.cli.markdown import MarkdownStream
 
 
 class Output(Protocol):
@@ -128,6 +132,7 @@ class Loop:
         self._markdown = markdown and self._is_terminal and not as_json
         self._stop = Stop()
         self._is_loaded = False
+        self._markdown_stream: MarkdownStream | None = None
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show progress. If an answer is to stop, raise KeyboardInterrupt between two chunks."""
@@ -135,6 +140,8 @@ class Loop:
             raise KeyboardInterrupt
         if not self._is_loaded or self._is_terminal:
             self._line(what, done, total)
+            if what == AGAIN and self._markdown_stream is not None:
+                self._markdown_stream.restart()  # the line was written after the text
 
     def run(
         self,
@@ -216,6 +223,8 @@ class Loop:
     def _turn(self, chat: Chat, text: str, *, is_edit: bool) -> commands.Reply:
         """Do what a line says, and return what is left to do."""
         command = None if is_edit else commands.split(text)
+        if self._has_person and not is_edit and text.strip() in ("exit", "quit"):
+            command = ("bye", "")  # as in other programs
         if command is None:
             text = content(commands.message_of(text))
             if text.strip() and not self._say(chat, text, is_edit=is_edit):
@@ -276,7 +285,8 @@ class Loop:
             return PlainOutput()
         from phicore.cli.markdown import MarkdownStream, new_console
 
-        return MarkdownStream(new_console(), self._write)
+        self._markdown_stream = MarkdownStream(new_console(), self._write)
+        return self._markdown_stream
 
     @staticmethod
     def _write(text: str) -> None:

@@ -27,6 +27,8 @@ from phicore.cli.terminal import printable
 REDRAWS_PER_S = 20
 LARGEST_SHARE = 0.2
 """The largest share of the time that drawing may take."""
+SETTLED_S = 0.5
+"""The time after a change of the terminal's width in which nothing is drawn."""
 
 _THEME = Theme({"markdown.code": "cyan", "markdown.h1": "bold underline"})
 # HTML is text: a model that writes `List<int>` means the brackets.
@@ -65,15 +67,23 @@ class MarkdownStream:
         self._goes_on = False  # whether the last block is a further item of a list
         self._is_first = True
         self._next_s = 0.0
+        self._width = console.width
 
     def push(self, text: str) -> None:
         """Add a piece of text. It may be shown only a little later."""
         self._text += printable(text)
         started = self._clock()
+        if self._console.width != self._width:  # a person may still be moving the window's edge
+            self._width = self._console.width
+            self._next_s = started + SETTLED_S
         if text and started >= self._next_s:
             self._draw(_settled(self._text), is_over=False)
             took_s = self._clock() - started
             self._next_s = started + max(1 / REDRAWS_PER_S, took_s / LARGEST_SHARE)
+
+    def restart(self) -> None:
+        """Show the last block once more, since something else was written after it."""
+        self._live.keep()
 
     def close(self) -> None:
         """Show the rest of the text."""
@@ -118,7 +128,8 @@ class MarkdownStream:
 class LiveLines:
     """Lines at the end of what a terminal shows, which can be replaced.
 
-    Lines that have left the screen stay as they are.
+    Lines that have left the screen stay as they are. If the terminal becomes wider or narrower,
+    all lines do, and the new ones come after them.
 
     Args:
         write: Writes to the terminal.
@@ -127,16 +138,15 @@ class LiveLines:
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
         self._lines: list[str] = []
-        self._fixed = 0  # lines that cannot be replaced any more
         self._width = 0
 
     def show(self, lines: Sequence[str], size: rich.console.ConsoleDimensions) -> None:
         """Replace the lines. The cursor is in the line after them, before and afterwards."""
-        old = self._lines
         if size.width != self._width:  # the terminal may have broken old lines anew
-            self._width, self._fixed = size.width, len(old)
+            self._width, self._lines = size.width, []
+        old = self._lines
         same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(old, lines, strict=False))))
-        kept = max(same, self._fixed, len(old) - (size.height - 1))
+        kept = max(same, len(old) - (size.height - 1))
         up = len(old) - kept
         if up or lines[kept:]:
             back = f"\x1b[{up}A\r\x1b[J" if up else ""
@@ -145,7 +155,7 @@ class LiveLines:
 
     def keep(self) -> None:
         """Let the lines stay for ever."""
-        self._lines, self._fixed = [], 0
+        self._lines = []
 
 
 # ---- blocks ------------------------------------------------------------------------------------

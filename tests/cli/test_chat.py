@@ -195,6 +195,7 @@ def test_what_fails_is_told_in_a_line_and_in_the_exit_code(chat, line: str, erro
         (["--saved-size", "much"], "--saved-size: expected a size such as 4GB, got 'much'"),
         (["--kv-memory", "0"], "--kv-memory: expected a size such as 4GB, got '0'"),
         (["--stop", ""], "--stop: "),
+        (["--rope-factors", "short"], "--rope-factors: expected auto or long, got 'short'"),
         (["--processor", "x"], "--processor: expected one of logit-bias"),
     ],
 )
@@ -217,6 +218,20 @@ def test_model_without_a_chat_template_is_one_line(chat, tmp_path: Path) -> None
     result = chat(lines="Hello\n", model=path)
     assert (result.code, result.out) == (1, "")
     assert result.err.splitlines()[-1] == "phicore: m.gguf: chat template: talk to the hand"
+
+
+def test_warning_of_a_template_is_told_once(chat, tmp_path: Path) -> None:
+    drops = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+        "{{ '<|assistant|>' }}"
+    )
+    path = write_tiny(tmp_path / "m.gguf", with_value("tokenizer.chat_template", drops))
+    result = chat("--seed", 1, lines="Hello\nand more\nand more\n", model=path)
+    assert result.code == 0
+    assert result.err.splitlines()[1:] == [
+        "chat template: it leaves out messages: assistant",
+        "chat template: it leaves out messages: assistant, assistant",
+    ]
 
 
 ENDLESS = ("-b", "numpy", "-n", 19000, "-t", 0, "--repeat-penalty", 1)

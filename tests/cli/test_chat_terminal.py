@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from api.tiny_models import write_tiny
 
 pytest.importorskip("pty", reason="terminals of POSIX")
 from cli.screen import terminal
 
 from phicore.chat.store import Store
+from phicore.progress import AGAIN
 
 NUMPY = ("-b", "numpy", "--no-markdown")
 ENDLESS = (*NUMPY, "-n", 19000, "-t", 0, "--repeat-penalty", 1)
@@ -108,6 +110,15 @@ def test_interrupt_clears_the_line_and_the_end_of_input_ends(tiny: Path, tmp_pat
         t.send("\x04")
         assert t.end() == 0
         assert not (tmp_path / "data" / "chats").exists()
+
+
+@pytest.mark.parametrize("word", ["exit", "quit"])
+def test_word_that_ends_other_programs_ends_the_chat(word: str, tiny: Path, chats: Path) -> None:
+    with terminal("chat", "-m", tiny, *NUMPY, "-n", 4) as t:
+        t.wait_for_prompt(1)
+        t.enter(word)
+        assert t.end() == 0
+    assert not chats.exists()
 
 
 def test_message_of_several_lines(tiny: Path, chats: Path) -> None:
@@ -339,6 +350,32 @@ def test_context_is_told_before_the_message_is_sent(tiny: Path, chats: Path) -> 
         t.enter("/bye")
         assert t.end() == 0
     assert [turn.dropped for turn in newest(chats).turns] == [0, 1]
+
+
+def test_text_that_is_read_again_with_other_factors_goes_on(tmp_path: Path, chats: Path) -> None:
+    """LongRoPE's change of factors is told amid an answer, and nothing of the answer is lost."""
+
+    def never_end(writer) -> None:
+        tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+        for end in ("<|end|>", "<|endoftext|>"):
+            tokens[tokens.index(end)] = f"not-{end}"
+        writer.kv_data[0]["tokenizer.ggml.eos_token_id"].value = tokens.index("</s>")
+
+    path = write_tiny(tmp_path / "m.gguf", never_end, original_max_position_embeddings=64)
+    args = ("-b", "numpy", "-n", 80, "--seed", 2, "-t", 1.5)
+    with terminal("chat", "-m", path, *args, columns=200) as t:
+        t.wait_for_prompt(1)
+        t.enter("Tell me of the sea")
+        t.wait_for("stopped after 80 tokens")
+        t.wait_for_prompt(2)
+        t.send("\x04")
+        assert t.end() == 0
+        assert AGAIN in t.raw.decode()
+        shown = re.sub(r"\W", "", t.text)
+    [turn] = newest(chats).turns
+    end = re.sub(r"\W", "", turn.answer.splitlines()[-1])
+    assert end
+    assert end in shown
 
 
 @pytest.mark.complete

@@ -233,17 +233,41 @@ def test_printable_keeps_what_is_no_control_character(text: str) -> None:
     assert re.sub("[\u2400-\u2421\ufffd]", "", shown) == re.sub("[\u2400-\u2421\ufffd]", "", kept)
 
 
-def test_width_that_changes_loses_nothing() -> None:
-    terminal = Terminal(lines=30)
+@pytest.mark.parametrize("width", [30, 60])
+def test_width_that_changes_loses_nothing(width: int) -> None:
+    """The block that is being written is shown once more, however often the width has changed."""
+    terminal = Terminal(lines=60, columns=60)
+    terminal.console.width = WIDTH
     stream = terminal.stream_of_markdown()
-    for i in range(60):
-        if i == 40:
-            terminal.console.width = 30
+    stream.push("before\n\n")
+    for i in range(100):
+        if 50 <= i < 60:
+            terminal.console.width = WIDTH + 2 * i - 100  # its edge is moved
+        if i == 60:
+            terminal.console.width = width
+        terminal.now_s += 1 if i < 50 else 0.1
+        stream.push(f"word{i} ")
+    stream.close()
+    text = " ".join(terminal.shown())
+    words = re.findall(r"word\d+|before", text[text.rindex("word0 ") :])
+    assert words == [f"word{i}" for i in range(100)]
+    assert text.count("word0 ") == 2
+    assert text.count("before") == 1
+
+
+def test_other_output_amid_a_block_loses_nothing() -> None:
+    terminal = Terminal()
+    stream = terminal.stream_of_markdown()
+    for i in range(100):
+        if i == 50:
+            terminal.write("reading again\n")
+            stream.restart()
         terminal.now_s += 1
         stream.push(f"word{i} ")
     stream.close()
-    words = set(re.findall(r"word\d+", " ".join(terminal.shown())))
-    assert words >= {f"word{i}" for i in range(60)}
+    text = " ".join(terminal.shown())
+    assert text.count("reading again") == 1
+    assert text.partition("again ")[2] == " ".join(f"word{i}" for i in range(100))
 
 
 def test_text_is_drawn_a_few_times_a_second_only() -> None:

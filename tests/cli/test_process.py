@@ -30,7 +30,9 @@ def finished(process: subprocess.Popen[bytes], stdin: bytes = b"") -> tuple[int,
     return process.returncode, (out or b"").decode(), (err or b"").decode()
 
 
-@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["generate", "--help"], ["chat", "--help"], ["--version"]]
+)
 def test_help_imports_no_slow_library(args: list[str]) -> None:
     program = (
         "import atexit, json, sys\n"
