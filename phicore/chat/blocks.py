@@ -14,9 +14,12 @@ def is_open(text: str) -> bool:
 
 
 def content(text: str) -> str:
-    """Return a text without the quotes of a block, if it is one."""
+    """Return a text without the quotes of a block, if it is one.
+
+    A text that only begins with quotes, such as a pasted program, stays as it is.
+    """
     stripped = text.strip()
-    if not stripped.startswith(QUOTES):
+    inner = stripped.removeprefix(QUOTES)
+    if inner == stripped or (QUOTES in inner and inner.index(QUOTES) < len(inner) - len(QUOTES)):
         return text.rstrip("\n")
-    inner, _, after = stripped[len(QUOTES) :].partition(QUOTES)
-    return (inner.strip("\n") + (f"\n{after.strip()}" if after.strip() else "")).rstrip("\n")
+    return inner.removesuffix(QUOTES).strip("\n")

@@ -70,8 +70,8 @@ class Chat:
         self.timings: Timings | None = None
         self._tell = tell
         self._generation: Generation | None = None
-        # The number of a turn, and of the tokens up to its end.
-        self._used: tuple[int | None, int] = (None, 0)
+        # The number of a turn, and of dropped turns; and the number of tokens up to its end.
+        self._used: tuple[tuple[int, int], int] = ((0, 0), 0)
         self._is_told_small = False
         self._is_saving_broken = False
         self._prefix_bytes = model.engine.prefixes.most_bytes
@@ -199,7 +199,7 @@ class Chat:
         """Store the answer of a turn that has ended."""
         self._generation = generation
         self.timings = generation.timings
-        self._used = (turn.number, len(generation.token_ids))
+        self._used = ((turn.number, turn.dropped), len(generation.token_ids))
         self.conversation.add(turn)
         self.save()
         left = self.model.context - self._used[1]
@@ -220,21 +220,16 @@ class Chat:
 
     # ---- the context ---------------------------------------------------------------------------
 
-    def used_if_known(self) -> int | None:
-        """Return how many tokens the conversation has so far; None if they were not counted."""
-        talk = self.conversation
-        if talk.last is None:
-            return 0
-        is_known = talk.last.number == self._used[0] and talk.last.dropped == talk.dropped
-        return self._used[1] if is_known else None
-
     def used(self) -> int:
-        """Return how many tokens of the context the conversation has so far."""
-        talk, known = self.conversation, self.used_if_known()
-        if known is not None or talk.last is None:
-            return known or 0
-        last = replace(talk.last, dropped=min(talk.dropped, len(talk.path(talk.last.parent))))
-        return self._tokens_of(last) + last.generated_tokens
+        """Return how many tokens of the context the turns that the model sees have so far."""
+        talk, last = self.conversation, self.conversation.last
+        if last is None or talk.dropped == len(talk.path(last.number)):
+            return 0
+        place = (last.number, talk.dropped)
+        if self._used[0] != place:
+            tokens = self._tokens_of(replace(last, dropped=talk.dropped))
+            self._used = (place, tokens + last.generated_tokens)
+        return self._used[1]
 
     def _tokens_of(self, turn: Turn) -> int:
         return len(self.model.encode(self.conversation.messages_of(turn)))
@@ -331,6 +326,7 @@ class Chat:
         self.conversation = before
         self.leave()
         self.conversation = conversation
+        self._used = ((0, 0), 0)
         self._is_told_small = False
         self._load_rows()
 

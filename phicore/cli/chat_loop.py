@@ -360,10 +360,8 @@ def _result(answering: Answering) -> dict[str, Any]:
 
 def _status(chat: Chat) -> str:
     """Return the line below the input: the model, the use of the context, the speed."""
-    used, t = chat.used_if_known(), chat.timings
-    parts = [chat.model.path.stem[:40]]
-    if used is not None:
-        parts.append(f"{used} of {chat.model.context} tokens")
+    t = chat.timings
+    parts = [chat.model.path.stem[:40], f"{chat.used()} of {chat.model.context} tokens"]
     if t is not None and t.decode_tokens_per_s > 0:
         parts.append(f"{t.decode_tokens_per_s:.0f} tokens/s")
     if (last := chat.conversation.last) is not None:

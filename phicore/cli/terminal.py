@@ -42,7 +42,7 @@ class Console:
         import rich.table
         from rich.text import Text
 
-        if not self._rich.is_terminal:
+        if not self._rich.is_terminal or self._rich.is_dumb_terminal:
             for line in plain_table(rows):
                 self._rich.print(Text(printable(line)), soft_wrap=True)
             return

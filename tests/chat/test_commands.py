@@ -70,7 +70,9 @@ def test_message_may_begin_with_two_slashes() -> None:
         ('"""a\nb', True, "a\nb"),
         ('"""a\n\n b\n"""', False, "a\n\n b"),
         ('"""one line"""', False, "one line"),
-        ('"""a""" b', False, "a\nb"),
+        ('"""a""" b', False, '"""a""" b'),
+        ('"""A program."""\nx = 1\n', False, '"""A program."""\nx = 1'),  # pasted
+        ('"""a"""\n"""b"""', False, '"""a"""\n"""b"""'),
         ('say """', False, 'say """'),
         ('/system """a', True, '/system """a'),
         ('/system """a\nb"""', False, '/system """a\nb"""'),

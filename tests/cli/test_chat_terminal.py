@@ -112,7 +112,7 @@ def test_interrupt_clears_the_line_and_the_end_of_input_ends(tiny: Path, tmp_pat
         assert not (tmp_path / "data" / "chats").exists()
 
 
-@pytest.mark.parametrize("word", ["exit", "quit"])
+@pytest.mark.parametrize("word", ["exit", pytest.param("quit", marks=pytest.mark.complete)])
 def test_word_that_ends_other_programs_ends_the_chat(word: str, tiny: Path, chats: Path) -> None:
     with terminal("chat", "-m", tiny, *NUMPY, "-n", 4) as t:
         t.wait_for_prompt(1)
@@ -194,6 +194,7 @@ def test_edit_gives_the_last_message_to_change(tiny: Path, chats: Path) -> None:
     ]
 
 
+@pytest.mark.complete
 def test_history_is_kept_unless_nobody_wants_it(tiny: Path, tmp_path: Path) -> None:
     args = ("chat", "-m", tiny, *NUMPY, "-n", 4)
     with terminal(*args, "--no-history") as t:
@@ -220,6 +221,7 @@ def test_history_is_kept_unless_nobody_wants_it(tiny: Path, tmp_path: Path) -> N
         t.wait_for(">>> /seed 1")
 
 
+@pytest.mark.complete
 def test_resumed_conversation_is_shown(tiny: Path) -> None:
     args = ("chat", "-m", tiny, *NUMPY, "-n", 8)
     with terminal(*args) as t:
@@ -239,6 +241,7 @@ def test_resumed_conversation_is_shown(tiny: Path) -> None:
         assert shown[start + 1] in t.lines()
 
 
+@pytest.mark.complete
 def test_keys_pressed_during_an_answer_are_read_later(endless: Path) -> None:
     with terminal("chat", "-m", endless, *ENDLESS) as t:
         t.wait_for_prompt(1)
@@ -305,7 +308,7 @@ def test_no_color_is_obeyed(tiny: Path) -> None:
         assert not [s for s in styles if re.search(rb"(^|;)(3[0-8]|4[0-8]|9\d|10\d)(;|$)", s)]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.complete)])
 def test_signal_gives_the_terminal_back(name: str, tiny: Path, chats: Path) -> None:
     import termios
 
@@ -352,6 +355,7 @@ def test_context_is_told_before_the_message_is_sent(tiny: Path, chats: Path) -> 
     assert [turn.dropped for turn in newest(chats).turns] == [0, 1]
 
 
+@pytest.mark.complete
 def test_text_that_is_read_again_with_other_factors_goes_on(tmp_path: Path, chats: Path) -> None:
     """LongRoPE's change of factors is told amid an answer, and nothing of the answer is lost."""
 

@@ -10,7 +10,7 @@ import re
 import pyte
 import pytest
 import rich.console
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from phicore.cli.markdown import MarkdownStream, new_console
@@ -136,6 +136,7 @@ OTHERS = [
 PARTS = st.lists(st.sampled_from([*MARKS, *OTHERS]), max_size=25).map("".join)
 
 
+@settings(max_examples=10)  # a long document
 @given(SIZES)
 @example([1])
 def test_document_in_pieces_is_the_document_at_once(sizes: list[int]) -> None:
