@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +64,7 @@ def chat(
             "-l",
             metavar="NAME",
             help="Go on with this conversation; /sessions lists the names.",
+            autocompletion=lambda incomplete: complete_name(incomplete),
         ),
     ] = None,
     history: Annotated[
@@ -275,13 +275,17 @@ def _warnings(say: Callable[[str], None]) -> Iterator[None]:
 def _ending_signals() -> Iterator[None]:
     """Let signals that end a process end the chat in order, so that what is there is kept."""
 
+    from phicore.cli.chat_loop import handled
+
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    names = [n for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    before = {n: signal.signal(getattr(signal, n), end) for n in names}
-    try:
+    with handled(("SIGTERM", "SIGHUP"), end):
         yield
-    finally:
-        for n, handler in before.items():
-            signal.signal(getattr(signal, n), handler)
+
+
+def complete_name(incomplete: str) -> list[str]:
+    """Complete the name of a conversation in the shell."""
+    from phicore.chat.store import Store, data_path
+
+    return [name for name in Store(data_path() / "chats", 0).names() if name.startswith(incomplete)]

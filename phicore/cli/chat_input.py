@@ -185,7 +185,8 @@ def completions(chat: Chat, text: str) -> Iterable[tuple[int, str, str]]:
 
 def is_terminal() -> bool:
     """Return whether a person sits at a terminal that can move its cursor."""
-    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "")
+    is_dumb = os.environ.get("TERM") in ("dumb", "unknown", "")
+    return sys.stdin.isatty() and sys.stdout.isatty() and not is_dumb
 
 
 @contextmanager

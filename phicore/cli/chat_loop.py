@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,6 +65,21 @@ class Silence:
         pass
 
 
+@contextmanager
+def handled(names: Sequence[str], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Let a function handle signals. Those that the system lacks, or that are ignored, stay so."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    used = [n for n in numbers if before[n] not in (signal.SIG_IGN, None)]
+    for number in used:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in used:
+            signal.signal(number, before[number])
+
+
 class Stop:
     """What has asked an answer to stop.
 
@@ -88,13 +103,8 @@ class Stop:
                 raise KeyboardInterrupt
             self.number = number
 
-        names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-        before = {n: signal.signal(getattr(signal, n), note) for n in names}
-        try:
+        with handled(("SIGINT", "SIGTERM", "SIGHUP"), note):
             yield
-        finally:
-            for n, handler in before.items():
-                signal.signal(getattr(signal, n), handler)
 
 
 class Loop:

@@ -51,7 +51,8 @@ def copy(text: str, write: Callable[[str], None] | None) -> str:
     for command in programs(os.environ, sys.platform):
         if (path := shutil.which(command[0])) is None:
             continue
-        encoding = "utf-16-le" if command[0].startswith("clip") else "utf-8"
+        # Windows' program takes UTF-16 with a byte order mark.
+        encoding = "utf-16" if command[0].startswith("clip") else "utf-8"
         try:
             subprocess.run(
                 [path, *command[1:]],
