@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from phicore.chat.answering import Answering
+from phicore.chat.context import WAYS, checked_room, tokens_of
 from phicore.chat.conversation import Conversation, Turn
 from phicore.chat.settings import PARAMETERS
 from phicore.chat.store import Store
 from phicore.errors import (
     ArgumentError,
-    ContextError,
     ConversationError,
     PhicoreError,
     TokenizerError,
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from phicore.engine.timings import Timings
     from phicore.generation import Generation
     from phicore.model import Model
-    from phicore.text.pieces import Piece
 
 SMALL = 5
 """A context is told to be small when less than this part of it is left: a fifth."""
@@ -175,14 +174,16 @@ class Chat:
         )
         messages = talk.messages_of(turn)
         request = self.model.request(messages, seed=seed, **options)
-        self._check_room(turn, len(request.prompt_ids))
+        warning = checked_room(self.model, talk, turn, len(request.prompt_ids))
+        if warning is not None:
+            self._tell(warning)
         self._let_prefix_fit(request)
         generation = self.model.generate(request)
         if self.next_seed is not None:
             self.next_seed = (self.next_seed + 1) % 2**64
         talk.add(turn)
         self.save()  # so that the message is not lost, whatever happens
-        return Answering(self, turn, generation)
+        return Answering(turn, generation, ended=self._end, discarded=self._discard)
 
     def _let_prefix_fit(self, request: Request) -> None:
         """Let the prefix cache hold this conversation, however large it becomes.
@@ -195,7 +196,7 @@ class Chat:
         needed = engine.runner.slot_bytes * engine.runner.capacity_for(tokens)
         engine.prefixes.most_bytes = max(self._prefix_bytes, needed)
 
-    def ended(self, turn: Turn, generation: Generation) -> None:
+    def _end(self, turn: Turn, generation: Generation) -> None:
         """Store the answer of a turn that has ended."""
         self._generation = generation
         self.timings = generation.timings
@@ -204,15 +205,15 @@ class Chat:
         self.save()
         left = self.model.context - self._used[1]
         if turn.finish_reason == "context":
-            self._tell(f"stopped: the context of {self.model.context} tokens is full; {_WAYS}")
+            self._tell(f"stopped: the context of {self.model.context} tokens is full; {WAYS}")
         elif left < self.model.context // SMALL and not self._is_told_small:
             self._tell(
-                f"{left} of {self.model.context} tokens of the context are left; {_WAYS} when "
+                f"{left} of {self.model.context} tokens of the context are left; {WAYS} when "
                 "that is too little"
             )
         self._is_told_small = left < self.model.context // SMALL
 
-    def discard(self, turn: Turn, generation: Generation) -> None:
+    def _discard(self, turn: Turn, generation: Generation) -> None:
         """Forget a turn whose answer has not begun."""
         self._generation = generation
         self.conversation.discard(turn.number)
@@ -227,47 +228,9 @@ class Chat:
             return 0
         place = (last.number, talk.dropped)
         if self._used[0] != place:
-            tokens = self._tokens_of(replace(last, dropped=talk.dropped))
+            tokens = tokens_of(self.model, talk, replace(last, dropped=talk.dropped))
             self._used = (place, tokens + last.generated_tokens)
         return self._used[1]
-
-    def _tokens_of(self, turn: Turn) -> int:
-        return len(self.model.encode(self.conversation.messages_of(turn)))
-
-    def _check_room(self, turn: Turn, tokens: int) -> None:
-        """Tell the user when a prompt leaves little room for an answer.
-
-        Raises:
-            ContextError: If it leaves none.
-        """
-        context = self.model.context
-        most = turn.options["max_tokens"]
-        wanted = min(context // 16, 256, context if most == -1 else most)
-        if tokens + wanted <= context:
-            return
-        hint = self._hint(turn, context - wanted)
-        if tokens >= context:
-            raise ContextError(
-                f"the message is not sent: with it, the conversation has {tokens} tokens, and the "
-                f"context holds {context}, the answer included; {hint}"
-            )
-        self._tell(f"{context - tokens} tokens of the context are left for the answer; {hint}")
-
-    def _hint(self, turn: Turn, most: int) -> str:
-        """Return what makes a prompt have at most a number of tokens."""
-        path = self.conversation.path(turn.parent)
-        counts = range(1, len(path) - turn.dropped + 1)
-
-        def fits(count: int) -> bool:
-            return self._tokens_of(replace(turn, dropped=turn.dropped + count)) <= most
-
-        if (found := bisect_left(counts, True, key=fits)) < len(counts):
-            count = counts[found]
-            turns = "turn" if count == 1 else f"{count} turns"
-            return f"/drop {count} makes room (the model forgets the oldest {turns}); {_OTHERS}"
-        if not path:
-            return "shorten the message, or begin with a larger --ctx"
-        return "no turns make enough room: shorten the message, or /clear begins anew"
 
     # ---- what is kept --------------------------------------------------------------------------
 
@@ -346,57 +309,6 @@ class Chat:
             self._tell(f"the conversation is read again: {error}")
 
 
-class Answering:
-    """An answer under way: an iterator of pieces, and a context manager that stores it at the end.
-
-    Attributes:
-        turn: The turn, without its answer until the context ends.
-        generation: The generation.
-        is_discarded: Whether nothing was there to keep when the context ended.
-    """
-
-    def __init__(self, chat: Chat, turn: Turn, generation: Generation) -> None:
-        self.turn = turn
-        self.generation = generation
-        self.is_discarded = False
-        self._chat = chat
-        self._pieces: list[Piece] = []
-
-    @property
-    def text(self) -> str:
-        """Return the text so far."""
-        return "".join(piece.text for piece in self._pieces)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Piece:
-        piece = next(self.generation)
-        self._pieces.append(piece)
-        return piece
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.generation.close()
-        reason = self._pieces[-1].finish_reason if self._pieces else None
-        if not self.text and reason is None:
-            self.is_discarded = True
-            self._chat.discard(self.turn, self.generation)
-            return
-        timings = self.generation.timings
-        self.turn = replace(
-            self.turn,
-            answer=self.text,
-            finish_reason=reason or "interrupted",
-            prompt_tokens=timings.prompt_tokens,
-            cached_tokens=timings.cached_tokens,
-            generated_tokens=len(self._pieces),
-        )
-        self._chat.ended(self.turn, self.generation)
-
-
 def checked_text(text: str) -> str:
     """Return a text.
 
@@ -414,7 +326,3 @@ def _absolute(reference: str) -> str:
     """Return a reference that means the same in another folder."""
     path = Path(reference)
     return str(path.resolve()) if reference not in ALIASES and path.is_file() else reference
-
-
-_OTHERS = "/undo takes back the last turn, /clear begins anew"
-_WAYS = f"/drop N lets the model forget the oldest turns, {_OTHERS}"

@@ -9,41 +9,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from phicore.chat import files
-from phicore.chat.blocks import QUOTES, content
-from phicore.chat.chat import Answering, Chat
-from phicore.chat.conversation import Turn
-from phicore.chat.settings import PARAMETERS, parameter, parsed, shown
-from phicore.errors import ArgumentError, ConversationError, PhicoreError
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a command asks the program to show or to do.
-
-    Attributes:
-        lines: Lines to show.
-        rows: The rows of a table to show; the first one is its head.
-        answering: An answer to run and show.
-        draft: A text that the user will change and send; `edits` says for what.
-        edits: Whether the draft replaces the last message.
-        copied: A text for the clipboard.
-        turn: A turn to show, since it is now the last one.
-        ends: Whether the chat ends.
-    """
-
-    lines: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    answering: Answering | None = None
-    draft: str | None = None
-    edits: bool = False
-    copied: str | None = None
-    turn: Turn | None = None
-    ends: bool = False
+from phicore.chat import file_commands, setting_commands, turn_commands
+from phicore.chat.chat import Chat
+from phicore.chat.replies import Reply, count_of
+from phicore.chat.settings import PARAMETERS, parameter
+from phicore.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -122,208 +94,6 @@ def _help(chat: Chat, argument: str) -> Reply:
     )
 
 
-def _system(chat: Chat, argument: str) -> Reply:
-    if not argument:
-        system = chat.conversation.system
-        if system is None:
-            return Reply(["no system message; /system TEXT sets it"])
-        return Reply([system or 'the system message is empty ("")'])
-    if argument == "-":
-        chat.set_system(None)
-        said = "no system message from now on"
-    elif argument in ('""', "''"):
-        chat.set_system("")
-        said = "the system message is empty from now on"
-    else:
-        chat.set_system(_unquoted(argument))
-        said = "the system message holds from the next answer on"
-    chat.save()
-    return Reply([said])
-
-
-def _unquoted(text: str) -> str:
-    if text.startswith(QUOTES):
-        return content(text)
-    return text[1:-1] if len(text) > 2 and text[0] == text[-1] == '"' else text
-
-
-def _set(chat: Chat, argument: str) -> Reply:
-    options, given = chat.options(), chat.conversation.settings
-    if not argument:
-        rows = [("parameter", "value", "")]
-        for each in options:
-            rows.append((each, shown(options[each]), "set" if each in given else "default"))
-        rows.append(("seed", "random" if chat.next_seed is None else str(chat.next_seed), ""))
-        return Reply(rows=rows, lines=["/help PARAMETER says what it does."])
-    form = re.fullmatch(r"([\w-]+)(?:\s*=\s*|\s+|$)(.*)", argument, re.DOTALL)
-    if form is None:
-        raise ArgumentError(f"expected /set NAME VALUE, got {argument!r:.40}")
-    name, text = form[1], form[2].strip()
-    if name.lower() == "seed":
-        return _seed(chat, text)
-    found = parameter(name)
-    if not text:
-        return Reply([f"{found.name} {shown(options[found.name])}", found.help])
-    value = None if text == "default" else parsed(found.name, text)
-    if found.default == [] and text == "none":
-        value = []
-    chat.set(found.name, value)
-    chat.save()
-    return Reply([f"{found.name} {shown(chat.options()[found.name])}"])
-
-
-def _seed(chat: Chat, argument: str) -> Reply:
-    if argument == "random":
-        chat.next_seed = None
-    elif argument:
-        seed = _integer("seed", argument, "0 to 2**64 - 1, or random")
-        if not 0 <= seed < 2**64:
-            raise ArgumentError(parameter="seed", expected="0 to 2**64 - 1, or random", got=seed)
-        chat.next_seed = seed
-    last = chat.conversation.last
-    lines = [] if last is None else [f"the last answer has the seed {last.seed}"]
-    if chat.next_seed is None:
-        lines.append("the next answer has a random seed")
-    else:
-        lines.append(
-            f"the next answer has the seed {chat.next_seed}, and each one after it one more"
-        )
-    return Reply(lines)
-
-
-def _retry(chat: Chat, argument: str) -> Reply:
-    if argument:
-        _seed(chat, argument)
-    return Reply(answering=chat.retry())
-
-
-def _edit(chat: Chat, argument: str) -> Reply:
-    if argument:
-        return Reply(answering=chat.edit(content(argument)))
-    last = chat.conversation.last
-    if last is None:
-        raise ArgumentError("there is no message to edit")
-    return Reply(draft=last.user, edits=True)
-
-
-def _undo(chat: Chat, argument: str) -> Reply:
-    count = _integer("undo", argument, "a number of turns") if argument else 1
-    undone = chat.conversation.undo(count)
-    chat.save()
-    return Reply(
-        [f"{count_of(count, 'turn')} undone: {_short(undone[0].user)}", "/redo takes it back."]
-    )
-
-
-def _redo(chat: Chat, argument: str) -> Reply:
-    turn = chat.conversation.redo()
-    chat.save()
-    return Reply(turn=turn)
-
-
-def _branch(chat: Chat, argument: str) -> Reply:
-    found = chat.conversation.alternatives()
-    if not found:
-        raise ArgumentError("there is no answer yet")
-    if argument:
-        number = _integer("branch", argument, f"1 to {len(found)}")
-        if not 1 <= number <= len(found):
-            raise ArgumentError(parameter="branch", expected=f"1 to {len(found)}", got=number)
-        chat.conversation.go(found[number - 1].number)
-        chat.save()
-        return Reply(turn=found[number - 1])
-    rows = [("", "message", "answer", "seed")]
-    for number, turn in enumerate(found, start=1):
-        mark = "*" if turn.number == chat.conversation.current else " "
-        rows.append((f"{mark}{number}", _short(turn.user), _short(turn.answer, 40), str(turn.seed)))
-    return Reply(rows=rows, lines=["/branch N goes on from another one."])
-
-
-def _clear(chat: Chat, argument: str) -> Reply:
-    old = chat.conversation
-    chat.change_to(old.emptied())
-    kept = f"; /load {old.name} goes back to the old one" if old.name else ""
-    return Reply([f"a new conversation{kept}"])
-
-
-def _drop(chat: Chat, argument: str) -> Reply:
-    count = _integer("drop", argument, "a number of turns") if argument else 1
-    talk = chat.conversation
-    talk.drop(count)
-    chat.save()
-    rest = len(talk.path(talk.current)) - talk.dropped
-    if not rest:
-        return Reply(["the model has forgotten all turns; the file keeps them"])
-    seen = "the last turn" if rest == 1 else f"the last {rest} turns"
-    system = "" if talk.system is None else "the system message and "
-    return Reply([f"the model sees {system}{seen} from now on; the file keeps all"])
-
-
-def _save(chat: Chat, argument: str) -> Reply:
-    talk = chat.conversation
-    if not talk.turns:
-        raise ArgumentError("there is nothing to save yet")
-    if argument.endswith((".md", ".json")):
-        return _export(chat, Path(argument).expanduser())
-    if chat.store is None:
-        raise ArgumentError(
-            "conversations are not kept with --no-history; name a file, such as /save chat.md"
-        )
-    if argument:
-        chat.store.rename(talk, argument)
-    chat.save()
-    return Reply([f"saved: {chat.store.path(talk.name)}"])
-
-
-def _export(chat: Chat, path: Path) -> Reply:
-    as_text = files.to_markdown if path.suffix == ".md" else files.to_messages
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(as_text(chat.conversation))
-    except FileExistsError:
-        raise ArgumentError(f"{path} exists already; take another name") from None
-    except OSError as error:
-        raise ConversationError(f"{path}: cannot be written: {error.strerror}") from None
-    return Reply([f"saved: {path}"])
-
-
-def _load(chat: Chat, argument: str) -> Reply:
-    if chat.store is None:
-        raise ArgumentError("conversations are not kept with --no-history")
-    if not argument:
-        raise ArgumentError("expected a name; /sessions lists them")
-    names = chat.store.names()
-    if argument.isdecimal() and argument not in names and 1 <= int(argument) <= len(names):
-        argument = names[int(argument) - 1]
-    chat.change_to(chat.store.load(argument))
-    return Reply(resumed_lines(chat), turn=chat.conversation.last)
-
-
-def resumed_lines(chat: Chat) -> list[str]:
-    """Return lines that say which conversation goes on."""
-    talk = chat.conversation
-    turns = count_of(len(talk.path(talk.current)), "turn")
-    return [f"{talk.name}: {turns}, begun {talk.created[:10]}: {_short(talk.title)}"]
-
-
-def _sessions(chat: Chat, argument: str) -> Reply:
-    if chat.store is None:
-        raise ArgumentError("conversations are not kept with --no-history")
-    rows, lines = [("", "name", "turns", "first message")], []
-    for number, name in enumerate(chat.store.names(), start=1):
-        try:
-            talk = chat.store.load(name)
-        except PhicoreError as error:
-            lines.append(str(error))
-            continue
-        mark = "*" if name == chat.conversation.name else " "
-        count = str(len(talk.path(talk.current)))
-        rows.append((f"{mark}{number}", name, count, _short(talk.title)))
-    if len(rows) == 1:
-        return Reply([*lines, "no conversations yet"])
-    return Reply(rows=rows, lines=[*lines, "/load NAME, or its number, goes on with one."])
-
-
 def _copy(chat: Chat, argument: str) -> Reply:
     last = chat.conversation.last
     if last is None:
@@ -362,26 +132,6 @@ def _stats(chat: Chat, argument: str) -> Reply:
     return Reply(lines)
 
 
-def _integer(name: str, text: str, expected: str) -> int:
-    with suppress(ValueError):
-        return int(text)
-    raise ArgumentError(parameter=name, expected=expected, got=text)
-
-
-def count_of(count: int, noun: str) -> str:
-    """Return a number of things in words, such as "1 turn" and "2 turns"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def _short(text: str, most: int = 50) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
-
-
-def _session_names(chat: Chat) -> Iterable[str]:
-    return [] if chat.store is None else chat.store.names()
-
-
 COMMANDS: Sequence[Command] = (
     Command(
         "help",
@@ -395,44 +145,58 @@ COMMANDS: Sequence[Command] = (
         "system",
         "[TEXT]",
         'Show or set the system message. "" is an empty one, - is none.',
-        _system,
+        setting_commands.system,
     ),
     Command(
         "set",
         "[NAME [VALUE]]",
         "Show or set a parameter, such as temperature. The value default takes it back.",
-        _set,
+        setting_commands.set_parameter,
         lambda chat: [*PARAMETERS, "seed"],
     ),
     Command(
         "seed",
         "[N|random]",
         "Show or set the seed. The same seed gives the same answer.",
-        _seed,
+        setting_commands.seed,
         lambda chat: ["random"],
     ),
-    Command("retry", "[SEED]", "Answer the last message anew.", _retry, others=("regen",)),
-    Command("edit", "[TEXT]", "Change the last message, and answer it anew.", _edit),
-    Command("undo", "[N]", "Take back the last turn, or the last N turns.", _undo),
-    Command("redo", "", "Take back an /undo.", _redo),
-    Command("branch", "[N]", "List the other answers to this place, or go to one.", _branch),
     Command(
-        "clear", "", "Begin a new conversation with the same settings.", _clear, others=("new",)
+        "retry", "[SEED]", "Answer the last message anew.", turn_commands.retry, others=("regen",)
+    ),
+    Command("edit", "[TEXT]", "Change the last message, and answer it anew.", turn_commands.edit),
+    Command("undo", "[N]", "Take back the last turn, or the last N turns.", turn_commands.undo),
+    Command("redo", "", "Take back an /undo.", turn_commands.redo),
+    Command(
+        "branch", "[N]", "List the other answers to this place, or go to one.", turn_commands.branch
+    ),
+    Command(
+        "clear",
+        "",
+        "Begin a new conversation with the same settings.",
+        file_commands.clear,
+        others=("new",),
     ),
     Command(
         "drop",
         "[N]",
         "Let the model forget the oldest turn, or the N oldest turns; the system message stays.",
-        _drop,
+        turn_commands.drop,
     ),
     Command(
         "save",
         "[NAME|FILE]",
         "Name the conversation, or write it to a file that ends in .md or .json.",
-        _save,
+        file_commands.save,
     ),
-    Command("load", "NAME", "Go on with another conversation.", _load, _session_names),
-    Command("sessions", "", "List the conversations.", _sessions, others=("list",)),
+    Command(
+        "load",
+        "NAME",
+        "Go on with another conversation.",
+        file_commands.load,
+        file_commands.session_names,
+    ),
+    Command("sessions", "", "List the conversations.", file_commands.sessions, others=("list",)),
     Command(
         "copy",
         "[code]",

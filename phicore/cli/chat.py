@@ -275,7 +275,7 @@ def _warnings(say: Callable[[str], None]) -> Iterator[None]:
 def _ending_signals() -> Iterator[None]:
     """Let signals that end a process end the chat in order, so that what is there is kept."""
 
-    from phicore.cli.chat_loop import handled
+    from phicore.cli.chat_signals import handled
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from phicore.chat import commands
+from phicore.chat.answering import Answering
 from phicore.chat.blocks import content
-from phicore.chat.chat import Answering, Chat
+from phicore.chat.chat import Chat
 from phicore.chat.conversation import Conversation, Turn
+from phicore.chat.file_commands import resumed_lines
+from phicore.chat.replies import Reply
 from phicore.chat.store import Store, data_path
 from phicore.cli.chat_input import LineReader, Reader, TerminalReader, is_terminal, silent_keys
+from phicore.cli.chat_output import Output, PlainOutput, Silence
+from phicore.cli.chat_signals import Stop
 from phicore.cli.clipboard import copy
 from phicore.cli.terminal import Console, ProgressLine, printable
 from phicore.errors import PhicoreError
@@ -23,88 +26,6 @@ from phicore.progress import AGAIN
 
 if TYPE_CHECKING:
     from phicore.cli.markdown import MarkdownStream
-
-
-class Output(Protocol):
-    """Shows an answer."""
-
-    def push(self, text: str) -> None:
-        """Show a piece of text."""
-        ...
-
-    def close(self) -> None:
-        """Show the rest."""
-        ...
-
-
-class PlainOutput:
-    """Writes an answer to standard output as it is, without control characters on a terminal."""
-
-    def __init__(self) -> None:
-        self._shown: Callable[[str], str] = printable if sys.stdout.isatty() else str
-        self._ends_line = True
-
-    def push(self, text: str) -> None:
-        if text:
-            sys.stdout.write(self._shown(text))
-            sys.stdout.flush()
-            self._ends_line = text.endswith("\n")
-
-    def close(self) -> None:
-        sys.stdout.write("" if self._ends_line else "\n")
-        sys.stdout.flush()
-
-
-class Silence:
-    """Shows nothing."""
-
-    def push(self, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-@contextmanager
-def handled(names: Sequence[str], handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Let a function handle signals. Those that the system lacks, or that are ignored, stay so."""
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    used = [n for n in numbers if before[n] not in (signal.SIG_IGN, None)]
-    for number in used:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number in used:
-            signal.signal(number, before[number])
-
-
-class Stop:
-    """What has asked an answer to stop.
-
-    Attributes:
-        number: The number of the signal; None if there was none.
-    """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note the first signal, and raise KeyboardInterrupt at the second.
-
-        So the engine is not left in the middle of a step, unless the user insists.
-        """
-        self.number = None
-
-        def note(number: int, _: object) -> None:
-            if self.number is not None:
-                raise KeyboardInterrupt
-            self.number = number
-
-        with handled(("SIGINT", "SIGTERM", "SIGHUP"), note):
-            yield
 
 
 class Loop:
@@ -174,7 +95,7 @@ class Loop:
         self._is_loaded = True
         reader = self._reader(chat)
         if conversation.turns:
-            self._show(chat, commands.Reply(commands.resumed_lines(chat), turn=conversation.last))
+            self._show(chat, Reply(resumed_lines(chat), turn=conversation.last))
         elif self._has_person:
             self._console.say(f"{model.path.name} on {model.backend}; /help lists the commands")
         try:
@@ -230,7 +151,7 @@ class Loop:
 
     # ---- a message or a command ----------------------------------------------------------------
 
-    def _turn(self, chat: Chat, text: str, *, is_edit: bool) -> commands.Reply:
+    def _turn(self, chat: Chat, text: str, *, is_edit: bool) -> Reply:
         """Do what a line says, and return what is left to do."""
         command = None if is_edit else commands.split(text)
         if self._has_person and not is_edit and text.strip() in ("exit", "quit"):
@@ -238,13 +159,13 @@ class Loop:
         if command is None:
             text = content(commands.message_of(text))
             if text.strip() and not self._say(chat, text, is_edit=is_edit):
-                return commands.Reply(draft=text, edits=is_edit)
-            return commands.Reply()
+                return Reply(draft=text, edits=is_edit)
+            return Reply()
         try:
             reply = commands.run(chat, *command)
         except PhicoreError as error:
             self._fail(error)
-            return commands.Reply()
+            return Reply()
         self._show(chat, reply)
         return reply
 
@@ -262,7 +183,7 @@ class Loop:
         self.failures += not self._has_person
         self._console.say(error.worded())
 
-    def _show(self, chat: Chat, reply: commands.Reply) -> None:
+    def _show(self, chat: Chat, reply: Reply) -> None:
         """Show what a command replies."""
         if reply.rows:
             self._console.table(reply.rows)

@@ -9,7 +9,8 @@ import pytest
 from api.tiny_models import write_tiny
 
 import phicore
-from phicore.chat.chat import Answering, Chat
+from phicore.chat.answering import Answering
+from phicore.chat.chat import Chat
 from phicore.chat.store import Store
 from phicore.model import Model
 

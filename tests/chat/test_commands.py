@@ -10,7 +10,7 @@ import pytest
 from phicore.chat import commands
 from phicore.chat.blocks import content, is_open
 from phicore.chat.chat import Chat
-from phicore.chat.commands import Reply
+from phicore.chat.replies import Reply
 from phicore.chat.settings import PARAMETERS
 from phicore.chat.store import Store
 from phicore.errors import ArgumentError, ConversationError, PhicoreError
