@@ -32,7 +32,7 @@ def save(chat: Chat, argument: str) -> Reply:
         )
     if argument:
         chat.store.rename(talk, argument)
-    chat.save()
+    chat.store.save(talk)
     return Reply([f"saved: {chat.store.path(talk.name)}"])
 
 

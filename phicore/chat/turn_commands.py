@@ -17,7 +17,7 @@ def retry(chat: Chat, argument: str) -> Reply:
 
 
 def edit(chat: Chat, argument: str) -> Reply:
-    """Begin the answer to another message in place of the last one, or give the last one to change."""
+    """Begin the answer to another message in place of the last, or give the last to change."""
     if argument:
         return Reply(answering=chat.edit(content(argument)))
     last = chat.conversation.last

@@ -272,6 +272,14 @@ def test_save_load_clear_sessions(run, chat: Chat, store: Store) -> None:
     assert run(f"/load {number}").turn.user == "Hello"
 
 
+def test_save_that_fails_says_so(run, chat: Chat, store: Store) -> None:
+    store.folder.write_text("a file in the place of the folder")
+    run_message(chat, "Hello")
+    for line in ("/save", "/save name"):
+        assert "cannot be written: " in fails(run, line)
+    assert chat.conversation.name == ""
+
+
 def test_save_exports(run, chat: Chat, tmp_path: Path) -> None:
     run_message(chat, "Hello")
     run(f"/save {tmp_path}/a.md")
