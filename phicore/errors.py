@@ -67,6 +67,10 @@ class SessionError(PhicoreError):
     """A session file is damaged, or was saved for another model, cache type or backend."""
 
 
+class ConversationError(PhicoreError):
+    """The file of a conversation is damaged, missing, or cannot be read or written."""
+
+
 class BackendError(PhicoreError):
     """A backend or device is not installed, does not work here or cannot do what was requested."""
 

@@ -15,6 +15,8 @@ import typer
 
 from phicore.cli.bench import EXAMPLES as BENCH
 from phicore.cli.bench import bench
+from phicore.cli.chat import EXAMPLES as CHAT
+from phicore.cli.chat import chat
 from phicore.cli.conformance import EXAMPLES as CONFORMANCE
 from phicore.cli.conformance import conformance
 from phicore.cli.generate import EXAMPLES as GENERATE
@@ -56,6 +58,7 @@ app = typer.Typer(
 \b
 Examples:
   phicore generate "Give me three tips for better sleep."
+  phicore chat
   phicore generate -m path/to/model.gguf -b jax -t 0 "Why is the sky blue?"
   phicore serve -m phi-3-mini
   phicore bench --synthetic phi-3-mini
@@ -100,6 +103,7 @@ def root(
 
 app.command(epilog=GENERATE)(generate)
 app.command(epilog=SERVE)(serve)
+app.command(epilog=CHAT)(chat)
 app.command(epilog=BENCH)(bench)
 app.command()(inspect)
 app.command()(tokenize)

@@ -217,7 +217,7 @@ def generate(
 ) -> None:
     """Write the model's answer to a prompt."""
     from phicore.cli.batch import Batch
-    from phicore.cli.terminal import Console, stats_lines
+    from phicore.cli.terminal import Console, printable, stats_lines
     from phicore.engine import Request
 
     if batch is not None:
@@ -311,12 +311,13 @@ def generate(
         )
         pieces: list[Piece] = []
         interrupted = False
+        shown = printable if sys.stdout.isatty() else str
         try:
             for piece in generation:
                 pieces.append(piece)
                 if not as_json and piece.text:
                     console.text_begins()
-                    sys.stdout.write(piece.text)
+                    sys.stdout.write(shown(piece.text))
                     sys.stdout.flush()
                 if swallowed:
                     raise KeyboardInterrupt

@@ -55,16 +55,19 @@ def complete_synthetic(incomplete: str) -> list[str]:
     return [name for name in MODELS if name.startswith(incomplete)]
 
 
-def bytes_of(text: str) -> int:
+def bytes_of(text: str, parameter: str = "kv_memory", least: int = 1) -> int:
     """Return the number of bytes that a text such as "4GB" or "500 MB" says.
 
+    Args:
+        parameter: The name of the parameter, for the error.
+        least: The smallest allowed number.
     Raises:
         ArgumentError: If it says none.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text.strip())
-    size = float(found[1]) * 1000 ** " kMGT".index(found[2] or " ") if found else 0
-    if size < 1:
-        raise ArgumentError(parameter="kv_memory", expected="a size such as 4GB", got=text)
+    size = float(found[1]) * 1000 ** " kMGT".index(found[2] or " ") if found else -1
+    if size < least:
+        raise ArgumentError(parameter=parameter, expected="a size such as 4GB", got=text)
     return int(size)
 
 

@@ -31,16 +31,43 @@ class Console:
 
     def say(self, line: str) -> None:
         """Print a line."""
-        self._rich.print(line, style="dim", markup=False, soft_wrap=True)
+        # The terminal itself breaks a line with a long path in it, so that it can be copied.
+        is_broken = max(map(len, line.split()), default=0) >= self._rich.width
+        soft_wrap = is_broken or not self._rich.is_terminal or self._rich.is_dumb_terminal
+        self._rich.print(printable(line), style="dim", markup=False, soft_wrap=soft_wrap)
+
+    def table(self, rows: Sequence[Sequence[str]]) -> None:
+        """Print a table whose first row is its head; it takes the width that there is."""
+        import rich.box
+        import rich.table
+        from rich.text import Text
+
+        if not self._rich.is_terminal or self._rich.is_dumb_terminal:
+            for line in plain_table(rows):
+                self._rich.print(Text(printable(line)), soft_wrap=True)
+            return
+        framed = rich.table.Table(
+            box=None, pad_edge=False, header_style="dim", show_header=any(rows[0])
+        )
+        for column in rows[0]:
+            framed.add_column(Text(column), overflow="fold")
+        for row in rows[1:]:
+            framed.add_row(*(Text(printable(cell)) for cell in row))
+        self._rich.print(framed)
 
     def text_begins(self) -> None:
         """Show no more progress, since generated text may be on the same screen from now on."""
         self._has_text = True
 
+    def text_ends(self) -> None:
+        """Show progress again."""
+        self._has_text = False
+
     @contextmanager
     def progress(self) -> Iterator[ProgressLine]:
         """Return a context in which a `ProgressLine` shows progress."""
-        status = self._rich.status("", spinner="dots") if self._rich.is_terminal else None
+        is_live = self._rich.is_terminal and not self._rich.is_dumb_terminal
+        status = self._rich.status("", spinner="dots") if is_live else None
         try:
             yield ProgressLine(status, self.say, lambda: self._has_text)
         finally:
@@ -88,6 +115,12 @@ class ProgressLine:
                 self._say(f"{what}: {time.perf_counter() - begun:.1f} s")
             del self._started[what]
 
+    def stop(self) -> None:
+        """Show nothing more about work that was interrupted."""
+        if self._status is not None:
+            self._status.stop()
+        self._started.clear()
+
     def tell(self, text: str) -> None:
         """Show a text about long work; in a log, at most one every `LOG_EVERY_S` seconds."""
         self._show(text)
@@ -99,6 +132,25 @@ class ProgressLine:
         if self._status is not None:
             self._status.update(text)
             self._status.start()
+
+
+def printable(text: str) -> str:
+    """Replace characters that control a terminal by pictures of them, such as ␛.
+
+    A text from a model, or from a file, is not trusted: it could change the terminal's settings or
+    clear the screen. Newlines and tabs stay, and carriage returns are dropped.
+    """
+    return text.translate(_PICTURES)
+
+
+_PICTURES = {
+    **{code: chr(0x2400 + code) for code in range(0x20)},
+    **dict.fromkeys(range(128, 160), "�"),
+    0x7F: "\u2421",
+    ord("\n"): "\n",
+    ord("\t"): "\t",
+    ord("\r"): None,
+}
 
 
 def duration(seconds: float) -> str:
@@ -162,7 +214,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             framed.add_row(*(str(cell).replace("[", r"\[") for cell in row))
         rich.console.Console(highlight=False).print(framed)
         return
-    cells = [list(columns), *[list(row) for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for row in cells:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+    for line in plain_table([columns, *rows]):
+        print(line)
+
+
+def plain_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Format a table as lines of text."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -29,10 +29,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny.gguf")
 
 
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a model that, greedily and without a penalty, generates for longer than tests wait."""
+
+    def never_end(writer) -> None:
+        tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+        for end in ("<|end|>", "<|endoftext|>"):
+            tokens[tokens.index(end)] = f"not-{end}"
+        writer.kv_data[0]["tokenizer.ggml.eos_token_id"].value = tokens.index("</s>")
+
+    path = tmp_path_factory.mktemp("models") / "endless.gguf"
+    return write_tiny(path, never_end, max_position_embeddings=20000)
+
+
 @pytest.fixture(autouse=True)
 def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the settings and colours of the person who runs the tests."""
     monkeypatch.setenv("PHICORE_CONFIG", str(tmp_path / "config.toml"))
+    monkeypatch.setenv("PHICORE_DATA", str(tmp_path / "data"))
     for name in ("PHICORE_MODEL", "GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
         monkeypatch.delenv(name, raising=False)
 

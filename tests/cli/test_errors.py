@@ -84,7 +84,7 @@ def test_option_that_is_wrong_names_itself_and_the_help(fails, args: list[str], 
 
 
 def test_unknown_command(phicore) -> None:
-    assert checked(phicore("chat"), 2) == "No such command 'chat'; see phicore --help"
+    assert checked(phicore("talk"), 2) == "No such command 'talk'; see phicore --help"
 
 
 def test_unknown_option_of_the_program(phicore) -> None:

@@ -14,26 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from api.tiny_models import write_tiny
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")
 
 TENSOR_LIBRARIES = {"numpy", "jax", "jaxlib", "mlx", "torch", "tinygrad", "array_api_strict"}
 OTHER_LIBRARIES = {"gguf", "tokenizers", "huggingface_hub", "jinja2", "starlette", "uvicorn"}
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a model that, with the options `ENDLESS`, generates for longer than any test waits."""
-
-    def never_end(writer) -> None:
-        tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
-        for end in ("<|end|>", "<|endoftext|>"):
-            tokens[tokens.index(end)] = f"not-{end}"
-        writer.kv_data[0]["tokenizer.ggml.eos_token_id"].value = tokens.index("</s>")
-
-    path = tmp_path_factory.mktemp("models") / "endless.gguf"
-    return write_tiny(path, never_end, max_position_embeddings=20000)
 
 
 # Without a penalty the greedy text repeats a cycle of tokens that contains no end token.
@@ -45,7 +30,9 @@ def finished(process: subprocess.Popen[bytes], stdin: bytes = b"") -> tuple[int,
     return process.returncode, (out or b"").decode(), (err or b"").decode()
 
 
-@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["generate", "--help"], ["chat", "--help"], ["--version"]]
+)
 def test_help_imports_no_slow_library(args: list[str]) -> None:
     program = (
         "import atexit, json, sys\n"

@@ -81,6 +81,13 @@ def test_documented_command_works(command, demo_model, monkeypatch, tmp_path):
     if "generate" in command:  # the quickest backend to start, and a short answer
         shell += " --max-tokens 5" + ("" if "--backend" in command else " --backend numpy")
 
+    if "phicore chat" in command:
+        shell += " --max-tokens 5 --backend numpy"
+    data = tmp_path / "data"
+    if "--resume" in command:
+        run = [sys.executable, "-m", "phicore", "chat", "-b", "numpy", "-n", "5", "Hello"]
+        env = {**os.environ, "PHICORE_DATA": str(data)}
+        subprocess.run(run, check=True, stdin=subprocess.DEVNULL, capture_output=True, env=env)
     writes = "--batch" in command or "--session" in command
     [requests] = blocks(ROOT / "README.md", "json")
     (tmp_path / "prompts.jsonl").write_text(requests, encoding="utf-8")
@@ -92,6 +99,8 @@ def test_documented_command_works(command, demo_model, monkeypatch, tmp_path):
         text=True,
         check=False,
         cwd=tmp_path if writes else None,
+        env={**os.environ, "PHICORE_DATA": str(data)},
+        input="Hello\n",  # what a person says to `phicore chat`
     )
 
     assert done.returncode == 0, done.stderr
@@ -115,6 +124,32 @@ def test_picture_of_the_readme_shows_what_its_command_writes(demo_model, monkeyp
     done = subprocess.run(program, capture_output=True, text=True, check=True)
 
     assert "".join(done.stdout.split()) in "".join(shown.split())
+
+
+@pytest.mark.complete
+def test_picture_of_the_chat_shows_what_the_model_says(demo_model, monkeypatch, tmp_path):
+    """If this fails, tools/chat_picture.py makes the picture again."""
+    monkeypatch.delenv("PHICORE_MODEL", raising=False)
+    picture = (ROOT / "docs" / "chat.svg").read_text()
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture.partition('-matrix">')[2])
+    shown = html.unescape("".join(texts)).replace("\xa0", " ")
+    options = re.search(r"\$ uv run phicore chat (.*)", shown)[1].split()
+    messages = re.findall(r">>> ([A-Z].*)", shown)
+    assert len(messages) == 2
+
+    done = subprocess.run(
+        [sys.executable, "-m", "phicore", "chat", *options, "--no-history", "-b", "numpy"],
+        input="\n".join(messages),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    said, seen = (
+        re.sub(r"[^A-Za-z_]", "", text) for text in (done.stdout, re.sub(">>> .*", "", shown))
+    )
+    assert len(said) > 100
+    assert said in seen
 
 
 @pytest.mark.complete
