@@ -20,7 +20,11 @@ const SAVE_EVERY_MS = 1000;
 const TITLE_LENGTH = 60;
 const MOST_TRIES = 5;
 
-/** The conversations. Events: "list" (they have changed), "change" (what is shown has), "text". */
+/**
+ * The conversations. Events: "list" (they have changed), "change" (what is shown has changed),
+ * "text" (an answer has more text), "lost" (the server does not answer) and "problem" (the browser
+ * keeps nothing).
+ */
 export class Chat extends EventTarget {
   constructor(store, defaults) {
     super();
@@ -46,8 +50,10 @@ export class Chat extends EventTarget {
 
   /** Show a conversation; null shows a new one, which is kept once something is said in it. */
   async open(id) {
+    const turn = (this.turn = {});
     const found = this.list.find((each) => each.id === id) ?? null;
     const tree = found && (this.trees.get(id) ?? new Tree(await this.store.messages(id)));
+    if (turn !== this.turn) return; // meanwhile, another one is to be shown
     const time = Date.now();
     const made = { id: newId(), title: '', created: time, updated: time, chosen: {}, deleted: null };
     this.current = found ?? { ...made, ...structuredClone(this.defaults()) };
@@ -229,6 +235,7 @@ export class Chat extends EventTarget {
     answer.state = answer.text ? 'broken' : 'failed';
     const { message, status = 0, code = null } = error;
     answer.error = { message, status, code };
+    if (status === 0) this.tell('lost');
     if (!(error instanceof api.ServerError)) console.error(error);
   }
 

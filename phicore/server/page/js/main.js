@@ -15,6 +15,9 @@ import { exported, imported, merged } from './transfer.js';
 const BUSY_MS = 1500;
 const CALM_MS = 15000;
 
+let next; // when the server is looked at again
+let hasAsked = false; // for a key, without being told to
+
 const STATES = {
   ready: ['', ''],
   loading: ['Loading the model', 'The model is loading.'],
@@ -40,6 +43,7 @@ for (const each of document.querySelectorAll('#examples button')) {
   each.addEventListener('click', () => composer.fill(each.textContent));
 }
 chat.needKey = newKey;
+chat.addEventListener('lost', watch);
 chat.addEventListener('problem', ({ detail }) => {
   notify(`The browser did not keep this: ${detail?.message ?? detail}. Export your conversations.`, { isError: true });
 });
@@ -77,16 +81,16 @@ async function newKey(problem) {
 
 /** Look after the server for as long as the page is open. */
 async function watch() {
-  const state = document.hidden && chat.model ? 'ready' : await api.health();
+  clearTimeout(next);
+  const state = await api.health();
   if (state === 'ready' && !chat.model) await readModel();
   const [label, text] = STATES[state];
   document.body.dataset.server = state;
   if (byId('state').textContent !== label) byId('state').textContent = label;
   byId('state').title = text;
-  setTimeout(watch, state === 'ready' && chat.model ? CALM_MS : BUSY_MS);
+  clearTimeout(next);
+  next = setTimeout(watch, state === 'ready' && chat.model ? CALM_MS : BUSY_MS);
 }
-
-let hasAsked = false;
 
 async function readModel() {
   try {

@@ -117,10 +117,9 @@ class MessageView {
     const siblings = this.chat.tree.siblings(message);
     // What is shown depends on this alone, so an unchanged message is left as it is.
     const key = JSON.stringify([message.text.length, message.state, this.isRunning, message.figures,
-      message.error, siblings.map(({ id, state }) => [id, state]), this.isEditing]);
-    if (this.key === key) return;
+      message.error, siblings.map(({ id, state }) => [id, state]), this.chat.current.sampling.seed]);
+    if (this.key === key || this.isEditing) return;
     this.key = key;
-    if (this.isEditing) return;
     this.draw();
     if (!this.isRunning) this.wait('');
     if (!this.isRunning) this.isLive = false;
@@ -156,7 +155,8 @@ class MessageView {
     if ((this.why ?? '') === why) return;
     this.why = why;
     this.note.hidden = !why;
-    this.note.replaceChildren(why);
+    this.note.className = 'note';
+    this.note.replaceChildren(h('span', {}, why));
     if (why) say(why);
   }
 
@@ -201,11 +201,11 @@ class MessageView {
   branches(siblings) {
     const at = siblings.indexOf(this.message);
     const what = this.isAnswer ? 'answer' : 'version';
-    const go = async (to, name) => {
-      await this.chat.choose(siblings[to]);
+    const go = (to, name) => {
+      this.chat.choose(siblings[to]); // shows it at once
       const other = this.messages.views.get(siblings[to].id)?.element;
-      const buttons = [...other.querySelectorAll('.branches button')];
-      (buttons.find((each) => each.dataset.to === name && !each.disabled) ?? buttons.find((each) => !each.disabled))?.focus();
+      const buttons = [...(other?.querySelectorAll('.branches button:enabled') ?? [])];
+      (buttons.find((each) => each.dataset.to === name) ?? buttons[0])?.focus();
     };
     const button = (name, label, to) => iconButton(name, label, () => go(to, name),
       { class: 'icon-button', disabled: to < 0 || to >= siblings.length, 'data-to': name });
