@@ -92,6 +92,17 @@ def test_deleted_conversation_can_be_brought_back(tab: Tab):
     tab.page.wait_for_selector("#empty:not([hidden])")
     tab.page.reload()
     tab.page.wait_for_selector("body.ready")
+    assert tab.titles() == []
+    assert tab.messages()  # another tab may still offer to undo it
+    script = """async ({ openStore }) => {
+      const store = await openStore();
+      const [conversation] = await store.conversations();
+      await store.put({ conversations: [{ ...conversation, deleted: 1 }] });
+      store.database.close();
+    }"""
+    tab.call("store", script)
+    tab.page.reload()
+    tab.page.wait_for_selector("body.ready")
     assert tab.messages() == []
 
 
@@ -133,6 +144,17 @@ def test_export_of_all_is_imported_elsewhere(
     other.page.hover("article.assistant")
     other.act("Repeat")
     other.page.wait_for_selector(".same:text-is('same seed, the same text as 1/3')")
+
+
+def test_import_leaves_the_conversation_that_is_open(tab: Tab, tmp_path: Path):
+    tab.ask("One")
+    path = exported(tab, tmp_path)
+    tab.ask("Two")
+    assert tab.take(path) == "Conversations: 0 added, 1 here already."
+    tab.take(conversation_file(tmp_path))
+    tab.ask("Three")
+    assert tab.texts("user") == ["One", "Two", "Three"]
+    assert sorted(tab.titles()) == ["Mine", "One"]
 
 
 def test_imported_conversation_that_differs_comes_as_a_copy(tab: Tab, tmp_path: Path):

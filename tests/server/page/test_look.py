@@ -209,7 +209,7 @@ def test_answer_is_spoken_in_sentences_and_not_in_tokens(endless: Served, open_t
     tab.set(**LONG)
     tab.write("Hello")
     tab.until("document.querySelector('article.assistant .text')?.innerText.length > 40")
-    live = tab.page.locator("[aria-live]")
+    live = tab.page.locator("#spoken")
     assert live.get_attribute("aria-live") == "polite"
     assert tab.page.locator("article [aria-live], article[aria-live]").count() == 0
     tab.page.keyboard.press("Escape")

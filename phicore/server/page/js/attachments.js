@@ -24,7 +24,9 @@ export async function attachment(file) {
 export function contentOf({ text, attachments = [] }) {
   const blocks = attachments.map(({ name, text: content }) => {
     let fence = '```';
-    for (const [marks] of content.matchAll(/`{3,}/g)) if (marks.length >= fence.length) fence = `${marks}\``;
+    for (const [marks] of content.matchAll(/`{3,}/g)) {
+      if (marks.length >= fence.length) fence = `${marks}\``;
+    }
     return `${name}:\n${fence}\n${content.replace(/\n$/, '')}\n${fence}`;
   });
   return [...blocks, text].filter(Boolean).join('\n\n');

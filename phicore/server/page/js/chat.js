@@ -12,13 +12,13 @@
  */
 
 import * as api from './api.js';
-import { contentOf } from './attachments.js';
+import { bodyOf, count, fill } from './asking.js';
 import { newId } from './store.js';
 import { choosing, Tree } from './tree.js';
 
 const SAVE_EVERY_MS = 1000;
+const KEEP_DELETED_MS = 600000; // longer than another tab offers to undo it
 const TITLE_LENGTH = 60;
-const MOST_TRIES = 5;
 
 /**
  * The conversations. Events: "list" (they have changed), "change" (what is shown has changed),
@@ -41,10 +41,18 @@ export class Chat extends EventTarget {
     this.channel?.addEventListener('message', ({ data }) => this.otherTab(data));
   }
 
+  /** Read the list of conversations. Those that were deleted long ago are removed for good. */
   async load() {
     const all = await this.store.conversations();
-    for (const { id } of all.filter(({ deleted }) => deleted)) await this.store.remove(id);
-    this.list = all.filter(({ deleted }) => !deleted);
+    const isOld = ({ deleted }) => deleted && deleted < Date.now() - KEEP_DELETED_MS;
+    for (const { id } of all.filter(isOld)) await this.store.remove(id);
+    const known = new Map(this.list.map((each) => [each.id, each]));
+    this.list = all
+      .filter(({ deleted }) => !deleted)
+      .map((each) => {
+        const { chosen } = known.get(each.id) ?? each;
+        return Object.assign(known.get(each.id) ?? each, { ...each, chosen });
+      });
     this.tell('list');
   }
 
@@ -55,7 +63,14 @@ export class Chat extends EventTarget {
     const tree = found && (this.trees.get(id) ?? new Tree(await this.store.messages(id)));
     if (turn !== this.turn) return; // meanwhile, another one is to be shown
     const time = Date.now();
-    const made = { id: newId(), title: '', created: time, updated: time, chosen: {}, deleted: null };
+    const made = {
+      id: newId(),
+      title: '',
+      created: time,
+      updated: time,
+      chosen: {},
+      deleted: null,
+    };
     this.current = found ?? { ...made, ...structuredClone(this.defaults()) };
     this.tree = tree ?? new Tree();
     this.tell('change');
@@ -147,6 +162,7 @@ export class Chat extends EventTarget {
     await this.store.put(changes);
     this.channel?.postMessage({});
     await this.load();
+    if (this.list.includes(this.current)) await this.open(this.current.id);
   }
 
   // ---- answers ---------------------------------------------------------------------------------
@@ -164,67 +180,38 @@ export class Chat extends EventTarget {
     this.trees.set(current.id, tree);
     await this.add(current, tree, answer);
     try {
-      await this.fill(answer, tree, controller.signal);
+      await fill(answer, bodyOf(answer, tree), {
+        signal: controller.signal,
+        flow: (why) => this.flow(answer, why),
+        needKey: (problem) => this.needKey(problem),
+      });
     } catch (error) {
       this.fail(answer, error);
     }
     this.running.delete(answer.id);
     if (!this.isRunning(current)) this.trees.delete(current.id);
-    if (answer.state === 'stopped' || answer.state === 'broken') await this.count(answer, tree);
+    const isPart = answer.state === 'stopped' || answer.state === 'broken';
+    if (isPart) await count(answer, bodyOf(answer, tree));
+    if (this.model?.context && answer.figures) answer.figures.context = this.model.context;
     await this.keep(current, { updated: Date.now() }, [answer]);
   }
 
-  async fill(answer, tree, signal) {
-    for (let tries = 1; ; tries++) {
-      try {
-        await this.read(answer, bodyOf(answer, tree, this.model), signal);
-        return;
-      } catch (error) {
-        if (answer.text || tries > MOST_TRIES) throw error;
-        if (error.status === 401) {
-          if (!(await this.needKey(error.message))) throw error;
-        } else if (error.code === 'model_loading') {
-          tries = 0;
-          this.waits(answer, 'The model is loading. The answer begins when it is there.');
-          await pause(1, signal);
-        } else if (error.code === 'queue_full') {
-          this.waits(answer, 'The server answers others. This question waits.');
-          await pause(error.retryAfter ?? 2, signal);
-        } else throw error;
-      }
-    }
-  }
-
-  async read(answer, body, signal) {
-    const start = performance.now();
-    const figures = {};
-    let saved = start;
-    for await (const { choices, usage, ...about } of api.chat(body, signal)) {
-      const now = performance.now();
-      const [choice] = choices;
-      answer.model = about.model ?? null;
-      answer.fingerprint = about.system_fingerprint ?? null;
-      if (Number.isFinite(choice?.seed)) answer.seed = choice.seed;
-      if (choice?.finish_reason) answer.finish = choice.finish_reason;
-      if (choice?.delta?.content) {
-        figures.firstS ??= (now - start) / 1000;
-        figures.lastS = (now - start) / 1000;
-        answer.text += choice.delta.content;
-      }
-      answer.figures = { ...figures };
-      if (usage) Object.assign(answer.figures, figuresOf(usage), contextOf(this.model));
-      this.waits(answer, '');
-      if (now - saved > SAVE_EVERY_MS) {
-        saved = now;
-        this.put([], [answer]);
-      }
-    }
-    answer.state = 'done';
-  }
-
-  /** Tell that an answer has more text, or why it has none yet. */
-  waits(answer, why) {
+  /** Tell that an answer has more text, or why it has none yet. Keep the text now and then. */
+  flow(answer, why = '') {
     this.dispatchEvent(new CustomEvent('text', { detail: { answer, why } }));
+    const running = this.running.get(answer.id);
+    const now = performance.now();
+    if (now - (running.savedMs ?? 0) < SAVE_EVERY_MS) return;
+    running.savedMs = now;
+    this.put([], [answer]);
+  }
+
+  /** Keep what has come of the answers that are being written. */
+  keepRunning() {
+    const answers = [...this.trees.values()].flatMap((tree) =>
+      [...this.running.keys()].map((id) => tree.get(id)).filter(Boolean),
+    );
+    if (answers.length) this.put([], answers);
   }
 
   fail(answer, error) {
@@ -239,28 +226,13 @@ export class Chat extends EventTarget {
     if (!(error instanceof api.ServerError)) console.error(error);
   }
 
-  /** Count the tokens of an answer that has ended early, since the server did not tell them. */
-  async count(answer, tree) {
-    try {
-      const { messages } = bodyOf(answer, tree, this.model);
-      const promptTokens = await api.countTokens({ messages });
-      const tokens = answer.text ? await api.countTokens({ content: answer.text }) : 0;
-      const { firstS, lastS } = answer.figures ?? {};
-      const tokensPerS = tokens > 1 && lastS > firstS ? (tokens - 1) / (lastS - firstS) : 0;
-      const counted = { promptTokens, tokens, tokensPerS, ...contextOf(this.model) };
-      answer.figures = { ...answer.figures, ...counted };
-    } catch {
-      // The server may be gone.
-    }
-  }
-
   /** Ask again without so many of the oldest messages that the rest fits into the context. */
   async shorten(answer) {
     const { current, tree } = this;
     const question = tree.get(answer.parent);
     const { length } = tree.upTo(question);
     for (let omitted = answer.omitted + 2; omitted < length; omitted += 2) {
-      const body = bodyOf({ ...answer, omitted }, tree, this.model);
+      const body = bodyOf({ ...answer, omitted }, tree);
       const tokens = await api.countTokens({ messages: body.messages });
       const room = Math.min(body.max_tokens ?? Infinity, this.model.context / 4);
       if (tokens + room > this.model.context && omitted + 2 < length) continue;
@@ -303,16 +275,13 @@ export class Chat extends EventTarget {
 
   /** Another tab has written something. */
   async otherTab({ messages = [] }) {
-    const all = await this.store.conversations();
-    const known = new Map(this.list.map((each) => [each.id, each]));
-    this.list = all.filter(({ deleted }) => !deleted).map((each) => {
-      const { id, title, updated } = each;
-      return known.has(id) ? Object.assign(known.get(id), { title, updated }) : each;
-    });
-    this.tell('list');
-    const here = messages.filter(({ conversation, id }) =>
-      conversation === this.current.id && !this.running.has(id));
-    here.forEach((message) => this.tree.add({ ...message, elsewhere: message.state === 'running' }));
+    await this.load();
+    const here = messages.filter(
+      ({ conversation, id }) => conversation === this.current.id && !this.running.has(id),
+    );
+    here.forEach((message) =>
+      this.tree.add({ ...message, elsewhere: message.state === 'running' }),
+    );
     if (here.length) this.tell('change');
   }
 
@@ -321,45 +290,8 @@ export class Chat extends EventTarget {
   }
 }
 
-/** Return the body of the request for an answer. */
-export function bodyOf(answer, tree, model) {
-  const messages = answer.system ? [{ role: 'system', content: answer.system }] : [];
-  const above = tree.upTo(tree.get(answer.parent)).slice(answer.omitted);
-  for (const message of above) {
-    const content = contentOf(message);
-    if (!content) continue; // an answer that has failed
-    const last = messages.at(-1);
-    if (last?.role === message.role) last.content += `\n\n${content}`;
-    else messages.push({ role: message.role, content });
-  }
-  return { ...(model ? { model: model.id } : {}), messages, ...answer.sampling };
-}
-
-function figuresOf({ prompt_tokens, completion_tokens, prompt_tokens_details, timings = {} }) {
-  return {
-    promptTokens: prompt_tokens,
-    cachedTokens: prompt_tokens_details?.cached_tokens ?? 0,
-    tokens: completion_tokens,
-    tokensPerS: timings.predicted_per_second ?? 0,
-  };
-}
-
-function contextOf(model) {
-  return model?.context ? { context: model.context } : {};
-}
-
 function titleOf(text) {
   const line = text.trim().split('\n')[0].replaceAll(/\s+/g, ' ');
   if (line.length <= TITLE_LENGTH) return line;
   return `${line.slice(0, TITLE_LENGTH).replace(/\s\S*$/, '')}…`;
-}
-
-function pause(seconds, signal) {
-  return new Promise((resolve, reject) => {
-    const timer = setTimeout(resolve, 1000 * seconds);
-    signal.addEventListener('abort', () => {
-      clearTimeout(timer);
-      reject(signal.reason);
-    }, { once: true });
-  });
 }

@@ -137,13 +137,19 @@ export class Composer {
   }
 
   showAttachments() {
-    const chip = (each) => h('li', {}, icon('file'), h('span', {}, each.name),
-      iconButton('close', `Remove ${each.name}`, () => {
-        this.attachments = this.attachments.filter((other) => other !== each);
-        this.showAttachments();
-        this.enable();
-        this.field.focus();
-      }));
+    const chip = (each) =>
+      h(
+        'li',
+        {},
+        icon('file'),
+        h('span', {}, each.name),
+        iconButton('close', `Remove ${each.name}`, () => {
+          this.attachments = this.attachments.filter((other) => other !== each);
+          this.showAttachments();
+          this.enable();
+          this.field.focus();
+        }),
+      );
     byId('chips').replaceChildren(...this.attachments.map(chip));
     byId('chips').hidden = !this.attachments.length;
   }

@@ -10,16 +10,22 @@ export function askKey(problem = '') {
   asking ??= new Promise((resolve) => {
     const dialog = byId('key');
     const field = byId('key-field');
-    byId('key-problem').textContent = problem ? `${problem[0].toUpperCase()}${problem.slice(1)}.` : '';
+    byId('key-problem').textContent = problem
+      ? `${problem[0].toUpperCase()}${problem.slice(1)}.`
+      : '';
     field.value = '';
     dialog.returnValue = '';
-    dialog.addEventListener('close', () => {
-      asking = null;
-      const isGiven = dialog.returnValue === 'use' && field.value.trim() !== '';
-      if (isGiven) api.key.set(field.value.trim());
-      field.value = '';
-      resolve(isGiven);
-    }, { once: true });
+    dialog.addEventListener(
+      'close',
+      () => {
+        asking = null;
+        const isGiven = dialog.returnValue === 'use' && field.value.trim() !== '';
+        if (isGiven) api.key.set(field.value.trim());
+        field.value = '';
+        resolve(isGiven);
+      },
+      { once: true },
+    );
     dialog.showModal();
     field.focus();
   });

@@ -10,8 +10,10 @@ export function figures(answer, onseed) {
   const parts = [];
   const part = (text, title) => parts.push(h('span', { title }, text));
   if (tokensPerS) part(`${tokensPerS.toFixed(1)} tokens/s`, 'Speed of the answer');
-  if (firstS !== undefined) part(`first token ${seconds(firstS)}`, 'From sending to the first token');
-  if (tokens !== undefined) part(`${whole.format(tokens)} ${tokens === 1 ? 'token' : 'tokens'}`, 'Length of the answer');
+  if (firstS !== undefined)
+    part(`first token ${seconds(firstS)}`, 'From sending to the first token');
+  if (tokens !== undefined)
+    part(`${whole.format(tokens)} ${tokens === 1 ? 'token' : 'tokens'}`, 'Length of the answer');
   if (context && promptTokens !== undefined) {
     const used = promptTokens + tokens;
     const title = `The conversation takes ${whole.format(used)} of ${whole.format(context)} tokens`;
@@ -19,7 +21,9 @@ export function figures(answer, onseed) {
   }
   if (answer.seed !== null && answer.seed !== undefined) {
     const title = 'Use this seed for the next answers';
-    parts.push(h('button', { type: 'button', class: 'seed', title, onclick: onseed }, `seed ${answer.seed}`));
+    parts.push(
+      h('button', { type: 'button', class: 'seed', title, onclick: onseed }, `seed ${answer.seed}`),
+    );
   }
   return parts;
 }
@@ -30,9 +34,17 @@ export function details(answer) {
   const settings = Object.entries(answer.sampling ?? {}).filter(([name]) => name !== 'seed');
   return [
     ['Model', answer.model],
-    ['Prompt', promptTokens === undefined ? null : `${whole.format(promptTokens)} tokens`
-      + (cachedTokens ? `, ${whole.format(cachedTokens)} of them remembered` : '')],
-    ['Settings', settings.map(([name, value]) => `${name} ${value}`).join(', ') || 'the model’s own'],
+    [
+      'Prompt',
+      promptTokens === undefined
+        ? null
+        : `${whole.format(promptTokens)} tokens` +
+          (cachedTokens ? `, ${whole.format(cachedTokens)} of them remembered` : ''),
+    ],
+    [
+      'Settings',
+      settings.map(([name, value]) => `${name} ${value}`).join(', ') || 'the model’s own',
+    ],
     ['System message', answer.system || 'none'],
     ['Ended', ENDS[answer.finish] ?? STATES[answer.state] ?? null],
     ['Fingerprint', answer.fingerprint],
@@ -51,10 +63,12 @@ export function comparison(answer, siblings) {
   const at = siblings.findIndex((other) => other !== answer && isMadeAlike(answer, other));
   if (at < 0) return null;
   const other = siblings[at];
-  const isSame = isWhole(answer) && isWhole(other)
-    ? answer.text === other.text
-    : answer.text.startsWith(other.text) || other.text.startsWith(answer.text);
-  const what = isWhole(answer) && isWhole(other) ? 'the same text' : 'the same text as far as it goes';
+  const isSame =
+    isWhole(answer) && isWhole(other)
+      ? answer.text === other.text
+      : answer.text.startsWith(other.text) || other.text.startsWith(answer.text);
+  const what =
+    isWhole(answer) && isWhole(other) ? 'the same text' : 'the same text as far as it goes';
   if (isSame) return { isSame, text: `same seed, ${what} as ${at + 1}/${siblings.length}` };
   const isOther = answer.fingerprint !== other.fingerprint;
   const why = isOther ? ', since the model or the program has changed' : '';

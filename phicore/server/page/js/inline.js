@@ -7,7 +7,8 @@ const ESCAPED = /\\([!-/:-@[-`{-~])/y;
 const BREAK = /<br *\/?>/iy;
 const AUTOLINK = /<((?:https?:\/\/|mailto:)[^\s<>]+)>/iy;
 const BARE_LINK = /https?:\/\/[^\s<>"`\\*]+/iy;
-const TARGET = /\(\s*(<[^<>\n]*>|[^\s()<]*(?:\([^\s()]*\)[^\s()]*)*)(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/y;
+const TARGET =
+  /\(\s*(<[^<>\n]*>|[^\s()<]*(?:\([^\s()]*\)[^\s()]*)*)(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/y;
 const SAFE = /^(?:https?:\/\/|mailto:)/i;
 const LONGEST_LABEL = 1000;
 const DEEPEST = 8;
@@ -42,7 +43,11 @@ class Reader {
   read() {
     while (this.at < this.text.length) {
       this.take(ORDINARY, ([found]) => this.add(found)) ||
-        this.escape() || this.code() || this.line() || this.run() || this.link() ||
+        this.escape() ||
+        this.code() ||
+        this.line() ||
+        this.run() ||
+        this.link() ||
         this.add(this.text[this.at++]);
     }
     return emphasized(this.items, this.isOpen);
@@ -154,7 +159,8 @@ class Reader {
     if (end < 0) return false;
     TARGET.lastIndex = end + 1;
     const found = TARGET.exec(this.text);
-    const isPartial = this.isOpen && found === null && /^\([^\s()]*$/.test(this.text.slice(end + 1));
+    const isPartial =
+      this.isOpen && found === null && /^\([^\s()]*$/.test(this.text.slice(end + 1));
     if (found === null && !isPartial) return false;
     const url = (found?.[1] ?? '').replace(/^<|>$/g, '');
     const label = inline(this.text.slice(start, end), false, this.depth + 1, false);
@@ -191,7 +197,7 @@ function flanks(inner, outer) {
   return !isPunctuation(inner) || /\s/.test(outer) || isPunctuation(outer);
 }
 
-const TAGS = { '*1': 'em', '*2': 'strong', '_1': 'em', '_2': 'strong', '~1': 'del', '~2': 'del' };
+const TAGS = { '*1': 'em', '*2': 'strong', _1: 'em', _2: 'strong', '~1': 'del', '~2': 'del' };
 
 const FARTHEST = 20; // openers that are looked at for each run
 

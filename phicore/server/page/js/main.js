@@ -33,7 +33,8 @@ const messages = new Messages(chat, { onseed: (seed) => settings.setSeed(seed), 
 const composer = new Composer(chat, messages);
 const sidebar = new Sidebar(chat);
 
-for (const element of document.querySelectorAll('[data-icon]')) element.prepend(icon(element.dataset.icon));
+for (const element of document.querySelectorAll('[data-icon]'))
+  element.prepend(icon(element.dataset.icon));
 prepareDialogs();
 prepareTheme();
 prepareFiles();
@@ -44,20 +45,28 @@ for (const each of document.querySelectorAll('#examples button')) {
 }
 chat.needKey = newKey;
 chat.addEventListener('lost', watch);
+addEventListener('pagehide', () => chat.keepRunning());
 chat.addEventListener('problem', ({ detail }) => {
-  notify(`The browser did not keep this: ${detail?.message ?? detail}. Export your conversations.`, { isError: true });
+  notify(
+    `The browser did not keep this: ${detail?.message ?? detail}. Export your conversations.`,
+    { isError: true },
+  );
 });
 chat.addEventListener('change', () => {
   const title = chat.current.title || 'New conversation';
   byId('title').textContent = title;
   document.title = `${title} · phicore`;
   // The address names the conversation, so that a reload shows it again.
-  const place = chat.list.includes(chat.current) ? `#${chat.current.id}` : location.pathname + location.search;
-  if (location.hash.slice(1) !== (place.startsWith('#') ? chat.current.id : '')) history.replaceState(null, '', place);
+  const place = chat.list.includes(chat.current)
+    ? `#${chat.current.id}`
+    : location.pathname + location.search;
+  if (location.hash.slice(1) !== (place.startsWith('#') ? chat.current.id : ''))
+    history.replaceState(null, '', place);
 });
 addEventListener('hashchange', () => chat.open(location.hash.slice(1)));
 if (store.problem) {
-  notify(`Conversations are lost when this page is closed, since the browser keeps nothing: ${store.problem}.`, { isError: true });
+  const text = 'Conversations are lost when this page is closed, since the browser keeps nothing';
+  notify(`${text}: ${store.problem}.`, { isError: true });
 }
 byId('where').textContent = `Conversations are kept in this browser, for ${location.host}.`;
 await chat.load();
@@ -83,7 +92,9 @@ async function newKey(problem) {
 async function watch() {
   clearTimeout(next);
   const state = await api.health();
-  if (state === 'ready' && !chat.model) await readModel();
+  if (state === 'ready' && (!chat.model || document.body.dataset.server !== 'ready')) {
+    await readModel(); // it may be another one since the server was last seen
+  }
   const [label, text] = STATES[state];
   document.body.dataset.server = state;
   if (byId('state').textContent !== label) byId('state').textContent = label;
@@ -128,11 +139,18 @@ function prepareFiles() {
     if (!file) return;
     try {
       const found = imported(await file.text());
-      const here = { conversations: await store.conversations(), messages: await store.allMessages() };
+      const here = {
+        conversations: await store.conversations(),
+        messages: await store.allMessages(),
+      };
       const { changes, counts } = merged(found, here);
       await chat.take(changes);
       const { added, completed, same } = counts;
-      const parts = [`${added} added`, completed ? `${completed} completed` : '', same ? `${same} here already` : ''];
+      const parts = [
+        `${added} added`,
+        completed ? `${completed} completed` : '',
+        same ? `${same} here already` : '',
+      ];
       notify(`Conversations: ${parts.filter(Boolean).join(', ')}.`);
     } catch (error) {
       notify(`Nothing was imported. ${error.message}`, { isError: true });
@@ -150,7 +168,8 @@ function prepareKeys() {
     else if (mod && event.shiftKey && event.code === 'KeyO') newConversation();
     else if (mod && event.shiftKey && event.code === 'KeyS') settings.open();
     else if (mod && event.key === '/') byId('help').showModal();
-    else if (event.key === 'Escape' && document.body.classList.contains('menu-open')) sidebar.toggle(false);
+    else if (event.key === 'Escape' && document.body.classList.contains('menu-open'))
+      sidebar.toggle(false);
     else return;
     event.preventDefault();
   });

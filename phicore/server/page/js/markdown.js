@@ -141,12 +141,20 @@ function code(lines, at, [, marks, language], isOpen) {
   }
   const name = language.trim().split(/\s/)[0].slice(0, 40);
   const label = name ? `Code, ${name}` : 'Code';
-  const head = node('div', [
-    node('span', name ? [name] : []),
-    node('button', ['Copy'], { type: 'button', class: 'copy-code' }),
-  ], { class: 'code-head' });
+  const head = node(
+    'div',
+    [
+      node('span', name ? [name] : []),
+      node('button', ['Copy'], { type: 'button', class: 'copy-code' }),
+    ],
+    { class: 'code-head' },
+  );
   const text = content.length ? [content.join('\n') + '\n'] : [];
-  const shown = node('pre', [node('code', text)], { tabindex: '0', 'aria-label': label, role: 'group' });
+  const shown = node('pre', [node('code', text)], {
+    tabindex: '0',
+    'aria-label': label,
+    role: 'group',
+  });
   return [node('div', [head, shown], { class: 'code' }), Math.min(end + 1, lines.length)];
 }
 
@@ -157,7 +165,13 @@ function quote(lines, at, isOpen, depth) {
     inside.push(lines[end++].trimStart().replace(/^> ?/, ''));
   }
   const children = parse(inside, isOpen && end === lines.length, depth + 1);
-  return [node('blockquote', children.map((block) => block.node)), end];
+  return [
+    node(
+      'blockquote',
+      children.map((block) => block.node),
+    ),
+    end,
+  ];
 }
 
 /** Return what a line is as the beginning of a list's item, null if it is none. */
@@ -234,7 +248,10 @@ function isTable(lines, at) {
 }
 
 function cells(line) {
-  const row = line.trim().replace(/^\|/, '').replace(/(?<!\\)\|$/, '');
+  const row = line
+    .trim()
+    .replace(/^\|/, '')
+    .replace(/(?<!\\)\|$/, '');
   return row.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll('\\|', '|'));
 }
 
@@ -250,8 +267,9 @@ function table(lines, at, isOpen) {
   };
   let end = at + 2;
   while (end < lines.length && !isBlank(lines[end]) && !interrupts(lines, end)) end++;
-  const rows = lines.slice(at + 2, end).map((line, i) =>
-    row(line, 'td', isOpen && at + 2 + i === lines.length - 1));
+  const rows = lines
+    .slice(at + 2, end)
+    .map((line, i) => row(line, 'td', isOpen && at + 2 + i === lines.length - 1));
   const parts = [node('thead', [row(lines[at], 'th', false)])];
   if (rows.length) parts.push(node('tbody', rows));
   const attributes = { class: 'table', tabindex: '0', role: 'group', 'aria-label': 'Table' };
@@ -262,7 +280,8 @@ function table(lines, at, isOpen) {
 function interrupts(lines, at) {
   const line = lines[at].trim();
   if (indentOf(lines[at]) >= 4) return false;
-  if (FENCE.test(line) || HEADING.test(line) || RULE.test(line) || line.startsWith('>')) return true;
+  if (FENCE.test(line) || HEADING.test(line) || RULE.test(line) || line.startsWith('>'))
+    return true;
   const item = ITEM.exec(line);
   if (item !== null && item[3] && (!/\d/.test(item[1]) || parseInt(item[1], 10) === 1)) return true;
   return isTable(lines, at);
@@ -274,7 +293,9 @@ function paragraph(lines, at, isOpen) {
   const text = lines.slice(at, end).join('\n').trim();
   const isLast = isOpen && end === lines.length;
   // Marks at the end may become code or an item of a list: they are not shown yet.
-  const shown = isLast ? text.replace(/(^|\n)[ \t]*(?:`{1,3}|~{1,3}|[-*+#]{1,3}|\d{1,3}\.?)$/, '') : text;
+  const shown = isLast
+    ? text.replace(/(^|\n)[ \t]*(?:`{1,3}|~{1,3}|[-*+#]{1,3}|\d{1,3}\.?)$/, '')
+    : text;
   if (!shown) return [isLast ? node('p') : node('p', [text]), end];
   return [node('p', inline(shown, isLast)), end];
 }

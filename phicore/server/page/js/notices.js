@@ -12,13 +12,21 @@ export function notify(text, { action, label = 'Undo', isError = false } = {}) {
     end();
     action();
   };
-  const notice = h('div', { class: isError ? 'notice error' : 'notice', role: isError ? 'alert' : 'status' },
+  const notice = h(
+    'div',
+    { class: isError ? 'notice error' : 'notice', role: isError ? 'alert' : null },
     h('span', {}, text),
     action ? h('button', { type: 'button', onclick: run }, label) : null,
-    h('button', { type: 'button', class: 'quiet', 'aria-label': 'Close this notice', onclick: end }, '×'));
+    h(
+      'button',
+      { type: 'button', class: 'quiet', 'aria-label': 'Close this notice', onclick: end },
+      '×',
+    ),
+  );
   byId('notices').append(notice);
   let timer = setTimeout(end, action ? UNDO_MS : SHOWN_MS);
-  for (const event of ['pointerenter', 'focusin']) notice.addEventListener(event, () => clearTimeout(timer));
+  for (const event of ['pointerenter', 'focusin'])
+    notice.addEventListener(event, () => clearTimeout(timer));
   for (const event of ['pointerleave', 'focusout']) {
     notice.addEventListener(event, () => (timer = setTimeout(end, SHOWN_MS)));
   }

@@ -5,15 +5,63 @@ import { notify } from './notices.js';
 
 const DEFAULTS = 'phicore-defaults';
 
-/** The numbers: field of the request, name, bounds, and the name of the model's own value. */
+/** The numbers: field of the request, name, bounds, step, name of the model's own value, help. */
 const NUMBERS = [
-  ['temperature', 'Temperature', 0, 5, 0.05, 'temperature', 'How random the answers are. 0 always takes the likeliest token.'],
-  ['top_p', 'Top p', 0, 1, 0.01, 'top_p', 'Keep the smallest set of tokens whose probabilities reach this sum. 1 keeps all.'],
-  ['top_k', 'Top k', 0, 1000000, 1, 'top_k', 'Keep this many of the likeliest tokens. 0 keeps all.'],
-  ['min_p', 'Min p', 0, 1, 0.01, 'min_p', 'Drop tokens less likely than this fraction of the best one.'],
-  ['repetition_penalty', 'Repeat penalty', 0.01, 10, 0.01, 'repeat_penalty', 'Above 1, tokens that have just been used become less likely.'],
+  [
+    'temperature',
+    'Temperature',
+    0,
+    5,
+    0.05,
+    'temperature',
+    'How random the answers are. 0 always takes the likeliest token.',
+  ],
+  [
+    'top_p',
+    'Top p',
+    0,
+    1,
+    0.01,
+    'top_p',
+    'Keep the smallest set of tokens whose probabilities reach this. 1 keeps all.',
+  ],
+  [
+    'top_k',
+    'Top k',
+    0,
+    1000000,
+    1,
+    'top_k',
+    'Keep this many of the likeliest tokens. 0 keeps all.',
+  ],
+  [
+    'min_p',
+    'Min p',
+    0,
+    1,
+    0.01,
+    'min_p',
+    'Drop tokens less likely than this fraction of the best one.',
+  ],
+  [
+    'repetition_penalty',
+    'Repeat penalty',
+    0.01,
+    10,
+    0.01,
+    'repeat_penalty',
+    'Above 1, tokens that have just been used become less likely.',
+  ],
   ['max_tokens', 'Max tokens', 1, 10000000, 1, null, 'The longest answer, in tokens.'],
-  ['seed', 'Seed', 0, Number.MAX_SAFE_INTEGER, 1, null, 'The same seed gives the same text. Without one, each answer gets its own.'],
+  [
+    'seed',
+    'Seed',
+    0,
+    Number.MAX_SAFE_INTEGER,
+    1,
+    null,
+    'The same seed gives the same text. Without one, each answer gets its own.',
+  ],
 ];
 
 /** Return what new conversations begin with. */
@@ -44,8 +92,16 @@ export class SettingsPanel {
   }
 
   field(name, label, min, max, step, own, help) {
-    const input = h('input', { type: 'number', id: `set-${name}`, min, max, step: 'any', inputmode: 'decimal',
-      autocomplete: 'off', 'aria-describedby': `help-${name}` });
+    const input = h('input', {
+      type: 'number',
+      id: `set-${name}`,
+      min,
+      max,
+      step: 'any',
+      inputmode: 'decimal',
+      autocomplete: 'off',
+      'aria-describedby': `help-${name}`,
+    });
     if (step === 1) input.step = '1';
     this.inputs.set(name, { input, own });
     const clear = iconButton('close', `Clear ${label}`, () => {
@@ -53,8 +109,13 @@ export class SettingsPanel {
       this.keep();
       input.focus();
     });
-    return h('div', { class: 'field' }, h('label', { for: input.id }, label),
-      h('div', { class: 'number' }, input, clear), h('p', { class: 'help', id: `help-${name}` }, help));
+    return h(
+      'div',
+      { class: 'field' },
+      h('label', { for: input.id }, label),
+      h('div', { class: 'number' }, input, clear),
+      h('p', { class: 'help', id: `help-${name}` }, help),
+    );
   }
 
   open() {
@@ -68,7 +129,7 @@ export class SettingsPanel {
     const model = this.chat.model?.sampling ?? {};
     for (const [name, { input, own }] of this.inputs) {
       input.value = sampling[name] ?? '';
-      input.placeholder = own && own in model ? `${model[own]}` : PLACEHOLDERS[name] ?? '';
+      input.placeholder = own && own in model ? `${model[own]}` : (PLACEHOLDERS[name] ?? '');
     }
   }
 
@@ -118,7 +179,10 @@ export class SettingsPanel {
     const { system, sampling } = this.chat.current;
     const count = Object.keys(sampling).length + (system ? 1 : 0);
     byId('settings-count').textContent = count || '';
-    byId('open-settings').setAttribute('aria-label', count ? `Settings, ${count} changed` : 'Settings');
+    byId('open-settings').setAttribute(
+      'aria-label',
+      count ? `Settings, ${count} changed` : 'Settings',
+    );
     const pinned = byId('pinned');
     pinned.hidden = sampling.seed === undefined;
     if (pinned.hidden) return;

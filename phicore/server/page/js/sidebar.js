@@ -56,10 +56,20 @@ export class Sidebar {
       const name = query ? 'Found' : groupOf(result.conversation.updated);
       groups.set(name, [...(groups.get(name) ?? []), this.row(result)]);
     }
-    this.list.replaceChildren(...[...groups].map(([name, rows], i) => h('section', {},
-      h('h2', { id: `group-${i}` }, name), h('ul', { 'aria-labelledby': `group-${i}` }, ...rows))));
+    this.list.replaceChildren(
+      ...[...groups].map(([name, rows], i) =>
+        h(
+          'section',
+          {},
+          h('h2', { id: `group-${i}` }, name),
+          h('ul', { 'aria-labelledby': `group-${i}` }, ...rows),
+        ),
+      ),
+    );
     if (!results.length) {
-      this.list.append(h('p', { class: 'nothing' }, query ? 'Nothing is found.' : 'No conversations yet.'));
+      this.list.append(
+        h('p', { class: 'nothing' }, query ? 'Nothing is found.' : 'No conversations yet.'),
+      );
     }
     byId('found').textContent = query ? `${results.length} found` : '';
     if (focused) this.list.querySelector(`[data-id="${focused}"] .title`)?.focus();
@@ -73,14 +83,30 @@ export class Sidebar {
       await chat.open(conversation.id);
       this.toggle(false);
     };
-    const name = h('button', { type: 'button', class: 'title', onclick: open, title,
-      'aria-current': isCurrent ? 'page' : null },
-    h('span', { class: 'name' }, title),
-    chat.isRunning(conversation) ? h('span', { class: 'busy', role: 'img', 'aria-label': 'writing' }) : null,
-    snippet ? h('span', { class: 'snippet' }, snippet[0], h('mark', {}, snippet[1]), snippet[2]) : null);
-    const row = h('li', { 'data-id': conversation.id, class: isCurrent ? 'current' : null }, name,
+    const name = h(
+      'button',
+      {
+        type: 'button',
+        class: 'title',
+        onclick: open,
+        title,
+        'aria-current': isCurrent ? 'page' : null,
+      },
+      h('span', { class: 'name' }, title),
+      chat.isRunning(conversation)
+        ? h('span', { class: 'busy', role: 'img', 'aria-label': 'writing' })
+        : null,
+      snippet
+        ? h('span', { class: 'snippet' }, snippet[0], h('mark', {}, snippet[1]), snippet[2])
+        : null,
+    );
+    const row = h(
+      'li',
+      { 'data-id': conversation.id, class: isCurrent ? 'current' : null },
+      name,
       iconButton('edit', `Rename ${title}`, () => this.rename(row, conversation)),
-      iconButton('trash', `Delete ${title}`, () => this.remove(conversation)));
+      iconButton('trash', `Delete ${title}`, () => this.remove(conversation)),
+    );
     return row;
   }
 
@@ -108,7 +134,13 @@ export class Sidebar {
   }
 
   async remove(conversation) {
+    const titles = [...this.list.querySelectorAll('.title')];
+    const at = titles.indexOf(this.list.querySelector(`[data-id="${conversation.id}"] .title`));
+    const next = (titles[at + 1] ?? titles[at - 1])?.closest('[data-id]').dataset.id;
+    const isCurrent = conversation === this.chat.current;
     await this.chat.remove(conversation);
+    await this.show();
+    if (!isCurrent) this.list.querySelector(`[data-id="${next}"] .title`)?.focus();
     const action = async () => {
       await this.chat.restore(conversation);
       await this.chat.open(conversation.id);

@@ -21,7 +21,6 @@ export function newId() {
 export async function openStore() {
   try {
     const database = await opened();
-    navigator.storage?.persist?.().catch(() => {});
     return new Store(database);
   } catch (error) {
     return new MemoryStore(error?.message || 'IndexedDB cannot be opened');
@@ -75,6 +74,7 @@ class Store {
 
   /** Write conversations and messages, all or none. */
   put({ conversations = [], messages = [] }) {
+    this.isPersistent ??= navigator.storage?.persist?.().catch(() => false) ?? false;
     return this.change((stores) => {
       for (const each of conversations) stores.conversations.put(each);
       for (const each of messages) stores.messages.put(each);

@@ -57,8 +57,13 @@ export function merged(found, here) {
     const messages = found.messages.filter(({ conversation }) => conversation === each.id);
     const isOther = (message) => {
       const other = known.get(message.id);
-      return other && (other.conversation !== each.id || other.text !== message.text
-        || other.parent !== message.parent || other.role !== message.role);
+      return (
+        other &&
+        (other.conversation !== each.id ||
+          other.text !== message.text ||
+          other.parent !== message.parent ||
+          other.role !== message.role)
+      );
     };
     if (messages.some(isOther)) {
       const copy = copied(each, messages);
@@ -152,7 +157,11 @@ function message(field) {
     system: field('system', isText, ''),
     figures: field('figures', orNull(isNumbers), null),
     omitted: field('omitted', Number.isInteger, 0),
-    error: field('error', orNull((value) => isObject(value) && isText(value.message)), null),
+    error: field(
+      'error',
+      orNull((value) => isObject(value) && isText(value.message)),
+      null,
+    ),
   };
 }
 
