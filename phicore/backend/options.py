@@ -113,6 +113,10 @@ class Capabilities:
     """Number of decode steps that one compiled call runs. It should be 8 or fewer, since text
     appears only when a call has ended. More than 1 pays where the overhead of a call is large;
     `while_loop` must then work under `compile`."""
+    random_on_device: bool = False
+    """Whether the device makes random numbers (`Backend.uniforms`). Otherwise the host makes them,
+    V for each row and step, and they are copied. The numbers are the same. It pays where the host
+    would take more than a few hundredths of a step."""
 
     linear_error: float = 5e-6
     """A bound of the relative error of `linear` on random numbers, for tests. The default is

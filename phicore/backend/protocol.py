@@ -41,6 +41,7 @@ D `head_dim`, X `num_local_experts`.
 standard (2024.12). Arrays have `dtype`, `shape`, operators and basic slices. Cache types other than
 `f32` need further dtypes: `f16` needs float16 (which the standard does not have), `i16` int16, and
 `q8_0` float16 and int8. A cast to one of them must round, even if the result is cast back.
+`Capabilities.random_on_device` needs uint32.
 `max` returns NaN if a number is NaN. Indices are int32, and one-dimensional in `take`. `where` and
 operators take Python numbers. `zeros` and `arange` make arrays on the backend's device.
 """
@@ -54,7 +55,7 @@ from typing import Any
 
 import numpy as np
 
-from phicore.backend import cache_types
+from phicore.backend import cache_types, philox
 from phicore.backend.options import DEFAULTS, SIMPLEST, BackendOptions, Capabilities
 from phicore.gguf.matrix import Matrix
 
@@ -415,6 +416,20 @@ class Backend(ABC):
         for r in range(1, ids.shape[1]):
             found = found | (numbers == ids[:, r : r + 1])
         return found
+
+    def uniforms(self, key: Array, step: Array, size: int) -> Array:
+        """Make random numbers in (0, 1) for each row: (B, size) float32.
+
+        A row has the numbers of `phicore.network.sampler.uniforms`, bit for bit. This is called
+        only if `Capabilities.random_on_device` is true; `xp` must then have uint32, whose sums and
+        products are modulo 2**32, with `&`, `^`, `<<` and `>>`. The default takes 235 operations
+        for a number.
+
+        Args:
+            key: The low and the high half of each row's seed, (B, 2) uint32.
+            step: The index of each row's token in its answer, (B,) uint32.
+        """
+        return philox.uniforms(self.xp, key, step, size)
 
     def largest(self, x: Array, counts: Array, total: Array) -> Array:
         """Select the largest numbers of each row whose counts sum to `total` or more: bool (B, V).

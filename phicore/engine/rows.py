@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from phicore.backend import Array, Backend
+from phicore.backend import Array, Backend, philox
 from phicore.backend.shapes import power_of_two
 from phicore.engine.cache import Cache
 from phicore.engine.sequence import Sequence as EngineSequence
@@ -54,7 +54,7 @@ class Rows:
     Attributes:
         sequences: The sequence of each row.
         states: The states of the rows' logits processors.
-        penalty, draw: Arguments of `sampler.sample`, without the random numbers.
+        penalty, draw: Arguments of `sampler.sample`, without `uniforms` or `step`.
         ends: The tokens that end each row, (B, any) int32, padded with -1.
         only: Zeros, (B,) int32: the index of the last token in a step of one token.
         token: The last token of each row, (B, 1) int32.
@@ -95,6 +95,8 @@ class Rows:
         """
         ops = cache.ops
         draw = sampler.inputs([NOBODY if s is None else s.request.sampling for s in sequences])
+        if draw and ops.capabilities.random_on_device:
+            draw["key"] = philox.keys([0 if s is None else s.request.seed or 0 for s in sequences])
         last = [[0 if s is None else s.tokens[-1]] for s in sequences]
         return cls(
             cache,

@@ -88,7 +88,7 @@ class Runner:
             self._step(rows, (rows.token, position, rows.only), 1)
             return rows.token
         self.make_room(rows.cache, starts, count)
-        draw = rows.draw and {**rows.draw, "uniforms": self._uniforms(rows, count, most)}
+        draw = self._draw(rows, count, most)
         wanted = self.ops.asarray(np.array([count], np.int32))
         rows.cache.layers, rows.token, _, recent, rows.states, rows.logprobs, tokens = (
             self.steps.run(
@@ -111,7 +111,7 @@ class Runner:
         """
         starts = rows.positions(count)
         self.make_room(rows.cache, starts, count)
-        draw = rows.draw and {**rows.draw, "uniforms": self._uniforms(rows)}
+        draw = self._draw(rows)
         rows.cache.layers, rows.token, _, recent, rows.states, rows.logprobs = self.steps.run(
             self.steps.step(rows.kinds, has_logprobs=rows.has_logprobs),
             rows.cache,
@@ -127,6 +127,15 @@ class Runner:
         live = [(sequence.is_long, end) for sequence, end in pairs if sequence is not None]
         longest = max(live)  # the long part comes after the whole short part
         return self.tables.until(longest[1], longest[0])
+
+    def _draw(self, rows: Rows, count: int = 1, room: int | None = None) -> dict[str, Array] | None:
+        """Return the argument `draw` of the next step, or of the next `count` steps of a call."""
+        if rows.draw is None:
+            return None
+        if not self.ops.capabilities.random_on_device:
+            return {**rows.draw, "uniforms": self._uniforms(rows, count, room)}
+        indices = [0 if sequence is None else sequence.sampled for sequence in rows.sequences]
+        return {**rows.draw, "step": self.ops.asarray(np.array(indices, np.uint32))}
 
     def _uniforms(self, rows: Rows, count: int = 1, room: int | None = None) -> Array:
         """Make random numbers for the next `count` tokens of each row.

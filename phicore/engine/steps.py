@@ -121,7 +121,8 @@ class Steps:
 
         Args:
             token, position: The token and the position of the first step, (B, 1) int32.
-            draw: The argument of `step`, but with `uniforms` (N, B, V) for N steps.
+            draw: The argument of `step`, but with `uniforms` (N, B, V) for N steps, or with the
+                `step` of the first.
             count: The number of requested steps, (1,) int32, at most N.
             ends: The tokens that end each row, (B, any) int32. A token below 0 also ends a row,
                 and a row with `ENDED` has ended already.
@@ -148,8 +149,10 @@ class Steps:
 
         def step(state: dict[str, Any]) -> dict[str, Any]:
             index, numbers = state["index"], draw
-            if draw is not None:
+            if draw is not None and "uniforms" in draw:
                 numbers = {**draw, "uniforms": xp.take(draw["uniforms"], index, axis=0)[0, :, :]}
+            elif draw is not None:
+                numbers = {**draw, "step": draw["step"] + xp.astype(index, xp.uint32)}
             cache, token, position, recent, states, found = self.step(
                 kinds,
                 params,

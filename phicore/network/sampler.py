@@ -3,11 +3,12 @@
 The order is repeat penalty, temperature, top-k, top-p, min-p. The Gumbel-max rule then draws one
 token.
 
-The same seed gives the same token on every backend, except in near-ties. The host makes one
-uniform random number for each token of the vocabulary, and the largest sum of logit and noise
-wins. So two backends differ only if the two best sums are closer than the rounding of the logits.
-With one number per step and an inverse CDF, backends could differ at every boundary between two
-tokens of the vocabulary (docs/architecture.md has measurements).
+The same seed gives the same token on every backend, except in near-ties. There is one uniform
+random number for each token of the vocabulary, with the same bits whether the host makes it or the
+device (`Backend.uniforms`), and the largest sum of logit and noise wins. So two backends differ
+only if the two best sums are closer than the rounding of the logits. With one number per step and
+an inverse CDF, backends could differ at every boundary between two tokens of the vocabulary
+(docs/architecture.md has measurements).
 """
 
 from __future__ import annotations
@@ -70,9 +71,10 @@ def sample(
         logits: The scores, (B, V) float32.
         penalty: `recent` (B, R) int32, the recent tokens, newest last, padded with -1; `last_n`
             (B,) int32; `repeat_penalty` (B,) float32.
-        draw: `uniforms` (B, V) float32; `temperature` (B,) float32; and, if a row has a filter,
-            each of `FILTERS`, (B,) int32 or float32. A temperature of 0 makes its row greedy. None
-            means that all rows are greedy.
+        draw: `temperature` (B,) float32; if a row has a filter, each of `FILTERS`, (B,) int32 or
+            float32; and the random numbers, `uniforms` (B, V) float32, or the arguments `key` and
+            `step` of `Backend.uniforms`. A temperature of 0 makes its row greedy. None means that
+            all rows are greedy.
     Returns:
         Token ids, (B,) int32; -1 if the penalized logits of a row have a NaN or +infinity, or only
         -infinity.
@@ -87,7 +89,10 @@ def sample(
         return xp.where(is_finite[:, 0], best, -1)
     is_greedy = draw["temperature"] == 0
     scaled = (logits - largest) / xp.where(is_greedy, 1.0, draw["temperature"])[:, None]
-    scores = scaled + gumbel(ops, draw["uniforms"])
+    numbers = draw.get("uniforms")
+    if numbers is None:
+        numbers = ops.uniforms(draw["key"], draw["step"], logits.shape[1])
+    scores = scaled + gumbel(ops, numbers)
     if filters := {name: draw[name] for name in FILTERS if name in draw}:
         is_kept = keep_likely(ops, scaled, **filters)
         scores = xp.where(is_kept, scores, -float("inf"))

@@ -165,7 +165,8 @@ async def metrics(service: Service, request: Request) -> Response:
 
 async def openapi(service: Service, request: Request) -> Response:
     """Return the description of the API."""
-    return JSONResponse(description(has_keys=service.has_keys))
+    names = None if service.settings.any_model else service.names
+    return JSONResponse(description(names, has_keys=service.has_keys))
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

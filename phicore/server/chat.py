@@ -18,6 +18,8 @@ from phicore.server.parameters import Options, options_of
 from phicore.server.service import Service
 from phicore.server.shapes import ChatShape
 
+MOST_MESSAGES = 4096
+"""The largest number of messages and their parts together; templates take long for more."""
 _TEXT_PARTS = ("text", "input_text", "refusal")
 
 
@@ -48,7 +50,7 @@ async def chat(service: Service, request: Request) -> Response:
         )
 
     spell = partial(Options.spelled, options, prompt="messages")
-    requests = await service.in_pool(prepared, spell)
+    requests = await service.in_pool(prepared, spell, is_long=request.state.is_long)
     service.check_prompts(requests, "messages")
     logprobs = [] if count is None else [ChatLogprobs(model.tokenizer) for _ in requests]
     answering = Answering(service, ChatShape(), options, name, "messages", logprobs)
@@ -74,6 +76,10 @@ def messages_of(fields: Fields) -> list[dict[str, Any]]:
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise wrong_field("messages", "expected a list of messages")
+    parts = [m.get("content") for m in messages if isinstance(m, dict)]
+    count = len(messages) + sum(len(part) for part in parts if isinstance(part, list))
+    if count > MOST_MESSAGES:
+        raise wrong_field("messages", f"expected at most {MOST_MESSAGES} messages and parts")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from phicore.engine.request import MOST_LOGPROBS
-from phicore.server.parameters import MOST_CHOICES, MOST_STOPS
+from phicore.server.parameters import LONGEST_STOP, MOST_CHOICES, MOST_STOPS
 
 Schema = dict[str, Any]
 
@@ -47,8 +47,9 @@ def _ref(name: str) -> Schema:
 _MAX_TOKENS = _integer(
     -1, 2**63 - 1, "The largest number of tokens of an answer; -1 is what the context holds."
 )
+_STOP: Schema = {**TEXT, "minLength": 1, "maxLength": LONGEST_STOP}
 _COMMON: dict[str, Schema] = {
-    "model": _or_null(TEXT, "The model's id or an alias."),
+    "model": _or_null(_ref("ModelName")),
     "stream": _or_null(FLAG, "Whether the answer comes as server-sent events."),
     "stream_options": _or_null(_object([], {"include_usage": _or_null(FLAG)})),
     "n": _integer(1, MOST_CHOICES, "Number of answers. Each has a seed of its own."),
@@ -72,16 +73,18 @@ _COMMON: dict[str, Schema] = {
         "A bias for each token's id.",
     ),
     "stop": _or_null(
-        {"anyOf": [TEXT, _list({**TEXT, "minLength": 1}, maxItems=MOST_STOPS)]},
+        {"anyOf": [_STOP, _list(_STOP, maxItems=MOST_STOPS)]},
         "Strings that end the text; they are no part of it.",
     ),
     "stop_token_ids": _or_null(IDS),
     "ignore_eos": _or_null(FLAG),
-    "user": _or_null(TEXT),
 }
-_PART = _object(
-    ["type"], {"type": {"enum": ["text", "input_text", "refusal"]}, "text": TEXT, "refusal": TEXT}
-)
+_PART: Schema = {
+    "anyOf": [
+        _object(["type", "text"], {"type": {"enum": ["text", "input_text"]}, "text": TEXT}),
+        _object(["type", "refusal"], {"type": {"const": "refusal"}, "refusal": TEXT}),
+    ]
+}
 _SCHEMAS: dict[str, Schema] = {
     "Message": _object(
         ["role"],
@@ -119,7 +122,7 @@ _SCHEMAS: dict[str, Schema] = {
     "TokenizeRequest": _object(
         [],
         {
-            "model": _or_null(TEXT),
+            "model": _or_null(_ref("ModelName")),
             "content": _or_null(TEXT, "The text; prompt is the same."),
             "prompt": _or_null(TEXT),
             "messages": _or_null(_list(_ref("Message"), minItems=1), "A conversation instead."),
@@ -128,11 +131,11 @@ _SCHEMAS: dict[str, Schema] = {
             "with_pieces": _or_null(FLAG),
         },
     ),
-    "DetokenizeRequest": _object(["tokens"], {"model": _or_null(TEXT), "tokens": IDS}),
+    "DetokenizeRequest": _object(["tokens"], {"model": _or_null(_ref("ModelName")), "tokens": IDS}),
     "TemplateRequest": _object(
         ["messages"],
         {
-            "model": _or_null(TEXT),
+            "model": _or_null(_ref("ModelName")),
             "messages": _list(_ref("Message"), minItems=1),
             "chat_template_kwargs": _or_null({"type": "object"}),
         },
@@ -320,17 +323,21 @@ _PATHS: dict[str, Schema] = {
 }
 
 
-def description(*, has_keys: bool) -> dict[str, Any]:
+def description(names: Sequence[str] | None, *, has_keys: bool) -> dict[str, Any]:
     """Return the description.
 
     Args:
+        names: The names of the model; None means that any name is taken.
         has_keys: Whether clients must send a key.
     """
     schemes = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
     }
-    components: dict[str, Any] = {"schemas": _SCHEMAS}
+    name = {**TEXT, "description": "The model's id or an alias."}
+    if names is not None:
+        name["enum"] = list(names)
+    components: dict[str, Any] = {"schemas": {**_SCHEMAS, "ModelName": name}}
     found: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {

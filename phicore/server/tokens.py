@@ -36,7 +36,9 @@ async def tokenize(service: Service, request: Request) -> Response:
             text, add_bos=add_bos and tokenizer.bos_token_id is not None, parse_special=parses
         )
 
-    ids = await service.in_pool(tokens, lambda parameter: name or "messages")
+    ids = await service.in_pool(
+        tokens, lambda parameter: name or "messages", is_long=request.state.is_long
+    )
     shown: list[Any] = ids
     if has_pieces:
         shown = [{"id": id, "piece": _piece(tokenizer.token_bytes(id))} for id in ids]
@@ -67,7 +69,7 @@ async def detokenize(service: Service, request: Request) -> Response:
     def text() -> str:
         return model.tokenizer.decode(tokens, skip_special=False)
 
-    found = await service.in_pool(text, lambda parameter: "tokens")
+    found = await service.in_pool(text, lambda parameter: "tokens", is_long=request.state.is_long)
     return JSONResponse({"content": found, "prompt": found})
 
 
@@ -83,4 +85,7 @@ async def apply_template(service: Service, request: Request) -> Response:
         model.encode(messages, chat_template_kwargs=variables)  # checks them
         return model.chat_template.render(messages, **variables)
 
-    return JSONResponse({"prompt": await service.in_pool(rendered, lambda parameter: "messages")})
+    prompt = await service.in_pool(
+        rendered, lambda parameter: "messages", is_long=request.state.is_long
+    )
+    return JSONResponse({"prompt": prompt})

@@ -133,6 +133,8 @@ class AbsentDevices(Devices):
 
 def main(path: str) -> None:
     found = {"step": compiled(path, 1, 1), "steps": compiled(path, 1, 8)}
+    found["logprobs"] = compiled(path, 1, 1, has_logprobs=True)
+    found["logprobs_steps"] = compiled(path, 1, 8, has_logprobs=True)
     found["prompt"] = compiled(path, 256, 1)
     found["shared_step"] = compiled(path, 1, 1, devices=2)
     found["old_step"] = compiled(path, 1, 1, gpu=T4)
@@ -155,30 +157,39 @@ def compiled_trial(trial: check.Trial, gpu: str) -> dict[str, Any]:
 
 
 def compiled(
-    path: str, tokens: int, steps: int, devices: int = 1, gpu: str = H200
+    path: str,
+    tokens: int,
+    steps: int,
+    devices: int = 1,
+    gpu: str = H200,
+    *,
+    has_logprobs: bool = False,
 ) -> dict[str, Any]:
     """Compile a step of `tokens` tokens, or several decode steps, and summarize the result."""
     runtime.EXPANDED_BYTES = 4 << 20  # so that these small matrices are expanded in several parts
     ops = AheadOfTime(devices, gpu, steps)
     with open_gguf(path) as file:
         engine = Engine.load(ops, file, context=512)
-    params, size = engine.runner.params, engine.vocab_size
+    params = engine.runner.params
     held = engine.runner.new_cache(512)
     cache, tables = held.layers, engine.runner.tables.until(512, is_long=False)
     ids, row = ops.asarray(np.zeros((1, tokens), np.int32)), ops.asarray(np.zeros(1, np.int32))
     number = ops.asarray(np.zeros(1, np.float32))
     recent = ops.asarray(np.zeros((1, 64), np.int32))
     penalty = {"recent": recent, "last_n": row, "repeat_penalty": number}
-    draw = {"temperature": number, "uniforms": ops.asarray(np.zeros((1, size), np.float32))}
+    draw = {
+        "temperature": number,
+        "key": ops.asarray(np.zeros((1, 2), np.uint32)),
+        "step": ops.asarray(np.zeros(1, np.uint32)),
+    }
     before = set(Path(dumps.name).iterdir())
     if steps == 1:
         args = (params, cache, tables, held.place, ids, ids, row, penalty, draw, [])
-        program = engine.runner.steps.step(())(*args)
+        program = engine.runner.steps.step((), has_logprobs=has_logprobs)(*args)
     else:
-        draw["uniforms"] = ops.asarray(np.zeros((steps, 1, size), np.float32))
         ends = ops.asarray(np.zeros((1, 8), np.int32))
         args = (params, cache, tables, held.place, ids, ids, penalty, draw, [], row, ends)
-        program = engine.runner.steps.steps(())(*args)
+        program = engine.runner.steps.steps((), has_logprobs=has_logprobs)(*args)
     memory = program.memory_analysis()
     text = program.as_text()
     return {

@@ -30,7 +30,7 @@ SMALLEST = 4 * 1024 * 1024
 ONCE = dict.fromkeys(("store", "attention", "combine"), LAYERS)
 PRODUCTS = 4 * LAYERS + 1
 MADE = {"quantize_normed": 2 * LAYERS, "quantize_gated": LAYERS, "quantize": LAYERS + 1}
-KERNELS = {"product": PRODUCTS, **MADE, **ONCE}
+KERNELS = {"product": PRODUCTS, **MADE, **ONCE, "uniforms": 1}
 
 
 Found = dict[str, Any]
@@ -125,6 +125,19 @@ def test_step_that_two_cards_share_is_one_command_buffer_with_two_sums_a_layer(
     assert shared["sums"] == 2 * LAYERS
 
 
+@pytest.mark.parametrize("name", ["logprobs", "logprobs_steps"])
+def test_step_with_log_probabilities_is_one_command_buffer(found: dict[str, Found], name: str):
+    """The step has the same kernels, and XLA computes the log probabilities with few launches."""
+    assert found[name]["kernels"] == KERNELS
+    assert launches(found[name]) == ["kCommandBuffer"]
+    if name == "logprobs":
+        counts = [
+            len(re.findall(r"kCustomKernel|kKernel", found[n]["thunks"]["thunk_sequence"]))
+            for n in ("step", name)
+        ]
+        assert counts[1] - counts[0] <= 30
+
+
 def test_card_before_ampere_has_the_same_step(found: dict[str, Found]):
     assert found["old_step"]["kernels"] == KERNELS
     assert launches(found["old_step"]) == ["kCommandBuffer"]
@@ -150,7 +163,8 @@ def test_weights_are_expanded_a_part_at_a_time(found: dict[str, Found]):
     prompt = found["prompt"]
     parts = 6 + 2 + 8 + 4
     # The output matrix is multiplied by the last token alone.
-    assert prompt["kernels"] == {"expand": parts * LAYERS, "product": 1, "quantize": 1}
+    once = {"product": 1, "quantize": 1, "uniforms": 1}
+    assert prompt["kernels"] == {"expand": parts * LAYERS, **once}
     gate_up = 3 * 2 * 2 * 2048 * 1024
     assert prompt["temp_bytes"] < gate_up  # mostly attention scores
     assert found["old_prompt"]["kernels"] == prompt["kernels"]

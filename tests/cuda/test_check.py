@@ -19,7 +19,9 @@ from phicore_jax.cuda import check, runtime
 
 from phicore.errors import BackendError
 
-ALWAYS_TRIED = ("quantize_normed", "quantize_gated", "store", "attention", "combine")
+ALWAYS_TRIED = (
+    *("quantize_normed", "quantize_gated", "uniforms", "store", "attention", "combine"),
+)
 OF_A_TYPE = ("product", "expand", "expert_product", "expert_expand")
 
 

@@ -32,6 +32,7 @@ from phicore_jax.cuda.linear import (
     emit_quantize_normed,
 )
 from phicore_jax.cuda.ptx import ptx
+from phicore_jax.cuda.uniforms import emit_uniforms
 
 Kernel = tuple[str, Any, tuple[Any, ...], int]
 
@@ -39,6 +40,8 @@ Kernel = tuple[str, Any, tuple[Any, ...], int]
 def kernels() -> Iterator[Kernel]:
     """Yield each kernel's name and the arguments of `ptx` for it."""
     yield "quantize", emit_quantize, (96,), 4
+    for rows in (1, 8):
+        yield f"uniforms-{rows}", emit_uniforms, (rows, 200_064), 3
     for columns in (3072, 5120, 96):
         yield f"normed-{columns}", emit_quantize_normed, (columns // 32, columns, 1e-5), 5
         yield f"gated-{columns}", emit_quantize_gated, (columns // 32, columns), 4

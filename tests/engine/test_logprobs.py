@@ -16,6 +16,7 @@ from phicore.backend import Backend
 from phicore.engine import Engine, Request, Sequence
 from phicore.engine.scheduler import Scheduler
 from phicore.errors import ArgumentError, ContextError, PhicoreError
+from phicore.network import logprobs, sampler
 from phicore.network.processors import LogitBias
 from phicore.network.sampling import Sampling
 from phicore.testing import tiny_models
@@ -161,6 +162,40 @@ def test_everything_that_a_step_computes_is_the_same_to_the_last_bit(ops: Backen
         kept.append([ops.to_numpy(a)[:, :, :size] for layer in layers for a in layer.values()])
     for plain, asked in zip(*kept, strict=True):
         assert plain.tobytes() == asked.tobytes()
+
+
+def test_samples_of_a_large_vocabulary_are_the_same(ops: Backend):
+    """A compiler may divide long sums otherwise where somebody else reads the logits, too.
+
+    The temperature is high, so that the drawn tokens depend on the bound of top-p.
+    """
+    batch, size, rng = 4, 49_152, np.random.default_rng(0)
+
+    def sample(logits: Any, penalty: Any, draw: Any) -> Any:
+        return sampler.sample(ops, logits, penalty, draw), None
+
+    def both(logits: Any, penalty: Any, draw: Any) -> Any:
+        token = sampler.sample(ops, logits, penalty, draw)
+        return token, logprobs.logprobs(ops, logits, token)
+
+    rows = np.ones(batch, np.float32)
+    penalty = {
+        "recent": np.full((batch, 64), 7, np.int32),
+        "last_n": np.full(batch, 64, np.int32),
+        "repeat_penalty": rows * np.float32(1.1),
+    }
+    filters = {"top_k": np.zeros(batch, np.int32), "top_p": rows / 2, "min_p": rows * 0}
+    compiled = [ops.compile(function) for function in (sample, both)]
+    for step in range(25):
+        logits = rng.normal(size=(batch, size)).astype(np.float32) * 2
+        uniforms = np.stack([sampler.uniforms(row, step, size) for row in range(batch)])
+        draw = {"temperature": rows * np.float32(1.5), "uniforms": uniforms, **filters}
+        given = [
+            ops.asarray(logits),
+            *({name: ops.asarray(a) for name, a in host.items()} for host in (penalty, draw)),
+        ]
+        plain, asked = (ops.to_numpy(function(*given)[0]) for function in compiled)
+        assert plain.tolist() == asked.tolist()
 
 
 @pytest.mark.parametrize("name", [name for name in ("numpy", "jax") if name in BACKENDS])

@@ -136,6 +136,7 @@ def test_after_the_warm_up_requests_compile_nothing(tiny_path: Path):
             {"messages": HI, "max_tokens": 40, "temperature": 0},
             {"messages": HI, "max_tokens": 20, "temperature": 1.2, "top_p": 0.8, "seed": 3, "n": 3},
             {"messages": [{"role": "user", "content": "wind " * 20}], "max_tokens": 9, "n": 2},
+            {"messages": HI, "max_tokens": 9, "n": 2, "logprobs": True, "top_logprobs": 5},
         ]
         for body in bodies:
             status, answer, _ = served.post(CHAT, body)

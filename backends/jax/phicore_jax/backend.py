@@ -32,6 +32,7 @@ from phicore.backend import (
     Capabilities,
     LayerCache,
     Weight,
+    philox,
 )
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
@@ -162,6 +163,7 @@ def capabilities_of(device: str, kernels: OwnKernels | None, steps: int) -> Capa
             cache_types=names(kernels.cache_type),
             has_fast_prefill=kernels.has_fast_products,
             has_threads=kernels.has_threads,
+            random_on_device=kernels.has_uniforms,
             linear_error=3e-5,
         )
     return found
@@ -493,6 +495,14 @@ class JaxBackend(Backend):
         ids = jnp.where(ids < 0, size, ids)  # a negative index would count from the end
         found = jnp.zeros((ids.shape[0], size), bool)
         return found.at[jnp.arange(ids.shape[0])[:, None], ids].set(True, mode="drop")
+
+    def uniforms(self, key: Array, step: Array, size: int) -> Array:
+        if self._kernels is not None and self._kernels.has_uniforms:
+            return self._kernels.uniforms(key, step, size)
+        # A loop, since XLA takes a minute to compile the rounds one after the other on a CPU.
+        state = philox.begin(jnp, key, step, size)
+        state = lax.fori_loop(0, philox.ROUNDS, lambda _, s: philox.next_round(jnp, s), state)
+        return philox.numbers(jnp, state, size)
 
     def largest(self, x: Array, counts: Array, total: Array) -> Array:
         keys = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)  # sorted like the distances to 0

@@ -39,6 +39,7 @@ class OwnKernels(ABC):
         cache_type: The default cache type of a backend with these kernels.
         has_threads: Whether `set_threads` works.
         has_rowwise: Whether there are kernels for `rms_norm`, `layer_norm` and `swiglu`.
+        has_uniforms: Whether there is a kernel for `uniforms`.
         has_fast_products: Whether `linear` has a faster, less exact way (`is_fast`).
     """
 
@@ -47,6 +48,7 @@ class OwnKernels(ABC):
     has_threads = False
     has_rowwise = False
     has_fast_products = False
+    has_uniforms = False
 
     @abstractmethod
     def has_type(self, ggml_type: GGMLQuantizationType) -> bool:
@@ -111,6 +113,10 @@ class OwnKernels(ABC):
 
     def swiglu(self, gate_up: Array) -> Array:
         """Compute silu(gate) * up of rows (n, 2F), which begin with the F gates: (n, F)."""
+        raise NotImplementedError
+
+    def uniforms(self, key: Array, step: Array, size: int) -> Array:
+        """Compute what `Backend.uniforms` describes."""
         raise NotImplementedError
 
     @abstractmethod

@@ -34,7 +34,7 @@ from phicore.backend import (
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix
 from phicore.gguf.reader import GGUFTensor
-from phicore_mlx import affine, blocks, devices, host, namespace
+from phicore_mlx import affine, blocks, devices, host, namespace, uniforms
 from phicore_mlx.affine import LAYOUTS, Layout
 
 FEW_ROWS = 32
@@ -81,6 +81,8 @@ class MlxBackend(Backend):
     def __init__(self, options: BackendOptions = DEFAULTS) -> None:
         name, self._device = devices.find_device(options.device)
         is_cpu = name == "cpu"
+        with self._on_device():
+            has_uniforms = not is_cpu and uniforms.is_usable()
         capabilities = Capabilities(
             device=name,
             cache_types=cache_types.available(namespace, "f32")
@@ -91,6 +93,7 @@ class MlxBackend(Backend):
             compiles=True,
             compiled_tokens=host.ROWS - 1 if is_cpu else None,
             asynchronous=True,
+            random_on_device=has_uniforms,
         )
         super().__init__(options, capabilities)
         self._streams = host.streams() if is_cpu else None
@@ -354,6 +357,11 @@ class MlxBackend(Backend):
         index = mx.where((ids >= 0) & (ids < size), ids, size)
         found = mx.zeros((ids.shape[0], size + 1), mx.bool_)
         return mx.put_along_axis(found, index, mx.array(True), axis=1)[:, :size]
+
+    def uniforms(self, key: Array, step: Array, size: int) -> Array:
+        if self._streams is not None:
+            return super().uniforms(key, step, size)
+        return uniforms.uniforms(key, step, size)
 
 
 def _type_of(matrix: Matrix) -> Callable[[int], GGMLQuantizationType]:

@@ -30,6 +30,7 @@ from mlx.core import (
     sqrt,
     take,
     take_along_axis,
+    uint32,
     where,
     zeros,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "sum",
     "take",
     "take_along_axis",
+    "uint32",
     "where",
     "zeros",
 ]

@@ -10,6 +10,7 @@ from phicore.testing.conformance.operations import OperationsConformance
 from phicore.testing.conformance.products import ProductsConformance
 from phicore.testing.conformance.sampling import SamplingConformance
 from phicore.testing.conformance.selection import SelectionConformance
+from phicore.testing.conformance.uniforms import UniformsConformance
 
 
 class BackendConformance(
@@ -18,6 +19,7 @@ class BackendConformance(
     LogprobsConformance,
     SamplingConformance,
     SelectionConformance,
+    UniformsConformance,
     CacheTypesConformance,
     AttentionConformance,
     ExpertsConformance,
@@ -43,4 +45,5 @@ __all__ = [
     "ProductsConformance",
     "SamplingConformance",
     "SelectionConformance",
+    "UniformsConformance",
 ]

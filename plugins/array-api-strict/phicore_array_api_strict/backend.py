@@ -41,8 +41,8 @@ class StrictBackend(Backend):
 
     def __init__(self, options: BackendOptions = DEFAULTS) -> None:
         super().__init__(options, Capabilities(cache_types=("f32", "i16")))
-        # int16 is needed for the cache type `i16`
-        self.xp = ListedNames(array_api_strict, {*FUNCTIONS, *DTYPES, "int16"})
+        # int16 is needed for the cache type `i16`, uint32 for random numbers
+        self.xp = ListedNames(array_api_strict, {*FUNCTIONS, *DTYPES, "int16", "uint32"})
 
     def asarray(self, x: np.ndarray) -> Array:
         return array_api_strict.asarray(x, copy=True)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from phicore.backend import cache_types
+from phicore.backend import cache_types, philox
 from phicore.errors import BackendError
 from phicore.gguf.random_models import random_matrix
 from phicore.gguf.reader import GGUFTensor
@@ -55,6 +55,7 @@ Trial = Callable[[OwnKernels, Given], tuple[list[Array], Caches]]
 ROWS, COLUMNS = 35, 1280  # an odd number of rows; 40 groups a row leave some lanes idle
 EXPERTS = 5  # with 7 rows each
 BATCH, HEADS, KV_HEADS, CAPACITY, DIM = 2, 4, 2, 1024, 96  # `Shape.splits` is 64
+NUMBERS = 1003  # random numbers, not a multiple of a block
 BOUND = 1e-3
 
 
@@ -182,7 +183,7 @@ def try_experts(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches]
 
 
 def try_others(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches]:
-    """Try products of RMSNorm's and SwiGLU's results, storing into caches, and attention."""
+    """Try products of RMSNorm's and SwiGLU's results, random numbers, caches, and attention."""
     found, x, w = [], given.x, given.weight
     scale, eps = jnp.linspace(0.5, 1.5, COLUMNS, dtype=jnp.float32), 1e-5
     root = jnp.sqrt(jnp.mean(x[:1] ** 2, axis=1, keepdims=True) + eps)
@@ -194,11 +195,22 @@ def try_others(kernels: OwnKernels, given: Given) -> tuple[list[Array], Caches]:
     for rows, source in made:
         y = kernels.linear(kernels.prepared(rows, source), w)
         found.append(_distance(y, rows @ w.dense().T))
+    found.append(_try_uniforms(kernels, given.i))
     caches = {}
     for cache_type in CACHE_TYPES:
         error, caches[cache_type] = _try_attention(kernels, cache_type, given)
         found.append(error)
     return found, caches
+
+
+def _try_uniforms(kernels: OwnKernels, i: Array) -> Array:
+    """Make random numbers of three rows; return 1 if a bit is wrong, else 0."""
+    key = jnp.array([[1, 0], [0xFFFFFFFF, 0xFFFFFFFF], [5, 7]], jnp.uint32)
+    step = jnp.array([0, 3, 100_000], jnp.uint32) + i.astype(jnp.uint32)
+    state = philox.begin(jnp, key, step, NUMBERS)
+    state = jax.lax.fori_loop(0, philox.ROUNDS, lambda _, s: philox.next_round(jnp, s), state)
+    expected = philox.numbers(jnp, state, NUMBERS)
+    return jnp.any(kernels.uniforms(key, step, NUMBERS) != expected).astype(jnp.float32)
 
 
 def _cache(cache_type: str, qkv: Array) -> dict[str, Array]:

@@ -13,6 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from jax import lax
 
+from phicore.backend.philox import NUMBERS
 from phicore.gguf.reader import GGUFTensor
 from phicore_jax.cuda import attention
 from phicore_jax.cuda.attention import Shape
@@ -28,6 +29,7 @@ from phicore_jax.cuda.linear import (
     rows_of_warp,
 )
 from phicore_jax.cuda.ptx import launch, launch_in_place
+from phicore_jax.cuda.uniforms import blocks_of, emit_uniforms, warps_of
 from phicore_jax.cuda.warp import LANES
 from phicore_jax.experts import products_by_tiles
 from phicore_jax.own import OwnKernels, Source
@@ -90,6 +92,7 @@ class CudaKernels(OwnKernels):
     packed = Planes
     cache_type = "i16"
     has_fast_products = True
+    has_uniforms = True
 
     def has_type(self, ggml_type: Type) -> bool:
         return ggml_type in FORMATS
@@ -138,6 +141,13 @@ class CudaKernels(OwnKernels):
 
     def rows(self, index: Array, w: Planes) -> Array:
         return Planes(tuple(plane[index] for plane in w.planes), w.type, w.columns).dense()
+
+    def uniforms(self, key: Array, step: Array, size: int) -> Array:
+        rows, blocks = key.shape[0], blocks_of(size)
+        result = jax.ShapeDtypeStruct((rows, blocks * NUMBERS), jnp.float32)
+        operands, warps = (key, step), warps_of(rows, size)
+        (found,) = launch(emit_uniforms, (rows, size), operands, (result,), warps)
+        return found[:, :size]
 
     def store(
         self, k: Array, v: Array, positions: Array, cache_type: str, cache: Sequence[Array]
