@@ -117,7 +117,14 @@ class Service:
             if self.state != "loading":
                 return
             self._worker, self.state = worker, "ready"
-        log.info("ready", extra={"fields": {"model": self.names[0], "backend": model.backend}})
+        fields = {
+            "model": self.names[0],
+            "backend": model.backend,
+            "device": model.device,
+            "context": model.context,
+            "load_s": round(model.load_s, 1),
+        }
+        log.info("ready", extra={"fields": fields})
         worker.run()
 
     def _most(self, model: Model) -> int:
