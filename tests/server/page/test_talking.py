@@ -40,6 +40,18 @@ def test_figures_of_an_answer_are_those_of_the_server(tab: Tab, small_model: Mod
     assert tab.page.locator("#context-text").inner_text() in figures.replace("context", "Context")
 
 
+def test_details_tell_with_what_an_answer_was_made(tab: Tab):
+    tab.set(system="Be brief.", temperature=0.7)
+    tab.ask("Hello")
+    details = tab.page.locator("article.assistant .about")
+    assert details.is_hidden()
+    tab.act("Details")
+    text = details.inner_text()
+    assert "temperature 0.7" in text
+    assert "Be brief." in text
+    assert tab.messages()[-1]["fingerprint"] in text
+
+
 def test_answer_is_shown_as_it_comes_and_escape_stops_it(endless: Served, open_tab: OpenTab):
     tab = open_tab(endless)
     tab.set(**LONG)
