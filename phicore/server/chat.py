@@ -86,6 +86,9 @@ def messages_of(fields: Fields) -> list[dict[str, Any]]:
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise _wrong(f"{where}: expected an object with role and content")
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise _wrong(f"{where}.tool_calls: expected a list of objects")
     content = message.get("content")
     if content is None:
         if not any(message.get(key) for key in ("tool_calls", "function_call", "refusal")):

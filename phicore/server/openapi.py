@@ -85,14 +85,20 @@ _PART: Schema = {
         _object(["type", "refusal"], {"type": {"const": "refusal"}, "refusal": TEXT}),
     ]
 }
+_ROLE: Schema = {**TEXT, "examples": ["system", "user", "assistant", "tool"]}
 _SCHEMAS: dict[str, Schema] = {
-    "Message": _object(
-        ["role"],
-        {
-            "role": {"type": "string", "examples": ["system", "user", "assistant", "tool"]},
-            "content": _or_null({"anyOf": [TEXT, _list(_PART)]}),
-        },
-    ),
+    "Message": {
+        "anyOf": [
+            _object(
+                ["role", "content"],
+                {"role": _ROLE, "content": {"anyOf": [TEXT, _list(_PART)]}},
+            ),
+            _object(
+                ["role", "tool_calls"],
+                {"role": _ROLE, "tool_calls": _list({"type": "object"}, minItems=1)},
+            ),
+        ]
+    },
     "ChatRequest": _object(
         ["messages"],
         {
@@ -257,7 +263,8 @@ def _get(about: str, good: Schema, *problems: str, **more: Any) -> Schema:
     return {"get": {"summary": about, "responses": found, **more}}
 
 
-_EVENTS = {"text/event-stream": {"schema": TEXT}}
+# `itemSchema`, of OpenAPI 3.2, describes each event; programs for 3.1 ignore it.
+_EVENTS = {"text/event-stream": {"itemSchema": _object(["data"], {"data": TEXT})}}
 _TOKEN = _object(["id", "piece"], {"id": COUNT, "piece": {"anyOf": [TEXT, IDS]}})
 _CHAT = _post("Answer a conversation.", "ChatRequest", {**_json(_ref("ChatCompletion")), **_EVENTS})
 _TEXT = _post("Continue texts.", "TextRequest", {**_json(_ref("TextCompletion")), **_EVENTS})

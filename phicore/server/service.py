@@ -170,6 +170,11 @@ class Service:
         return self._worker
 
     @property
+    def worker_or_none(self) -> Worker | None:
+        """Return the thread that computes, if it was ever there."""
+        return self._worker
+
+    @property
     def model(self) -> Model:
         """Return the model.
 

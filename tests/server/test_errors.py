@@ -56,6 +56,7 @@ WRONG: list[tuple[str, Any, str | None]] = [
     (CHAT, {"messages": ["Hi"]}, "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages"),
     (CHAT, {"messages": [{"role": 1, "content": "Hi"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [["a"]]}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages"),

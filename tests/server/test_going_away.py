@@ -73,7 +73,7 @@ def test_client_that_goes_away_while_its_prompt_is_read_frees_its_row(
     connection.close()
     endless.wait_until(lambda: endless.is_free, "the end")
     # Reading the whole prompt takes far longer than a chunk, and no token was written.
-    assert b"vllm:num_requests_running" in endless.service.metrics.text()
+    assert b"vllm:num_requests_running" in endless.service.metrics.text(None)
 
 
 def test_full_queue_is_a_503_that_says_when_to_try_again(endless: Served):
