@@ -66,10 +66,11 @@ def test_answer_is_shown_as_it_comes_and_escape_stops_it(endless: Served, open_t
     endless.wait_for_rows(0)
     note = tab.page.locator("article.assistant .note").inner_text()
     assert note == "You have stopped this answer."
-    answer = tab.messages()[-1]
-    assert answer["state"] == "stopped"
-    assert answer["figures"]["tokens"] > 0
-    assert answer["figures"]["promptTokens"] > 0
+    assert tab.messages()[-1]["state"] == "stopped"
+    tab.page.wait_for_selector("article.assistant .figures > :text('context')")
+    figures = tab.messages()[-1]["figures"]
+    assert figures["tokens"] > 0
+    assert figures["promptTokens"] > 0
 
 
 def test_button_stops_an_answer_too(endless: Served, open_tab: OpenTab):
