@@ -127,6 +127,10 @@ def test_export_of_all_is_imported_elsewhere(
     tab.act("Previous answer")
     tab.new()
     tab.ask("Two")
+    tab.act("Edit")
+    tab.page.fill(".editor", "My own words")
+    tab.page.click(".editing .primary")
+    tab.page.wait_for_selector(".figures:text-is('edited by you')")
     path = exported(tab, tmp_path)
     other = open_tab(served)
     assert other.take(path) == "Conversations: 2 added."

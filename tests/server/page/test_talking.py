@@ -40,6 +40,18 @@ def test_figures_of_an_answer_are_those_of_the_server(tab: Tab, small_model: Mod
     assert tab.page.locator("#context-text").inner_text() in figures.replace("context", "Context")
 
 
+def test_details_tell_with_what_an_answer_was_made(tab: Tab):
+    tab.set(system="Be brief.", temperature=0.7)
+    tab.ask("Hello")
+    details = tab.page.locator("article.assistant .about")
+    assert details.is_hidden()
+    tab.act("Details")
+    text = details.inner_text()
+    assert "temperature 0.7" in text
+    assert "Be brief." in text
+    assert tab.messages()[-1]["fingerprint"] in text
+
+
 def test_answer_is_shown_as_it_comes_and_escape_stops_it(endless: Served, open_tab: OpenTab):
     tab = open_tab(endless)
     tab.set(**LONG)
@@ -54,10 +66,11 @@ def test_answer_is_shown_as_it_comes_and_escape_stops_it(endless: Served, open_t
     endless.wait_for_rows(0)
     note = tab.page.locator("article.assistant .note").inner_text()
     assert note == "You have stopped this answer."
-    answer = tab.messages()[-1]
-    assert answer["state"] == "stopped"
-    assert answer["figures"]["tokens"] > 0
-    assert answer["figures"]["promptTokens"] > 0
+    assert tab.messages()[-1]["state"] == "stopped"
+    tab.page.wait_for_selector("article.assistant .figures > :text('context')")
+    figures = tab.messages()[-1]["figures"]
+    assert figures["tokens"] > 0
+    assert figures["promptTokens"] > 0
 
 
 def test_button_stops_an_answer_too(endless: Served, open_tab: OpenTab):

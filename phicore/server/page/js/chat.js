@@ -190,9 +190,12 @@ export class Chat extends EventTarget {
     }
     this.running.delete(answer.id);
     if (!this.isRunning(current)) this.trees.delete(current.id);
-    const isPart = answer.state === 'stopped' || answer.state === 'broken';
-    if (isPart) await count(answer, bodyOf(answer, tree));
-    if (this.model?.context && answer.figures) answer.figures.context = this.model.context;
+    if (answer.state === 'stopped' || answer.state === 'broken') {
+      await this.keep(current, { updated: Date.now() }, [answer]);
+      await count(answer, bodyOf(answer, tree)); // the server may take its time for this
+    }
+    const { context } = this.model ?? {};
+    if (context && answer.figures?.promptTokens) answer.figures.context = context;
     await this.keep(current, { updated: Date.now() }, [answer]);
   }
 

@@ -150,25 +150,27 @@ export class MessageView {
       h('dt', {}, name),
       h('dd', {}, value),
     ]);
+    const list = h('dl', { class: 'about', hidden: true }, ...pairs);
+    const toggle = () => {
+      list.hidden = !list.hidden;
+      button.setAttribute('aria-expanded', String(!list.hidden));
+    };
+    const given = { type: 'button', class: 'quiet', 'aria-expanded': 'false', onclick: toggle };
+    const button = h('button', given, 'Details');
+    const shown = figures(message, () => this.messages.onseed(message.seed));
     const same = comparison(message, siblings);
-    return [
-      h('details', { class: 'about' }, h('summary', {}, 'Details'), h('dl', {}, ...pairs)),
+    const badge =
+      same &&
       h(
-        'div',
-        { class: 'line' },
-        h(
-          'span',
-          { class: 'figures' },
-          ...figures(message, () => this.messages.onseed(message.seed)),
-        ),
-        same &&
-          h(
-            'span',
-            { class: same.isSame ? 'same' : 'same not' },
-            icon(same.isSame ? 'check' : 'alert'),
-            same.text,
-          ),
-      ),
+        'span',
+        { class: same.isSame ? 'same' : 'same not' },
+        icon(same.isSame ? 'check' : 'alert'),
+        same.text,
+      );
+    return [
+      button,
+      h('div', { class: 'line' }, h('span', { class: 'figures' }, ...shown), badge),
+      list,
     ];
   }
 

@@ -20,6 +20,7 @@ export class Messages {
     chat.addEventListener('change', () => this.show());
     chat.addEventListener('text', ({ detail }) => this.views.get(detail.answer.id)?.flow(detail));
     this.scroller.addEventListener('scroll', () => this.look());
+    new ResizeObserver(() => this.scroll()).observe(this.scroller);
     byId('to-end').append(icon('down'));
     byId('to-end').addEventListener('click', () => this.follow());
     this.element.addEventListener('click', ({ target }) => copyCode(target));

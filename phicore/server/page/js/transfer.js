@@ -145,6 +145,8 @@ function message(field) {
     attachments: field('attachments', isAttachments, []),
   };
   if (found.role === 'user') return found;
+  const edited = field('edited', Number.isInteger, 0); // by the user
+  if (edited) found.edited = edited;
   const state = field('state', (value) => STATES.includes(value), 'done');
   return {
     ...found,
