@@ -27,6 +27,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md")), *sorted(ROOT.glob
 NOT_HERE = (
     "pip install",
     "uv run pytest",
+    "--group browser",
     "phi-3-mini",
     "--group reference",
     "uv sync",
