@@ -16,6 +16,13 @@ from typing import Any
 import pyte
 
 TIMEOUT_S = 60
+LEADER = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Makes the terminal that of a new session, and then is the program. (Done by Python between fork
+and exec, this would need a fork that JAX warns of.)"""
 
 
 class Screen(pyte.HistoryScreen):
@@ -46,14 +53,14 @@ class Terminal:
         size = struct.pack("HHHH", lines, columns, 0, 0)
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "phicore", *map(str, args)],
+            [sys.executable, "-c", LEADER, sys.executable, "-m", "phicore", *map(str, args)],
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
             env={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
             | {"TERM": "xterm-256color"}
             | env,
-            preexec_fn=_lead_session,
+            start_new_session=True,
         )
         os.close(terminal)
         self.raw = b""
@@ -153,15 +160,6 @@ class Terminal:
             self.process.wait()
         if self._controller >= 0:
             os.close(self._controller)
-
-
-def _lead_session() -> None:
-    """Make the terminal the one that controls the process, so that Ctrl-C is a signal."""
-    import fcntl
-    import termios
-
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @contextlib.contextmanager
