@@ -44,6 +44,7 @@ if importlib.util.find_spec("phicore_jax") is None:
 try:
     import gguf
     import jax
+    import jax.numpy as jnp
     import numpy as np
     from gguf import GGML_QUANT_SIZES
     from gguf import GGMLQuantizationType as Type
@@ -201,11 +202,15 @@ class Benchmark:
             blocks[:, start : start + 2] = scale.astype("<f2").view(np.uint8)
         return blocks.reshape(rows, -1)
 
+    def _zeros(self, *shape: int) -> Any:
+        """Return a new cache that holds zeros, so that all of its slots can be read."""
+        return jax.tree.map(jnp.zeros_like, self.ops.new_cache(*shape))
+
     def attention(self) -> list[Section]:
         """Measure a token's attention in as many layers as Phi-3-mini has."""
         heads, dim = (2, 32) if self.is_small else (32, 96)
         layers, capacity = (2, 256) if self.is_small else (32, CAPACITY)
-        caches = [self.ops.new_cache(1, heads, capacity, dim) for _ in range(layers)]
+        caches = [self._zeros(1, heads, capacity, dim) for _ in range(layers)]
         q = self.ops.asarray(self._rng.standard_normal((1, heads, 1, dim)).astype(np.float32))
 
         def all_layers(q: Array, caches: Sequence[Any], positions: Array) -> Array:
@@ -309,7 +314,7 @@ class Benchmark:
         capacity = engine.runner.new_cache(self._positions()[-1] + 300).capacity
         heads, dim = config.num_key_value_heads, config.head_dim
         layers = range(config.num_hidden_layers)
-        caches = [ops.new_cache(batch, heads, capacity, dim) for _ in layers]
+        caches = [self._zeros(batch, heads, capacity, dim) for _ in layers]
         position = min(position, capacity - 200)  # a window may limit the capacity
         tables = engine.runner.tables.until(capacity, is_long=False)
 

@@ -399,15 +399,18 @@ class JaxBackend(Backend):
                 scale_form = jax.ShapeDtypeStruct(shape[:3], row_type.scale_dtype)
                 forms[f"{name}_scale"] = scale_form
         with memory_errors():
-            if self._shared is not None:
-                shared = self._shared
-                return ShardedCache({n: shared.zeros(f.shape, f.dtype) for n, f in forms.items()})
-            if self._moves is not None:
+            if self._moves is not None and self._shared is None:
                 with jax.default_device(self.device):
-                    return dict(
-                        zip(forms, self._moves.new_cache(list(forms.values())), strict=True)
-                    )
-            return {n: jnp.zeros(f.shape, f.dtype, device=self.device) for n, f in forms.items()}
+                    arrays = self._moves.new_cache(list(forms.values()))
+                return dict(zip(forms, arrays, strict=True))
+            cache: LayerCache = {} if self._shared is None else ShardedCache()
+            cache.update({name: self._zeros(f.shape, f.dtype) for name, f in forms.items()})
+            return cache
+
+    def _zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        if self._shared is not None:
+            return self._shared.zeros(shape, dtype)
+        return jnp.zeros(shape, dtype, device=self.device)
 
     @property
     def _moves(self) -> OwnKernels | None:
