@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -27,6 +28,11 @@ class Prefix:
     tokens: np.ndarray
     is_long: bool
     cache: Cache
+
+    @cached_property
+    def bytes(self) -> int:
+        """Return the number of bytes of the cache."""
+        return self.cache.bytes
 
     def common(self, tokens: np.ndarray, is_long: bool, window: int | None) -> int:
         """Return how many tokens of a sequence this has computed, 0 if it cannot be used.
@@ -66,7 +72,7 @@ class Prefixes:
     @property
     def bytes(self) -> int:
         """Return the number of bytes of all caches."""
-        return sum(entry.cache.bytes for entry in self._entries)
+        return sum(entry.bytes for entry in self._entries)
 
     def add(self, prefix: Prefix) -> None:
         """Add a cache. Caches of a part of the same tokens are removed, and the oldest ones."""
