@@ -80,7 +80,7 @@ BAD: list[tuple[Any, Any]] = [
 
 @pytest.mark.parametrize(("kind", "value"), GOOD, ids=str)
 def test_value_of_a_class_follows_its_schema(kind: Any, value: Any):
-    jsonschema.Draft202012Validator(schema_of(kind)).validate(value)
+    assert jsonschema.Draft202012Validator(schema_of(kind)).is_valid(value)
 
 
 @pytest.mark.parametrize(("kind", "value"), BAD, ids=str)
