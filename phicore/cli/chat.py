@@ -13,6 +13,7 @@ import typer
 from phicore.backend.options import BackendOptions
 from phicore.cli.options import (
     BackendOption,
+    ContextOption,
     ModelOption,
     TokenizerOption,
     bytes_of,
@@ -118,17 +119,7 @@ def chat(
             "several times.",
         ),
     ] = None,
-    ctx: Annotated[
-        int | None,
-        typer.Option(
-            "--ctx",
-            "--ctx-size",
-            "-c",
-            metavar="N",
-            min=1,
-            help="Context size: the most tokens that the conversation has. [the model's]",
-        ),
-    ] = None,
+    ctx: ContextOption = None,
     rope_factors: Annotated[
         str | None,
         typer.Option(

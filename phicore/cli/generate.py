@@ -12,6 +12,7 @@ import typer
 from phicore.backend.options import BackendOptions
 from phicore.cli.options import (
     BackendOption,
+    ContextOption,
     JsonOption,
     ModelOption,
     TokenizerOption,
@@ -135,18 +136,7 @@ def generate(
             help="Write a text that follows the grammar in this file, in the form of Lark or GBNF.",
         ),
     ] = None,
-    ctx: Annotated[
-        int | None,
-        typer.Option(
-            "--ctx",
-            "--ctx-size",
-            "-c",
-            metavar="N",
-            min=1,
-            help="Context size: the most tokens that the prompt and the answer have together. "
-            "[the model's]",
-        ),
-    ] = None,
+    ctx: ContextOption = None,
     rope_factors: Annotated[
         str,
         typer.Option(

@@ -139,6 +139,17 @@ BackendOption = Annotated[
         autocompletion=complete_backend,
     ),
 ]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx",
+        "--ctx-size",
+        "-c",
+        metavar="N",
+        min=1,
+        help="Context size: the most tokens that a text has, the answer included. [the model's]",
+    ),
+]
 TokenizerOption = Annotated[
     str | None,
     typer.Option(

@@ -15,6 +15,7 @@ import typer
 from phicore.backend.options import BackendOptions
 from phicore.cli.options import (
     BackendOption,
+    ContextOption,
     ModelOption,
     TokenizerOption,
     bytes_of,
@@ -108,18 +109,7 @@ def serve(
             help="How many answers are computed together.",
         ),
     ] = 8,
-    ctx: Annotated[
-        int | None,
-        typer.Option(
-            "--ctx",
-            "--ctx-size",
-            "-c",
-            metavar="N",
-            min=1,
-            help="Context size: the most tokens that a prompt and its answer have together. "
-            "[the model's]",
-        ),
-    ] = None,
+    ctx: ContextOption = None,
     kv_memory: Annotated[
         str | None,
         typer.Option(
