@@ -105,10 +105,10 @@ class AheadOfTime(JaxBackend):
     def _put(self, x: np.ndarray) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
 
-    def _zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+    def _zeros(self, forms: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
         if self._shared is not None:
-            return self._shared.zeros(shape, dtype)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
+            return self._shared.zeros(forms)
+        return [jax.ShapeDtypeStruct(f.shape, f.dtype, sharding=self._sharding) for f in forms]
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
         jitted = self._jit(fn, donate)
@@ -122,13 +122,14 @@ class AbsentDevices(Devices):
         self.mesh = mesh
         self.mine = [*range(mesh.size)]
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        shape = (self.mesh.size * shape[0], *shape[1:])
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    def zeros(self, forms: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
+        sharding, count = NamedSharding(self.mesh, PartitionSpec(AXIS)), self.mesh.size
+        shapes = ((count * f.shape[0], *f.shape[1:]) for f in forms)
+        pairs = zip(shapes, forms, strict=True)
+        return [jax.ShapeDtypeStruct(shape, f.dtype, sharding=sharding) for shape, f in pairs]
 
     def put_shares(self, shares: Mapping[int, Any]) -> Any:
-        return jax.tree.map(lambda a: self.zeros(a.shape, a.dtype), shares[0])
+        return jax.tree.map(lambda a: self.zeros([a])[0], shares[0])
 
 
 def main(path: str) -> None:
@@ -149,7 +150,7 @@ def compiled_trial(trial: check.Trial, gpu: str) -> dict[str, Any]:
     """Compile the program that tries kernels before they are used, and summarize the result."""
     ops = AheadOfTime(1, gpu)
     operands = check.operands(Type.Q4_K)
-    operands = jax.tree.map(lambda a: ops._zeros(a.shape, a.dtype), operands)
+    operands = jax.tree.map(lambda a: ops._zeros([a])[0], operands)
     before = set(Path(dumps.name).iterdir())
     with jax.default_matmul_precision("highest"):
         program = check.program(trial, cuda.OPTIONS).lower(*operands).compile()

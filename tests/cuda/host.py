@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import llvmlite.binding as llvm
 import numpy as np
 from phicore_jax.cuda.formats import FORMATS
-from phicore_jax.cuda.linear import emit_product, emit_quantize, rows_of_warp
+from phicore_jax.cuda.linear import emit_product, emit_quantize, integers, warps_of
 from phicore_jax.cuda.warp import Host
 from phicore_jax.kernels.build import optimized, supported_targets, target_machine
 from phicore_jax.kernels.lang import I32, I64, PTR, Function, Module, Target, Value
@@ -29,7 +29,7 @@ def product(ggml_type: Any, data: np.ndarray, x: np.ndarray) -> np.ndarray:
     (m, columns), rows = x.shape, len(data)
 
     constants = (fmt, (rows, columns), m)
-    warps = -(-rows // rows_of_warp(m))
+    warps = warps_of(rows, m)
     (y,) = run(emit_product, constants, [*quantize(x), *planes], [((m, rows), np.float32)], warps)
     return y
 
@@ -37,8 +37,7 @@ def product(ggml_type: Any, data: np.ndarray, x: np.ndarray) -> np.ndarray:
 def quantize(x: np.ndarray) -> list[np.ndarray]:
     """Quantize activations (M, K) to integers; see `emit_quantize` for the results."""
     groups = x.size // 32
-    results = [((groups, 2, 32), np.int8), ((groups,), np.float32), ((groups, 2), np.int32)]
-    return run(emit_quantize, (groups,), [x], results, groups)
+    return run(emit_quantize, (groups,), [x], integers(groups), groups)
 
 
 def run(

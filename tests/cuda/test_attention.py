@@ -65,7 +65,7 @@ def attention(
         results,
         heads * shape.splits,
     )
-    (y,) = run(emit_combine, (shape,), parts, [(q.shape, np.float32)], heads)
+    (y,) = run(emit_combine, (shape,), parts, [(q.shape, np.float32)], shape.combining_warps)
     return y
 
 

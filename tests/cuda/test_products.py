@@ -20,7 +20,12 @@ from cuda import host
 from cuda.host import product, quantize
 from phicore_jax.cuda import find_kernels, runtime
 from phicore_jax.cuda.formats import FORMATS
-from phicore_jax.cuda.linear import emit_product, emit_quantize_gated, emit_quantize_normed
+from phicore_jax.cuda.linear import (
+    emit_product,
+    emit_quantize_gated,
+    emit_quantize_normed,
+    integers,
+)
 from phicore_jax.cuda.ptx import ptx
 
 kernels, about = find_kernels()
@@ -121,22 +126,24 @@ def test_parts_of_a_matrix_lie_on_top_of_each_other(ggml_type: Type):
 @pytest.mark.parametrize("size", [1e-20, 1e-3, 1.0, 1e20])
 def test_activations_of_any_size_are_rounded_alike(size: float):
     x = (size * np.random.default_rng(3).standard_normal((2, 96))).astype(np.float32)
-    both, unit, sums = quantize(x)
-    integers = both[:, 0].astype(int) * 256 + both[:, 1]
-    assert np.array_equal(integers.reshape(6, 2, 16).sum(2), sums)
+    parts, unit, sums = quantize(x)
+    halves = whole(parts)
+    assert np.array_equal(halves.sum(2), sums)
     groups = x.reshape(6, 32)
-    error = integers * unit[:, None].astype(float) - groups
+    error = halves.reshape(6, 32) * unit[:, None].astype(float) - groups
     assert (np.abs(error).max(1) <= np.abs(groups).max(1) / 32512 * 0.51).all()
 
 
-def numbers(integers: list[np.ndarray]) -> np.ndarray:
+def whole(parts: np.ndarray) -> np.ndarray:
+    """Put the bytes of quantized activations (4, G, 16) together, (G, 2, 16)."""
+    upper, lower = parts.astype(int).reshape(2, 2, -1, 16)
+    return (256 * upper + lower).swapaxes(0, 1)
+
+
+def numbers(found: list[np.ndarray]) -> np.ndarray:
     """Convert quantized activations back to numbers, float64, flattened."""
-    both, unit, _ = integers
-    return ((both[:, 0].astype(float) * 256 + both[:, 1]) * unit[:, None]).ravel()
-
-
-def results(groups: int) -> list[tuple[tuple[int, ...], type]]:
-    return [((groups, 2, 32), np.int8), ((groups,), np.float32), ((groups, 2), np.int32)]
+    parts, unit, _ = found
+    return (whole(parts) * unit[:, None, None].astype(float)).ravel()
 
 
 @pytest.mark.parametrize("columns", [96, 256, 640])
@@ -146,18 +153,17 @@ def test_integers_of_a_norm_are_those_of_what_it_gives(columns: int):
     x[1] *= 1e-4  # so small that eps matters
     groups = x.size // 32
     constants = (groups, columns, 1e-5)
-    found = host.run(emit_quantize_normed, constants, [x, weight], results(groups), groups)
+    found = host.run(emit_quantize_normed, constants, [x, weight], integers(groups), groups)
     expected = oracle.rms_norm(x, weight, 1e-5)
     assert_close(numbers(found), expected.ravel(), BOUND)
-    both = found[0].astype(int)
-    assert np.array_equal(found[2], (both[:, 0] * 256 + both[:, 1]).reshape(-1, 2, 16).sum(2))
+    assert np.array_equal(found[2], whole(found[0]).sum(2))
 
 
 def test_integers_of_gates_are_those_of_what_they_give():
     gate_up = np.random.default_rng(6).standard_normal((3, 2 * 160)).astype(np.float32)
     gate_up[0, :4] = 100, -100, 1e4, -1e4  # nothing overflows
     groups = 3 * 160 // 32
-    found = host.run(emit_quantize_gated, (groups, 160), [gate_up], results(groups), groups)
+    found = host.run(emit_quantize_gated, (groups, 160), [gate_up], integers(groups), groups)
     assert_close(numbers(found), oracle.swiglu(gate_up).ravel(), BOUND)
 
 
@@ -165,7 +171,7 @@ def test_rows_of_a_norm_that_are_not_finite_stay_apart():
     x = np.ones((2, 64), np.float32)
     x[1, 3] = np.inf
     found = host.run(
-        emit_quantize_normed, (4, 64, 1e-5), [x, np.ones(64, np.float32)], results(4), 4
+        emit_quantize_normed, (4, 64, 1e-5), [x, np.ones(64, np.float32)], integers(4), 4
     )
     assert np.isfinite(found[1][:2]).all()
     assert np.isnan(found[1][2])

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import platformdirs
 from jax import lax
+from jax.sharding import SingleDeviceSharding
 
 from phicore.backend import (
     DEFAULTS,
@@ -39,7 +40,7 @@ from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFTensor
 from phicore_jax import cuda, expanded
-from phicore_jax.cache import as_numbers, as_stored, names, put, rows_of_cache, width
+from phicore_jax.cache import as_numbers, as_stored, names, put, rows_of_cache, width, zeros
 from phicore_jax.kernels import ROWS_OF_STRIP, find_kernels
 from phicore_jax.own import OwnKernels, Source
 from phicore_jax.parallel import Devices, ShardedCache, Share
@@ -404,13 +405,14 @@ class JaxBackend(Backend):
                     arrays = self._moves.new_cache(list(forms.values()))
                 return dict(zip(forms, arrays, strict=True))
             cache: LayerCache = {} if self._shared is None else ShardedCache()
-            cache.update({name: self._zeros(f.shape, f.dtype) for name, f in forms.items()})
+            cache.update(zip(forms, self._zeros(list(forms.values())), strict=True))
             return cache
 
-    def _zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+    def _zeros(self, forms: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+        """Make arrays of zeros. Forms are those of one device's share where devices share."""
         if self._shared is not None:
-            return self._shared.zeros(shape, dtype)
-        return jnp.zeros(shape, dtype, device=self.device)
+            return self._shared.zeros(forms)
+        return zeros(tuple(forms), SingleDeviceSharding(self.device))()
 
     @property
     def _moves(self) -> OwnKernels | None:

@@ -6,6 +6,8 @@ in 16. A row of q8_0 holds its scales too, after its numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -97,6 +99,16 @@ def as_bytes(x: Array) -> Array:
 def from_bytes(x: Array, dtype: Any) -> Array:
     """Reinterpret int8 (..., 2 N) as numbers (..., N) of a 16-bit dtype."""
     return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), dtype)
+
+
+@cache
+def zeros(forms: tuple[jax.ShapeDtypeStruct, ...], sharding: Any) -> Callable[[], list[Array]]:
+    """Return a compiled function that makes arrays of zeros.
+
+    One call makes all arrays of a layer, since the host needs up to a millisecond for each call of
+    `jnp.zeros`.
+    """
+    return jax.jit(lambda: [jnp.zeros(f.shape, f.dtype) for f in forms], out_shardings=sharding)
 
 
 def put(old: Array, new: Array, start: Array) -> Array:

@@ -15,13 +15,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from phicore.errors import BackendError
+from phicore_jax.cache import zeros
 
 Array = Any
 
@@ -98,10 +98,11 @@ class Devices:
             return jax.device_put(x, sharding)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Make a sharded array of zeros; `shape` is the shape of one device's share."""
-        sharding = NamedSharding(self.mesh, P(AXIS))
-        return jnp.zeros((self.mesh.size * shape[0], *shape[1:]), dtype, device=sharding)
+    def zeros(self, forms: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+        """Make sharded arrays of zeros; the forms are those of one device's shares."""
+        count = self.mesh.size
+        whole = (jax.ShapeDtypeStruct((count * f.shape[0], *f.shape[1:]), f.dtype) for f in forms)
+        return zeros(tuple(whole), NamedSharding(self.mesh, P(AXIS)))()
 
     def put_shares(self, shares: Mapping[int, Any]) -> Any:
         """Make sharded arrays of the shares of this process's devices.

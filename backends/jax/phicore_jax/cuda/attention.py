@@ -50,6 +50,11 @@ class Shape:
         return power_of_two(most + 1) // 2
 
     @property
+    def combining_warps(self) -> int:
+        """Number of warps that `emit_combine` needs: one for each chunk of a head's channels."""
+        return self.batch * self.heads * self.dim // CHUNK
+
+    @property
     def chunks(self) -> int:
         """Number of chunks of channels that each lane holds."""
         return self.dim // (CHUNK * QUAD)
@@ -232,7 +237,10 @@ def _merge(
 
 
 def emit_combine(w: Warp, shape: Shape, args: Sequence[Value]) -> None:
-    """Write the kernel that merges the splits of `emit_attention`; a warp computes one head.
+    """Write the kernel that merges the splits of `emit_attention`.
+
+    A warp computes a chunk of channels of a head. Its lanes are four groups, each of which adds
+    every fourth split.
 
     Args:
         args: Pointers, in this order: the two results of `emit_attention`, and the result
@@ -240,31 +248,33 @@ def emit_combine(w: Warp, shape: Shape, args: Sequence[Value]) -> None:
     """
     f, s = w.f, shape
     sums, stats, result = args
-    with f.when(w.number < s.batch * s.heads):
-        first = w.number * s.splits
+    chunks = s.dim // CHUNK
+    with f.when(w.number < s.combining_warps):
+        head = w.number // chunks
+        first = w.spread(head * s.splits)
         largest, powers = [], []
         for start in range(0, s.splits, LANES):  # each lane reads one split, or two
             split = w.lane + start
             is_there = split < s.splits
-            at = (w.spread(first) + is_there.select(split, 0)) * 2
+            at = (first + is_there.select(split, 0)) * 2
             largest.append(is_there.select(w.load(F32, stats, at)[0], NOTHING))
             powers.append(is_there.select(w.load(F32, stats, at + 1)[0], 0.0))
+        group, channel = w.lane >> 3, w.spread(w.number % chunks * CHUNK) + (w.lane & (CHUNK - 1))
+        parts = []
+        for start in range(0, s.splits, LANES // CHUNK):
+            split = group + start
+            is_there = split < s.splits
+            at = first + is_there.select(split, 0)
+            (score,), (part,) = w.load(F32, stats, at * 2), w.load(F32, sums, at * s.dim + channel)
+            parts.append((is_there.select(score, NOTHING), part))
         of_all = largest[0]
         for more in largest[1:]:
             of_all = f.larger(of_all, more)
         of_all = w.max(of_all)
-        factors = [exp(f, one - of_all) for one in largest]
-        power = factors[0] * powers[0]
-        for a, b in zip(factors[1:], powers[1:], strict=True):
-            power = f.fma(a, b, power)
-        power = w.sum(power)
-        values = [w.spread(f.f32(0.0))] * (s.dim // LANES)
-        for number in range(s.splits):
-            factor = w.of_lane(factors[number // LANES], number % LANES)
-            for i in range(len(values)):
-                at = w.spread((first + number) * s.dim) + (w.lane + LANES * i)
-                (part,) = w.load(F32, sums, at)
-                values[i] = f.fma(factor, part, values[i])
-        for i, value in enumerate(values):
-            at = w.spread(w.number * s.dim) + (w.lane + LANES * i)
-            w.store([value / power], result, at)
+        power = value = w.spread(f.f32(0.0))
+        for score, a in zip(largest, powers, strict=True):
+            power = f.fma(exp(f, score - of_all), a, power)
+        for score, part in parts:
+            value = f.fma(exp(f, score - of_all), part, value)
+        value = w.sum(value, (16, 8)) / w.sum(power)
+        w.store([value], result, w.spread(head * s.dim) + channel, w.lane < CHUNK)

@@ -1,8 +1,8 @@
 """GPU kernels for products of activations with a quantized matrix.
 
 With a few rows of activations, the weights are multiplied as they are stored. A lane takes a group
-of 32 weights at a time and loads its codes up to 16 bytes at once. With up to 4 rows of
-activations, a warp takes two rows of the matrix, to use each loaded activation twice.
+of 32 weights at a time and loads its codes up to 16 bytes at once. A warp takes several rows of the
+matrix, to use each loaded activation several times.
 
 The activations are quantized to integers first: within a group they are multiples of 1 / 32512 of
 the largest absolute value. An integer is stored as two signed bytes, because a GPU multiplies four
@@ -19,12 +19,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from phicore_jax.cuda.formats import GROUP, Format
 from phicore_jax.cuda.warp import LANES, Warp
 from phicore_jax.kernels.attention import exp
 from phicore_jax.kernels.lang import F16, F32, I8, I16, I32, Value, suffix, vec
 
+UNROLLED = 8
+"""The most products of a warp that are unrolled over the columns, so that the loads of several
+columns are on the way at once. More would not fit into the registers."""
+LOADED = 24
+"""The number of vectors of a row that a lane loads before it uses the first."""
 LARGEST = 127 * 256  # the largest integer: its upper and lower byte are both signed
+
+
+def integers(groups: int) -> list[tuple[tuple[int, ...], Any]]:
+    """Return the shapes and dtypes of the results of `emit_quantize` for this many groups."""
+    return [((4, groups, 16), np.int8), ((groups,), np.float32), ((groups, 2), np.int32)]
 
 
 def emit_quantize(w: Warp, groups: int, args: Sequence[Value]) -> None:
@@ -33,13 +45,14 @@ def emit_quantize(w: Warp, groups: int, args: Sequence[Value]) -> None:
     Args:
         groups: G, the number of groups in all rows together.
         args: Pointers, in this order: the activations (G, 32) float32; then the results, which are
-            bytes (G, 2, 32) int8, with the upper bytes of a group before the lower ones, the unit
-            of each group (G,) float32, and the sum of each half of a group (G, 2) int32.
+            bytes (4, G, 16), the unit of each group (G,), and the sum of each half of a group
+            (G, 2). The bytes are the upper ones of the first and of the second half of each group,
+            then the lower ones.
     """
     activations, *results = args
     with w.f.when(w.number < groups):
         (x,) = w.load(F32, activations, w.spread(w.number * GROUP) + w.lane)
-        _store_integers(w, x, results)
+        _store_integers(w, groups, x, results)
 
 
 def emit_quantize_normed(
@@ -61,18 +74,23 @@ def emit_quantize_normed(
     with f.when(w.number < groups):
         groups_of_row = columns // GROUP
         row, group = w.number // groups_of_row, w.number % groups_of_row
-        total = w.spread(f.f32(0.0))
-        together = 4 if columns % (4 * LANES) == 0 else 1
-        for start in range(0, columns // together, LANES):
-            at = w.spread(row * (columns // together) + start) + w.lane
-            for number in w.load(F32, rows, at, together):
-                total = f.fma(number, number, total)
-        mean = w.sum(total) * (1 / columns)
-        root = f.call(f"llvm.sqrt{suffix(mean.type)}", mean.type, mean + eps)
         column = w.spread(group * GROUP) + w.lane
         (x,) = w.load(F32, rows, w.spread(row * columns) + column)
         (factor,) = w.load(F32, weight, column)
-        _store_integers(w, factor * (x / root), results)
+        together = 4 if columns % (4 * LANES) == 0 else 1
+        totals = [w.spread(f.f32(0.0))] * together  # several, so that one need not wait for another
+        vectors = columns // together
+        for first in range(0, vectors, LOADED * LANES):  # many loads are on the way at once
+            starts = range(first, min(first + LOADED * LANES, vectors), LANES)
+            at = [w.spread(row * vectors + start) + w.lane for start in starts]
+            for numbers in [w.load(F32, rows, i, together) for i in at]:
+                totals = [f.fma(n, n, total) for n, total in zip(numbers, totals, strict=True)]
+        total, *others = totals
+        for more in others:
+            total = total + more
+        mean = w.sum(total) * (1 / columns)
+        root = f.call(f"llvm.sqrt{suffix(mean.type)}", mean.type, mean + eps)
+        _store_integers(w, groups, factor * (x / root), results)
 
 
 def emit_quantize_gated(w: Warp, groups: int, columns: int, args: Sequence[Value]) -> None:
@@ -96,10 +114,10 @@ def emit_quantize_gated(w: Warp, groups: int, columns: int, args: Sequence[Value
         # exp(-abs(gate)) cannot overflow
         power = exp(f, f.like(gate, 0.0) - f.absolute(gate))
         share = (gate < 0.0).select(power, 1.0) / (power + 1.0)
-        _store_integers(w, gate * share * up, results)
+        _store_integers(w, groups, gate * share * up, results)
 
 
-def _store_integers(w: Warp, x: Value, results: Sequence[Value]) -> None:
+def _store_integers(w: Warp, groups: int, x: Value, results: Sequence[Value]) -> None:
     """Quantize the warp's group, of which each lane holds one number x, and store the results."""
     f = w.f
     both, units, sums = results
@@ -108,9 +126,9 @@ def _store_integers(w: Warp, x: Value, results: Sequence[Value]) -> None:
     unit = (largest > 1e-30).select(largest, 1.0) * (1 / LARGEST)
     integer = f.round_even(x / unit).to(I32)
     upper = (integer + 128) >> 8
-    byte = group * (2 * GROUP) + w.lane
-    w.store([upper.to(I8)], both, byte)
-    w.store([(integer - (upper << 8)).to(I8)], both, byte + GROUP)
+    at = (w.lane >> 4) * (16 * groups) + group * 16 + (w.lane & 15)
+    w.store([upper.to(I8)], both, at)
+    w.store([(integer - (upper << 8)).to(I8)], both, at + GROUP * groups)
     # A NaN or an infinity would be lost in an integer, so it makes the unit NaN.
     w.store([unit + w.sum(x * 0.0)], units, group, w.lane.equals(0))
     half = w.sum(integer, (8, 4, 2, 1))
@@ -120,9 +138,15 @@ def _store_integers(w: Warp, x: Value, results: Sequence[Value]) -> None:
 def rows_of_warp(m: int) -> int:
     """Return how many rows of the matrix a warp takes for m rows of activations.
 
-    With more than 4 rows of activations, a second row would not fit into the registers.
+    The more it takes, the more often it uses each activation that it loads, and the fewer warps
+    there are to hide the time that loads take. These numbers were the fastest on an H200.
     """
-    return 2 if m <= 4 else 1
+    return 2 if m <= 2 else 4
+
+
+def warps_of(rows: int, m: int) -> int:
+    """Return how many warps multiply m rows of activations by a matrix of this many rows."""
+    return -(-rows // rows_of_warp(m))
 
 
 def emit_product(
@@ -139,7 +163,7 @@ def emit_product(
     count = rows_of_warp(m)
     numbers = [w.number * count + r for r in range(count)]
     rows_of_x = [w.f.i32(i) for i in range(m)]
-    _product(w, fmt, shape, numbers, w.f.i32(0), rows_of_x, args)
+    _product(w, fmt, shape, numbers, w.f.i32(0), m, rows_of_x, args)
 
 
 def emit_expert_product(
@@ -154,13 +178,12 @@ def emit_expert_product(
             pointers that `emit_product` takes.
     """
     experts, *others = args
-    count = rows_of_warp(1)
-    warps = -(-shape[0] // count)  # for each row of x
+    count, warps = rows_of_warp(1), warps_of(shape[0], 1)  # warps for each row of x
     with w.f.when(w.number < m * warps):
         row_of_x = w.number // warps
         numbers = [w.number % warps * count + r for r in range(count)]
         first = w.uniform(I32, experts, row_of_x) * shape[0]
-        _product(w, fmt, shape, numbers, first, [row_of_x], others)
+        _product(w, fmt, shape, numbers, first, m, [row_of_x], others)
 
 
 def _product(
@@ -169,6 +192,7 @@ def _product(
     shape: tuple[int, int],
     numbers: Sequence[Value],
     first: Value,
+    m: int,
     rows_of_x: Sequence[Value],
     args: Sequence[Value],
 ) -> None:
@@ -177,37 +201,49 @@ def _product(
     Args:
         numbers: The rows of the matrix that the warp takes.
         first: The row of the planes at which the matrix begins.
+        m: The number of rows that x has.
         rows_of_x: The rows of x, whose products are stored in the same rows of y.
         args: The pointers that `emit_product` takes.
     """
     f = w.f
     rows, columns = shape
-    groups, m = columns // GROUP, len(rows_of_x)
+    groups = columns // GROUP
     activations, units, sums, *planes, y = args
     # Beyond the last row a warp computes that row again, and does not store it.
     row = [w.spread(first + (n < rows).select(n, rows - 1)) for n in numbers]
-    total = [[w.spread(f.f32(0.0))] * m for _ in numbers]
-    for start in range(0, groups, LANES):
-        group, is_there = w.lane + start, None
-        if start + LANES > groups:
-            is_there = group < groups
+    total = [[f.variable(w.spread(f.f32(0.0))) for _ in rows_of_x] for _ in numbers]
+
+    def add(start: Value, *, is_partial: bool) -> None:
+        """Add the products of LANES groups, or perhaps of fewer at the end of the rows."""
+        group = w.lane + w.spread(start)
+        is_there = group < groups
+        if is_partial:
             group = is_there.select(group, groups - 1)
         weights = [fmt.read(w, planes, r, group, groups) for r in row]
         for i, row_of_x in enumerate(rows_of_x):
             at = group + w.spread(row_of_x * groups)
-            words = [q for part in range(4) for q in w.load(I32, activations, at * 4 + part, 4)]
+            words = []
+            for part in range(4):  # neighbouring lanes load neighbouring words
+                words += w.load(I32, activations, at + part * m * groups, 4)
             (unit,) = w.load(I32, units, at)
-            unit = unit.bits_as(total[0][i].type)
+            unit = unit.bits_as(_like(unit, F32))
             halves = w.load(I32, sums, at, 2)
             for r in range(len(numbers)):
                 added = weights[r].times(w, words, halves) * unit
-                if is_there is not None:
+                if is_partial:
                     added = is_there.select(added, 0.0)
-                total[r][i] = total[r][i] + added
+                total[r][i].value = total[r][i].value + added
+
+    if len(rows_of_x) * len(numbers) <= UNROLLED:
+        for start in range(0, groups, LANES):
+            add(f.i32(start), is_partial=start + LANES > groups)
+    else:
+        with f.loop(groups, step=LANES) as begin:
+            add(begin.to(I32), is_partial=groups % LANES > 0)
     for r, number in enumerate(numbers):
         for i, row_of_x in enumerate(rows_of_x):
             is_first = w.lane.equals(0) & w.spread(number < rows)
-            w.store([w.sum(total[r][i])], y, w.spread(number + row_of_x * rows), is_first)
+            w.store([w.sum(total[r][i].value)], y, w.spread(number + row_of_x * rows), is_first)
 
 
 def emit_expand(

@@ -17,12 +17,15 @@ from llvmlite import ir
 
 from phicore_jax.cuda.warp import GPU, LANES
 from phicore_jax.kernels.build import optimized
-from phicore_jax.kernels.lang import Function, Module, Target, Value
+from phicore_jax.kernels.lang import I32, Function, Module, Target, Value
 
 TRIPLE = "nvptx64-nvidia-cuda"
 # The target is Turing: drivers compile its PTX for newer GPUs too, and the kernels need no more.
 CAPABILITY, VERSION = "sm_75", "+ptx70"
 WARPS_OF_BLOCK = 4
+# A promise that a multiprocessor need not hold more blocks than this. Without it, the driver's
+# compiler saves registers, and so waits for a few loads before it begins the next ones.
+BLOCKS_AT_LEAST = 2
 GLOBAL = ir.PointerType(addrspace=1)
 
 
@@ -136,6 +139,10 @@ def ptx(emit: Emit, constants: tuple[Any, ...], pointers: int) -> str:
 
     function = module.function(_name(emit), [GLOBAL] * pointers, body)
     function.calling_convention = "ptx_kernel"
+    limits = {"maxntidx": WARPS_OF_BLOCK * LANES, "minctasm": BLOCKS_AT_LEAST}
+    for name, limit in limits.items():
+        annotation = [function, name, ir.Constant(I32, limit)]
+        module.ir.add_named_metadata("nvvm.annotations", annotation)
     for argument in function.args:
         argument.add_attribute("noalias")
     return optimized(module, _machine(), lambda m, parsed: m.emit_assembly(parsed))

@@ -15,7 +15,7 @@ from jax import lax
 
 from phicore.backend.philox import NUMBERS
 from phicore.gguf.reader import GGUFTensor
-from phicore_jax.cuda import attention
+from phicore_jax.cuda import attention, uniforms
 from phicore_jax.cuda.attention import Shape
 from phicore_jax.cuda.formats import FORMATS, GROUP
 from phicore_jax.cuda.linear import (
@@ -26,10 +26,11 @@ from phicore_jax.cuda.linear import (
     emit_quantize,
     emit_quantize_gated,
     emit_quantize_normed,
-    rows_of_warp,
+    integers,
+    warps_of,
 )
 from phicore_jax.cuda.ptx import launch, launch_in_place
-from phicore_jax.cuda.uniforms import blocks_of, emit_uniforms, warps_of
+from phicore_jax.cuda.uniforms import blocks_of, emit_uniforms
 from phicore_jax.cuda.warp import LANES
 from phicore_jax.experts import products_by_tiles
 from phicore_jax.own import OwnKernels, Source
@@ -132,10 +133,9 @@ class CudaKernels(OwnKernels):
         result = jax.ShapeDtypeStruct((m, w.rows), jnp.float32)
         operands = (*x.arrays, *w.planes)
         if experts is None:
-            warps = -(-w.rows // rows_of_warp(m))
-            (y,) = launch(emit_product, constants, operands, (result,), warps)
+            (y,) = launch(emit_product, constants, operands, (result,), warps_of(w.rows, m))
         else:
-            operands, warps = (experts, *operands), m * -(-w.rows // rows_of_warp(1))
+            operands, warps = (experts, *operands), m * warps_of(w.rows, 1)
             (y,) = launch(emit_expert_product, constants, operands, (result,), warps)
         return y
 
@@ -145,7 +145,7 @@ class CudaKernels(OwnKernels):
     def uniforms(self, key: Array, step: Array, size: int) -> Array:
         rows, blocks = key.shape[0], blocks_of(size)
         result = jax.ShapeDtypeStruct((rows, blocks * NUMBERS), jnp.float32)
-        operands, warps = (key, step), warps_of(rows, size)
+        operands, warps = (key, step), uniforms.warps_of(rows, size)
         (found,) = launch(emit_uniforms, (rows, size), operands, (result,), warps)
         return found[:, :size]
 
@@ -178,7 +178,7 @@ class CudaKernels(OwnKernels):
             attention.emit_attention, (shape, window), (q, positions, *cache), parts, warps
         )
         result = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-        (y,) = launch(attention.emit_combine, (shape,), found, (result,), batch * heads)
+        (y,) = launch(attention.emit_combine, (shape,), found, (result,), shape.combining_warps)
         return y
 
 
@@ -235,8 +235,7 @@ def quantize(x: Array, source: Source | None = None) -> tuple[Array, ...]:
     With a source, the kernel computes the activations from it and does not read x.
     """
     groups, columns = x.size // GROUP, x.shape[1]
-    shapes = ((2, GROUP), np.int8), ((), np.float32), ((2,), np.int32)
-    results = [jax.ShapeDtypeStruct((groups, *shape), dtype) for shape, dtype in shapes]
+    results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in integers(groups)]
     if source is None:
         return launch(emit_quantize, (groups,), (x,), results, groups)
     if source.name == "rms_norm":
