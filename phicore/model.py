@@ -189,6 +189,25 @@ class Model:
         _refuse_without_template(for_template)
         return _checked_ids(prompt, self.vocab_size)
 
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of the prompt that messages make, for people to read.
+
+        `encode` makes tokens of it, and keeps control tokens in the user's texts from having an
+        effect, which this text cannot show. The arguments are those of `encode`.
+        """
+        _check_template_kwargs(chat_template_kwargs)
+        with about(self.path.name):
+            return self._rendered(
+                messages, tools, documents, chat_template_kwargs or {}, is_escaped=False
+            )
+
     def _encoded(
         self,
         messages: Sequence[Message],
@@ -200,29 +219,39 @@ class Model:
 
         The other messages and the documents may be by anyone, and cannot add a turn of the chat.
         """
-        escape = self.tokenizer.escape
+        prompt = self._rendered(messages, tools, documents, for_template, is_escaped=True)
+        return self.tokenizer.encode(prompt, escaped=True)
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        for_template: Mapping[str, Any],
+        *,
+        is_escaped: bool,
+    ) -> str:
+        escape: Callable[[str], str] = self.tokenizer.escape if is_escaped else str
         turns, listed = arranged(checked_history(messages), checked_tools(tools), self.call_format)
+        variables = {
+            "tools": with_texts(listed, escape),
+            "documents": with_texts(documents, escape),
+            **for_template,
+        }
 
         def rendered(turns: Sequence[Message]) -> tuple[Sequence[Message], str]:
-            escaped = [self._escaped(message) for message in turns]
-            variables = {
-                "tools": with_texts(listed, escape),
-                "documents": with_texts(documents, escape),
-                **for_template,
-            }
-            return escaped, self.chat_template.render(escaped, **variables)
+            shown = [self._escaped(message) if is_escaped else message for message in turns]
+            return shown, self.chat_template.render(shown, **variables)
 
         # Most templates write arguments as JSON themselves; some want them as text.
         try:
-            escaped, prompt = rendered(turns)
-            is_written = not has_calls(turns) or not shows_objects_of_python(escaped, prompt)
+            shown, prompt = rendered(turns)
+            is_written = not has_calls(turns) or not shows_objects_of_python(shown, prompt)
         except TokenizerError:
             if not has_calls(turns):
                 raise
             is_written = False
-        if not is_written:
-            _, prompt = rendered(with_written_arguments(turns))
-        return self.tokenizer.encode(prompt, escaped=True)
+        return prompt if is_written else rendered(with_written_arguments(turns))[1]
 
     @cached_property
     def call_format(self) -> CallFormat:
@@ -322,9 +351,13 @@ class Model:
 
     def _constrained(self, use: ToolUse, ignore_eos: bool) -> tuple[ToolUse, Constraint | None]:
         """Constrain the calls of an answer, if the library is there or the request needs it."""
-        can = find_spec("llguidance") is not None and bool(self.tokenizer.end_token_ids)
-        if not use.needs_grammar and (ignore_eos or not can):
-            return use, None
+        is_there = find_spec("llguidance") is not None
+        if not use.needs_grammar:
+            if ignore_eos or not is_there or not self.tokenizer.end_token_ids:
+                return use, None
+        elif not is_there:
+            problem = "forced and strict calls need llguidance; install phicore[grammar]"
+            raise ArgumentError(problem, parameter="tools")
         return constrained(use, self._grammar_vocabulary, self.tokenizer.control_id)
 
     @cached_property

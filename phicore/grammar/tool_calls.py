@@ -44,19 +44,24 @@ def constrained(
 
 def _schema(tool: Tool, vocabulary: Vocabulary, is_needed: bool) -> Mapping[str, Any]:
     """Return the schema of a tool's arguments, or of any object."""
-    where = f"{tool.where}.parameters"
-    schema = closed(tool.parameters)
+    schema: Mapping[str, Any] = closed(tool.parameters)
     try:
-        grammar = matcher_class().grammar_from_json_schema(json.dumps(schema), overrides=_SPACED)
-        vocabulary.check(Constraint(TOOLS, grammar))
+        text = json.dumps(schema)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ArgumentError(f"{where}: {in_a_line(str(error))}", parameter=TOOLS) from error
-    except ArgumentError as error:
+        raise _wrong(tool, f"not JSON: {error}") from error
+    try:
+        grammar = matcher_class().grammar_from_json_schema(text, overrides=_SPACED)
+        vocabulary.check(Constraint(TOOLS, grammar))
+    except (ValueError, ArgumentError) as error:
         if not is_needed:
             return ANY_OBJECT
-        raise ArgumentError(f"{where}: {error.problem}", parameter=TOOLS) from error
-    found: Mapping[str, Any] = schema
-    return found
+        problem = error.problem if isinstance(error, ArgumentError) else str(error)
+        raise _wrong(tool, problem) from error
+    return schema
+
+
+def _wrong(tool: Tool, problem: str) -> ArgumentError:
+    return ArgumentError(f"{tool.where}.parameters: {in_a_line(problem)}", parameter=TOOLS)
 
 
 def _lark(

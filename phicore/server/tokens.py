@@ -12,6 +12,7 @@ from phicore.server.errors import ApiError, wrong_field
 from phicore.server.fields import Fields
 from phicore.server.parameters import check_ids, refuse_unknown
 from phicore.server.service import Service
+from phicore.server.tools import FIELDS, tools_of
 
 
 async def tokenize(service: Service, request: Request) -> Response:
@@ -29,14 +30,15 @@ async def tokenize(service: Service, request: Request) -> Response:
 
     def tokens() -> list[int]:
         if name is None:
-            variables = fields.object("chat_template_kwargs")
-            return model.encode(messages_of(fields), chat_template_kwargs=variables)
+            variables, tools = fields.object("chat_template_kwargs"), tools_of(fields)["tools"]
+            messages = messages_of(fields)
+            return model.encode(messages, tools=tools, chat_template_kwargs=variables)
         text = fields.text(name) or ""
         return tokenizer.encode(
             text, add_bos=add_bos and tokenizer.bos_token_id is not None, parse_special=parses
         )
 
-    ids = await service.in_pool(tokens, lambda parameter: name or "messages")
+    ids = await service.in_pool(tokens, lambda parameter: name or _spelled(parameter))
     shown: list[Any] = ids
     if has_pieces:
         shown = [{"id": id, "piece": _piece(tokenizer.token_bytes(id))} for id in ids]
@@ -76,11 +78,16 @@ async def apply_template(service: Service, request: Request) -> Response:
     fields = Fields(await service.body(request))
     model = service.model
     service.check_model(fields)
-    refuse_unknown(fields)
-    messages, variables = messages_of(fields), fields.object("chat_template_kwargs") or {}
+    refuse_unknown(fields, FIELDS)
+    messages, variables = messages_of(fields), fields.object("chat_template_kwargs")
+    tools = tools_of(fields)["tools"]
 
     def rendered() -> str:
-        model.encode(messages, chat_template_kwargs=variables)  # checks them
-        return model.chat_template.render(messages, **variables)
+        return model.render(messages, tools=tools, chat_template_kwargs=variables)
 
-    return JSONResponse({"prompt": await service.in_pool(rendered, lambda parameter: "messages")})
+    return JSONResponse({"prompt": await service.in_pool(rendered, _spelled)})
+
+
+def _spelled(parameter: str) -> str:
+    """Return the field of a request for a parameter of `Model.render`."""
+    return parameter if parameter in FIELDS else "messages"
