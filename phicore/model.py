@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from phicore.backend import Backend, BackendOptions
-from phicore.backend.host import cpu_count, free_memory_bytes, memory_bytes
+from phicore.backend.host import cpu_count, cpu_name, free_memory_bytes, memory_bytes
 from phicore.engine import Engine, Request
 from phicore.engine.request import ROPE_FACTORS, is_integer
 from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
@@ -551,7 +551,7 @@ class Model:
         names = ("phicore", "numpy", "jax", "jaxlib", "llvmlite", "mlx", "torch")
         versions = {d.name: d.version for d in distributions() if d.name in names}
         parts = (self._fingerprint, sorted(versions.items()), self.backend, self._ops.options)
-        found = repr((*parts, platform.machine(), platform.processor(), cpu_count()))
+        found = repr((*parts, platform.machine(), cpu_name(), cpu_count()))
         return hashlib.sha256(found.encode()).hexdigest()[:32]
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from phicore.model import Model
 from phicore.server import app
@@ -21,6 +22,40 @@ from phicore.server.settings import Settings
 
 LINGER_S = 2.0
 """After the grace time, connections have this time to send what is left."""
+
+
+class Protocol(H11Protocol):
+    """A connection that is closed if the head of a request does not come in time.
+
+    uvicorn itself waits for it without end.
+    """
+
+    patience_s = 60.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer: asyncio.TimerHandle | None = None
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _watch(self) -> None:
+        """Start the clock when a head begins, or a connection; stop it when the head is there."""
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        is_idle = self.cycle is not None and not self.conn.trailing_data[0]
+        if is_answering or is_idle:  # uvicorn closes idle connections
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.patience_s, self.transport.close)
 
 
 class Server(uvicorn.Server):
@@ -110,8 +145,11 @@ def run(
 
 
 def _config(application: Starlette, settings: Settings) -> uvicorn.Config:
+    protocol = type("Protocol", (Protocol,), {"patience_s": settings.patience})
     return uvicorn.Config(
         application,
+        http=protocol,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from phicore.backend.host import cpu_count
+from phicore.backend.host import cpu_count, cpu_name
+
+__all__ = ["MemoryBandwidth", "cpu_name"]
 
 READ_BYTES = 2**30  # several times the last-level cache of most servers
 READ_PASSES = 4  # so that starting the threads does not count
-
-
-def cpu_name() -> str:
-    """Return the name of the CPU, or that of its architecture if the system does not tell it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 class MemoryBandwidth:

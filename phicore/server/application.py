@@ -160,7 +160,7 @@ async def health(service: Service, request: Request) -> Response:
 async def metrics(service: Service, request: Request) -> Response:
     """Return the metrics in Prometheus' format."""
     kind = "text/plain; version=0.0.4; charset=utf-8"
-    return Response(service.metrics.text(), media_type=kind)
+    return Response(service.metrics.text(service.worker_or_none), media_type=kind)
 
 
 async def openapi(service: Service, request: Request) -> Response:

@@ -19,6 +19,8 @@ from phicore.server.service import Service
 from phicore.server.shapes import ChatShape
 from phicore.server.tools import FIELDS, ToolReader, tools_of
 
+MOST_MESSAGES = 4096
+"""The largest number of messages and their parts together; templates take long for more."""
 _TEXT_PARTS = ("text", "input_text", "refusal")
 
 
@@ -52,7 +54,7 @@ async def chat(service: Service, request: Request) -> Response:
         )
 
     spell = partial(Options.spelled, options, prompt="messages")
-    requests = await service.in_pool(prepared, spell)
+    requests = await service.in_pool(prepared, spell, is_long=request.state.is_long)
     service.check_prompts(requests, "messages")
     logprobs = [] if count is None else [ChatLogprobs(model.tokenizer) for _ in requests]
     shape = ChatShape([ToolReader(each) for each in requests])
@@ -79,12 +81,19 @@ def messages_of(fields: Fields) -> list[dict[str, Any]]:
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise wrong_field("messages", "expected a list of messages")
+    parts = [m.get("content") for m in messages if isinstance(m, dict)]
+    count = len(messages) + sum(len(part) for part in parts if isinstance(part, list))
+    if count > MOST_MESSAGES:
+        raise wrong_field("messages", f"expected at most {MOST_MESSAGES} messages and parts")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise _wrong(f"{where}: expected an object with role and content")
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise _wrong(f"{where}.tool_calls: expected a list of objects")
     content = message.get("content")
     if content is None:
         if not any(message.get(key) for key in ("tool_calls", "function_call", "refusal")):

@@ -68,19 +68,23 @@ class Metrics:
             registry=registry,
         )
 
-    def text(self) -> bytes:
-        """Return the metrics in Prometheus' format."""
+    def text(self, worker: Worker | None) -> bytes:
+        """Return the metrics in Prometheus' format.
+
+        Args:
+            worker: The thread that computes, if it is there.
+        """
+        if worker is not None:
+            waiting = worker.waiting
+            self._waiting.set(waiting)
+            self._running.set(max(worker.count - waiting, 0))
         return generate_latest(self.registry)
 
     # ---- called by the thread that computes ------------------------------------------------
 
     def stepped(self, worker: Worker) -> None:
-        """Note who runs and who waits."""
-        engine = worker.model.engine
-        waiting = len(engine.scheduler.waiting)
-        self._waiting.set(waiting)
-        self._running.set(max(len(worker.jobs) - waiting, 0))
-        running, prefixes, most = engine.kv_usage
+        """Note what memory is in use."""
+        running, prefixes, most = worker.model.engine.kv_usage
         self._prefixes.set(prefixes)
         self._usage.set((running + prefixes) / most if most else 0.0)
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from phicore.engine.request import MOST_LOGPROBS
-from phicore.server.parameters import MOST_CHOICES, MOST_STOPS
+from phicore.server.parameters import LONGEST_STOP, MOST_CHOICES, MOST_STOPS
 
 Schema = dict[str, Any]
 
@@ -48,6 +48,7 @@ _MAX_TOKENS = _integer(
     -1, 2**63 - 1, "The largest number of tokens of an answer; -1 is what the context holds."
 )
 _SCHEMA: Schema = {"type": "object", "description": "A JSON schema."}
+_STOP: Schema = {**TEXT, "minLength": 1, "maxLength": LONGEST_STOP}
 _COMMON: dict[str, Schema] = {
     "model": _or_null(_ref("ModelName")),
     "stream": _or_null(FLAG, "Whether the answer comes as server-sent events."),
@@ -73,7 +74,7 @@ _COMMON: dict[str, Schema] = {
         "A bias for each token's id.",
     ),
     "stop": _or_null(
-        {"anyOf": [TEXT, _list({**TEXT, "minLength": 1}, maxItems=MOST_STOPS)]},
+        {"anyOf": [_STOP, _list(_STOP, maxItems=MOST_STOPS)]},
         "Strings that end the text; they are no part of it.",
     ),
     "response_format": _or_null(
@@ -96,7 +97,6 @@ _COMMON: dict[str, Schema] = {
     ),
     "stop_token_ids": _or_null(IDS),
     "ignore_eos": _or_null(FLAG),
-    "user": _or_null(TEXT),
 }
 _PART: Schema = {
     "anyOf": [
@@ -104,6 +104,7 @@ _PART: Schema = {
         _object(["type", "refusal"], {"type": {"const": "refusal"}, "refusal": TEXT}),
     ]
 }
+_ARGUMENTS: Schema = {**TEXT, "description": "The text of a JSON object."}
 _FUNCTION_NAME = _object(["name"], {"name": {**TEXT, "minLength": 1}})
 _ALLOWED = _object(
     ["tools"],
@@ -118,6 +119,7 @@ _ALLOWED = _object(
     },
 )
 _TOOLS = _or_null(_list(_ref("Tool")), "Functions that the model may call.")
+_ROLE: Schema = {**TEXT, "examples": ["system", "user", "assistant", "tool"]}
 _SCHEMAS: dict[str, Schema] = {
     "Tool": _object(
         ["type", "function"],
@@ -138,6 +140,17 @@ _SCHEMAS: dict[str, Schema] = {
             ),
         },
     ),
+    "EarlierCall": _object(
+        ["function"],
+        {
+            "id": _or_null(TEXT),
+            "type": _or_null({"const": "function"}),
+            "function": _object(
+                ["name"],
+                {"name": TEXT, "arguments": {"anyOf": [_ARGUMENTS, {"type": "object"}]}},
+            ),
+        },
+    ),
     "ToolCall": _object(
         ["id", "type", "function"],
         {
@@ -145,19 +158,22 @@ _SCHEMAS: dict[str, Schema] = {
             "type": {"const": "function"},
             "function": _object(
                 ["name", "arguments"],
-                {"name": TEXT, "arguments": {**TEXT, "description": "The text of a JSON object."}},
+                {"name": TEXT, "arguments": _ARGUMENTS},
             ),
         },
     ),
-    "Message": _object(
-        ["role"],
-        {
-            "role": {"type": "string", "examples": ["system", "user", "assistant", "tool"]},
-            "content": _or_null({"anyOf": [TEXT, _list(_PART)]}),
-            "tool_calls": _or_null(_list(_ref("ToolCall")), "Calls in a message of the assistant."),
-            "tool_call_id": _or_null(TEXT, "The call whose result the message has."),
-        },
-    ),
+    "Message": {
+        "anyOf": [
+            _object(
+                ["role", "content"],
+                {"role": _ROLE, "content": {"anyOf": [TEXT, _list(_PART)]}},
+            ),
+            _object(
+                ["role", "tool_calls"],
+                {"role": _ROLE, "tool_calls": _list(_ref("EarlierCall"), minItems=1)},
+            ),
+        ]
+    },
     "ChatRequest": _object(
         ["messages"],
         {
@@ -347,7 +363,8 @@ def _get(about: str, good: Schema, *problems: str, **more: Any) -> Schema:
     return {"get": {"summary": about, "responses": found, **more}}
 
 
-_EVENTS = {"text/event-stream": {"schema": TEXT}}
+# `itemSchema`, of OpenAPI 3.2, describes each event; programs for 3.1 ignore it.
+_EVENTS = {"text/event-stream": {"itemSchema": _object(["data"], {"data": TEXT})}}
 _TOKEN = _object(["id", "piece"], {"id": COUNT, "piece": {"anyOf": [TEXT, IDS]}})
 _CHAT = _post("Answer a conversation.", "ChatRequest", {**_json(_ref("ChatCompletion")), **_EVENTS})
 _TEXT = _post("Continue texts.", "TextRequest", {**_json(_ref("TextCompletion")), **_EVENTS})

@@ -19,6 +19,7 @@ from phicore.server.fields import Fields
 from phicore.server.formats import format_of
 
 MOST_STOPS = 16
+LONGEST_STOP = 1000
 MOST_CHOICES = 128
 NEXT_SEED = 0x9E3779B97F4A7C15
 """The seed of choice i is the request's seed plus i times this, modulo 2**64. (The number is 2**64
@@ -145,7 +146,7 @@ def options_of(
     limit = fields.given("max_completion_tokens", "max_tokens", "n_predict")
     arguments: dict[str, Any] = {
         "max_tokens": _max_tokens(fields, limit, default_tokens, most_tokens, least_tokens),
-        "stop": fields.texts("stop", MOST_STOPS),
+        "stop": _stops(fields),
         "processors": _processors(fields, vocab_size),
         "ignore_eos": fields.flag("ignore_eos"),
         **_sampling(fields),
@@ -187,6 +188,13 @@ def refuse_unknown(fields: Fields, honoured: Collection[str] = ()) -> None:
                 param=name,
                 code="unsupported_parameter",
             )
+
+
+def _stops(fields: Fields) -> list[str]:
+    stops = fields.texts("stop", MOST_STOPS)
+    if any(len(stop) > LONGEST_STOP for stop in stops):
+        raise wrong_field("stop", f"expected texts of at most {LONGEST_STOP} characters")
+    return stops
 
 
 def _max_tokens(

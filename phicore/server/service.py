@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 CHUNK_S = 0.8
 """A prompt is read in parts of about this time, so that clients who go away are noticed soon."""
+LONG_BODY = 100_000
+"""A body of more bytes has long texts."""
 State = Literal["loading", "ready", "failed", "stopping"]
 
 
@@ -85,7 +87,7 @@ class Service:
         self._exchanges: WeakSet[Exchange] = WeakSet()
         # Texts are split into tokens here, since a long one would keep all others waiting.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="phicore-text")
-        self._scores = ThreadPoolExecutor(1, thread_name_prefix="phicore-scores")
+        self._long = ThreadPoolExecutor(1, thread_name_prefix="phicore-long")
 
     # ---- life ------------------------------------------------------------------------------
 
@@ -115,7 +117,14 @@ class Service:
             if self.state != "loading":
                 return
             self._worker, self.state = worker, "ready"
-        log.info("ready", extra={"fields": {"model": self.names[0], "backend": model.backend}})
+        fields = {
+            "model": self.names[0],
+            "backend": model.backend,
+            "device": model.device,
+            "context": model.context,
+            "load_s": round(model.load_s, 1),
+        }
+        log.info("ready", extra={"fields": fields})
         worker.run()
 
     def _most(self, model: Model) -> int:
@@ -144,7 +153,7 @@ class Service:
             self._worker.stop()
             if self._thread is not None and self._thread is not threading.current_thread():
                 self._thread.join(wait_s)
-        for pool in (self._pool, self._scores):
+        for pool in (self._pool, self._long):
             pool.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -169,6 +178,11 @@ class Service:
         return self._worker
 
     @property
+    def worker_or_none(self) -> Worker | None:
+        """Return the thread that computes, if it was ever there."""
+        return self._worker
+
+    @property
     def model(self) -> Model:
         """Return the model.
 
@@ -184,6 +198,8 @@ class Service:
 
     async def body(self, request: Request) -> dict[str, Any]:
         """Read the object in the body of a request.
+
+        `request.state.is_long` then tells whether its texts are long.
 
         Raises:
             ApiError: If the body is too long, comes too slowly or is no object.
@@ -206,6 +222,7 @@ class Service:
             raise ApiError("the body comes too slowly", status=408) from None
         except ClientDisconnect:
             raise GoneError from None
+        request.state.is_long = len(found) > LONG_BODY
         body = parsed(bytes(found))
         if self.settings.log_text:
             log.info("body", extra={"fields": {"body": body}})
@@ -225,21 +242,21 @@ class Service:
         raise unknown_model(name, self.names)
 
     async def in_pool(
-        self, function: Callable[[], Any], spell: Callable[[str], str], *, is_scored: bool = False
+        self, function: Callable[[], Any], spell: Callable[[str], str], *, is_long: bool = False
     ) -> Any:
         """Call a function in a thread for work with text.
 
         Args:
             spell: Returns the field of the request for a parameter in Python.
-            is_scored: Whether the function runs the model, which takes longer. Such functions run
-                one after the other.
+            is_long: Whether the function takes long. Such functions run one after the other, and
+                others do not wait for them.
         Raises:
             ApiError: If the function raises an error of phicore.
         """
         loop = asyncio.get_running_loop()
         model = self.model
         try:
-            return await loop.run_in_executor(self._scores if is_scored else self._pool, function)
+            return await loop.run_in_executor(self._long if is_long else self._pool, function)
         except ApiError:
             raise
         except TokenizerError as error:  # the file's name is of no use to a client

@@ -20,7 +20,8 @@ DONE = b"data: [DONE]\n\n"
 
 def event(data: Any) -> bytes:
     """Return an event whose data is an object of JSON."""
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
 class GoneError(ApiError):

@@ -38,7 +38,11 @@ async def tokenize(service: Service, request: Request) -> Response:
             text, add_bos=add_bos and tokenizer.bos_token_id is not None, parse_special=parses
         )
 
-    ids = await service.in_pool(tokens, lambda parameter: name or _spelled(parameter))
+    ids = await service.in_pool(
+        tokens,
+        lambda parameter: name or _spelled(parameter),
+        is_long=request.state.is_long,
+    )
     shown: list[Any] = ids
     if has_pieces:
         shown = [{"id": id, "piece": _piece(tokenizer.token_bytes(id))} for id in ids]
@@ -69,7 +73,7 @@ async def detokenize(service: Service, request: Request) -> Response:
     def text() -> str:
         return model.tokenizer.decode(tokens, skip_special=False)
 
-    found = await service.in_pool(text, lambda parameter: "tokens")
+    found = await service.in_pool(text, lambda parameter: "tokens", is_long=request.state.is_long)
     return JSONResponse({"content": found, "prompt": found})
 
 
@@ -85,7 +89,8 @@ async def apply_template(service: Service, request: Request) -> Response:
     def rendered() -> str:
         return model.render(messages, tools=tools, chat_template_kwargs=variables)
 
-    return JSONResponse({"prompt": await service.in_pool(rendered, _spelled)})
+    prompt = await service.in_pool(rendered, _spelled, is_long=request.state.is_long)
+    return JSONResponse({"prompt": prompt})
 
 
 def _spelled(parameter: str) -> str:

@@ -105,6 +105,11 @@ class Worker:
         """Return the number of answers that run or wait."""
         return self._count
 
+    @property
+    def waiting(self) -> int:
+        """Return the number of answers that wait."""
+        return len(self._submitted) + len(self.model.engine.scheduler.waiting)
+
     # ---- the thread ------------------------------------------------------------------------
 
     def run(self) -> None:

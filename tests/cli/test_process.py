@@ -19,7 +19,7 @@ from api.tiny_models import write_tiny
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")
 
 TENSOR_LIBRARIES = {"numpy", "jax", "jaxlib", "mlx", "torch", "tinygrad", "array_api_strict"}
-OTHER_LIBRARIES = {"gguf", "tokenizers", "huggingface_hub", "jinja2"}
+OTHER_LIBRARIES = {"gguf", "tokenizers", "huggingface_hub", "jinja2", "starlette", "uvicorn"}
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ NOT_HERE = (
     "uv sync",
     "benchmarks/",
     "--processor shout",
+    "phicore serve",
 )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from api.tiny_models import write_tiny
 from server.conftest import HI, Served
 
+import phicore
 from phicore import Model
 
 
@@ -207,3 +210,19 @@ def test_cached_tokens_and_times_are_in_usage(served: Served):
     assert cached == usage["prompt_tokens"] - 1
     assert usage["timings"]["cache_n"] == cached
     assert usage["timings"]["predicted_n"] == usage["completion_tokens"]
+
+
+def test_fingerprint_changes_when_the_bits_may(tiny_path: Path, tmp_path: Path):
+    other = write_tiny(tmp_path / "other.gguf", intermediate_size=128)
+    made = [
+        (tiny_path, "jax", {}),
+        (tiny_path, "numpy", {}),
+        (tiny_path, "jax", {"cache_type": "f32"}),
+        (other, "jax", {}),
+    ]
+    found = []
+    for path, backend, options in [*made, made[0]]:
+        with phicore.load(path, backend, **options) as loaded:
+            found.append(loaded.fingerprint)
+    assert found[-1] == found[0]
+    assert len(set(found)) == len(made)

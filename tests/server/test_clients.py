@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,7 +61,6 @@ def test_llm_prompts_and_continues(
     environment = {
         **os.environ,
         "LLM_USER_PATH": str(tmp_path),
-        "OPENAI_API_KEY": "any",
         "LLM_LOAD_PLUGINS": "",  # the demo model's package is a plugin that needs llama.cpp
     }
 
@@ -127,6 +127,8 @@ def test_langchain_is_told_of_a_full_context(served: Served):
 @pytest.fixture
 def litellm() -> Any:
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise it asks the network
+    if importlib.util.find_spec("litellm") is None:
+        return None
     import litellm
 
     litellm.telemetry = False
@@ -160,6 +162,34 @@ def test_litellm_knows_the_errors(served: Served, litellm: Any):
         litellm.completion(model="openai/absent", messages=HI, **where)
     with pytest.raises(litellm.BadRequestError):
         litellm.completion(model="openai/tiny", messages=HI, seed=2**70, **where)
+
+
+# ---- documents ---------------------------------------------------------------------------
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "serving.md"
+EXAMPLES = re.findall(r"^```py\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.split()[1])
+def test_example_of_the_document_works(served: Served, model: Model, code: str, litellm: Any):
+    for library in ("langchain_openai", "litellm"):
+        if library in code:
+            pytest.importorskip(library, reason="uv sync --group clients")
+    code = code.replace("http://127.0.0.1:8080", served.url).replace("smollm2", "tiny")
+    code = code.replace('phicore.load("tiny")', "MODEL")
+    exec(code, {"MODEL": model})
+
+
+@needs("llm")
+def test_yaml_of_the_document_is_for_llm(tmp_path: Path):
+    """The models are listed without asking the server."""
+    [models] = re.findall(r"^```yaml\n(- model_id.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.M)
+    (tmp_path / "extra-openai-models.yaml").write_text(models)
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": ""}
+    command = [sys.executable, "-m", "llm", "models"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert "phicore" in done.stdout
 
 
 # ---- schemathesis --------------------------------------------------------------------------

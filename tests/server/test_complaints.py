@@ -65,7 +65,7 @@ def test_schema_is_silently_not_enforced(served: Served, format: dict[str, Any],
 def test_one_long_prompt_stalls_all_others(endless: Served):
     """llama.cpp 29175: an answer goes on while a long prompt is read."""
     running = connect(endless, {"messages": HI, **ENDLESS, "stream": True})
-    read_until(running, b'"content": "')
+    read_until(running, b'"content":"')
     worker = endless.service.worker
     [answer] = worker.jobs
     prompt = [{"role": "user", "content": "The sea. " * 1500}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -37,6 +38,9 @@ WRONG: list[tuple[str, Any, str | None]] = [
     (CHAT, {"messages": HI, "stop": [""]}, "stop"),
     (CHAT, {"messages": HI, "stop": [1]}, "stop"),
     (CHAT, {"messages": HI, "stop": ["x"] * 100}, "stop"),
+    (CHAT, {"messages": HI, "stop": "x" * 1001}, "stop"),
+    (CHAT, {"messages": HI * 5000}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}] * 5000}]}, "messages"),
     (CHAT, {"messages": HI, "stream": "yes"}, "stream"),
     (CHAT, {"messages": HI, "stream_options": {"include_usage": True}}, "stream_options"),
     (CHAT, {"messages": HI, "logit_bias": {"a": 1}}, "logit_bias"),
@@ -52,6 +56,7 @@ WRONG: list[tuple[str, Any, str | None]] = [
     (CHAT, {"messages": ["Hi"]}, "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages"),
     (CHAT, {"messages": [{"role": 1, "content": "Hi"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [["a"]]}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages"),
@@ -186,6 +191,20 @@ def test_limits_are_kept(model: Model):
         connection.request("POST", TEXT, parts, encode_chunked=True)
         assert connection.getresponse().status == 413
         connection.close()
+
+
+def test_long_text_is_split_into_tokens_while_others_are_answered(served: Served):
+    """The library can hold Python's lock while it splits a text, and nothing else runs then."""
+    long = {"prompt": "The sea is wide and deep. " * 120_000}
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(served.post, TEXT, long)
+        others = 0
+        while not refused.done():
+            assert served.post(TEXT, {"prompt": "The", "max_tokens": 1})[0] == 200
+            others += 1
+    status, answer, _ = refused.result()
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert others >= 5
 
 
 def test_body_may_come_in_chunks(served: Served):

@@ -41,7 +41,7 @@ def test_client_that_goes_away_while_its_answer_is_computed_frees_its_row(
 ):
     connection = connect(endless, {**REQUEST, "stream": stream})
     if stream:
-        read_until(connection, b'"content": "')
+        read_until(connection, b'"content":"')
     worker = endless.service.worker
     endless.wait_until(lambda: any(job.count > 3 for job in worker.jobs), "an answer")
     connection.close()
@@ -57,7 +57,7 @@ def test_client_that_goes_away_while_it_waits_leaves_the_queue(endless: Served, 
     waiting.close()
     endless.wait_for_rows(2)
     for connection in running:
-        read_until(connection, b'"content": "')
+        read_until(connection, b'"content":"')
         connection.close()
     endless.wait_until(lambda: endless.is_free, "the end")
 
@@ -73,7 +73,7 @@ def test_client_that_goes_away_while_its_prompt_is_read_frees_its_row(
     connection.close()
     endless.wait_until(lambda: endless.is_free, "the end")
     # Reading the whole prompt takes far longer than a chunk, and no token was written.
-    assert b"vllm:num_requests_running" in endless.service.metrics.text()
+    assert b"vllm:num_requests_running" in endless.service.metrics.text(None)
 
 
 def test_full_queue_is_a_503_that_says_when_to_try_again(endless: Served):
@@ -106,7 +106,7 @@ def test_slow_reader_stalls_nobody_and_its_buffer_is_bounded(
 
     monkeypatch.setattr(jobs, "MOST_UNREAD", 200)
     slow = connect(endless, {**REQUEST, "stream": True}, buffer=2048)
-    read_until(slow, b'"content": "')
+    read_until(slow, b'"content":"')
     worker = endless.service.worker
     [job] = worker.jobs
     others = 0
@@ -129,8 +129,8 @@ def test_silent_stream_gets_comments(endless: Served):
     endless.wait_for_rows(2)
     waiting = connect(endless, {**REQUEST, "stream": True})
     found = read_until(waiting, b": keep-alive\n\n")
-    assert b'"role": "assistant"' in found
-    assert b'"content": "",' not in found.partition(b": keep-alive")[2]
+    assert b'"role":"assistant"' in found
+    assert b'"content":"",' not in found.partition(b": keep-alive")[2]
     for connection in [*running, waiting]:
         connection.close()
     endless.wait_until(lambda: endless.is_free, "the end")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient
 
 from phicore import Model
 from phicore.server import app
+from phicore.server.page import Page
 
 BODY: dict[str, Any] = {"messages": HI, "max_tokens": 1}
 CHAT = "/v1/chat/completions"
@@ -165,3 +167,25 @@ def test_application_can_be_mounted_in_another(model: Model):
     service.close()
     assert not service.is_alive
     assert client.post(f"/llm{CHAT}", json=BODY, headers={"x-api-key": "key"}).status_code == 503
+
+
+def test_files_of_the_page_come_with_a_policy_and_without_a_key(tmp_path: Path):
+    (tmp_path / "index.html").write_text("<!doctype html><title>phicore</title>")
+    (tmp_path / "page.js").write_text("export {}")
+    application = Starlette(exception_handlers={})
+    application.router.default = Page(tmp_path)
+    client = TestClient(application)
+    for path in ("/", "/page.js"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert client.get("/absent.js").status_code == 404
+    assert client.get("/../secret").status_code == 404
+    assert client.post("/").status_code == 404
+
+
+def test_without_a_folder_there_is_no_page(tmp_path: Path):
+    application = Starlette()
+    application.router.default = Page(tmp_path / "absent")
+    assert TestClient(application).get("/").status_code == 404

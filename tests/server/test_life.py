@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -228,6 +229,27 @@ def test_keys_of_a_file_open(endless_path: Path, tmp_path: Path):
         assert running.client.models.list().data
         with pytest.raises(openai.AuthenticationError):
             running.client.with_options(api_key="absent").models.list()
+
+
+HALVES = [b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: a\r\n"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "is_second"), [(b"", False), *((half, which) for half in HALVES for which in (0, 1))]
+)
+def test_connection_whose_request_does_not_come_is_closed(
+    endless_path: Path, sent: bytes, is_second: bool
+):
+    with process("-m", endless_path, "--patience", "0.5") as running:
+        port = int(running.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as connection:
+            if is_second:
+                connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert connection.recv(10) == b"HTTP/1.1 2"
+            connection.sendall(sent)
+            while connection.recv(65536):
+                pass  # what is left of the first answer
+        assert running.health() in (200, 503)
 
 
 # ---- while the model is loaded -------------------------------------------------------------

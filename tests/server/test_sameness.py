@@ -81,5 +81,5 @@ def test_text_is_the_same_alone_together_streamed_and_with_a_warm_cache(
                 together = list(pool.map(lambda b, s=stream: text_of(served, b, s), made))
                 assert together == expected
             assert served.service.worker.model.engine.is_idle
-            hits = served.service.metrics.text().decode()
+            hits = served.service.metrics.text(None).decode()
             assert 'prefix_cache_hits_total{model_name="tiny"} 0.0' not in hits

