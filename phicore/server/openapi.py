@@ -122,7 +122,7 @@ _TOOLS = _or_null(_list(_ref("Tool")), "Functions that the model may call.")
 _ROLE: Schema = {**TEXT, "examples": ["system", "user", "assistant", "tool"]}
 _SCHEMAS: dict[str, Schema] = {
     "Tool": _object(
-        ["type", "function"],
+        ["function"],
         {
             "type": {"const": "function"},
             "function": _object(

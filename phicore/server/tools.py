@@ -26,6 +26,9 @@ def tools_of(fields: Fields) -> dict[str, Any]:
         tools = None
     if tools is not None and not isinstance(tools, list):
         raise wrong_field("tools", "expected a list of tools")
+    for index, tool in enumerate(tools or []):
+        if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
+            raise wrong_field("tools", f"[{index}].function: expected an object")
     if choice is not None and not isinstance(choice, (str, dict)):
         raise wrong_field("tool_choice", "expected a text or an object")
     return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": is_parallel}

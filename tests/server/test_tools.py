@@ -264,7 +264,7 @@ def changed(**fields: Any) -> list[dict[str, Any]]:
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": "clock"}, "tools", "list"),
     ({"tools": ["clock"]}, "tools", "[0]"),
-    ({"tools": [{"type": "web_search"}]}, "tools", "[0].name"),
+    ({"tools": [{"type": "web_search"}]}, "tools", "[0].function"),
     ({"tools": [{"type": "custom", "function": {}}]}, "tools", "[0].type"),
     ({"tools": [{"type": "function", "function": {}}]}, "tools", "[0].function.name"),
     ({"tools": changed(name="")}, "tools", "[0].function.name"),
