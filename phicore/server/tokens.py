@@ -26,11 +26,12 @@ async def tokenize(service: Service, request: Request) -> Response:
     tokenizer = model.tokenizer
     adds = fields.given("add_special", "add_special_tokens")
     add_bos = fields.flag(adds) if adds is not None else False
+    tools = tools_of(fields)["tools"]
     has_pieces, parses = fields.flag("with_pieces"), fields.flag("parse_special", True)
 
     def tokens() -> list[int]:
         if name is None:
-            variables, tools = fields.object("chat_template_kwargs"), tools_of(fields)["tools"]
+            variables = fields.object("chat_template_kwargs")
             messages = messages_of(fields)
             return model.encode(messages, tools=tools, chat_template_kwargs=variables)
         text = fields.text(name) or ""

@@ -22,8 +22,6 @@ def tools_of(fields: Fields) -> dict[str, Any]:
     """
     tools, choice = fields.get("tools"), fields.get("tool_choice")
     is_parallel = fields.flag("parallel_tool_calls", True)
-    if tools in (False, {}, "", "none"):  # what other servers take as no tools
-        tools = None
     if tools is not None and not isinstance(tools, list):
         raise wrong_field("tools", "expected a list of tools")
     for index, tool in enumerate(tools or []):

@@ -37,7 +37,8 @@ def checked_history(messages: Sequence[Message]) -> Messages:
     names: dict[Any, Any] = {}
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            return list(messages)  # the chat template says what is wrong
+            expected = "expected text for 'role' and 'content'"
+            raise TokenizerError(f"messages[{index}]: {expected}, found {message!r:.80}")
         turn = dict(message)
         if (calls := turn.get("tool_calls")) is not None:
             where = f"messages[{index}].tool_calls"
@@ -46,9 +47,9 @@ def checked_history(messages: Sequence[Message]) -> Messages:
             checked = [_checked_call(call, f"{where}[{n}]") for n, call in enumerate(calls)]
             names |= {call.get("id"): function_of(call).get("name") for call in checked}
             turn["tool_calls"] = checked or None
-        name = names.get(turn.get("tool_call_id"))
-        if turn.get("role") == "tool" and turn.get("name") is None and name is not None:
-            turn["name"] = name
+        id = turn.get("tool_call_id")
+        if turn.get("role") == "tool" and turn.get("name") is None and isinstance(id, str):
+            turn["name"] = names.get(id)
         found.append(turn)
     return found
 

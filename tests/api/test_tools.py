@@ -11,7 +11,7 @@ from api.tiny_models import with_value, write_tiny
 
 import phicore
 from phicore import Model
-from phicore.errors import ArgumentError
+from phicore.errors import ArgumentError, TokenizerError
 
 HI = [{"role": "user", "content": "Hi"}]
 FLIP: dict[str, Any] = {
@@ -98,3 +98,35 @@ def test_wrong_arguments_are_errors_that_name_them(
     with pytest.raises(ArgumentError) as error:
         model.request("Hi", **options)
     assert error.value.parameter == parameter
+
+
+def test_without_the_library_calls_are_parsed_but_not_forced(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("phicore.model.find_spec", lambda name: None)
+    use = model.request(HI, tools=[FLIP]).tools
+    assert use is not None
+    assert not use.is_constrained
+    for options in (FORCED, {"tools": [{**FLIP, "strict": True}]}):
+        with pytest.raises(ArgumentError, match=r"^tools: .*phicore\[grammar\]"):
+            model.request(HI, **options)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "tool", "content": "x", "tool_call_id": {}},
+        {"role": "tool", "content": "x", "tool_call_id": "unknown"},
+        {"role": "user", "content": "x", "tool_calls": [{"name": "flip"}]},
+        {"role": "assistant", "content": "x", "tool_calls": []},
+    ],
+    ids=str,
+)
+def test_odd_messages_make_a_prompt(model: Model, message: Any):
+    assert model.encode([*HI, message], tools=[FLIP])
+
+
+@pytest.mark.parametrize("message", ["text", {"role": "assistant", "tool_calls": ["x"]}], ids=str)
+def test_message_that_is_none_is_an_error_that_names_it(model: Model, message: Any):
+    with pytest.raises(TokenizerError, match=r"messages\[1\]"):
+        model.encode([*HI, message], tools=[FLIP])
