@@ -71,7 +71,6 @@ class CallParser:
         self._is_in_arguments = self._is_behind_arguments = False
         self._is_start = True  # nothing but white space has come
         self._after_call = False
-        self.has_calls = False
 
     def push(self, text: str) -> list[Event]:
         """Take the next piece of the answer, and return what is certain by now."""
@@ -169,7 +168,7 @@ class CallParser:
     def _leave(self, left: str) -> None:
         self._left, self._opening = left, None
         self._is_start = False
-        self._after_call = self.has_calls = True
+        self._after_call = True
 
     def _calls(self, text: str) -> list[tuple[str, str]] | None:
         """Return the names and the arguments of the calls in JSON, None if it has something else.
@@ -195,7 +194,7 @@ class CallParser:
         if head is None or (name := json.loads(head[1])) not in self._names:
             return False
         self._left, self._scan, self._is_in_arguments = listed[head.end() :], _Scan(), True
-        self._is_start, self.has_calls = False, True
+        self._is_start = False
         events.append(Begin(name))
         return True
 
