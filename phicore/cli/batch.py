@@ -26,6 +26,7 @@ _OPTIONS = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"),
     *("seed", "stop", "ignore_eos", "system", "raw", "tools", "documents", "chat_template_kwargs"),
     *("processors", "rope_factors", "logprobs", "json_schema", "regex", "grammar"),
+    *("tool_choice", "parallel_tool_calls"),
 )
 
 
@@ -256,6 +257,8 @@ def _line(id: Any, answer: Answer, model: Model) -> dict[str, Any]:
         "prompt_tokens": len(answer.generation.prompt_ids),
         "generated_tokens": len(answer.token_ids),
     }
+    if answer.generation.request.tools is not None:
+        found["message"] = answer.message()
     if answer.logprobs:
         found["logprobs"] = [_logprobs(known, model.tokenizer) for known in answer.logprobs]
     return found

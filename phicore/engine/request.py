@@ -14,6 +14,7 @@ from phicore.network.logprobs import MOST
 from phicore.network.processors import LogitsProcessor
 from phicore.network.sampling import Sampling
 from phicore.text.stop_strings import checked_stops
+from phicore.tools.choices import ToolUse
 
 ROPE_FACTORS = ("auto", "long")
 MOST_LOGPROBS = MOST
@@ -40,6 +41,8 @@ class Request:
         logprobs: Number of alternatives, 0 to `MOST_LOGPROBS`, whose log probabilities are computed
             at each token of the answer, beside the token's own. None computes none. The answer is
             the same in any case.
+        tools: What the answer may call; None if it may call nothing. The engine ignores it, since
+            it has no text.
     Raises:
         ArgumentError: If a value is not allowed. The error names the parameter, the allowed values
             and, unless the prompt is empty, the value.
@@ -54,6 +57,7 @@ class Request:
     processors: Sequence[LogitsProcessor] = ()
     rope_factors: str = ROPE_FACTORS[0]
     logprobs: int | None = None
+    tools: ToolUse | None = None
 
     def __post_init__(self) -> None:
         prompt_ids = tuple(int(i) for i in self.prompt_ids)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from api.tiny_models import write_tiny
 
 import phicore as api
 
@@ -257,3 +258,17 @@ def test_options_that_do_not_go_together(phicore: Callable, args: list[str], mes
     assert result.code == 2
     assert result.err.startswith(f"phicore: {message}")
     assert result.err.count("\n") == 1
+
+
+def test_line_with_tools_gets_a_message_with_calls(phicore: Callable, tmp_path: Path):
+    model = write_tiny(tmp_path / "m.gguf", max_position_embeddings=2000)
+    tools = [{"name": "flip", "parameters": {"properties": {"heads": {"type": "boolean"}}}}]
+    line = {"prompt": "Hi", "seed": 1, "tools": tools, "max_tokens": 200}
+    forced = {**line, "tool_choice": "required", "parallel_tool_calls": False}
+    source, out = write(tmp_path / "in.jsonl", [line, forced]), tmp_path / "out.jsonl"
+    found = phicore("generate", "-m", model, "-b", "numpy", "--batch", source, "--out", out)
+    assert found.code == 0
+    free, called = sorted(read(out), key=lambda answer: answer["id"])
+    assert free["message"]["content"] == free["text"]
+    [call] = called["message"]["tool_calls"]
+    assert call["function"]["name"] == "flip"

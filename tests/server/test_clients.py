@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from api.tiny_models import write_tiny
 from server.conftest import HI, Served, ready
 
 import phicore
@@ -119,6 +120,48 @@ def test_langchain_is_told_of_a_full_context(served: Served):
     chat = ChatOpenAI(model="tiny", base_url=f"{served.url}/v1", api_key="any", max_retries=0)
     with pytest.raises((openai.BadRequestError, ContextOverflowError)):
         chat.invoke("word " * 1000)
+
+
+@needs("langchain_openai")
+def test_langchain_calls_a_tool_and_answers_with_its_result(tmp_path: Path):
+    from langchain_core.messages import HumanMessage, ToolMessage
+    from langchain_core.tools import tool
+    from langchain_openai import ChatOpenAI
+
+    @tool
+    def flip(heads: bool) -> str:
+        """Flip a coin."""
+        return "won" if heads else "lost"
+
+    path = write_tiny(tmp_path / "tiny.gguf", max_position_embeddings=2000)
+    with phicore.load(path, "numpy") as model, ready(model) as found:
+        chat = ChatOpenAI(
+            model="tiny", base_url=f"{found.url}/v1", api_key="any", max_tokens=300, seed=1
+        )
+        forced = chat.bind_tools([flip], tool_choice="flip")
+        whole = forced.invoke("Hi")
+        [call] = whole.tool_calls
+        assert (call["name"], list(call["args"])) == ("flip", ["heads"])
+        streamed = None
+        for part in forced.stream("Hi"):
+            streamed = part if streamed is None else streamed + part
+        assert streamed.tool_calls[0]["args"] == call["args"]
+        result = flip.invoke(call)
+        assert isinstance(result, ToolMessage)
+        last = chat.bind_tools([flip]).invoke([HumanMessage("Hi"), whole, result])
+        assert last.content
+        several = chat.bind_tools([flip], tool_choice="any", parallel_tool_calls=False)
+        assert len(several.invoke("Hi").tool_calls) == 1
+        structured = chat.with_structured_output(
+            {
+                "title": "Side",
+                "type": "object",
+                "properties": {"heads": {"type": "boolean"}},
+                "required": ["heads"],
+            },
+            method="function_calling",
+        )
+        assert structured.invoke("Hi")["heads"] in (True, False)
 
 
 # ---- litellm -------------------------------------------------------------------------------
