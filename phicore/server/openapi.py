@@ -147,7 +147,10 @@ _SCHEMAS: dict[str, Schema] = {
             "type": _or_null({"const": "function"}),
             "function": _object(
                 ["name"],
-                {"name": TEXT, "arguments": {"anyOf": [_ARGUMENTS, {"type": "object"}]}},
+                {
+                    "name": TEXT,
+                    "arguments": {"anyOf": [_ARGUMENTS, {"type": "object"}, {"type": "null"}]},
+                },
             ),
         },
     ),

@@ -62,6 +62,8 @@ def _checked_call(call: Any, where: str) -> dict[str, Any]:
         inner, inside = call["function"], f"{where}.function"
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise TokenizerError(f"{inside}.name: expected the function's name")
+    if call.get("type") not in (None, "function"):
+        raise TokenizerError(f"{where}.type: expected function, found {call['type']!r:.60}")
     if not isinstance(call.get("id"), (str, type(None))):
         raise TokenizerError(f"{where}.id: expected a text, found {call['id']!r:.60}")
     arguments = inner.get("arguments")

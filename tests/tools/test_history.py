@@ -178,6 +178,7 @@ def test_arguments_of_a_call_are_checked():
         ([call("1", {}), call("2", "[]")], "[1].function.arguments: expected a JSON object"),
         ([{"id": "1", "function": {}}], "[0].function.name"),
         ([{**call("1", {}), "id": 5}], "[0].id"),
+        ([{**call("1", {}), "type": "custom"}], "[0].type: expected function"),
         (["clock"], "[0]: expected an object"),
         ("clock", "expected a list"),
     ]
