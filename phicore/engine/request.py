@@ -40,6 +40,8 @@ class Request:
         logprobs: Number of alternatives, 0 to `MOST_LOGPROBS`, whose log probabilities are computed
             at each token of the answer, beside the token's own. None computes none. The answer is
             the same in any case.
+        speculation: Whether tokens may be guessed and checked several at a time, if the engine has
+            a drafter. The answer is the same in any case.
     Raises:
         ArgumentError: If a value is not allowed. The error names the parameter, the allowed values
             and, unless the prompt is empty, the value.
@@ -54,6 +56,7 @@ class Request:
     processors: Sequence[LogitsProcessor] = ()
     rope_factors: str = ROPE_FACTORS[0]
     logprobs: int | None = None
+    speculation: bool = True
 
     def __post_init__(self) -> None:
         prompt_ids = tuple(int(i) for i in self.prompt_ids)
