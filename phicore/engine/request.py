@@ -71,6 +71,9 @@ class Request:
             raise ArgumentError(parameter="rope_factors", expected=expected, got=self.rope_factors)
         if self.logprobs is not None:
             check_logprobs(self.logprobs)
+        if not isinstance(self.speculation, bool):
+            expected = "True or False"
+            raise ArgumentError(parameter="speculation", expected=expected, got=self.speculation)
         seed = secrets.randbits(32) if self.seed is None else self.seed
         if not is_integer(seed) or not 0 <= seed < 2**64:
             raise ArgumentError(parameter="seed", expected="0 to 2**64 - 1", got=seed)

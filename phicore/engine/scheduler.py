@@ -33,6 +33,8 @@ TOKEN_COST = 0.25
 nothing was measured."""
 GAIN = 1.1
 """Drafts are checked if this is expected to give so many times as many tokens in the same time."""
+LONGEST = 3
+"""A step counts as if it had taken at most so many times as long as was thought."""
 FORGET = 1 / 64
 """The part of what a step takes longer than was thought that is forgotten at each chance to run
 it, so that one bad measurement does not count for ever."""
@@ -53,6 +55,7 @@ class Scheduler:
         chunk_s: About the longest time in seconds that a part of a prompt is read at once while no
             answer waits for it; None sets no limit. Requests that come or are aborted meanwhile
             wait for this.
+        steps_s: The time of steps in seconds, by the numbers of rows and of tokens of each row.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self._token_s: float | None = None
         self._chunks = 0
-        self._steps_s: dict[tuple[int, int], float] = {}
+        self.steps_s: dict[tuple[int, int], float] = {}
 
     def add(self, sequence: Sequence) -> None:
         """Add a sequence at the end of the queue.
@@ -126,21 +129,21 @@ class Scheduler:
     def step_took(self, rows: int, size: int, seconds: float) -> None:
         """Take note of the time of a step of `rows` rows with `size` tokens each.
 
-        A shorter time counts at once and a longer one in part, since others may use the processor.
+        A time that is far too long counts in part, since others may have used the processor.
         """
         old = self._step_s(rows, size)
-        if old is not None and seconds > old:
-            seconds = (1 - NEWEST) * old + NEWEST * seconds
-        self._steps_s[rows, size] = seconds
+        if old is not None:
+            seconds = (1 - NEWEST) * old + NEWEST * min(seconds, LONGEST * old)
+        self.steps_s[rows, size] = seconds
 
     def _step_s(self, rows: int, size: int) -> float | None:
         """Return the time of a step, as measured or as expected; None if nothing is known."""
-        found = self._steps_s.get((rows, size))
+        found = self.steps_s.get((rows, size))
         return self._expected_s(rows, size) if found is None else found
 
     def _expected_s(self, rows: int, size: int) -> float | None:
         """Return the time that a step is expected to take, from that of a step of one token."""
-        one_s = self._steps_s.get((rows, 1))
+        one_s = self.steps_s.get((rows, 1))
         if one_s is None:
             return None
         # A row takes a step longer, too.
@@ -169,7 +172,7 @@ class Scheduler:
             if size <= most and rate >= GAIN * one_rate and rate > best_rate:
                 best, best_rate = size, rate
             elif step_s > expected_s:
-                self._steps_s[rows, size] = step_s - FORGET * (step_s - expected_s)
+                self.steps_s[rows, size] = step_s - FORGET * (step_s - expected_s)
         return best
 
     @staticmethod

@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, make_backend
+from api.tiny_models import write_tiny
+from conftest import make_backend
 
+import phicore
 from phicore.backend import Backend
-from phicore.engine import Engine, Request
+from phicore.engine import Engine, Request, drafts
 from phicore.engine import Sequence as Running
-from phicore.engine.drafts import Draft, Drafter, NGrams, accepted
+from phicore.engine import engine as engine_module
+from phicore.engine.drafts import Draft, Drafter, NGrams
 from phicore.engine.rows import Rows
 from phicore.engine.runner import Runner
 from phicore.engine.scheduler import Scheduler
@@ -221,3 +224,197 @@ def test_text_is_the_same_where_rows_shift_and_switch(
     engine.drafter = DRAFTERS[drafter](told(made, expected))
     for seed in (None, 1):
         assert together(engine, made, seed) == expected
+
+
+# ---- ends, prefixes, random numbers of the device ------------------------------------------------
+
+
+def engine_with(path: Path, answers: dict[Any, list[int]], chance: float = 1.0) -> Engine:
+    """Return an engine on numpy with a drafter that knows the answers."""
+    engine = engine_of(make_backend("numpy"), path)
+    engine.scheduler, engine.drafter = Eager(), Told(answers, chance)
+    return engine
+
+
+@pytest.mark.parametrize("place", [1, 9, 15])
+def test_end_inside_of_accepted_tokens_ends_the_answer(place: int, path: Path):
+    request = Request([3, 1, 4], replace(DRAWN, temperature=2.0), max_tokens=24, seed=2)
+    answer = list(engine_of(make_backend("numpy"), path).generate(request))
+    first = answer.index(answer[place])
+    engine = engine_with(path, {key(request): answer})
+    ended = replace(request, ends=frozenset([answer[place]]))
+    assert together(engine, [ended]) == [(answer[: first + 1], "stop", [])]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 9])
+def test_limit_inside_of_a_draft_ends_the_answer(limit: int, path: Path):
+    request = Request([3, 1, 4], DRAWN, max_tokens=24, seed=2)
+    answer = list(engine_of(make_backend("numpy"), path).generate(request))
+    short = replace(request, max_tokens=limit)
+    engine = engine_with(path, {key(short): answer})
+    assert together(engine, [short]) == [(answer[:limit], "length", [])]
+
+
+def test_stop_string_inside_of_accepted_tokens_ends_the_text(tmp_path: Path):
+    with phicore.load(write_tiny(tmp_path / "m.gguf"), backend="numpy") as model:
+        request = model.request("Hello", max_tokens=40, temperature=1.5, seed=3, ignore_eos=True)
+        expected = model.generate(request).text()
+        tokens = list(model.engine.generate(request))
+        stop = expected[9:12]
+        model.engine.scheduler = Eager()
+        model.engine.drafter = Told({key(request): tokens}, 1.0)
+        generation = model.generate(replace(request, stop=stop))
+        assert generation.text() == expected[: expected.index(stop)]
+        assert generation.timings.accepted_tokens > 0
+
+
+@pytest.mark.parametrize("chance", [1.0, 0.6])
+def test_next_turn_takes_over_what_accepted_tokens_have_stored(
+    chance: float, path: Path, tmp_path: Path
+):
+    request = Request([3, 1, 4, 1, 5] * 4, DRAWN, max_tokens=29, seed=2)
+    plain = engine_of(make_backend("numpy"), path)
+    answer = list(plain.generate(request))
+    text = [*request.prompt_ids, *answer]
+    following = replace(request, prompt_ids=[*text, 7, 8])
+    expected = list(plain.generate(following))
+    engine = engine_with(path, {key(request): answer, key(following): expected}, chance)
+    engine.prefixes.most_bytes = 10**9
+    assert list(engine.generate(request)) == answer
+    assert engine.save_session(tmp_path / "s", text, "m") == len(text) - 1
+    other = engine_of(make_backend("numpy"), path)
+    other.prefixes.most_bytes = 10**9
+    other.load_session(tmp_path / "s", "m")
+    for each in (engine, other):
+        sequence = each.add(following)
+        assert [t for output in each.outputs(sequence) for t in output.tokens] == expected
+        assert sequence.timings.cached_tokens == len(text) - 1
+
+
+def test_device_makes_the_same_random_numbers(path: Path):
+    made = requests(4, seed=9, longest=20)
+    expected = alone(engine_of(make_backend("numpy"), path), made)
+    engine = engine_with(path, told(made, expected), 0.8)
+    ops = engine.runner.ops
+    ops.capabilities = replace(ops.capabilities, random_on_device=True)
+    assert_same(together(engine, made), expected, exact=False)
+
+
+def test_request_and_processors_that_need_tokens_are_not_drafted(path: Path):
+    request = Request([3, 1, 4], DRAWN, max_tokens=20, seed=2)
+    answer = list(engine_of(make_backend("numpy"), path).generate(request))
+    engine = engine_with(path, {key(request): answer})
+    assert list(engine.generate(replace(request, speculation=False))) == answer
+    assert isinstance(engine.drafter, Told)
+    assert engine.drafter.drafted == 0
+    sequence = engine.add(replace(request, processors=[Follows()]))
+    assert [t for output in engine.outputs(sequence) for t in output.tokens] == answer
+    assert engine.drafter.drafted == 0
+    other = engine.add(request)
+    list(engine.outputs(other))
+    assert other.timings.accepted_tokens == engine.drafter.accepted > 10
+
+
+class Follows(LogitsProcessor):
+    """Changes nothing, and asks for each token."""
+
+    @classmethod
+    def apply(cls, ops: Backend, logits: Any, state: Any) -> Any:
+        return logits
+
+    def update(self, token: int) -> dict[str, np.ndarray]:
+        return {}
+
+
+# ---- faults that the tests above must see --------------------------------------------------------
+
+
+def noise_of_the_first_token(self: Runner, rows: Rows, count: int = 1, room: Any = None) -> Any:
+    numbers = self.ops.to_numpy(UNIFORMS(self, rows, count, room))
+    return self.ops.asarray(numbers if room is None else np.stack([numbers[0]] * room))
+
+
+def window_of_the_first_token(ops: Backend, logits: Any, penalty: Any, draw: Any) -> Any:
+    """The penalty of each token of a draft sees what the first one sees. B is 1."""
+    recent = penalty["recent"]
+    recent = ops.xp.broadcast_to(recent[:1, :], recent.shape)
+    return SAMPLE(ops, logits, {**penalty, "recent": recent}, draw)
+
+
+def recent_tokens_of_before(self: Steps, kinds: Any, *args: Any, **options: Any) -> Any:
+    cache, token, _, *rest = VERIFY(self, kinds, *args, **options)
+    return (cache, token, args[6]["recent"], *rest)
+
+
+def states_of_the_first_token(self: Steps, states: Any, rows: Any) -> Any:
+    return TAKE(self, states, rows * 0)
+
+
+def rejected_slots_are_seen(self: Engine, rows: Rows, sequence: Running, *args: Any) -> Any:
+    output = CHECKED(self, rows, sequence, *args)
+    sequence.computed += len(args[0]) - len(output.tokens)
+    return output
+
+
+def index_is_not_moved(self: Engine, rows: Rows, sequence: Running, *args: Any) -> Any:
+    output = CHECKED(self, rows, sequence, *args)
+    if sequence.left:
+        sequence.sampled -= len(output.tokens) - 1
+    return output
+
+
+def one_too_many(tokens: list[int], inputs: list[int]) -> int:
+    return min(ACCEPTED(tokens, inputs) + 1, len(tokens))
+
+
+UNIFORMS, SAMPLE, VERIFY, TAKE = Runner._uniforms, sampler.sample, Steps.verify, Steps.take
+CHECKED, ACCEPTED = Engine._checked, drafts.accepted
+
+
+@pytest.fixture(scope="module")
+def plain(path: Path) -> tuple[list[Request], list[Answer]]:
+    """Return requests that depend on all of the states of a row, and their answers."""
+    greedy = Sampling(temperature=0.0, repeat_penalty=1.5, repeat_last_n=5)
+    drawn = Sampling(temperature=1.0, top_k=20, repeat_penalty=2.0)
+    counted = [AnswerPenalty(frequency=0.9, presence=0.5)]
+    made = [
+        Request([seed, 3, 1, 4], sampling, max_tokens=20, seed=seed, processors=processors)
+        for seed in range(2)
+        for sampling, processors in [
+            (greedy, ()),
+            (drawn, ()),
+            (Sampling(temperature=0.0), counted),
+        ]
+    ]
+    return made, alone(engine_of(make_backend("numpy"), path), made)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault"),
+    [
+        (Runner, "_uniforms", noise_of_the_first_token),
+        (sampler, "sample", window_of_the_first_token),
+        (Steps, "verify", recent_tokens_of_before),
+        (Steps, "take", states_of_the_first_token),
+        (Engine, "_checked", rejected_slots_are_seen),
+        (Engine, "_checked", index_is_not_moved),
+        (engine_module, "accepted", one_too_many),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_fault_is_seen(
+    where: Any,
+    name: str,
+    fault: Any,
+    path: Path,
+    plain: tuple[list[Request], list[Answer]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    made, expected = plain
+    answers = told(made, expected)
+    for is_planted in (False, True):
+        if is_planted:
+            monkeypatch.setattr(where, name, fault)
+        engine = engine_with(path, answers, 0.7)
+        found = [together(engine, [request])[0][0] for request in made]
+        assert (found == [answer[0] for answer in expected]) != is_planted
