@@ -15,10 +15,12 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 
 import phicore
 from phicore.engine import Timings
-from phicore.engine.drafts import NGrams
+from phicore.engine.drafts import Draft, NGrams
+from phicore.engine.scheduler import Scheduler
 
 TEXT = (
     "The old lighthouse on the northern cape was built in 1874 by a family of stonemasons. For "
@@ -46,6 +48,21 @@ TASKS = {
 SETTINGS = {"greedy": {"temperature": 0.0}, "drawn": {}}
 
 
+class EachSize(Scheduler):
+    """Checks drafts with steps of each size in turn, so that all are compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked = 0
+
+    def step_wanted(self, rows: int, most: int, drafts: Sequence[Draft]) -> int:
+        sizes = [size for size in self.step_sizes(rows) if size <= most]
+        if not sizes or not any(draft.tokens for draft in drafts):
+            return 1
+        self.checked += 1
+        return sizes[self.checked % len(sizes)]
+
+
 def run(
     model: phicore.Model, prompt: str, **options: object
 ) -> tuple[list[int], float, float, Timings]:
@@ -65,7 +82,10 @@ def compare(
     engine, drafter = model.engine, NGrams()
     ratios, cpu_ratios, slow, timings = [], [], [], Timings()
     options = {**SETTINGS[setting], "max_tokens": limit}
-    for number in range(-1, runs):  # the first run compiles
+    scheduler, engine.scheduler, engine.drafter = engine.scheduler, EachSize(), drafter
+    run(model, TASKS[task], **options)
+    engine.scheduler = scheduler
+    for number in range(-1, runs):  # the first run compiles, too
         found = {}
         for has_drafts in (False, True) if number % 2 else (True, False):
             engine.drafter = drafter if has_drafts else None

@@ -35,7 +35,7 @@ GAIN = 1.1
 """Drafts are checked if this is expected to give so many times as many tokens in the same time."""
 LONGEST = 3
 """A step counts as if it had taken at most so many times as long as was thought."""
-FORGET = 1 / 64
+FORGET = 1 / 256
 """The part of what a step takes longer than was thought that is forgotten at each chance to run
 it, so that one bad measurement does not count for ever."""
 
@@ -131,9 +131,12 @@ class Scheduler:
 
         A time that is far too long counts in part, since others may have used the processor.
         """
-        old = self._step_s(rows, size)
-        if old is not None:
-            seconds = (1 - NEWEST) * old + NEWEST * min(seconds, LONGEST * old)
+        known = self.steps_s.get((rows, size))
+        thought = self._step_s(rows, size)
+        if thought is not None:
+            seconds = min(seconds, LONGEST * thought)
+        if known is not None:
+            seconds = (1 - NEWEST) * known + NEWEST * seconds
         self.steps_s[rows, size] = seconds
 
     def _step_s(self, rows: int, size: int) -> float | None:

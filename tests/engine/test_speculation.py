@@ -27,6 +27,7 @@ from phicore.engine.rows import Rows
 from phicore.engine.runner import Runner
 from phicore.engine.scheduler import Scheduler
 from phicore.engine.steps import Steps
+from phicore.errors import ArgumentError
 from phicore.network import sampler
 from phicore.network.processors import AnswerPenalty, LogitBias, LogitsProcessor
 from phicore.network.sampling import Sampling
@@ -298,6 +299,21 @@ def test_device_makes_the_same_random_numbers(path: Path):
     ops = engine.runner.ops
     ops.capabilities = replace(ops.capabilities, random_on_device=True)
     assert_same(together(engine, made), expected, exact=False)
+
+
+def test_speculation_is_chosen_when_a_model_is_loaded(tmp_path: Path):
+    path, drafter = write_tiny(tmp_path / "m.gguf"), NGrams()
+    with phicore.load(path, "numpy") as model:
+        assert model.engine.drafter is None
+    with phicore.load(path, "numpy", speculation=True) as model:
+        assert isinstance(model.engine.drafter, NGrams)
+        assert model.request("Hello", speculation=False).speculation is False
+        with pytest.raises(ArgumentError, match=r"^speculation: expected True or False, got 'yes'"):
+            model.generate("Hello", speculation="yes")
+    with phicore.load(path, "numpy", speculation=drafter) as model:
+        assert model.engine.drafter is drafter
+    with pytest.raises(ArgumentError, match=r"^speculation: expected True, False or a Drafter"):
+        phicore.load(path, "numpy", speculation="n-grams")
 
 
 def test_request_and_processors_that_need_tokens_are_not_drafted(path: Path):

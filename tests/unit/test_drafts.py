@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from phicore.engine import Request, Sequence
 from phicore.engine.drafts import NO_DRAFT, Draft, Match, NGrams, accepted, inputs_of
+from phicore.engine.scheduler import STEP_SIZES, Scheduler
 
 TEXTS = st.lists(st.integers(0, 3), max_size=60)
 
@@ -97,3 +100,53 @@ def test_inputs_are_the_last_token_the_draft_and_padding():
     assert found.dtype == np.int32
     assert found.tolist() == [[6, 7, 8], [0, -1, -1], [5, -1, -1]]
     assert inputs_of([begun], {begun: Draft((7,), 0.5)}, 4).tolist() == [[6, 7, -1, -1]]
+
+
+# ---- drafts and the scheduler together, with costs in place of a backend -------------------------
+
+
+def speedup(prompt: list[int], answer: list[int], token_cost: float) -> float:
+    """Return how many times as fast an answer comes, if each token of a step costs this much."""
+    scheduler, match = Scheduler(), Match(prompt)
+    done, took_s = 0, 0.0
+    while done < len(answer):
+        draft = match.draft(STEP_SIZES[-1] - 1)
+        size = scheduler.step_wanted(1, len(answer) - done, [draft])
+        step_s = 1 + token_cost * (size - 1)
+        scheduler.step_took(1, size, step_s)
+        took_s += step_s
+        padding = [-1] * (size - 1 - len(draft.tokens))
+        inputs = [0, *draft.tokens[: size - 1], *padding]
+        new = answer[done : done + accepted(answer[done : done + size], inputs)]
+        match.extend(new)
+        done += len(new)
+    return len(answer) / took_s
+
+
+def diverging(rng: random.Random, count: int) -> list[int]:
+    """Return a text that repeats two to six tokens again and again, and then goes on otherwise."""
+    text = [rng.randrange(5000) for _ in range(20)]
+    while len(text) < count:
+        start = rng.randrange(len(text) - 6)
+        text += [*text[start : start + rng.randint(2, 6)], rng.randrange(5000)]
+    return text[:count]
+
+
+@pytest.mark.parametrize(("token_cost", "least"), [(0.05, 0.97), (0.25, 0.97), (1.0, 0.95)])
+@pytest.mark.parametrize("kinds", [5, 8, 20, 1000, "diverging"])
+def test_text_that_cannot_be_guessed_costs_little(
+    kinds: int | str, token_cost: float, least: float
+):
+    for seed in range(5):
+        rng = random.Random(seed)
+        text = diverging(rng, 400) if kinds == "diverging" else []
+        text = text or [rng.randrange(int(kinds)) for _ in range(400)]
+        assert speedup(text[:100], text[100:], token_cost) > least
+
+
+@pytest.mark.parametrize(("token_cost", "least"), [(0.05, 3.0), (0.25, 2.3), (1.0, 0.97)])
+def test_text_that_repeats_the_prompt_comes_faster(token_cost: float, least: float):
+    rng = random.Random(1)
+    prompt = [rng.randrange(5000) for _ in range(250)]
+    answer = [token if rng.random() > 0.01 else 5001 for token in prompt]
+    assert speedup(prompt, answer, token_cost) > least
