@@ -350,6 +350,11 @@ def noise_of_the_first_token(self: Runner, rows: Rows, count: int = 1, room: Any
     return self.ops.asarray(numbers if room is None else np.stack([numbers[0]] * room))
 
 
+def noise_of_the_token_before(self: Runner, rows: Rows, count: int = 1, room: Any = None) -> Any:
+    numbers = self.ops.to_numpy(UNIFORMS(self, rows, count, room))
+    return self.ops.asarray(numbers if room is None else np.stack([numbers[0], *numbers[:-1]]))
+
+
 def window_of_the_first_token(ops: Backend, logits: Any, penalty: Any, draw: Any) -> Any:
     """The penalty of each token of a draft sees what the first one sees. B is 1."""
     recent = penalty["recent"]
@@ -369,13 +374,6 @@ def states_of_the_first_token(self: Steps, states: Any, rows: Any) -> Any:
 def rejected_slots_are_seen(self: Engine, rows: Rows, sequence: Running, *args: Any) -> Any:
     output = CHECKED(self, rows, sequence, *args)
     sequence.computed += len(args[0]) - len(output.tokens)
-    return output
-
-
-def index_is_not_moved(self: Engine, rows: Rows, sequence: Running, *args: Any) -> Any:
-    output = CHECKED(self, rows, sequence, *args)
-    if sequence.left:
-        sequence.sampled -= len(output.tokens) - 1
     return output
 
 
@@ -413,7 +411,7 @@ def plain(path: Path) -> tuple[list[Request], list[Answer]]:
         (Steps, "verify", recent_tokens_of_before),
         (Steps, "take", states_of_the_first_token),
         (Engine, "_checked", rejected_slots_are_seen),
-        (Engine, "_checked", index_is_not_moved),
+        (Runner, "_uniforms", noise_of_the_token_before),
         (engine_module, "accepted", one_too_many),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
