@@ -22,6 +22,7 @@ import numpy as np
 from phicore.backend import Backend, BackendOptions
 from phicore.backend.host import cpu_count, cpu_name, free_memory_bytes, memory_bytes
 from phicore.engine import Engine, Request
+from phicore.engine.drafts import Drafter, NGrams
 from phicore.engine.request import ROPE_FACTORS, is_integer
 from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
 from phicore.errors import ArgumentError, GGUFError, PhicoreError, TokenizerError, about
@@ -58,6 +59,8 @@ from phicore.tools.history import (
 
 log = logging.getLogger(__name__)
 
+SPECULATION = False
+"""Whether tokens are guessed by default."""
 PREFIX_CACHE_BYTES = 2 * 10**9
 """The largest size of the prefix cache by default."""
 
@@ -95,6 +98,7 @@ class Model:
         max_sequences: int = MAX_SEQUENCES,
         prefix_cache_bytes: int | None = None,
         kv_memory: int | None = None,
+        speculation: bool | Drafter = SPECULATION,
     ) -> None:
         started = time.perf_counter()
         self.reference = files.reference
@@ -127,6 +131,7 @@ class Model:
                 scheduler=Scheduler(max_sequences=max_sequences),
                 prefix_bytes=_checked_prefix_bytes(prefix_cache_bytes),
                 kv_bytes=_checked_kv_memory(kv_memory, ops),
+                drafter=_checked_drafter(speculation),
             )
             if kv_memory is not None:
                 self._engine.fit_context()
@@ -293,6 +298,7 @@ class Model:
         processors: Sequence[LogitsProcessor | str] = (),
         rope_factors: str = ROPE_FACTORS[0],
         logprobs: int | None = None,
+        speculation: bool = True,
         json_schema: Any = None,
         regex: str | None = None,
         grammar: str | None = None,
@@ -338,6 +344,7 @@ class Model:
             rope_factors=rope_factors,
             logprobs=logprobs,
             tools=use,
+            speculation=speculation,
         )
 
     def _tool_use(self, tools: Sequence[Tool], choice: Any, is_parallel: Any) -> ToolUse | None:
@@ -409,6 +416,8 @@ class Model:
             logprobs: Number of alternatives, 0 to 20, whose log probabilities each piece tells in
                 its `logprobs`, beside the one of its own token. The text stays the same. None tells
                 none.
+            speculation: Whether tokens of this answer may be guessed and checked, if the model was
+                loaded with `speculation`. The text stays the same.
             json_schema: A JSON schema that the answer follows: a dictionary, JSON text, or a class
                 (a Pydantic model, a dataclass, a TypedDict). True asks for any JSON object. The
                 JSON has no white space between its parts.
@@ -589,6 +598,7 @@ def load(
     max_sequences: int = MAX_SEQUENCES,
     prefix_cache_bytes: int | None = None,
     kv_memory: int | None = None,
+    speculation: bool | Drafter = SPECULATION,
     **options: Any,
 ) -> Model:
     """Load a model.
@@ -610,6 +620,9 @@ def load(
         kv_memory: The largest number of bytes of all keys and values together. Generations that do
             not fit wait, and the context is what fits. None takes half of the memory that is free
             on a CPU, and sets no limit on other devices.
+        speculation: Whether tokens are guessed from what prompt and answer have in common, and
+            checked several at a time. The text stays the same, and comes faster where it repeats
+            itself or the prompt. A `phicore.engine.drafts.Drafter` guesses in its own way.
         options: The fields of `BackendOptions`: `device`, `devices`, `cache_type`, `dtype`,
             `fast_prefill`, `compact`, `threads`.
     Raises:
@@ -643,6 +656,7 @@ def load(
         max_sequences=max_sequences,
         prefix_cache_bytes=prefix_cache_bytes,
         kv_memory=kv_memory,
+        speculation=speculation,
     )
 
 
@@ -697,6 +711,15 @@ def _checked_kv_memory(count: int | None, ops: Backend) -> int | None:
     if not is_integer(count) or count < 1:
         raise ArgumentError(parameter="kv_memory", expected="1 or more bytes", got=count)
     return int(count)
+
+
+def _checked_drafter(speculation: bool | Drafter) -> Drafter | None:
+    if isinstance(speculation, Drafter):
+        return speculation
+    if not isinstance(speculation, bool):
+        expected = "True, False or a Drafter"
+        raise ArgumentError(parameter="speculation", expected=expected, got=speculation)
+    return NGrams() if speculation else None
 
 
 def _checked_prefix_bytes(count: int | None) -> int:
