@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 from api.tiny_models import write_tiny
 
 import phicore as api
+from phicore import Model
+from phicore.cli.batch import OPTIONS
 
 LINES: list[Any] = [
     {"prompt": "Hello", "seed": 1},
@@ -73,6 +76,11 @@ def test_answers_come_in_order_when_asked_and_on_standard_output(batch: Callable
     assert [json.loads(line)["id"] for line in result.out.splitlines()] == [1, "two", 7, 4]
 
 
+def test_line_may_have_every_argument_of_generate():
+    arguments = set(inspect.signature(Model.request).parameters) - {"self", "sampling"}
+    assert arguments <= {"prompt", *OPTIONS}
+
+
 def test_options_of_the_command_are_defaults(batch: Callable, tmp_path: Path):
     assert batch([{"prompt": "a"}, {"prompt": "a", "seed": 4}], "--seed", 3, "-n", 2).code == 0
     answers = sorted(read(tmp_path / "out.jsonl"), key=lambda answer: answer["id"])
@@ -116,6 +124,7 @@ BAD = {
     '{"prompt": "a", "temperature": "hot"}': "temperature: expected",
     '{"prompt": 5}': "prompt: expected",
     '{"prompt": "a", "logprobs": 21}': "logprobs: expected 0 to 20, got 21",
+    '{"prompt": "a", "speculation": "no"}': "speculation: expected True or False, got 'no'",
     '{"messages": [{"role": 1}]}': "messages[0]: expected",
 }
 
