@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from phicore.engine import Engine, Request
 from phicore.engine import Sequence as EngineSequence
 from phicore.plugins.observers import Observers
 from phicore.text.logprobs import TokenLogprobs
 from phicore.text.pieces import Piece, Pieces
+from phicore.tools import Text, message_of
 
 
 class Generation:
@@ -24,6 +25,7 @@ class Generation:
         seed: The seed in use, so that a random seed can be used again.
         prompt_ids: The tokens of the prompt.
         timings: The times and token counts so far.
+        request: The request.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Generation:
         assert sequence.request.seed is not None, "filled in by Request"
         self.seed = sequence.request.seed
         self.prompt_ids = list(sequence.request.prompt_ids)
+        self.request = sequence.request
         self._sequence = sequence
         self._abort = partial(engine.abort, sequence)
         self.timings = sequence.timings
@@ -68,6 +71,15 @@ class Generation:
     def text(self) -> str:
         """Generate the rest of the answer, and return its text."""
         return "".join(piece.text for piece in self)
+
+    def message(self) -> dict[str, Any]:
+        """Generate the rest of the answer, and return it as a message.
+
+        It has a role, a content and, if the answer calls tools, `tool_calls` in the form of
+        OpenAI's API. A list of messages can go on with it. The text that was iterated over before
+        is no part of it.
+        """
+        return message_for(self.request, self.text())
 
     def close(self) -> None:
         """Stop generating."""
@@ -103,6 +115,20 @@ class Answer:
     generation: Generation | None
     error: Exception | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+
+    def message(self) -> dict[str, Any]:
+        """Return the answer as a message, as `Generation.message` does."""
+        if self.generation is None:
+            return message_of([Text(self.text)])
+        return message_for(self.generation.request, self.text)
+
+
+def message_for(request: Request, text: str) -> dict[str, Any]:
+    """Return the message that an answer is: its text, and the tools that it calls."""
+    if request.tools is None:
+        return message_of([Text(text)])
+    parser = request.tools.parser()
+    return message_of([*parser.push(text), *parser.flush()])
 
 
 class Answers:

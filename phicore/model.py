@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,12 +22,13 @@ import numpy as np
 from phicore.backend import Backend, BackendOptions
 from phicore.backend.host import cpu_count, cpu_name, free_memory_bytes, memory_bytes
 from phicore.engine import Engine, Request
+from phicore.engine.drafts import Drafter, NGrams
 from phicore.engine.request import ROPE_FACTORS, is_integer
 from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
 from phicore.errors import ArgumentError, GGUFError, PhicoreError, TokenizerError, about
 from phicore.generation import Answer, Answers, Generation, in_order
 from phicore.gguf.reader import open_gguf
-from phicore.grammar import AllowedTokens, Vocabulary, constraint_of
+from phicore.grammar import AllowedTokens, Constraint, Vocabulary, constrained, constraint_of
 from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
 from phicore.network.config import Phi3Config
 from phicore.network.processors import LogitsProcessor
@@ -44,9 +46,21 @@ from phicore.text.pieces import Pieces
 from phicore.text.stop_strings import StopStrings, checked_stops
 from phicore.text.tokenizer import Tokenizer
 from phicore.text.tokenizer_keys import origin
+from phicore.tools import CallFormat, Tool, ToolUse, format_of, tool_use
+from phicore.tools.choices import checked_tools
+from phicore.tools.formats import GENERIC
+from phicore.tools.history import (
+    arranged,
+    checked_history,
+    has_calls,
+    shows_objects_of_python,
+    with_written_arguments,
+)
 
 log = logging.getLogger(__name__)
 
+SPECULATION = False
+"""Whether tokens are guessed by default."""
 PREFIX_CACHE_BYTES = 2 * 10**9
 """The largest size of the prefix cache by default."""
 
@@ -84,6 +98,7 @@ class Model:
         max_sequences: int = MAX_SEQUENCES,
         prefix_cache_bytes: int | None = None,
         kv_memory: int | None = None,
+        speculation: bool | Drafter = SPECULATION,
     ) -> None:
         started = time.perf_counter()
         self.reference = files.reference
@@ -116,6 +131,7 @@ class Model:
                 scheduler=Scheduler(max_sequences=max_sequences),
                 prefix_bytes=_checked_prefix_bytes(prefix_cache_bytes),
                 kv_bytes=_checked_kv_memory(kv_memory, ops),
+                drafter=_checked_drafter(speculation),
             )
             if kv_memory is not None:
                 self._engine.fit_context()
@@ -150,7 +166,8 @@ class Model:
             raw: Whether to use a string unchanged; spellings such as "<|user|>" in it become
                 control tokens. If False, the string is a user's message in the chat template, and
                 such spellings are text, as in all messages except the assistant's.
-            tools: JSON schemas of functions that the model may call, for the chat template.
+            tools: The functions that the model may call, in the form of OpenAI's API. The prompt
+                tells them as the model's chat template does, or else in the system message.
             documents: Texts that the model may cite, for the chat template.
             chat_template_kwargs: Other variables of the chat template, such as `enable_thinking`.
         """
@@ -177,6 +194,25 @@ class Model:
         _refuse_without_template(for_template)
         return _checked_ids(prompt, self.vocab_size)
 
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of the prompt that messages make, for people to read.
+
+        `encode` makes tokens of it, and keeps control tokens in the user's texts from having an
+        effect, which this text cannot show. The arguments are those of `encode`.
+        """
+        _check_template_kwargs(chat_template_kwargs)
+        with about(self.path.name):
+            return self._rendered(
+                messages, tools, documents, chat_template_kwargs or {}, is_escaped=False
+            )
+
     def _encoded(
         self,
         messages: Sequence[Message],
@@ -188,14 +224,44 @@ class Model:
 
         The other messages and the documents may be by anyone, and cannot add a turn of the chat.
         """
-        escape = self.tokenizer.escape
-        prompt = self.chat_template.render(
-            [self._escaped(message) for message in messages],
-            tools=with_texts(tools, escape),
-            documents=with_texts(documents, escape),
-            **for_template,
-        )
+        prompt = self._rendered(messages, tools, documents, for_template, is_escaped=True)
         return self.tokenizer.encode(prompt, escaped=True)
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        for_template: Mapping[str, Any],
+        *,
+        is_escaped: bool,
+    ) -> str:
+        escape: Callable[[str], str] = self.tokenizer.escape if is_escaped else str
+        turns, listed = arranged(checked_history(messages), checked_tools(tools), self.call_format)
+        variables = {
+            "tools": with_texts(listed, escape),
+            "documents": with_texts(documents, escape),
+            **for_template,
+        }
+
+        def rendered(turns: Sequence[Message]) -> tuple[Sequence[Message], str]:
+            shown = [self._escaped(message) if is_escaped else message for message in turns]
+            return shown, self.chat_template.render(shown, **variables)
+
+        # Most templates write arguments as JSON themselves; some want them as text.
+        try:
+            shown, prompt = rendered(turns)
+            is_written = not has_calls(turns) or not shows_objects_of_python(shown, prompt)
+        except TokenizerError:
+            if not has_calls(turns):
+                raise
+            is_written = False
+        return prompt if is_written else rendered(with_written_arguments(turns))[1]
+
+    @cached_property
+    def call_format(self) -> CallFormat:
+        """Return the form in which the model writes calls, which its chat template tells."""
+        return format_of(self.chat_template.tool_use)
 
     def _escaped(self, message: Message) -> Any:
         """Return a message whose control tokens are text, unless it is the assistant's."""
@@ -225,11 +291,14 @@ class Model:
         system: str | None = None,
         raw: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = None,
+        parallel_tool_calls: bool = True,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         processors: Sequence[LogitsProcessor | str] = (),
         rope_factors: str = ROPE_FACTORS[0],
         logprobs: int | None = None,
+        speculation: bool = True,
         json_schema: Any = None,
         regex: str | None = None,
         grammar: str | None = None,
@@ -248,6 +317,11 @@ class Model:
         ends = frozenset() if ignore_eos else self.tokenizer.end_token_ids
         all_processors = [self._processor(p) for p in processors]
         constraint = constraint_of(json_schema=json_schema, regex=regex, grammar=grammar)
+        use = self._tool_use(checked_tools(tools), tool_choice, parallel_tool_calls)
+        if use is not None:
+            if constraint is not None:
+                raise ArgumentError("not together with tools", parameter=constraint.name)
+            use, constraint = self._constrained(use, ignore_eos)
         if constraint is not None:
             if ignore_eos:
                 raise ArgumentError("not together with ignore_eos", parameter=constraint.name)
@@ -257,7 +331,7 @@ class Model:
                 prompt,
                 system=system,
                 raw=raw,
-                tools=tools,
+                tools=None if use is None else tools,
                 documents=documents,
                 chat_template_kwargs=chat_template_kwargs,
             ),
@@ -269,7 +343,29 @@ class Model:
             processors=all_processors,
             rope_factors=rope_factors,
             logprobs=logprobs,
+            tools=use,
+            speculation=speculation,
         )
+
+    def _tool_use(self, tools: Sequence[Tool], choice: Any, is_parallel: Any) -> ToolUse | None:
+        """Return what an answer may call, None if it may call nothing."""
+        if not isinstance(is_parallel, bool):
+            parameter = "parallel_tool_calls"
+            raise ArgumentError(parameter=parameter, expected="True or False", got=is_parallel)
+        if not tools:  # the template is not asked, since it may be malformed
+            return tool_use(GENERIC, tools, choice)
+        return tool_use(self.call_format, tools, choice, is_parallel=is_parallel)
+
+    def _constrained(self, use: ToolUse, ignore_eos: bool) -> tuple[ToolUse, Constraint | None]:
+        """Constrain the calls of an answer, if the library is there or the request needs it."""
+        is_there = find_spec("llguidance") is not None
+        if not use.needs_grammar:
+            if ignore_eos or not is_there or not self.tokenizer.end_token_ids:
+                return use, None
+        elif not is_there:
+            problem = "forced and strict calls need llguidance; install phicore[grammar]"
+            raise ArgumentError(problem, parameter="tools")
+        return constrained(use, self._grammar_vocabulary, self.tokenizer.control_id)
 
     @cached_property
     def _grammar_vocabulary(self) -> Vocabulary:
@@ -308,13 +404,20 @@ class Model:
             stop: A string or strings that end the text. They are not part of it. The spelling of a
                 control token, such as "<|user|>", ends the text at that token.
             ignore_eos: Whether to continue after end tokens, except those that `stop` names.
-            system, raw, tools, documents, chat_template_kwargs: Arguments of `encode`.
+            system, raw, tools, documents, chat_template_kwargs: Arguments of `encode`. The message
+                that the generation returns has the calls of tools.
+            tool_choice: "auto" or None lets the model decide, "none" keeps the tools from it, and
+                "required" forces a call. {"type": "function", "function": {"name": ...}} forces a
+                call of this tool.
+            parallel_tool_calls: Whether the answer may have several calls.
             processors: Logits processors in the order in which they run: objects, or
                 `NAME=ARGUMENT` as on the command line.
             rope_factors: "auto", or "long" to begin with LongRoPE's long factors.
             logprobs: Number of alternatives, 0 to 20, whose log probabilities each piece tells in
                 its `logprobs`, beside the one of its own token. The text stays the same. None tells
                 none.
+            speculation: Whether tokens of this answer may be guessed and checked, if the model was
+                loaded with `speculation`. The text stays the same.
             json_schema: A JSON schema that the answer follows: a dictionary, JSON text, or a class
                 (a Pydantic model, a dataclass, a TypedDict). True asks for any JSON object. The
                 JSON has no white space between its parts.
@@ -337,7 +440,11 @@ class Model:
         # space at its start is kept.
         is_new = self.tokenizer.is_control(request.prompt_ids[-1])
         is_constrained = any(isinstance(p, AllowedTokens) for p in request.processors)
-        stream = self.tokenizer.stream(strip_space=None if is_new and not is_constrained else False)
+        strips, tools = is_new and not is_constrained, request.tools
+        stream = self.tokenizer.stream(
+            strip_space=None if strips else False,
+            shown=() if tools is None else tools.format.markers,
+        )
         pieces = Pieces(stream, StopStrings(request.stop), request.ends)
         return Generation(engine, sequence, pieces, self._observers)
 
@@ -491,6 +598,7 @@ def load(
     max_sequences: int = MAX_SEQUENCES,
     prefix_cache_bytes: int | None = None,
     kv_memory: int | None = None,
+    speculation: bool | Drafter = SPECULATION,
     **options: Any,
 ) -> Model:
     """Load a model.
@@ -512,6 +620,9 @@ def load(
         kv_memory: The largest number of bytes of all keys and values together. Generations that do
             not fit wait, and the context is what fits. None takes half of the memory that is free
             on a CPU, and sets no limit on other devices.
+        speculation: Whether tokens are guessed from what prompt and answer have in common, and
+            checked several at a time. The text stays the same, and comes faster where it repeats
+            itself or the prompt. A `phicore.engine.drafts.Drafter` guesses in its own way.
         options: The fields of `BackendOptions`: `device`, `devices`, `cache_type`, `dtype`,
             `fast_prefill`, `compact`, `threads`.
     Raises:
@@ -545,6 +656,7 @@ def load(
         max_sequences=max_sequences,
         prefix_cache_bytes=prefix_cache_bytes,
         kv_memory=kv_memory,
+        speculation=speculation,
     )
 
 
@@ -599,6 +711,15 @@ def _checked_kv_memory(count: int | None, ops: Backend) -> int | None:
     if not is_integer(count) or count < 1:
         raise ArgumentError(parameter="kv_memory", expected="1 or more bytes", got=count)
     return int(count)
+
+
+def _checked_drafter(speculation: bool | Drafter) -> Drafter | None:
+    if isinstance(speculation, Drafter):
+        return speculation
+    if not isinstance(speculation, bool):
+        expected = "True, False or a Drafter"
+        raise ArgumentError(parameter="speculation", expected=expected, got=speculation)
+    return NGrams() if speculation else None
 
 
 def _checked_prefix_bytes(count: int | None) -> int:

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 _PROMPTS = ("prompt", "messages")
 _BEGINNING = '{"id": '  # of every answer
-_OPTIONS = (
+OPTIONS = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"),
     *("seed", "stop", "ignore_eos", "system", "raw", "tools", "documents", "chat_template_kwargs"),
     *("processors", "rope_factors", "logprobs", "json_schema", "regex", "grammar"),
+    *("tool_choice", "parallel_tool_calls", "speculation"),
 )
+"""The keys of a line that are arguments of `Model.generate`."""
 
 
 class Batch:
@@ -125,8 +127,8 @@ def _parsed(line: str, number: int) -> tuple[Any, Any, dict[str, Any]]:
         raise ArgumentError(f"not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ArgumentError("expected a JSON object")
-    if unknown := found.keys() - {"id", *_PROMPTS, *_OPTIONS}:
-        known = ", ".join(("id", *_PROMPTS, *_OPTIONS))
+    if unknown := found.keys() - {"id", *_PROMPTS, *OPTIONS}:
+        known = ", ".join(("id", *_PROMPTS, *OPTIONS))
         raise ArgumentError(f"unknown key {min(unknown)!r}; the keys are {known}")
     prompts = [found[name] for name in _PROMPTS if name in found]
     if len(prompts) != 1:
@@ -134,7 +136,7 @@ def _parsed(line: str, number: int) -> tuple[Any, Any, dict[str, Any]]:
     id = found.get("id", number)
     if not _is_id(id):
         raise ArgumentError(f"id: expected text or a whole number, found {id!r:.40}")
-    options = {name: value for name, value in found.items() if name in _OPTIONS}
+    options = {name: value for name, value in found.items() if name in OPTIONS}
     return id, prompts[0], {name: value for name, value in options.items() if value is not None}
 
 
@@ -256,6 +258,8 @@ def _line(id: Any, answer: Answer, model: Model) -> dict[str, Any]:
         "prompt_tokens": len(answer.generation.prompt_ids),
         "generated_tokens": len(answer.token_ids),
     }
+    if answer.generation.request.tools is not None:
+        found["message"] = answer.message()
     if answer.logprobs:
         found["logprobs"] = [_logprobs(known, model.tokenizer) for known in answer.logprobs]
     return found

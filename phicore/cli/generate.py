@@ -196,6 +196,14 @@ def generate(
             "and the context is what fits. [half of the free memory for --batch]",
         ),
     ] = None,
+    speculation: Annotated[
+        bool,
+        typer.Option(
+            "--speculation/--no-speculation",
+            help="Guess tokens from what was read and written before, and check several at a time. "
+            "The text stays the same, and comes faster where it repeats the prompt or itself.",
+        ),
+    ] = False,
     backend_options: dict[str, Any],
     as_json: JsonOption = False,
     stats: Annotated[
@@ -266,6 +274,7 @@ def generate(
             max_sequences=parallel,
             kv_memory=kv_bytes,
             prefix_cache_bytes=None if session is None else 2**62,
+            speculation=speculation,
             **backend_options,
         ) as loaded,
     ):

@@ -174,6 +174,8 @@ def stats_lines(model: Model, generation: Generation) -> list[str]:
         f"prompt {_tokens(t.prompt_tokens)}{known}, {_speed(t.prompt_tokens_per_s)}; "
         f"generated {_tokens(t.generated_tokens)}, {_speed(t.decode_tokens_per_s)}",
     ]
+    if t.drafted_tokens:
+        lines[-1] += f"; guessed {t.drafted_tokens}, {t.accepted_tokens} of them right"
     if t.again_s:
         lines[-1] += f"; read again in {t.again_s:.2f} s"
     peak = model.peak_memory_bytes()

@@ -42,6 +42,10 @@ class Compiled:
         """Return the compiled `Steps.steps` for these processor classes."""
         return self._function("steps", kinds, has_logprobs)
 
+    def verify(self, kinds: Kinds, *, has_logprobs: bool = False) -> Callable[..., Any]:
+        """Return the compiled `Steps.verify` for these processor classes."""
+        return self._function("verify", kinds, has_logprobs)
+
     def score(self) -> Callable[..., Any]:
         """Return the compiled `Steps.score`."""
         return self._function("score", None)

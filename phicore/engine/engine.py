@@ -23,11 +23,12 @@ from phicore.backend import Backend
 from phicore.engine import logprobs, sessions
 from phicore.engine.cache import Cache
 from phicore.engine.chunks import MIN_CAPACITY
+from phicore.engine.drafts import NO_DRAFT, PADDING, Drafter, accepted, inputs_of
 from phicore.engine.prefixes import SHORTEST, Prefix, Prefixes
 from phicore.engine.request import Request, check_logprobs
 from phicore.engine.rows import Call, Rows, first_states
 from phicore.engine.runner import Runner
-from phicore.engine.scheduler import SIZES, Scheduler
+from phicore.engine.scheduler import SIZES, STEP_SIZES, Scheduler
 from phicore.engine.sequence import Output, Sequence
 from phicore.engine.steps import States
 from phicore.errors import ArgumentError, ContextError, PhicoreError, SessionError
@@ -55,6 +56,7 @@ class Engine:
         context: The largest number of tokens that a prompt and its answer may have together.
         progress: Called while prompts are read.
         prefixes: What ended sequences have computed.
+        drafter: Guesses the next tokens; None guesses none.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Engine:
         scheduler: Scheduler | None = None,
         prefix_bytes: int = 0,
         kv_bytes: int | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """Make an engine.
 
@@ -75,8 +78,11 @@ class Engine:
             kv_bytes: The largest number of bytes of all caches of keys and values together; None
                 sets no limit. A sequence waits until it fits beside the others. A single sequence
                 is never kept from growing, unless `fit_context` is called.
+            drafter: Guesses tokens, which are then checked several at a time. None guesses none.
+                The answers are the same in any case.
         """
         self._kv_bytes = kv_bytes
+        self.drafter = drafter
         self.runner = runner
         self.prefixes = Prefixes(prefix_bytes, runner.config.sliding_window)
         self.context = context
@@ -88,6 +94,7 @@ class Engine:
         self._reading: list[Rows] = []
         self._ready: list[Rows] = []
         self._batches: dict[Kinds, Rows] = {}
+        self._taken_s = 0.0  # when the last tokens were taken, by `time.perf_counter`
 
     @classmethod
     def load(
@@ -102,6 +109,7 @@ class Engine:
         scheduler: Scheduler | None = None,
         prefix_bytes: int = 0,
         kv_bytes: int | None = None,
+        drafter: Drafter | None = None,
     ) -> Self:
         """Load the model of a file.
 
@@ -110,7 +118,7 @@ class Engine:
             config: The result of `read_config` for the file. None calls it.
             context: The largest number of tokens. None takes the context that the model was made
                 for.
-            scheduler, prefix_bytes, kv_bytes: Arguments of `Engine`.
+            scheduler, prefix_bytes, kv_bytes, drafter: Arguments of `Engine`.
         Raises:
             GGUFError: If the file is damaged or not supported.
             BackendError: If the backend cannot hold the model.
@@ -129,6 +137,7 @@ class Engine:
             scheduler=scheduler,
             prefix_bytes=prefix_bytes,
             kv_bytes=kv_bytes,
+            drafter=drafter,
         )
 
     def fit_context(self) -> None:
@@ -289,6 +298,9 @@ class Engine:
                 if states:
                     states = self.runner.steps.take_states(states, np.zeros(size, np.int32))
                 self.runner.decode(self._rows(cache, [sequence] * size, states), 1)
+                for count in self._step_sizes(size, [sequence]):
+                    rows = self._rows(cache, [sequence] * size, states)
+                    self.runner.verify(rows, inputs_of(rows.sequences, {}, count))
 
     def _check_fits(self, prompt: Tokens[int], answer: int) -> None:
         for token in prompt:
@@ -586,9 +598,18 @@ class Engine:
                     return outputs
             rows = self._batches[kinds]
             needs_tokens = any(sequence.needs_tokens for sequence in rows.live)
-            if not rows.pending:
+            is_early = self.runner.ops.capabilities.asynchronous and not needs_tokens
+            inputs = self._drafts(rows)
+            while rows.pending and (rows.pending[0].inputs is not None or inputs is not None):
+                outputs += self._take_tokens(rows)  # what comes next depends on it
+                inputs = self._drafts(rows)
+            if inputs is not None:
+                self._start_checking(rows, inputs)
+            elif not rows.pending:
                 self._start(rows)
-            if self.runner.ops.capabilities.asynchronous and not needs_tokens:
+            if is_early and (outputs or inputs is not None):
+                return outputs  # the call goes on meanwhile
+            if is_early:
                 self._start(rows)
             if rows.pending:
                 outputs += self._take_tokens(rows)
@@ -673,12 +694,59 @@ class Engine:
             counts += [] if factors is None else [factors]
             counts += [1] if sequence.needs_tokens else []
         count = min(counts)
+        started_s, compile_s = time.perf_counter(), running[0].timings.compile_s
         tokens = self.runner.decode(rows, count)
         is_running = [s if s is not None and s.left else None for s in rows.sequences]
-        rows.pending.append(Call(tokens, count, tuple(is_running), rows.logprobs))
+        started = None if running[0].timings.compile_s > compile_s else started_s
+        rows.pending.append(Call(tokens, count, tuple(is_running), rows.logprobs, None, started))
         for sequence in running:
             sequence.computed += count
             sequence.sampled += count
+
+    def _step_sizes(self, rows: int, live: Tokens[Sequence]) -> tuple[int, ...]:
+        """Return the numbers of tokens that a step which checks drafts may have.
+
+        Calls of several steps, as on GPUs, and processors that need each token check none.
+        """
+        has_drafts = any(sequence.request.speculation for sequence in live)
+        needs_tokens = any(sequence.needs_tokens for sequence in live)
+        is_possible = self.drafter is not None and self.runner.ops.capabilities.steps == 1
+        return (
+            self.scheduler.step_sizes(rows)
+            if is_possible and has_drafts and not needs_tokens
+            else ()
+        )
+
+    def _drafts(self, rows: Rows) -> np.ndarray | None:
+        """Return the tokens of a step that checks drafts, (B, T) int32; None if it does not pay.
+
+        While a call is under way, the result only says whether it pays to wait for that.
+        """
+        live = rows.live
+        sizes = self._step_sizes(len(rows.sequences), live)
+        if self.drafter is None or not sizes:
+            return None
+        most = min(sequence.left for sequence in live)
+        for sequence in live:
+            factors = self.runner.tables.left(sequence.computed, sequence.is_long)
+            most = most if factors is None else min(most, factors)
+        if most < sizes[0]:
+            return None
+        asked = [sequence for sequence in live if sequence.request.speculation]
+        drafts = dict(zip(asked, self.drafter.draft(asked, STEP_SIZES[-1] - 1), strict=True))
+        all_drafts = [drafts.get(sequence, NO_DRAFT) for sequence in live]
+        size = self.scheduler.step_wanted(len(rows.sequences), most, all_drafts)
+        return None if size == 1 else inputs_of(rows.sequences, drafts, size)
+
+    def _start_checking(self, rows: Rows, inputs: np.ndarray) -> None:
+        """Start a call that checks drafts. The host must have read all tokens."""
+        timings = rows.live[0].timings
+        started_s, compile_s = time.perf_counter(), timings.compile_s
+        tokens = self.runner.verify(rows, inputs)
+        started = None if timings.compile_s > compile_s else started_s
+        sequences = tuple(rows.sequences)
+        call = Call(tokens, inputs.shape[1], sequences, rows.logprobs, inputs, started)
+        rows.pending.append(call)
 
     def _take_tokens(self, rows: Rows) -> list[Output]:
         """Wait for the tokens of the oldest call, and return what they are for each sequence."""
@@ -687,16 +755,59 @@ class Engine:
         values = to_numpy(call.tokens)[:, : call.count].tolist()
         found = {name: to_numpy(array) for name, array in call.logprobs.items()}
         rows.pending.popleft()  # only now: Ctrl-C may end the wait, and others need the tokens
+        self._measure(rows, call)
         outputs = []
         for row, sequence in enumerate(call.sequences):
             # A sequence that has ended meanwhile has left its row.
             if sequence is not None and rows.sequences[row] is sequence:
                 try:
                     known = {name: array[row] for name, array in found.items()}
-                    outputs.append(self._took(rows, sequence, values[row], known))
+                    if call.inputs is None:
+                        outputs.append(self._took(rows, sequence, values[row], known))
+                    else:
+                        inputs = call.inputs[row].tolist()
+                        outputs.append(self._checked(rows, sequence, values[row], inputs, known))
                 except Exception as error:  # noqa: BLE001 - a processor may raise anything
                     outputs += self._failed([sequence], error)
         return outputs
+
+    def _measure(self, rows: Rows, call: Call) -> None:
+        """Tell the scheduler the time of a step of the only batch, while no prompt is read."""
+        now_s, before_s = time.perf_counter(), self._taken_s
+        self._taken_s = now_s
+        if call.started_s is None or self.runner.ops.capabilities.steps > 1:
+            return
+        if len(self._batches) == 1 and not self._reading and self.drafter is not None:
+            size = 1 if call.inputs is None else call.count
+            took_s = now_s - max(call.started_s, before_s)
+            self.scheduler.step_took(len(rows.sequences), size, took_s)
+
+    def _checked(
+        self,
+        rows: Rows,
+        sequence: Sequence,
+        values: list[int],
+        inputs: list[int],
+        known: Mapping[str, np.ndarray],
+    ) -> Output:
+        """Add to an answer those tokens of a step that are its text.
+
+        Args:
+            values: The T tokens that were sampled.
+            inputs: The T tokens that were run.
+            known: The log probabilities of the tokens, if a sequence asks for them.
+        """
+        count = accepted(values, inputs)
+        sequence.computed += count
+        sequence.sampled += count
+        output = self._took(rows, sequence, values[:count], known)
+        drafted = sum(token != PADDING for token in inputs[1:])
+        right = min(count - 1, len(output.tokens))
+        sequence.timings.drafted_tokens += drafted
+        sequence.timings.accepted_tokens += right
+        assert self.drafter is not None
+        self.drafter.checked(sequence, drafted, right)
+        return output
 
     def _took(
         self,

@@ -14,6 +14,7 @@ from phicore.network.logprobs import MOST
 from phicore.network.processors import LogitsProcessor
 from phicore.network.sampling import Sampling
 from phicore.text.stop_strings import checked_stops
+from phicore.tools.choices import ToolUse
 
 ROPE_FACTORS = ("auto", "long")
 MOST_LOGPROBS = MOST
@@ -40,6 +41,10 @@ class Request:
         logprobs: Number of alternatives, 0 to `MOST_LOGPROBS`, whose log probabilities are computed
             at each token of the answer, beside the token's own. None computes none. The answer is
             the same in any case.
+        tools: What the answer may call; None if it may call nothing. The engine ignores it, since
+            it has no text.
+        speculation: Whether tokens may be guessed and checked several at a time, if the engine has
+            a drafter. The answer is the same in any case.
     Raises:
         ArgumentError: If a value is not allowed. The error names the parameter, the allowed values
             and, unless the prompt is empty, the value.
@@ -54,6 +59,8 @@ class Request:
     processors: Sequence[LogitsProcessor] = ()
     rope_factors: str = ROPE_FACTORS[0]
     logprobs: int | None = None
+    tools: ToolUse | None = None
+    speculation: bool = True
 
     def __post_init__(self) -> None:
         prompt_ids = tuple(int(i) for i in self.prompt_ids)
@@ -68,6 +75,9 @@ class Request:
             raise ArgumentError(parameter="rope_factors", expected=expected, got=self.rope_factors)
         if self.logprobs is not None:
             check_logprobs(self.logprobs)
+        if not isinstance(self.speculation, bool):
+            expected = "True or False"
+            raise ArgumentError(parameter="speculation", expected=expected, got=self.speculation)
         seed = secrets.randbits(32) if self.seed is None else self.seed
         if not is_integer(seed) or not 0 <= seed < 2**64:
             raise ArgumentError(parameter="seed", expected="0 to 2**64 - 1", got=seed)

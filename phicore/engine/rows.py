@@ -36,12 +36,18 @@ class Call:
         sequences: The sequences of the rows when the call was started.
         logprobs: The log probabilities of the tokens, arrays (B, N, ...); empty if no sequence asks
             for them.
+        inputs: The tokens that were run, (B, N) int32 on the host, if the call checks drafts. How
+            many of its tokens are the text is then not known before they are read.
+        started_s: When the call was started, by `time.perf_counter`; None if its time tells
+            nothing, since something was compiled.
     """
 
     tokens: Array
     count: int
     sequences: tuple[EngineSequence | None, ...]
     logprobs: Logprobs = field(default_factory=dict)
+    inputs: np.ndarray | None = None
+    started_s: float | None = None
 
 
 @dataclass(eq=False)

@@ -102,6 +102,31 @@ class Runner:
         rows.penalty = {**rows.penalty, "recent": recent}
         return tokens
 
+    def verify(self, rows: Rows, inputs: np.ndarray) -> Array:
+        """Run the last token and the draft of each row, and sample after each: (B, T) int32.
+
+        The host must have read all tokens of the rows. `drafts.accepted` says which of the sampled
+        tokens are the text; the rows are ready for what comes after these.
+
+        Args:
+            inputs: The tokens, (B, T) int32; see `drafts.inputs_of`.
+        """
+        count = inputs.shape[1]
+        starts = rows.positions(count)
+        self.make_room(rows.cache, starts, count)
+        positions = starts[:, None] + np.arange(count, dtype=np.int32)
+        tokens, places = self.ops.asarray(inputs), self.ops.asarray(positions)
+        draw = self._draw(rows, count, count)
+        rows.cache.layers, rows.token, recent, rows.states, rows.logprobs, sampled = self.steps.run(
+            self.steps.verify(rows.kinds, has_logprobs=rows.has_logprobs),
+            rows.cache,
+            self._tables(rows, starts + count),
+            (tokens, places, rows.penalty, draw, rows.states),
+            [sequence.timings for sequence in rows.live],
+        )
+        rows.penalty = {**rows.penalty, "recent": recent}
+        return sampled
+
     def _step(self, rows: Rows, inputs: tuple[Array, Array, Array], count: int) -> None:
         """Run tokens, and sample the next token of each row.
 

@@ -6,7 +6,9 @@ This is host code that knows neither backends nor arrays.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Tokens
 
+from phicore.engine.drafts import Draft
 from phicore.engine.sequence import Sequence
 from phicore.errors import BusyError
 
@@ -22,6 +24,20 @@ OLDEST_EVERY = 4
 """Every so many chunks, the oldest prompt that is read gets one."""
 NEWEST = 0.3
 """The weight of the newest measurement in the time that a token of a prompt takes."""
+STEP_SIZES = (2, 4, 8)
+"""A step that checks drafts runs one of these numbers of tokens of each row."""
+MOST_CHECKED = 16
+"""The largest number of tokens, of all rows together, that a step runs to check drafts."""
+TOKEN_COST = 0.25
+"""A step of one row takes about this part of its time longer for each further token, as long as
+nothing was measured."""
+GAIN = 1.1
+"""Drafts are checked if this is expected to give so many times as many tokens in the same time."""
+LONGEST = 3
+"""A step counts as if it had taken at most so many times as long as was thought."""
+FORGET = 1 / 256
+"""The part of what a step takes longer than was thought that is forgotten at each chance to run
+it, so that one bad measurement does not count for ever."""
 
 
 class Scheduler:
@@ -39,6 +55,7 @@ class Scheduler:
         chunk_s: About the longest time in seconds that a part of a prompt is read at once while no
             answer waits for it; None sets no limit. Requests that come or are aborted meanwhile
             wait for this.
+        steps_s: The time of steps in seconds, by the numbers of rows and of tokens of each row.
     """
 
     def __init__(
@@ -50,6 +67,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self._token_s: float | None = None
         self._chunks = 0
+        self.steps_s: dict[tuple[int, int], float] = {}
 
     def add(self, sequence: Sequence) -> None:
         """Add a sequence at the end of the queue.
@@ -101,6 +119,65 @@ class Scheduler:
             token_s = (1 - NEWEST) * self._token_s + NEWEST * token_s
         self._token_s = token_s
 
+    # ---- drafts ----------------------------------------------------------------------------
+
+    @staticmethod
+    def step_sizes(rows: int) -> tuple[int, ...]:
+        """Return the numbers of tokens that steps which check drafts of so many rows may have."""
+        return tuple(size for size in STEP_SIZES if rows * size <= MOST_CHECKED)
+
+    def step_took(self, rows: int, size: int, seconds: float) -> None:
+        """Take note of the time of a step of `rows` rows with `size` tokens each.
+
+        A time that is far too long counts in part, since others may have used the processor.
+        """
+        known = self.steps_s.get((rows, size))
+        thought = self._step_s(rows, size)
+        if thought is not None:
+            seconds = min(seconds, LONGEST * thought)
+        if known is not None:
+            seconds = (1 - NEWEST) * known + NEWEST * seconds
+        self.steps_s[rows, size] = seconds
+
+    def _step_s(self, rows: int, size: int) -> float | None:
+        """Return the time of a step, as measured or as expected; None if nothing is known."""
+        found = self.steps_s.get((rows, size))
+        return self._expected_s(rows, size) if found is None else found
+
+    def _expected_s(self, rows: int, size: int) -> float | None:
+        """Return the time that a step is expected to take, from that of a step of one token."""
+        one_s = self.steps_s.get((rows, 1))
+        if one_s is None:
+            return None
+        # A row takes a step longer, too.
+        return one_s * (1 + TOKEN_COST * rows * (size - 1) / (1 + TOKEN_COST * (rows - 1)))
+
+    def step_wanted(self, rows: int, most: int, drafts: Tokens[Draft]) -> int:
+        """Return how many tokens of each row the next step should run; 1 checks no draft.
+
+        It is the number with the most expected tokens of all sequences in the same time. A row
+        whose draft is short waits for the others, so it counts with what it gets.
+
+        Args:
+            rows: The number of rows, those without a sequence included.
+            most: The largest number of tokens that every row has room for.
+            drafts: The draft of each sequence.
+        """
+        best, best_rate = 1, 0.0
+        one_s = self._step_s(rows, 1)
+        if one_s is None or not any(draft.tokens for draft in drafts):
+            return 1
+        one_rate = len(drafts) / one_s
+        for size in self.step_sizes(rows):
+            expected_s = self._expected_s(rows, size) or one_s
+            step_s = self._step_s(rows, size) or one_s
+            rate = sum(tokens_expected(draft, size) for draft in drafts) / step_s
+            if size <= most and rate >= GAIN * one_rate and rate > best_rate:
+                best, best_rate = size, rate
+            elif step_s > expected_s:
+                self.steps_s[rows, size] = step_s - FORGET * (step_s - expected_s)
+        return best
+
     @staticmethod
     def rows_wanted(rows: int, needed: int, idle: int) -> int:
         """Return the number of rows that a batch should have.
@@ -114,3 +191,12 @@ class Scheduler:
         if size >= rows or 2 * size <= rows or idle >= PATIENCE:
             return size
         return rows
+
+
+def tokens_expected(draft: Draft, size: int) -> float:
+    """Return how many tokens a step of `size` tokens is expected to give a sequence."""
+    right, expected = 1.0, 1.0
+    for _ in draft.tokens[: size - 1]:
+        right *= draft.chance
+        expected += right
+    return expected

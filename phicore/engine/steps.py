@@ -190,6 +190,102 @@ class Steps:
         names = ("cache", "token", "position", "recent", "states", "logprobs", "tokens")
         return tuple(s[name] for name in names)
 
+    def verify(
+        self,
+        kinds: Kinds,
+        params: Params,
+        cache: list[LayerCache],
+        tables: Tables,
+        place: Place,
+        tokens: Array,
+        positions: Array,
+        penalty: dict[str, Array],
+        draw: dict[str, Array] | None,
+        states: States,
+        *,
+        has_logprobs: bool = False,
+    ) -> tuple[list[LayerCache], Array, Array, States, Logprobs, Array]:
+        """Run the last token of each row and a draft of what follows; sample after each of them.
+
+        The sampled tokens of a row are its text up to the first that differs from the draft, this
+        one included. What is returned for the next step is what comes after these.
+
+        Args:
+            tokens, positions: The tokens and their positions, (B, T) int32. A draft may end in
+                padding of -1, which no sampled token equals.
+            draw: The argument of `step`, but with `uniforms` (T, B, V), or with the `step` of the
+                first token.
+            has_logprobs: Whether to compute log probabilities.
+        Returns:
+            The cache, whose slots after the text are overwritten before they are seen; the last
+            token of the text, (B, 1) int32; the `recent` tokens; the states; the log probabilities
+            of all sampled tokens; and all sampled tokens, (B, T) int32.
+        """
+        ops, xp = self.ops, self.ops.xp
+        batch, count = tokens.shape
+        known = xp.maximum(tokens, 0)
+        hidden, cache = self.hidden(params, cache, tables, place, known, positions)
+        hidden = xp.permute_dims(hidden, (1, 0, 2))  # below, the rows of each token: (T * B, ...)
+        raw = logits = graph.logits(ops, params, xp.reshape(hidden, (-1, hidden.shape[2])))
+        drafted = [known[:, i : i + 1] for i in range(1, count)]
+        before = []
+        for kind, state in zip(kinds, states, strict=True):
+            all_states = [state]
+            for token in drafted:
+                all_states.append(kind.advance(ops, all_states[-1], token))
+                check_same(f"{kind.__name__}.advance", state, all_states[-1])
+            one = {name: xp.concat([s[name] for s in all_states], axis=0) for name in state}
+            changed = kind.apply(ops, logits, one)
+            check_same(f"{kind.__name__}.apply", {"scores": logits}, {"scores": changed})
+            logits = changed
+            before.append(one)
+        recent, size = penalty["recent"], penalty["recent"].shape[1]
+        window = xp.concat([recent, *drafted], axis=1)
+        windows = xp.concat([window[:, i : i + size] for i in range(count)], axis=0)
+        penalties = {name: xp.concat([a] * count, axis=0) for name, a in penalty.items()}
+        sampled = sampler.sample(
+            ops, logits, {**penalties, "recent": windows}, draw and self._draw_of_all(draw, count)
+        )
+        found: Logprobs = logprobs(ops, raw, sampled) if has_logprobs else {}
+        following = [
+            kind.advance(ops, state, xp.expand_dims(sampled, axis=1))
+            for kind, state in zip(kinds, before, strict=True)
+        ]
+        new = xp.permute_dims(xp.reshape(sampled, (count, batch)), (1, 0))  # (B, T)
+        is_right = new[:, :-1] == tokens[:, 1:]
+        goes_on, last = is_right[:, :1], new[:, :1] * 0  # the index of the last token of the text
+        for i in range(1, count):
+            last = last + xp.astype(goes_on, xp.int32)
+            goes_on = goes_on & is_right[:, i : i + 1]
+        rows = last[:, 0] * batch + xp.arange(batch, dtype=xp.int32)
+        ages = xp.arange(1, size + 1, dtype=xp.int32)[None, :]
+        return (
+            cache,
+            xp.take_along_axis(new, last, axis=1),
+            xp.take_along_axis(xp.concat([recent, new], axis=1), last + ages, axis=1),
+            self.take(following, rows),
+            {name: self._by_row(array, batch) for name, array in found.items()},
+            new,
+        )
+
+    def _draw_of_all(self, draw: dict[str, Array], count: int) -> dict[str, Array]:
+        """Return the argument `draw` of `sampler.sample` for `count` tokens of each row."""
+        xp, one = self.ops.xp, dict(draw)
+        of_tokens = {}
+        if "uniforms" in draw:
+            numbers = one.pop("uniforms")
+            of_tokens["uniforms"] = xp.reshape(numbers, (-1, numbers.shape[2]))
+        else:
+            step = one.pop("step")
+            of_tokens["step"] = xp.concat([step + i for i in range(count)], axis=0)
+        return {**of_tokens, **{n: xp.concat([a] * count, axis=0) for n, a in one.items()}}
+
+    def _by_row(self, array: Array, batch: int) -> Array:
+        """Turn (T * B, ...) into (B, T, ...)."""
+        rest = tuple(range(2, len(array.shape) + 1))
+        array = self.ops.xp.reshape(array, (-1, batch, *array.shape[1:]))
+        return self.ops.xp.permute_dims(array, (1, 0, *rest))
+
     def _no_logprobs(self, batch: int, most: int) -> Logprobs:
         """Return zeros in place of the log probabilities of `most` steps."""
         xp, count = self.ops.xp, min(MOST, self.config.vocab_size)

@@ -24,6 +24,10 @@ class Timings:
     compile_s: float = 0.0
     first_token_s: float = 0.0
     """The time from the start to the first token, compiling included."""
+    drafted_tokens: int = 0
+    """The number of guessed tokens that were checked."""
+    accepted_tokens: int = 0
+    """The number of guessed tokens that were right, and came without a step of their own."""
 
     def __post_init__(self) -> None:
         self._started = 0.0

@@ -6,6 +6,7 @@ It is installed with `phicore[grammar]`.
 
 from phicore.grammar.constraints import Constraint, constraint_of
 from phicore.grammar.processor import AllowedTokens
+from phicore.grammar.tool_calls import constrained
 from phicore.grammar.vocabulary import Vocabulary
 
-__all__ = ["AllowedTokens", "Constraint", "Vocabulary", "constraint_of"]
+__all__ = ["AllowedTokens", "Constraint", "Vocabulary", "constrained", "constraint_of"]

@@ -57,7 +57,12 @@ def constraint_of(
     return Constraint(name, make(values[name]))
 
 
-def _matcher() -> Any:
+def matcher_class() -> Any:
+    """Return llguidance's `LLMatcher`.
+
+    Raises:
+        PhicoreError: If the library is not installed.
+    """
     return library("llguidance", "grammar", "json_schema, regex and grammar").LLMatcher
 
 
@@ -78,7 +83,7 @@ def _json(schema: Any) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise ArgumentError(f"not JSON: {error}", parameter=JSON_SCHEMA) from error
     try:
-        made: str = _matcher().grammar_from_json_schema(text, overrides=COMPACT)
+        made: str = matcher_class().grammar_from_json_schema(text, overrides=COMPACT)
     except ValueError as error:
         raise ArgumentError(in_a_line(str(error)), parameter=JSON_SCHEMA) from error
     return made
@@ -87,14 +92,14 @@ def _json(schema: Any) -> str:
 def _regex(pattern: Any) -> str:
     if not isinstance(pattern, str):
         raise ArgumentError(parameter=REGEX, expected="a text", got=pattern)
-    made: str = _matcher().grammar_from_regex(pattern)
+    made: str = matcher_class().grammar_from_regex(pattern)
     return made
 
 
 def _grammar(text: Any) -> str:
     if not isinstance(text, str):
         raise ArgumentError(parameter=GRAMMAR, expected="a text", got=text)
-    matcher = _matcher()
+    matcher = matcher_class()
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:

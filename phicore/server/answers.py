@@ -16,7 +16,7 @@ from phicore.server.jobs import Exchange
 from phicore.server.logprobs import Logprobs, joined
 from phicore.server.parameters import Options
 from phicore.server.service import Service, new_id
-from phicore.server.shapes import REASONS, Shape, usage
+from phicore.server.shapes import Shape, usage
 from phicore.server.streams import DONE, PING, EventStream, GoneError, event, unless_gone
 from phicore.text.pieces import Piece
 
@@ -101,7 +101,7 @@ class Answering:
         choices = []
         for index, request in enumerate(requests):
             about = {"index": index, "finish_reason": "length", "seed": request.seed}
-            choices.append({**about, **self._shape.choice(*self._echo(index))})
+            choices.append({**about, **self._shape.choice(index, *self._echo(index))})
         prompt = sum(len(request.prompt_ids) for request in requests[:: self._options.choices])
         usage = {"prompt_tokens": prompt, "completion_tokens": 0, "total_tokens": prompt}
         body = {**self._base, "object": self._shape.whole, "choices": choices, "usage": usage}
@@ -118,10 +118,12 @@ class Answering:
             echo, before = self._echo(index)
             logprobs = self._told(index, pieces)
             choice = self._shape.choice(
+                index,
                 echo + "".join(piece.text for piece in pieces),
                 logprobs if before is None else joined([before, logprobs]),
             )
-            about = self._about(exchange, index, pieces[-1].finish_reason)
+            reason = self._shape.reason(index, pieces[-1].finish_reason or "", choice)
+            about = self._about(exchange, index, reason)
             choices.append({**about, **choice})
         return {
             **self._base,
@@ -144,18 +146,19 @@ class Answering:
                 if (first := shape.first()) is not None:
                     yield chunk(index, first)
                 echo, before = self._echo(index)
-                if echo or before:
-                    yield chunk(index, shape.part(echo, before))
+                for part in shape.parts(index, echo, before, is_last=False):
+                    yield chunk(index, part)
             async for index, pieces in exchange.pieces(self._service.settings.ping):
                 if index < 0:
                     yield PING
                     continue
                 text = "".join(piece.text for piece in pieces)
                 logprobs = self._told(index, pieces)
-                if text or logprobs:
-                    yield chunk(index, shape.part(text, logprobs))
-                if (reason := pieces[-1].finish_reason) is not None:
-                    yield chunk(index, shape.part("", None), reason)
+                reason = pieces[-1].finish_reason
+                for part in shape.parts(index, text, logprobs, is_last=reason is not None):
+                    yield chunk(index, part)
+                if reason is not None:
+                    yield chunk(index, shape.end(), shape.reason(index, reason, None))
             if self._options.has_usage:
                 yield event({**base, "choices": [], "usage": self._usage(exchange)})
             yield DONE
@@ -166,7 +169,7 @@ class Answering:
         """Return what all choices have."""
         return {
             "index": index,
-            "finish_reason": reason and REASONS.get(reason, reason),
+            "finish_reason": reason,
             "seed": exchange.jobs[index].request.seed,
         }
 

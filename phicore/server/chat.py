@@ -17,6 +17,7 @@ from phicore.server.logprobs import ChatLogprobs
 from phicore.server.parameters import Options, options_of
 from phicore.server.service import Service
 from phicore.server.shapes import ChatShape
+from phicore.server.tools import FIELDS, ToolReader, tools_of
 
 MOST_MESSAGES = 4096
 """The largest number of messages and their parts together; templates take long for more."""
@@ -34,7 +35,9 @@ async def chat(service: Service, request: Request) -> Response:
         default_tokens=-1,
         most_tokens=service.settings.max_answer,
         vocab_size=model.vocab_size,
+        honoured=FIELDS,
     )
+    tools = tools_of(fields)
     count = _logprobs_of(fields)
     variables = fields.object("chat_template_kwargs")
     documents = fields.get("documents")
@@ -47,13 +50,15 @@ async def chat(service: Service, request: Request) -> Response:
             documents=documents,
             chat_template_kwargs=variables,
             logprobs=count,
+            **tools,
         )
 
     spell = partial(Options.spelled, options, prompt="messages")
     requests = await service.in_pool(prepared, spell, is_long=request.state.is_long)
     service.check_prompts(requests, "messages")
     logprobs = [] if count is None else [ChatLogprobs(model.tokenizer) for _ in requests]
-    answering = Answering(service, ChatShape(), options, name, "messages", logprobs)
+    shape = ChatShape([ToolReader(each) for each in requests])
+    answering = Answering(service, shape, options, name, "messages", logprobs)
     return await answering.respond(request, requests)
 
 

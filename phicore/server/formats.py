@@ -26,7 +26,7 @@ def format_of(fields: Fields) -> tuple[Arguments, str]:
     found = [
         (arguments, name)
         for name, read in _FIELDS.items()
-        if name in fields and (arguments := read(fields, name))
+        if name in fields and (arguments := _arguments(read, fields, name))
     ]
     if not found:
         return {}, ""
@@ -41,26 +41,36 @@ def format_of(fields: Fields) -> tuple[Arguments, str]:
     return found[0]
 
 
+def _arguments(read: _Read, fields: Fields, name: str) -> Arguments:
+    """Read a field; what is wrong inside of it is told of the field."""
+    try:
+        return read(fields, name)
+    except ApiError as error:
+        if error.param == name:
+            raise
+        raise wrong_field(name, error.problem) from error
+
+
 def _response_format(fields: Fields, name: str) -> Arguments:
     given = Fields(fields.object(name) or {})
     kind = given.text("type")
     if kind == "text":
         return {}
     if kind == "json_object":
-        return {"json_schema": _schema(given, "schema", name) if "schema" in given else True}
+        return {"json_schema": _schema(given, "schema") if "schema" in given else True}
     if kind == "json_schema":
         inner = given.object("json_schema")
         if inner is None:
             raise wrong_field(name, "json_schema: expected an object with a schema")
-        return {"json_schema": _schema(Fields(inner), "schema", name)}
+        return {"json_schema": _schema(Fields(inner), "schema")}
     raise wrong_field(name, "type: expected text, json_object or json_schema")
 
 
-def _schema(given: Fields, name: str, field: str) -> Any:
+def _schema(given: Fields, name: str) -> Any:
     """Return a schema, an object or the text of one."""
     schema = given.get(name)
     if not isinstance(schema, (dict, str)):
-        raise wrong_field(field, f"{name}: expected a JSON schema")
+        raise wrong_field(name, "expected a JSON schema")
     return schema
 
 
@@ -68,7 +78,7 @@ def _json(fields: Fields, name: str) -> Arguments:
     schema = fields.get(name)
     if schema in ({}, ""):
         return {}
-    return {"json_schema": True if schema == "json" else _schema(fields, name, name)}
+    return {"json_schema": True if schema == "json" else _schema(fields, name)}
 
 
 def _regex(fields: Fields, name: str) -> Arguments:

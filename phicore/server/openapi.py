@@ -104,8 +104,67 @@ _PART: Schema = {
         _object(["type", "refusal"], {"type": {"const": "refusal"}, "refusal": TEXT}),
     ]
 }
+_ARGUMENTS: Schema = {**TEXT, "description": "The text of a JSON object."}
+_FUNCTION_NAME = _object(["name"], {"name": {**TEXT, "minLength": 1}})
+_ALLOWED = _object(
+    ["tools"],
+    {
+        "mode": {"enum": ["auto", "required"]},
+        "tools": _list(
+            _object(
+                ["type", "function"], {"type": {"const": "function"}, "function": _FUNCTION_NAME}
+            ),
+            minItems=1,
+        ),
+    },
+)
+_TOOLS = _or_null(_list(_ref("Tool")), "Functions that the model may call.")
 _ROLE: Schema = {**TEXT, "examples": ["system", "user", "assistant", "tool"]}
 _SCHEMAS: dict[str, Schema] = {
+    "Tool": _object(
+        ["function"],
+        {
+            "type": {"const": "function"},
+            "function": _object(
+                ["name"],
+                {
+                    "name": {**TEXT, "minLength": 1},
+                    "description": _or_null(TEXT),
+                    "parameters": _or_null(
+                        {"type": "object"}, "The JSON schema of the arguments, an object's."
+                    ),
+                    "strict": _or_null(
+                        FLAG, "Whether the arguments must follow the schema in any case."
+                    ),
+                },
+            ),
+        },
+    ),
+    "EarlierCall": _object(
+        ["function"],
+        {
+            "id": _or_null(TEXT),
+            "type": _or_null({"const": "function"}),
+            "function": _object(
+                ["name"],
+                {
+                    "name": TEXT,
+                    "arguments": {"anyOf": [_ARGUMENTS, {"type": "object"}, {"type": "null"}]},
+                },
+            ),
+        },
+    ),
+    "ToolCall": _object(
+        ["id", "type", "function"],
+        {
+            "id": TEXT,
+            "type": {"const": "function"},
+            "function": _object(
+                ["name", "arguments"],
+                {"name": TEXT, "arguments": _ARGUMENTS},
+            ),
+        },
+    ),
     "Message": {
         "anyOf": [
             _object(
@@ -114,7 +173,7 @@ _SCHEMAS: dict[str, Schema] = {
             ),
             _object(
                 ["role", "tool_calls"],
-                {"role": _ROLE, "tool_calls": _list({"type": "object"}, minItems=1)},
+                {"role": _ROLE, "tool_calls": _list(_ref("EarlierCall"), minItems=1)},
             ),
         ]
     },
@@ -123,6 +182,24 @@ _SCHEMAS: dict[str, Schema] = {
         {
             "messages": _list(_ref("Message"), minItems=1),
             **_COMMON,
+            "tools": _TOOLS,
+            "tool_choice": _or_null(
+                {
+                    "anyOf": [
+                        {"enum": ["none", "auto", "required"]},
+                        _object(
+                            ["type", "function"],
+                            {"type": {"const": "function"}, "function": _FUNCTION_NAME},
+                        ),
+                        _object(
+                            ["type", "allowed_tools"],
+                            {"type": {"const": "allowed_tools"}, "allowed_tools": _ALLOWED},
+                        ),
+                    ]
+                },
+                "Whether the answer calls tools; a call that is required is forced by a grammar.",
+            ),
+            "parallel_tool_calls": _or_null(FLAG, "Whether an answer may have several calls."),
             "logprobs": _or_null(FLAG),
             "top_logprobs": _integer(0, MOST_LOGPROBS),
             "chat_template_kwargs": _or_null({"type": "object"}),
@@ -151,6 +228,7 @@ _SCHEMAS: dict[str, Schema] = {
             "content": _or_null(TEXT, "The text; prompt is the same."),
             "prompt": _or_null(TEXT),
             "messages": _or_null(_list(_ref("Message"), minItems=1), "A conversation instead."),
+            "tools": _TOOLS,
             "add_special": _or_null(FLAG, "Whether the tokens begin with BOS."),
             "parse_special": _or_null(FLAG),
             "with_pieces": _or_null(FLAG),
@@ -162,6 +240,7 @@ _SCHEMAS: dict[str, Schema] = {
         {
             "model": _or_null(_ref("ModelName")),
             "messages": _list(_ref("Message"), minItems=1),
+            "tools": _TOOLS,
             "chat_template_kwargs": _or_null({"type": "object"}),
         },
     ),
@@ -211,7 +290,7 @@ def _completion(kind: str, choice: Mapping[str, Schema]) -> Schema:
     """Return the schema of a whole answer."""
     choice = {
         "index": COUNT,
-        "finish_reason": {"enum": ["stop", "length"]},
+        "finish_reason": {"enum": ["stop", "length", "tool_calls"]},
         "seed": COUNT,
         "logprobs": _or_null({"type": "object"}),
         **choice,
@@ -233,7 +312,12 @@ def _completion(kind: str, choice: Mapping[str, Schema]) -> Schema:
 
 _MESSAGE = _object(
     ["role", "content", "refusal"],
-    {"role": {"const": "assistant"}, "content": TEXT, "refusal": {"type": "null"}},
+    {
+        "role": {"const": "assistant"},
+        "content": _or_null(TEXT),
+        "refusal": {"type": "null"},
+        "tool_calls": _list(_ref("ToolCall"), minItems=1),
+    },
 )
 _SCHEMAS["ChatCompletion"] = _completion("chat.completion", {"message": _MESSAGE})
 _SCHEMAS["TextCompletion"] = _completion("text_completion", {"text": TEXT})

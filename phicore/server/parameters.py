@@ -7,7 +7,7 @@ be honoured is an error that names it, since a client would otherwise trust a wr
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ TINY = 1e-9
 
 _ALWAYS: tuple[Any, ...] = (False, [], {}, "", "none")
 _OFF: Mapping[str, tuple[Any, ...]] = {
-    # Tools.
+    # Tools, where they are not honoured, and their old form.
     "tools": _ALWAYS,
     "tool_choice": ("none", "auto"),
     "functions": _ALWAYS,
@@ -129,6 +129,7 @@ def options_of(
     most_tokens: int | None,
     vocab_size: int,
     least_tokens: int = 1,
+    honoured: Collection[str] = (),
 ) -> Options:
     """Read the fields that chat and text completions have in common.
 
@@ -137,10 +138,11 @@ def options_of(
         most_tokens: The largest number of tokens of an answer.
         vocab_size: The number of tokens that the model knows.
         least_tokens: The smallest number of tokens that a request may ask for.
+        honoured: Fields that the endpoint honours and others do not.
     Raises:
         ApiError: If a field is wrong or cannot be honoured.
     """
-    refuse_unknown(fields)
+    refuse_unknown(fields, honoured)
     limit = fields.given("max_completion_tokens", "max_tokens", "n_predict")
     arguments: dict[str, Any] = {
         "max_tokens": _max_tokens(fields, limit, default_tokens, most_tokens, least_tokens),
@@ -168,9 +170,11 @@ def options_of(
     )
 
 
-def refuse_unknown(fields: Fields) -> None:
+def refuse_unknown(fields: Fields, honoured: Collection[str] = ()) -> None:
     """Refuse a field that is known but cannot be honoured.
 
+    Args:
+        honoured: Fields that the endpoint honours and others do not.
     Raises:
         ApiError: If there is one.
     """
@@ -178,7 +182,7 @@ def refuse_unknown(fields: Fields) -> None:
         value = fields.get(name)
         is_off = any(value == other and type(value) is type(other) for other in neutral)
         is_off = is_off or (isinstance(value, float) and value in neutral)
-        if value is not None and not is_off:
+        if value is not None and not is_off and name not in honoured:
             raise ApiError(
                 f"{name}: this server cannot do what the field asks for; leave it out",
                 param=name,

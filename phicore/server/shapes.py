@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from phicore.server.jobs import Job
+from phicore.server.tools import ToolReader
 
 REASONS: Mapping[str, str] = {"context": "length"}
 """Finish reasons of phicore that OpenAI's API calls otherwise."""
@@ -24,32 +25,69 @@ class Shape(Protocol):
     whole: str
     chunk: str
 
-    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
+    def choice(self, index: int, text: str, logprobs: Any) -> dict[str, Any]:
         """Return the parts of a whole choice that the endpoints have not in common."""
 
     def first(self) -> dict[str, Any] | None:
         """Return the beginning of a choice in a stream, if there is one without text."""
 
-    def part(self, text: str, logprobs: Any) -> dict[str, Any]:
-        """Return a part of a choice in a stream; without text, it is the last one."""
+    def parts(
+        self, index: int, text: str, logprobs: Any, *, is_last: bool
+    ) -> Iterable[dict[str, Any]]:
+        """Return the parts of a choice in a stream that its next text makes, perhaps none."""
+
+    def end(self) -> dict[str, Any]:
+        """Return the last part of a choice in a stream, which has no text."""
+
+    def reason(self, index: int, reason: str, choice: Mapping[str, Any] | None) -> str:
+        """Return the finish reason that the client gets.
+
+        Args:
+            index: The number of the choice.
+            reason: The reason of phicore.
+            choice: The whole choice; None in a stream.
+        """
 
 
 class ChatShape:
-    """How the answers of /v1/chat/completions look."""
+    """How the answers of /v1/chat/completions look.
+
+    Args:
+        readers: What finds the calls of tools in each choice.
+    """
 
     prefix = "chatcmpl"
     whole = "chat.completion"
     chunk = "chat.completion.chunk"
 
-    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+    def __init__(self, readers: Sequence[ToolReader]) -> None:
+        self._readers = readers
+
+    def choice(self, index: int, text: str, logprobs: Any) -> dict[str, Any]:
+        message = {**self._readers[index].message(text), "refusal": None}
         return {"message": message, "logprobs": logprobs}
 
     def first(self) -> dict[str, Any] | None:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
-    def part(self, text: str, logprobs: Any) -> dict[str, Any]:
-        return {"delta": {"content": text} if text or logprobs else {}, "logprobs": logprobs}
+    def parts(
+        self, index: int, text: str, logprobs: Any, *, is_last: bool
+    ) -> Iterable[dict[str, Any]]:
+        deltas = self._readers[index].deltas(text, is_last=is_last)
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        for number, delta in enumerate(deltas):
+            yield {"delta": delta, "logprobs": None if number else logprobs}
+
+    def end(self) -> dict[str, Any]:
+        return {"delta": {}, "logprobs": None}
+
+    def reason(self, index: int, reason: str, choice: Mapping[str, Any] | None) -> str:
+        if choice is None:
+            has_calls = self._readers[index].has_calls
+        else:
+            has_calls = "tool_calls" in choice["message"]
+        return "tool_calls" if has_calls and reason == "stop" else REASONS.get(reason, reason)
 
 
 class TextShape:
@@ -58,14 +96,23 @@ class TextShape:
     prefix = "cmpl"
     whole = chunk = "text_completion"
 
-    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
+    def choice(self, index: int, text: str, logprobs: Any) -> dict[str, Any]:
         return {"text": text, "logprobs": logprobs}
 
     def first(self) -> dict[str, Any] | None:
         return None
 
-    def part(self, text: str, logprobs: Any) -> dict[str, Any]:
-        return {"text": text, "logprobs": logprobs}
+    def parts(
+        self, index: int, text: str, logprobs: Any, *, is_last: bool
+    ) -> Iterable[dict[str, Any]]:
+        if text or logprobs:
+            yield {"text": text, "logprobs": logprobs}
+
+    def end(self) -> dict[str, Any]:
+        return {"text": "", "logprobs": None}
+
+    def reason(self, index: int, reason: str, choice: Mapping[str, Any] | None) -> str:
+        return REASONS.get(reason, reason)
 
 
 def usage(jobs: Sequence[Job], prompts: Sequence[Job]) -> dict[str, Any]:

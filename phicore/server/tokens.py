@@ -12,6 +12,7 @@ from phicore.server.errors import ApiError, wrong_field
 from phicore.server.fields import Fields
 from phicore.server.parameters import check_ids, refuse_unknown
 from phicore.server.service import Service
+from phicore.server.tools import FIELDS, tools_of
 
 
 async def tokenize(service: Service, request: Request) -> Response:
@@ -25,19 +26,23 @@ async def tokenize(service: Service, request: Request) -> Response:
     tokenizer = model.tokenizer
     adds = fields.given("add_special", "add_special_tokens")
     add_bos = fields.flag(adds) if adds is not None else False
+    tools = tools_of(fields)["tools"]
     has_pieces, parses = fields.flag("with_pieces"), fields.flag("parse_special", True)
 
     def tokens() -> list[int]:
         if name is None:
             variables = fields.object("chat_template_kwargs")
-            return model.encode(messages_of(fields), chat_template_kwargs=variables)
+            messages = messages_of(fields)
+            return model.encode(messages, tools=tools, chat_template_kwargs=variables)
         text = fields.text(name) or ""
         return tokenizer.encode(
             text, add_bos=add_bos and tokenizer.bos_token_id is not None, parse_special=parses
         )
 
     ids = await service.in_pool(
-        tokens, lambda parameter: name or "messages", is_long=request.state.is_long
+        tokens,
+        lambda parameter: name or _spelled(parameter),
+        is_long=request.state.is_long,
     )
     shown: list[Any] = ids
     if has_pieces:
@@ -78,14 +83,17 @@ async def apply_template(service: Service, request: Request) -> Response:
     fields = Fields(await service.body(request))
     model = service.model
     service.check_model(fields)
-    refuse_unknown(fields)
-    messages, variables = messages_of(fields), fields.object("chat_template_kwargs") or {}
+    refuse_unknown(fields, FIELDS)
+    messages, variables = messages_of(fields), fields.object("chat_template_kwargs")
+    tools = tools_of(fields)["tools"]
 
     def rendered() -> str:
-        model.encode(messages, chat_template_kwargs=variables)  # checks them
-        return model.chat_template.render(messages, **variables)
+        return model.render(messages, tools=tools, chat_template_kwargs=variables)
 
-    prompt = await service.in_pool(
-        rendered, lambda parameter: "messages", is_long=request.state.is_long
-    )
+    prompt = await service.in_pool(rendered, _spelled, is_long=request.state.is_long)
     return JSONResponse({"prompt": prompt})
+
+
+def _spelled(parameter: str) -> str:
+    """Return the field of a request for a parameter of `Model.render`."""
+    return parameter if parameter in FIELDS else "messages"

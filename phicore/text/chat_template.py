@@ -100,6 +100,11 @@ class ChatTemplate:
         spellings = {name: tokenizer.piece(id) for name, id in ids.items() if id is not None}
         return cls(source, tool_use=_source(metadata, f"{_KEY}.tool_use"), **spellings)
 
+    @property
+    def tool_use(self) -> str:
+        """Return the Jinja source for chats with tools."""
+        return self._tool_use
+
     def render(
         self,
         messages: Sequence[Message],

@@ -24,7 +24,7 @@ class StopStrings:
         if found:  # take the one that ends first, so that the division into tokens has no influence
             self.is_stopped = True
             return text[: min(found)[1]]
-        held = max((_overlap(text, s) for s in self._stops), default=0)
+        held = max((overlap(text, s) for s in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -48,7 +48,7 @@ def checked_stops(stops: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest suffix of the text that is a prefix of the stop string."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

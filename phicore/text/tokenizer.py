@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -323,7 +323,7 @@ class Tokenizer:
         stream = TextStream(self.token_bytes if skip_special else self.spelled, self._strip_space)
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self, *, strip_space: bool | None = None) -> TextStream:
+    def stream(self, *, strip_space: bool | None = None, shown: Collection[str] = ()) -> TextStream:
         """Return a stream that turns ids into text one by one.
 
         By default, its parts join to the text that `decode` returns.
@@ -331,9 +331,19 @@ class Tokenizer:
         Args:
             strip_space: Whether to drop the space that `encode` puts in front of a text. None drops
                 it if `encode` adds one, as `decode` does. Use False for ids that continue a text.
+            shown: Spellings of control tokens that are printed as they are spelled.
         """
         strip = self._strip_space if strip_space is None else strip_space
-        return TextStream(self.token_bytes, strip)
+        ids = {self._control.ids[piece] for piece in shown if piece in self._control.ids}
+
+        def spelled(id: int) -> bytes:
+            return self.spelled(id) if id in ids else self.token_bytes(id)
+
+        return TextStream(spelled if ids else self.token_bytes, strip)
+
+    def control_id(self, piece: str) -> int | None:
+        """Return the control token with exactly this spelling, or None."""
+        return self._control.ids.get(piece)
 
     def piece(self, id: int) -> str:
         """Return the vocabulary's spelling of a token, such as "▁Hello", "<0x0A>" or "Ġthe"."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import subprocess
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from api.tiny_models import write_tiny
 
 import phicore as api
+from phicore import Model
+from phicore.cli.batch import OPTIONS
 
 LINES: list[Any] = [
     {"prompt": "Hello", "seed": 1},
@@ -72,6 +76,11 @@ def test_answers_come_in_order_when_asked_and_on_standard_output(batch: Callable
     assert [json.loads(line)["id"] for line in result.out.splitlines()] == [1, "two", 7, 4]
 
 
+def test_line_may_have_every_argument_of_generate():
+    arguments = set(inspect.signature(Model.request).parameters) - {"self", "sampling"}
+    assert arguments <= {"prompt", *OPTIONS}
+
+
 def test_options_of_the_command_are_defaults(batch: Callable, tmp_path: Path):
     assert batch([{"prompt": "a"}, {"prompt": "a", "seed": 4}], "--seed", 3, "-n", 2).code == 0
     answers = sorted(read(tmp_path / "out.jsonl"), key=lambda answer: answer["id"])
@@ -115,6 +124,7 @@ BAD = {
     '{"prompt": "a", "temperature": "hot"}': "temperature: expected",
     '{"prompt": 5}': "prompt: expected",
     '{"prompt": "a", "logprobs": 21}': "logprobs: expected 0 to 20, got 21",
+    '{"prompt": "a", "speculation": "no"}': "speculation: expected True or False, got 'no'",
     '{"messages": [{"role": 1}]}': "messages[0]: expected",
 }
 
@@ -257,3 +267,17 @@ def test_options_that_do_not_go_together(phicore: Callable, args: list[str], mes
     assert result.code == 2
     assert result.err.startswith(f"phicore: {message}")
     assert result.err.count("\n") == 1
+
+
+def test_line_with_tools_gets_a_message_with_calls(phicore: Callable, tmp_path: Path):
+    model = write_tiny(tmp_path / "m.gguf", max_position_embeddings=2000)
+    tools = [{"name": "flip", "parameters": {"properties": {"heads": {"type": "boolean"}}}}]
+    line = {"prompt": "Hi", "seed": 1, "tools": tools, "max_tokens": 200}
+    forced = {**line, "tool_choice": "required", "parallel_tool_calls": False}
+    source, out = write(tmp_path / "in.jsonl", [line, forced]), tmp_path / "out.jsonl"
+    found = phicore("generate", "-m", model, "-b", "numpy", "--batch", source, "--out", out)
+    assert found.code == 0
+    free, called = sorted(read(out), key=lambda answer: answer["id"])
+    assert free["message"]["content"] == free["text"]
+    [call] = called["message"]["tool_calls"]
+    assert call["function"]["name"] == "flip"

@@ -177,7 +177,7 @@ def test_plugins_of_the_documents_work(demo_model, install, tmp_path, monkeypatc
     assert shouted == shouted.upper() != ""
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/structured-output.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/structured-output.md", "docs/tools.md"])
 def test_python_of_the_documents_works(demo_model, capsys, document):
     for code in blocks(ROOT / document, "python"):
         exec(compile(code, document, "exec"), {"__name__": "document"})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from api.tiny_models import write_tiny
+from engine.test_speculation import Eager
 
 import phicore
 from phicore import Model
@@ -91,6 +92,28 @@ def test_texts_of_a_batch_are_those_of_each_alone(model: Model, reference: Model
     together = [answer.text for answer in model.generate_many(requests(model), ordered=True)]
     assert together == [model.generate(each).text() for each in requests(model)]
     assert together == [reference.generate(each).text() for each in requests(reference)]
+
+
+def test_speculation_changes_no_constrained_answer(tiny: Path, model: Model, backend_name: str):
+    """Alone, and in a batch with answers whose tokens are guessed."""
+    settings = [{"temperature": 0}, {"temperature": 1.5, "seed": 7}]
+    constraints = [{"regex": "(ab|cd){5,20}"}, {"json_schema": OBJECT}, {}]
+    made = [
+        model.request("Hello Hello Hello", max_tokens=40, **constraint, **setting)
+        for constraint in constraints
+        for setting in settings
+    ]
+    expected = [model.generate(request) for request in made]
+    texts = [generation.text() for generation in expected]
+    with phicore.load(tiny, backend_name, max_sequences=8, speculation=True) as quick:
+        quick.engine.scheduler = Eager(max_sequences=8)
+        alone = [quick.generate(request) for request in made]
+        assert [generation.text() for generation in alone] == texts
+        together = list(quick.generate_many(made, ordered=True))
+        assert [answer.text for answer in together] == texts
+        for found in (alone, [answer.generation for answer in together]):
+            assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+            assert sum(one.timings.accepted_tokens for one in found) > 0
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from phicore.server.service import Service
 
 WAIT_S = 60.0
 """What happens at once may take this long on a slow machine."""
+LOADING_S = 600.0
+"""Loading may take this long: a warm-up compiles every step, on a machine that others use too."""
 
 
 class Served:
@@ -77,13 +79,13 @@ class Served:
         assert all(line.startswith(("data: ", ":")) for line in lines)
         return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
-    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, wait_s: float = WAIT_S) -> None:
         """Wait until a condition holds.
 
         Raises:
-            AssertionError: If it does not in a minute.
+            AssertionError: If it does not hold in time.
         """
-        end = time.monotonic() + WAIT_S
+        end = time.monotonic() + wait_s
         while not condition():
             assert time.monotonic() < end, f"{what} did not happen"
             time.sleep(0.005)
@@ -124,7 +126,8 @@ def serving(model: Model | Callable[[], Model], **options: Any) -> Iterator[Serv
 def ready(model: Model | Callable[[], Model], **options: Any) -> Iterator[Served]:
     """Serve a model, and wait until it is there."""
     with serving(model, **options) as served:
-        served.wait_until(lambda: served.service.state == "ready", "loading")
+        served.wait_until(lambda: served.service.state != "loading", "loading", LOADING_S)
+        assert served.service.state == "ready", served.service.failure
         yield served
 
 

@@ -15,8 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import openai
 import pytest
+from api.tiny_models import write_tiny
 from server.conftest import HI, Served, ready
+from server.test_life import process
 
 import phicore
 from phicore import Model
@@ -38,6 +42,84 @@ OPTIONS: dict[str, Any] = {"max_tokens": 8, "seed": 5, "temperature": 0.7}
 @pytest.fixture(scope="module")
 def expected(model: Model) -> str:
     return model.generate("Hi", **OPTIONS).text()
+
+
+# ---- openai-python -------------------------------------------------------------------------
+
+PRICES = {"apple": 3, "größe": 5}
+
+
+def price(item: str, count: int, gift: bool) -> str:
+    return f"{item}: {PRICES[item] * count + gift} crowns"
+
+
+PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "item": {"enum": [*PRICES]},
+        "count": {"type": "integer", "minimum": 1, "maximum": 12},
+        "gift": {"type": "boolean"},
+    },
+    "required": ["item", "count", "gift"],
+    "additionalProperties": False,
+}
+PRICE: Any = {"type": "function", "function": {"name": "price", "parameters": PARAMETERS}}
+
+
+@pytest.fixture(scope="module")
+def openai_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """Run `phicore serve` with a model that has room for conversations with tools."""
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    with process("-m", write_tiny(path, max_position_embeddings=3000)) as running:
+        running.wait_until_ready()
+        with running.client as client:
+            yield client
+
+
+def asked(client: openai.OpenAI, is_streamed: bool, **options: Any) -> Any:
+    """Return the only choice of an answer."""
+    options = {"model": "tiny", "tools": [PRICE], "seed": 4, **options}
+    if not is_streamed:
+        [choice] = client.chat.completions.create(**options).choices
+        return choice
+    with client.chat.completions.stream(**options) as stream:
+        stream.until_done()
+        [choice] = stream.current_completion_snapshot.choices  # it may have any finish reason
+        return choice
+
+
+def test_openai_calls_tools_and_answers_with_their_results(openai_client: openai.OpenAI):
+    """The calls of a random model are valid, since a grammar forces them; whole and in a stream."""
+    found = []
+    for is_streamed in (False, True):
+        messages: list[Any] = [*HI]
+        first = asked(
+            openai_client, is_streamed, messages=messages, tool_choice="required", max_tokens=900
+        )
+        assert first.finish_reason == "tool_calls"
+        assert first.message.role == "assistant"
+        assert not first.message.content
+        messages.append(first.message)
+        called = []
+        for call in first.message.tool_calls:
+            assert (call.type, call.function.name) == ("function", "price")
+            arguments = json.loads(call.function.arguments)
+            jsonschema.validate(arguments, PARAMETERS)
+            result = price(**arguments)
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+            called.append((call.function.arguments, result))
+        assert len({call.id for call in first.message.tool_calls}) == len(called) >= 1
+        body = {"messages": [*HI, first.message.model_dump(), *messages[2:]], "tools": [PRICE]}
+        url = str(openai_client.base_url.join("/apply-template"))
+        prompt: Any = openai_client.post(url, body=body, cast_to=object)
+        assert all(text in prompt["prompt"] for pair in called for text in pair)
+        last = asked(openai_client, is_streamed, messages=messages, max_tokens=20)
+        assert last.finish_reason in ("stop", "length")
+        assert last.message.role == "assistant"
+        assert last.message.content
+        assert not last.message.tool_calls
+        found.append((called, last.message.content))
+    assert found[0] == found[1]
 
 
 # ---- llm -----------------------------------------------------------------------------------
@@ -112,13 +194,54 @@ def test_langchain_continues_text_and_reads_log_probabilities(served: Served, mo
 
 @needs("langchain_openai")
 def test_langchain_is_told_of_a_full_context(served: Served):
-    import openai
     from langchain_core.exceptions import ContextOverflowError
     from langchain_openai import ChatOpenAI
 
     chat = ChatOpenAI(model="tiny", base_url=f"{served.url}/v1", api_key="any", max_retries=0)
     with pytest.raises((openai.BadRequestError, ContextOverflowError)):
         chat.invoke("word " * 1000)
+
+
+@needs("langchain_openai")
+def test_langchain_calls_a_tool_and_answers_with_its_result(tmp_path: Path):
+    from langchain_core.messages import HumanMessage, ToolMessage
+    from langchain_core.tools import tool
+    from langchain_openai import ChatOpenAI
+
+    @tool
+    def flip(heads: bool) -> str:
+        """Flip a coin."""
+        return "won" if heads else "lost"
+
+    path = write_tiny(tmp_path / "tiny.gguf", max_position_embeddings=2000)
+    with phicore.load(path, "numpy") as model, ready(model) as found:
+        chat = ChatOpenAI(
+            model="tiny", base_url=f"{found.url}/v1", api_key="any", max_tokens=300, seed=1
+        )
+        forced = chat.bind_tools([flip], tool_choice="flip")
+        whole = forced.invoke("Hi")
+        [call] = whole.tool_calls
+        assert (call["name"], list(call["args"])) == ("flip", ["heads"])
+        streamed = None
+        for part in forced.stream("Hi"):
+            streamed = part if streamed is None else streamed + part
+        assert streamed.tool_calls[0]["args"] == call["args"]
+        result = flip.invoke(call)
+        assert isinstance(result, ToolMessage)
+        last = chat.bind_tools([flip]).invoke([HumanMessage("Hi"), whole, result])
+        assert last.content
+        several = chat.bind_tools([flip], tool_choice="any", parallel_tool_calls=False)
+        assert len(several.invoke("Hi").tool_calls) == 1
+        structured = chat.with_structured_output(
+            {
+                "title": "Side",
+                "type": "object",
+                "properties": {"heads": {"type": "boolean"}},
+                "required": ["heads"],
+            },
+            method="function_calling",
+        )
+        assert structured.invoke("Hi")["heads"] in (True, False)
 
 
 # ---- litellm -------------------------------------------------------------------------------

@@ -102,8 +102,6 @@ def test_wrong_field_is_a_400_that_names_it(
 
 
 NOT_HONOURED: list[dict[str, Any]] = [
-    {"tools": [{"type": "function", "function": {"name": "f"}}]},
-    {"tool_choice": "required"},
     {"functions": [{"name": "f"}]},
     {"modalities": ["text", "audio"]},
     {"min_tokens": 5},

@@ -6,6 +6,7 @@ import pytest
 
 from phicore import PhicoreError
 from phicore.engine import Request, Sequence
+from phicore.engine.drafts import Draft
 from phicore.engine.scheduler import BUDGET_S, PATIENCE, SIZES, Scheduler
 
 
@@ -72,3 +73,89 @@ def test_rows_grow_at_once_and_shrink_with_patience():
     assert wanted(8, 4, 0) == 4  # half of it
     assert wanted(8, 8, PATIENCE) == 8
     assert all(wanted(size, size, 0) == size for size in SIZES)
+
+
+# ---- drafts --------------------------------------------------------------------------------------
+
+
+def measured_steps(rows: int, **seconds: float) -> Scheduler:
+    scheduler = Scheduler()
+    for size, took_s in seconds.items():
+        for _ in range(60):
+            scheduler.step_took(rows, int(size[1:]), took_s)
+    return scheduler
+
+
+LONG = (1,) * 7
+
+
+def test_nothing_is_checked_before_a_step_was_measured():
+    assert Scheduler().step_wanted(1, 8, [Draft(LONG, 1.0)]) == 1
+
+
+def test_nothing_is_checked_without_drafts():
+    assert measured_steps(1, t1=1.0).step_wanted(1, 8, [Draft((), 1.0)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("chance", "size"), [(0.0, 1), (0.2, 1), (0.4, 2), (0.8, 4), (0.99, 8), (1.0, 8)]
+)
+def test_more_is_checked_the_better_the_draft_is(chance: float, size: int):
+    scheduler = measured_steps(1, t1=1.0, t2=1.2, t4=1.5, t8=2.6)
+    assert scheduler.step_wanted(1, 8, [Draft(LONG, chance)]) == size
+
+
+def test_a_short_draft_takes_a_short_step():
+    scheduler = measured_steps(1, t1=1.0, t2=1.2, t4=1.5, t8=2.6)
+    assert scheduler.step_wanted(1, 8, [Draft((1,), 1.0)]) == 2
+    assert scheduler.step_wanted(1, 3, [Draft(LONG, 1.0)]) == 2
+    assert scheduler.step_wanted(1, 1, [Draft(LONG, 1.0)]) == 1
+
+
+def test_nothing_is_checked_where_it_costs_as_much_as_it_gives():
+    scheduler = measured_steps(2, t1=1.0, t2=1.95, t4=3.9, t8=7.9)
+    assert scheduler.step_wanted(2, 8, [Draft(LONG, 1.0)] * 2) == 1
+
+
+def test_rows_without_a_draft_count():
+    scheduler = measured_steps(4, t1=1.0, t2=1.3, t4=2.0)
+    good, none = Draft(LONG, 0.9), Draft()
+    assert scheduler.step_wanted(4, 8, [good] * 4) == 4
+    assert scheduler.step_wanted(4, 8, [good, none, none, none]) == 1
+
+
+def test_many_rows_check_few_tokens_or_none():
+    assert [Scheduler.step_sizes(rows) for rows in (1, 2, 4, 8, 12)] == [
+        (2, 4, 8),
+        (2, 4, 8),
+        (2, 4),
+        (2,),
+        (),
+    ]
+
+
+def test_one_slow_step_is_forgotten():
+    scheduler = measured_steps(1, t1=1.0, t2=30.0, t4=30.0, t8=30.0)
+    tried = [scheduler.step_wanted(1, 8, [Draft(LONG, 1.0)]) for _ in range(1600)]
+    assert tried[0] == 1
+    assert tried[-1] == 8
+
+
+def test_times_are_averaged_and_one_long_time_counts_in_part():
+    scheduler = measured_steps(1, t1=1.0)
+    scheduler.step_took(1, 1, 2.0)
+    assert scheduler.steps_s[1, 1] == pytest.approx(1.3)
+    scheduler = measured_steps(1, t1=1.0)
+    scheduler.step_took(1, 1, 1000.0)
+    assert scheduler.steps_s[1, 1] == pytest.approx(1.6)
+    for _ in range(30):
+        scheduler.step_took(1, 1, 0.5)
+    assert scheduler.steps_s[1, 1] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_first_time_of_a_size_counts_unless_it_is_far_too_long():
+    scheduler = measured_steps(1, t1=1.0)
+    scheduler.step_took(1, 4, 1.5)
+    assert scheduler.steps_s[1, 4] == 1.5
+    scheduler.step_took(1, 8, 100.0)
+    assert scheduler.steps_s[1, 8] == pytest.approx(3 * 2.75)

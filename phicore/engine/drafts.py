@@ -1,0 +1,184 @@
+"""Drafts: guesses of the next tokens, which a step checks all at once.
+
+A draft changes how fast a text comes and never which text comes. The sampled token is a function of
+the tokens before it, of the seed and of its index in the answer. A step that runs the last token
+and a draft of k tokens samples k + 1 tokens, each as if the draft before it were the text. Up to
+the first token that differs from the draft it is the text, this token included.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from phicore.engine.sequence import Sequence
+
+PADDING = -1
+"""Comes after a draft that is shorter than its step. No sampled token is equal to it."""
+LENGTHS = (3, 2)
+"""The lengths of the n-grams that are looked up, the best first."""
+KINDS = (4, 8, 16)
+"""Matches of fewer tokens than each of these, or of at least the last, have their own hit rate."""
+FIRST_CHANCES = (0.3, 0.6, 0.8, 0.9)
+"""The hit rates of these kinds before anything is known of a text."""
+NEWEST = 0.1
+"""The weight of the newest token in a hit rate."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A guess of the next tokens of a sequence.
+
+    Attributes:
+        tokens: The tokens; none if there is no guess.
+        chance: About how likely each token is right if those before it are, 0 to 1.
+    """
+
+    tokens: tuple[int, ...] = ()
+    chance: float = 0.0
+
+
+NO_DRAFT = Draft()
+
+
+class Drafter(ABC):
+    """Guesses the next tokens of sequences.
+
+    One object serves all sequences of an engine, so that a drafter with a network of its own can
+    compute many at a time. It may keep what it likes for a sequence, by weak reference. It must
+    depend on nothing but what it is told, and may be wrong as often as it likes.
+    """
+
+    @abstractmethod
+    def draft(self, sequences: Tokens[Sequence], most: int) -> list[Draft]:
+        """Guess what comes after the tokens of sequences that the host has read.
+
+        It is called before each step in which a draft could be checked, so it must be quick when
+        nothing is to be guessed.
+
+        Args:
+            sequences: The sequences.
+            most: The largest number of tokens of a draft.
+        Returns:
+            The draft of each sequence.
+        """
+
+    def checked(self, sequence: Sequence, drafted: int, accepted: int) -> None:  # noqa: B027
+        """Take note of how many tokens of a draft of a sequence were checked, and were right."""
+
+
+class NGrams(Drafter):
+    """Guesses that a text goes on as it did after the same two or three tokens before.
+
+    Source: Saxena, "Prompt Lookup Decoding" (2023), github.com/apoorvumang/prompt-lookup-decoding.
+    """
+
+    def __init__(self) -> None:
+        self._matches: WeakKeyDictionary[Sequence, Match] = WeakKeyDictionary()
+
+    def draft(self, sequences: Tokens[Sequence], most: int) -> list[Draft]:
+        return [self._match(sequence).draft(most) for sequence in sequences]
+
+    def _match(self, sequence: Sequence) -> Match:
+        """Return the match of a sequence, up to date."""
+        match = self._matches.get(sequence)
+        if match is None:
+            match = self._matches[sequence] = Match(sequence.request.prompt_ids)
+        match.extend(sequence.answer[len(match.tokens) - len(sequence.request.prompt_ids) :])
+        return match
+
+
+class Match:
+    """Where the end of a text was before, and how often the text then went on the same way.
+
+    A token costs the same however long the text is: the place after each n-gram is in a table. An
+    old match is followed as long as the text goes on as it did there, since a long match is better
+    than a recent one. Each token tells whether the match was right, whether or not a draft was made
+    of it. So hit rates are known without a draft that fails.
+
+    Attributes:
+        tokens: The tokens of the text.
+    """
+
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
+        self.tokens: list[int] = []
+        self._places: dict[tuple[int, ...], int] = {}  # the index after the last of each n-gram
+        self._next: int | None = None  # the index of the token that is guessed
+        self._length = 0  # about how many tokens before it are the same
+        self._chances = list(FIRST_CHANCES)
+        for token in tokens:
+            self._add(token)
+        self._chances = list(FIRST_CHANCES)  # an answer is another kind of text than its prompt
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Add tokens at the end of the text."""
+        for token in tokens:
+            self._add(token)
+
+    def _add(self, token: int) -> None:
+        is_right = self._next is not None and self.tokens[self._next] == token
+        if self._next is not None:
+            kind = self._kind
+            self._chances[kind] += NEWEST * (is_right - self._chances[kind])
+        self.tokens.append(token)
+        end = len(self.tokens)
+        if self._next is not None and is_right:
+            self._next, self._length = self._next + 1, self._length + 1
+        else:
+            self._next, self._length = None, 0
+        for length in LENGTHS:
+            if end >= length:
+                key = tuple(self.tokens[end - length :])
+                place = self._places.get(key)
+                if self._next is None and place is not None:
+                    self._next, self._length = place, length
+                self._places[key] = end
+
+    @property
+    def _kind(self) -> int:
+        return sum(self._length >= least for least in KINDS)
+
+    def draft(self, most: int) -> Draft:
+        """Guess up to `most` tokens. Where a match runs into the end, it is repeated."""
+        if self._next is None:
+            return NO_DRAFT
+        tokens = self.tokens[self._next : self._next + most]
+        period = len(self.tokens) - self._next
+        while len(tokens) < most:
+            tokens.append(tokens[len(tokens) - period])
+        return Draft(tuple(tokens), self._chances[self._kind])
+
+
+def accepted(tokens: Tokens[int], inputs: Tokens[int]) -> int:
+    """Return how many of the tokens that a step has sampled are the text: 1 to T.
+
+    Args:
+        tokens: The T sampled tokens.
+        inputs: The T tokens that were run: the last token of the text, then the draft.
+    """
+    for count, (token, drafted) in enumerate(zip(tokens, inputs[1:], strict=False), 1):
+        if token != drafted:
+            return count
+    return len(tokens)
+
+
+def inputs_of(
+    sequences: Tokens[Sequence | None], drafts: Mapping[Sequence, Draft], size: int
+) -> np.ndarray:
+    """Return the tokens of a step that checks drafts, (B, size) int32.
+
+    Each row has the last token of its sequence, its draft, and `PADDING`.
+    """
+    inputs = np.full((len(sequences), size), PADDING, np.int32)
+    for row, sequence in zip(inputs, sequences, strict=True):
+        row[0] = 0
+        if sequence is not None:
+            row[0] = (sequence.answer or sequence.request.prompt_ids)[-1]
+            tokens = drafts.get(sequence, NO_DRAFT).tokens[: size - 1]
+            row[1 : 1 + len(tokens)] = tokens
+    return inputs
