@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import phicore
 from phicore.engine import Timings
-from phicore.engine.drafts import Draft, NGrams
+from phicore.engine.drafts import Draft, NGrams, Outlook
 from phicore.engine.scheduler import Scheduler
 
 TEXT = (
@@ -55,9 +55,11 @@ class EachSize(Scheduler):
         super().__init__()
         self.checked = 0
 
-    def step_wanted(self, rows: int, most: int, drafts: Sequence[Draft]) -> int:
+    def step_wanted(
+        self, rows: int, most: int, drafts: Sequence[Draft | Outlook], token_s: float = 0.0
+    ) -> int:
         sizes = [size for size in self.step_sizes(rows) if size <= most]
-        if not sizes or not any(draft.tokens for draft in drafts):
+        if not sizes or not any(draft.length for draft in drafts):
             return 1
         self.checked += 1
         return sizes[self.checked % len(sizes)]

@@ -22,7 +22,8 @@ import numpy as np
 from phicore.backend import Backend, BackendOptions
 from phicore.backend.host import cpu_count, cpu_name, free_memory_bytes, memory_bytes
 from phicore.engine import Engine, Request
-from phicore.engine.drafts import Drafter, NGrams
+from phicore.engine.draft_model import ModelDrafter
+from phicore.engine.drafts import Drafter, Either, NGrams
 from phicore.engine.request import ROPE_FACTORS, is_integer
 from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
 from phicore.errors import ArgumentError, GGUFError, PhicoreError, TokenizerError, about
@@ -99,6 +100,7 @@ class Model:
         prefix_cache_bytes: int | None = None,
         kv_memory: int | None = None,
         speculation: bool | Drafter = SPECULATION,
+        draft_model: Model | None = None,
     ) -> None:
         started = time.perf_counter()
         self.reference = files.reference
@@ -118,6 +120,9 @@ class Model:
                     f"{file.path.name}: tensor 'token_embd.weight' has {self.vocab_size} rows, "
                     f"the tokenizer {self.tokenizer.vocab_size} tokens"
                 )
+            drafter = _checked_drafter(speculation)
+            if draft_model is not None:
+                drafter = Either(drafter or NGrams(), self._drafter_of(draft_model))
             self.sampling, left_out = recommended(self.metadata)
             if left_out:
                 log.warning("%s: recommended, but not used: %s", name, ", ".join(left_out))
@@ -131,7 +136,7 @@ class Model:
                 scheduler=Scheduler(max_sequences=max_sequences),
                 prefix_bytes=_checked_prefix_bytes(prefix_cache_bytes),
                 kv_bytes=_checked_kv_memory(kv_memory, ops),
-                drafter=_checked_drafter(speculation),
+                drafter=drafter,
             )
             if kv_memory is not None:
                 self._engine.fit_context()
@@ -140,6 +145,20 @@ class Model:
         self._observers = observers
         self._processors = processors or {}
         self.load_s = time.perf_counter() - started
+
+    def _drafter_of(self, other: Model) -> ModelDrafter:
+        """Return a drafter that guesses with another model.
+
+        Raises:
+            ArgumentError: If it has another vocabulary.
+        """
+        if (difference := self.tokenizer.difference(other.tokenizer)) is not None:
+            raise ArgumentError(
+                f"{other.path.name} has another vocabulary than {self.path.name}: {difference}; "
+                "a draft model needs the same one",
+                parameter="draft_model",
+            )
+        return ModelDrafter(other.engine.runner, other.context)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -599,6 +618,7 @@ def load(
     prefix_cache_bytes: int | None = None,
     kv_memory: int | None = None,
     speculation: bool | Drafter = SPECULATION,
+    draft_model: str | os.PathLike[str] | Model | None = None,
     **options: Any,
 ) -> Model:
     """Load a model.
@@ -623,6 +643,9 @@ def load(
         speculation: Whether tokens are guessed from what prompt and answer have in common, and
             checked several at a time. The text stays the same, and comes faster where it repeats
             itself or the prompt. A `phicore.engine.drafts.Drafter` guesses in its own way.
+        draft_model: A smaller model with the same vocabulary, which guesses where nothing repeats
+            itself: a reference, which is loaded on the same backend, or a loaded model, which must
+            not compute anything else meanwhile. It implies `speculation`.
         options: The fields of `BackendOptions`: `device`, `devices`, `cache_type`, `dtype`,
             `fast_prefill`, `compact`, `threads`.
     Raises:
@@ -643,20 +666,31 @@ def load(
     info = choose_backend(backend, plugins) if backend is not None else None
     reference = default_reference()[0] if ref is None else os.fspath(ref)
     files = resolve(reference, tokenizer=tokenizer, schemes=plugins.sources())
+    draft_files = None
+    if draft_model is not None and not isinstance(draft_model, Model):
+        draft_files = resolve(os.fspath(draft_model), schemes=plugins.sources())
     info = info or choose_backend(None, plugins)  # imports the libraries it tries
+    ops = info.create(chosen)
+    shared: dict[str, Any] = {
+        "backend": info.name,
+        "progress": progress or silent,
+        "architectures": plugins.architectures(),
+    }
+    draft = draft_model if isinstance(draft_model, Model) else None
+    if draft_files is not None:
+        draft = Model(draft_files, ops, context=None, prefix_cache_bytes=0, **shared)
     return Model(
         files,
-        info.create(chosen),
-        backend=info.name,
+        ops,
         context=ctx,
-        progress=progress or silent,
         observers=plugins.observers(),
-        architectures=plugins.architectures(),
         processors=plugins.logits_processors(),
         max_sequences=max_sequences,
         prefix_cache_bytes=prefix_cache_bytes,
         kv_memory=kv_memory,
         speculation=speculation,
+        draft_model=draft,
+        **shared,
     )
 
 

@@ -9,9 +9,10 @@ the first token that differs from the draft it is the text, this token included.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -42,8 +43,45 @@ class Draft:
     tokens: tuple[int, ...] = ()
     chance: float = 0.0
 
+    @property
+    def length(self) -> int:
+        """Return the number of tokens."""
+        return len(self.tokens)
+
 
 NO_DRAFT = Draft()
+
+
+class Outlook(NamedTuple):
+    """What is known of a draft before it is made.
+
+    Attributes:
+        length: The number of tokens that it can have.
+        chance: About how likely each token is right if those before it are, 0 to 1.
+    """
+
+    length: int
+    chance: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to draft, which the engine takes if it is expected to pay.
+
+    Attributes:
+        outlooks: What the draft of each sequence is like. A sequence without a draft may be
+            missing.
+        make: Makes the drafts, of up to the given number of tokens. Sequences may be missing.
+        token_s: The time in seconds that each token of the drafts takes, for all sequences
+            together.
+    """
+
+    outlooks: Mapping[Sequence, Draft | Outlook]
+    make: Callable[[int], Mapping[Sequence, Draft]]
+    token_s: float = 0.0
+
+
+NO_PLAN = Plan({}, lambda _: {})
 
 
 class Drafter(ABC):
@@ -52,7 +90,13 @@ class Drafter(ABC):
     One object serves all sequences of an engine, so that a drafter with a network of its own can
     compute many at a time. It may keep what it likes for a sequence, by weak reference. It must
     depend on nothing but what it is told, and may be wrong as often as it likes.
+
+    Attributes:
+        slot_bytes: The number of bytes that the drafter keeps for each token that the engine's
+            caches have room for.
     """
+
+    slot_bytes = 0
 
     @abstractmethod
     def draft(self, sequences: Tokens[Sequence], most: int) -> list[Draft]:
@@ -67,6 +111,15 @@ class Drafter(ABC):
         Returns:
             The draft of each sequence.
         """
+
+    def plans(self, sequences: Tokens[Sequence], most: int) -> list[Plan]:
+        """Return ways to draft, of which the engine takes the one that gains most, if any does.
+
+        A drafter whose drafts take time overrides this, and makes them only when they are wanted.
+        The arguments are those of `draft`.
+        """
+        drafts = dict(zip(sequences, self.draft(sequences, most), strict=True))
+        return [Plan(drafts, lambda _: drafts)]
 
     def checked(self, sequence: Sequence, drafted: int, accepted: int) -> None:  # noqa: B027
         """Take note of how many tokens of a draft of a sequence were checked, and were right."""
@@ -152,6 +205,54 @@ class Match:
         while len(tokens) < most:
             tokens.append(tokens[len(tokens) - period])
         return Draft(tuple(tokens), self._chances[self._kind])
+
+
+class Either(Drafter):
+    """Takes the drafts of one drafter where they are as likely right as those of another.
+
+    The other's drafts may take time. The plan without any of them is offered, too.
+    """
+
+    def __init__(self, quick: Drafter, other: Drafter) -> None:
+        self._quick = quick
+        self._other = other
+        self._made: WeakKeyDictionary[Sequence, Drafter] = WeakKeyDictionary()
+        self.slot_bytes = quick.slot_bytes + other.slot_bytes
+
+    def draft(self, sequences: Tokens[Sequence], most: int) -> list[Draft]:
+        made = self.plans(sequences, most)[-1].make(most)
+        return [made.get(sequence, NO_DRAFT) for sequence in sequences]
+
+    def plans(self, sequences: Tokens[Sequence], most: int) -> list[Plan]:
+        quick = self._quick.plans(sequences, most) or [NO_PLAN]
+        others = [NO_PLAN, *self._other.plans(sequences, most)]
+        return [self._joined(one, other) for other in others for one in quick]
+
+    def _joined(self, quick: Plan, other: Plan) -> Plan:
+        """Return a plan that takes the other's draft where it is the more likely one."""
+        chosen = {
+            sequence: outlook
+            for sequence, outlook in other.outlooks.items()
+            if _chance(outlook) > _chance(quick.outlooks.get(sequence, NO_DRAFT))
+        }
+
+        def make(most: int) -> Mapping[Sequence, Draft]:
+            drafts = {s: draft for s, draft in quick.make(most).items() if s not in chosen}
+            self._made.update(dict.fromkeys(drafts, self._quick))
+            made = other.make(most) if chosen else {}
+            slow = {s: draft for s, draft in made.items() if s in chosen}
+            self._made.update(dict.fromkeys(slow, self._other))
+            return {**drafts, **slow}
+
+        return Plan({**quick.outlooks, **chosen}, make, other.token_s if chosen else 0.0)
+
+    def checked(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        if sequence in self._made:
+            self._made[sequence].checked(sequence, drafted, accepted)
+
+
+def _chance(outlook: Draft | Outlook) -> float:
+    return outlook.chance if outlook.length else 0.0
 
 
 def accepted(tokens: Tokens[int], inputs: Tokens[int]) -> int:

@@ -23,7 +23,7 @@ from phicore.backend import Backend
 from phicore.engine import logprobs, sessions
 from phicore.engine.cache import Cache
 from phicore.engine.chunks import MIN_CAPACITY
-from phicore.engine.drafts import NO_DRAFT, PADDING, Drafter, accepted, inputs_of
+from phicore.engine.drafts import PADDING, Drafter, Plan, accepted, inputs_of
 from phicore.engine.prefixes import SHORTEST, Prefix, Prefixes
 from phicore.engine.request import Request, check_logprobs
 from phicore.engine.rows import Call, Rows, first_states
@@ -81,6 +81,8 @@ class Engine:
             drafter: Guesses tokens, which are then checked several at a time. None guesses none.
                 The answers are the same in any case.
         """
+        if kv_bytes is not None and drafter is not None:  # the drafter gets its share of the rest
+            kv_bytes = kv_bytes * runner.slot_bytes // (runner.slot_bytes + drafter.slot_bytes)
         self._kv_bytes = kv_bytes
         self.drafter = drafter
         self.runner = runner
@@ -599,10 +601,11 @@ class Engine:
             rows = self._batches[kinds]
             needs_tokens = any(sequence.needs_tokens for sequence in rows.live)
             is_early = self.runner.ops.capabilities.asynchronous and not needs_tokens
-            inputs = self._drafts(rows)
-            while rows.pending and (rows.pending[0].inputs is not None or inputs is not None):
+            size, plan = self._plan(rows)
+            while rows.pending and (rows.pending[0].inputs is not None or size > 1):
                 outputs += self._take_tokens(rows)  # what comes next depends on it
-                inputs = self._drafts(rows)
+                size, plan = self._plan(rows)
+            inputs = None if plan is None else self._drafted(rows, size, plan)
             if inputs is not None:
                 self._start_checking(rows, inputs)
             elif not rows.pending:
@@ -717,26 +720,35 @@ class Engine:
             else ()
         )
 
-    def _drafts(self, rows: Rows) -> np.ndarray | None:
-        """Return the tokens of a step that checks drafts, (B, T) int32; None if it does not pay.
+    def _plan(self, rows: Rows) -> tuple[int, Plan | None]:
+        """Return how many tokens of each row the next step runs, and how they are drafted.
 
         While a call is under way, the result only says whether it pays to wait for that.
+
+        Returns:
+            1 and None if no draft pays.
         """
         live = rows.live
         sizes = self._step_sizes(len(rows.sequences), live)
         if self.drafter is None or not sizes:
-            return None
+            return 1, None
         most = min(sequence.left for sequence in live)
         for sequence in live:
             factors = self.runner.tables.left(sequence.computed, sequence.is_long)
             most = most if factors is None else min(most, factors)
         if most < sizes[0]:
-            return None
+            return 1, None
         asked = [sequence for sequence in live if sequence.request.speculation]
-        drafts = dict(zip(asked, self.drafter.draft(asked, STEP_SIZES[-1] - 1), strict=True))
-        all_drafts = [drafts.get(sequence, NO_DRAFT) for sequence in live]
-        size = self.scheduler.step_wanted(len(rows.sequences), most, all_drafts)
-        return None if size == 1 else inputs_of(rows.sequences, drafts, size)
+        plans = self.drafter.plans(asked, STEP_SIZES[-1] - 1)
+        return self.scheduler.plan_wanted(len(rows.sequences), most, live, plans)
+
+    @staticmethod
+    def _drafted(rows: Rows, size: int, plan: Plan) -> np.ndarray | None:
+        """Return the tokens of a step that checks drafts, (B, T) int32; None if there are none."""
+        drafts = plan.make(size - 1)
+        if not any(draft.tokens for draft in drafts.values()):
+            return None
+        return inputs_of(rows.sequences, drafts, size)
 
     def _start_checking(self, rows: Rows, inputs: np.ndarray) -> None:
         """Start a call that checks drafts. The host must have read all tokens."""

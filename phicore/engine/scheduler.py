@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Tokens
 
-from phicore.engine.drafts import Draft
+from phicore.engine.drafts import NO_DRAFT, Draft, Outlook, Plan
 from phicore.engine.sequence import Sequence
 from phicore.errors import BusyError
 
@@ -152,7 +152,27 @@ class Scheduler:
         # A row takes a step longer, too.
         return one_s * (1 + TOKEN_COST * rows * (size - 1) / (1 + TOKEN_COST * (rows - 1)))
 
-    def step_wanted(self, rows: int, most: int, drafts: Tokens[Draft]) -> int:
+    def plan_wanted(
+        self, rows: int, most: int, sequences: Tokens[Sequence], plans: Tokens[Plan]
+    ) -> tuple[int, Plan | None]:
+        """Return how many tokens of each row the next step should run, and how they are drafted.
+
+        Returns:
+            The number and the plan that give the most tokens in the same time; 1 and None if no
+            plan pays. The other arguments are those of `step_wanted`.
+        """
+        best: tuple[float, int, Plan | None] = (-1.0, 1, None)
+        for plan in plans:
+            drafts = [plan.outlooks.get(sequence, NO_DRAFT) for sequence in sequences]
+            size = self.step_wanted(rows, most, drafts, plan.token_s)
+            rate = self._rate(rows, size, drafts, plan.token_s)
+            if size > 1 and rate > best[0]:
+                best = rate, size, plan
+        return best[1:]
+
+    def step_wanted(
+        self, rows: int, most: int, drafts: Tokens[Draft | Outlook], token_s: float = 0.0
+    ) -> int:
         """Return how many tokens of each row the next step should run; 1 checks no draft.
 
         It is the number with the most expected tokens of all sequences in the same time. A row
@@ -161,22 +181,31 @@ class Scheduler:
         Args:
             rows: The number of rows, those without a sequence included.
             most: The largest number of tokens that every row has room for.
-            drafts: The draft of each sequence.
+            drafts: The draft of each sequence, or what is known of it.
+            token_s: The time in seconds that each token of the drafts takes.
         """
         best, best_rate = 1, 0.0
         one_s = self._step_s(rows, 1)
-        if one_s is None or not any(draft.tokens for draft in drafts):
+        if one_s is None or not any(draft.length for draft in drafts):
             return 1
         one_rate = len(drafts) / one_s
         for size in self.step_sizes(rows):
             expected_s = self._expected_s(rows, size) or one_s
             step_s = self._step_s(rows, size) or one_s
-            rate = sum(tokens_expected(draft, size) for draft in drafts) / step_s
+            rate = self._rate(rows, size, drafts, token_s)
             if size <= most and rate >= GAIN * one_rate and rate > best_rate:
                 best, best_rate = size, rate
             elif step_s > expected_s:
                 self.steps_s[rows, size] = step_s - FORGET * (step_s - expected_s)
         return best
+
+    def _rate(self, rows: int, size: int, drafts: Tokens[Draft | Outlook], token_s: float) -> float:
+        """Return the expected number of tokens a second with steps of this size; 0 if unknown."""
+        step_s = self._step_s(rows, size) or self._step_s(rows, 1)
+        if not step_s:
+            return 0.0
+        tokens = sum(tokens_expected(draft, size) for draft in drafts)
+        return tokens / (step_s + token_s * (size - 1))
 
     @staticmethod
     def rows_wanted(rows: int, needed: int, idle: int) -> int:
@@ -193,10 +222,10 @@ class Scheduler:
         return rows
 
 
-def tokens_expected(draft: Draft, size: int) -> float:
+def tokens_expected(draft: Draft | Outlook, size: int) -> float:
     """Return how many tokens a step of `size` tokens is expected to give a sequence."""
     right, expected = 1.0, 1.0
-    for _ in draft.tokens[: size - 1]:
+    for _ in range(min(draft.length, size - 1)):
         right *= draft.chance
         expected += right
     return expected

@@ -22,7 +22,7 @@ from phicore.backend import Backend
 from phicore.engine import Engine, Request, drafts
 from phicore.engine import Sequence as Running
 from phicore.engine import engine as engine_module
-from phicore.engine.drafts import Draft, Drafter, NGrams
+from phicore.engine.drafts import Draft, Drafter, NGrams, Outlook
 from phicore.engine.rows import Rows
 from phicore.engine.runner import Runner
 from phicore.engine.scheduler import Scheduler
@@ -47,9 +47,11 @@ class Eager(Scheduler):
         super().__init__(**options)
         self._random = random.Random(seed)
 
-    def step_wanted(self, rows: int, most: int, drafts: Sequence[Draft]) -> int:
+    def step_wanted(
+        self, rows: int, most: int, drafts: Sequence[Draft | Outlook], token_s: float = 0.0
+    ) -> int:
         sizes = [size for size in self.step_sizes(rows) if size <= most]
-        has_some = any(draft.tokens for draft in drafts)
+        has_some = any(draft.length for draft in drafts)
         return self._random.choice(sizes) if sizes and has_some else 1
 
 
