@@ -27,6 +27,8 @@ KINDS = (4, 8, 16)
 """Matches of fewer tokens than each of these, or of at least the last, have their own hit rate."""
 FIRST_CHANCES = (0.3, 0.6, 0.8, 0.9)
 """The hit rates of these kinds before anything is known of a text."""
+PREDICTED = 8
+"""The beginning of a prediction counts as a match of this many tokens."""
 NEWEST = 0.1
 """The weight of the newest token in a hit rate."""
 
@@ -128,6 +130,9 @@ class Drafter(ABC):
 class NGrams(Drafter):
     """Guesses that a text goes on as it did after the same two or three tokens before.
 
+    What a request predicts is guessed from the beginning of the answer on, and counts as a part of
+    the text.
+
     Source: Saxena, "Prompt Lookup Decoding" (2023), github.com/apoorvumang/prompt-lookup-decoding.
     """
 
@@ -141,8 +146,9 @@ class NGrams(Drafter):
         """Return the match of a sequence, up to date."""
         match = self._matches.get(sequence)
         if match is None:
-            match = self._matches[sequence] = Match(sequence.request.prompt_ids)
-        match.extend(sequence.answer[len(match.tokens) - len(sequence.request.prompt_ids) :])
+            request = sequence.request
+            match = self._matches[sequence] = Match(request.prompt_ids, request.prediction)
+        match.extend(sequence.answer[len(match.tokens) - match.given :])
         return match
 
 
@@ -155,17 +161,28 @@ class Match:
     of it. So hit rates are known without a draft that fails.
 
     Attributes:
-        tokens: The tokens of the text.
+        tokens: The tokens of the text. What is predicted comes after the prompt.
+        given: The number of tokens of the prompt and the prediction.
     """
 
-    def __init__(self, tokens: Iterable[int] = ()) -> None:
+    def __init__(self, prompt: Iterable[int] = (), prediction: Iterable[int] = ()) -> None:
+        """Begin a text.
+
+        Args:
+            prompt: Its first tokens.
+            prediction: Tokens that those after the prompt are thought to resemble.
+        """
         self.tokens: list[int] = []
         self._places: dict[tuple[int, ...], int] = {}  # the index after the last of each n-gram
         self._next: int | None = None  # the index of the token that is guessed
         self._length = 0  # about how many tokens before it are the same
         self._chances = list(FIRST_CHANCES)
-        for token in tokens:
-            self._add(token)
+        self.extend(prompt)
+        start = len(self.tokens)
+        self.extend(prediction)
+        self.given = len(self.tokens)
+        if self.given > start:
+            self._next, self._length = start, PREDICTED
         self._chances = list(FIRST_CHANCES)  # an answer is another kind of text than its prompt
 
     def extend(self, tokens: Iterable[int]) -> None:
