@@ -81,8 +81,9 @@ class Engine:
             drafter: Guesses tokens, which are then checked several at a time. None guesses none.
                 The answers are the same in any case.
         """
-        if kv_bytes is not None and drafter is not None:  # the drafter gets its share of the rest
-            kv_bytes = kv_bytes * runner.slot_bytes // (runner.slot_bytes + drafter.slot_bytes)
+        self._slot_bytes = runner.slot_bytes + (drafter.slot_bytes if drafter is not None else 0)
+        if kv_bytes is not None:  # the drafter gets its share of the memory
+            kv_bytes = kv_bytes * runner.slot_bytes // self._slot_bytes
         self._kv_bytes = kv_bytes
         self.drafter = drafter
         self.runner = runner
@@ -152,11 +153,11 @@ class Engine:
             return
         most = self.runner.positions_in(self._kv_bytes)
         if most == 0:
-            least = MIN_CAPACITY * self.runner.slot_bytes
+            least = MIN_CAPACITY * self._slot_bytes
             raise ArgumentError(
                 parameter="kv_memory",
                 expected=f"{least} bytes or more for this model",
-                got=self._kv_bytes,
+                got=self._kv_bytes * self._slot_bytes // self.runner.slot_bytes,
             )
         self.context = self.context if most is None else min(self.context, most)
 

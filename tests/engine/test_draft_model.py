@@ -397,6 +397,11 @@ def test_memory_of_the_draft_model_counts(tmp_path: Path):
     path = write_tiny(tmp_path / "m.gguf")
     with phicore.load(path, "numpy", kv_memory=10**6, draft_model=path) as model:
         assert model.engine.kv_usage[2] == 5 * 10**5
+        least = 256 * 2 * model.engine.runner.slot_bytes
+    phicore.load(path, "numpy", kv_memory=least, draft_model=path).close()
+    expected = f"^kv_memory: expected {least} bytes or more for this model, got {least - 2}"
+    with pytest.raises(ArgumentError, match=expected):
+        phicore.load(path, "numpy", kv_memory=least - 2, draft_model=path)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +416,7 @@ def test_other_vocabulary_is_refused(changes: dict[str, Any], problem: str, tmp_
     if "edit" in changes:
         changes = {"edit": with_value("tokenizer.ggml.tokens", changed_tokens(path))}
     other = write_tiny(tmp_path / "o.gguf", **changes)
-    start = "draft_model: o.gguf has another vocabulary than m.gguf: "
+    start = "draft_model: o.gguf has another vocabulary than the model: "
     with pytest.raises(ArgumentError, match="^" + re.escape(start + problem)):
         phicore.load(path, "numpy", draft_model=other)
 
