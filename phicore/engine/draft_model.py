@@ -19,6 +19,7 @@ from phicore.backend import Array, LayerCache, Params
 from phicore.engine.cache import Cache
 from phicore.engine.draft_texts import Text, lacks, length_of, tokens_from
 from phicore.engine.drafts import NO_DRAFT, Draft, Drafter, Outlook, Plan
+from phicore.engine.request import Request
 from phicore.engine.runner import Runner
 from phicore.engine.scheduler import SIZES
 from phicore.engine.sequence import Sequence
@@ -92,6 +93,19 @@ class ModelDrafter(Drafter):
         if token_s:  # so that one bad measurement does not count for ever
             self._times[rows] = token_s - FORGET * (token_s - min(self._times.values()))
         return [Plan(outlooks, lambda count: self._make(sequences, count), token_s)]
+
+    def warm_up(self, sizes: Tokens[int]) -> None:
+        chunks = self._runner.ops.capabilities.prompt_chunks[1:]
+        all_lengths = [[chunk + 1] for chunk in chunks] + [[2] * size for size in sizes]
+        for lengths in all_lengths:
+            texts = [Sequence(Request([0] * length), 99, "length", False) for length in lengths]
+            for count in (*[1] * len(texts), *CATCH_UP, 0):  # a draft reads a part of one text
+                drafts = self._make(texts, 2)
+                for text in texts:
+                    guess = drafts.get(text, NO_DRAFT).tokens[:1]
+                    text.answer += [int(guess == (0,))] * count  # never what was guessed
+            self._batch, self._rows = None, []
+        self._times.clear()
 
     def checked(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         text = self._text(sequence)

@@ -123,6 +123,9 @@ class Drafter(ABC):
         drafts = dict(zip(sequences, self.draft(sequences, most), strict=True))
         return [Plan(drafts, lambda _: drafts)]
 
+    def warm_up(self, sizes: Tokens[int]) -> None:  # noqa: B027
+        """Compile what drafts for batches of these sizes need."""
+
     def checked(self, sequence: Sequence, drafted: int, accepted: int) -> None:  # noqa: B027
         """Take note of how many tokens of a draft of a sequence were checked, and were right."""
 
@@ -244,6 +247,10 @@ class Either(Drafter):
         quick = self._quick.plans(sequences, most) or [NO_PLAN]
         others = [NO_PLAN, *self._other.plans(sequences, most)]
         return [self._joined(one, other) for other in others for one in quick]
+
+    def warm_up(self, sizes: Tokens[int]) -> None:
+        self._quick.warm_up(sizes)
+        self._other.warm_up(sizes)
 
     def _joined(self, quick: Plan, other: Plan) -> Plan:
         """Return a plan that takes the other's draft where it is the more likely one."""

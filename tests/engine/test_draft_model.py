@@ -368,6 +368,24 @@ def test_failing_draft_model_is_turned_off(
     assert caplog.messages == ["the draft model is not used any more: no memory is left"]
 
 
+def test_nothing_is_compiled_for_drafts_after_the_warm_up(path: Path, other: Path):
+    ops = make_backend("jax")
+    engine = engine_of(ops, path)
+    engine.scheduler = Always(max_sequences=2)
+    engine.drafter = drafter_of(engine_of(ops, other))
+    engine.warm_up([GREEDY])
+    drafting = engine.drafter._runner.steps
+    reported: list[str] = []
+    for steps in (drafting, engine.runner.steps):
+        steps.progress = lambda what, done, total: reported.append(what)
+    made = near_greedy(3, longest=40)
+    made = [replace(request, sampling=GREEDY) for request in made]
+    expected = alone(engine_of(ops, path), made)
+    assert together(engine, made, 1) == expected
+    assert engine.drafter.drafted > 20
+    assert not reported
+
+
 # ---- Model ---------------------------------------------------------------------------------------
 
 
