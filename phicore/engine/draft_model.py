@@ -169,12 +169,9 @@ class ModelDrafter(Drafter):
         return self._run(ready, count) if ready else {}
 
     def _check_factors(self, text: Text, sequence: Sequence) -> None:
-        """Forget a text if LongRoPE's other factors are needed for it.
-
-        The long ones are taken a chunk early, so that padding has rows of the tables, too.
-        """
-        tables, chunk = self._runner.tables, self._runner.ops.capabilities.prompt_chunks[-1]
-        is_long = tables.has_two_parts and tables.is_long(length_of(sequence) + chunk)
+        """Forget a text if LongRoPE's other factors are needed for it."""
+        tables = self._runner.tables
+        is_long = tables.has_two_parts and tables.is_long(length_of(sequence))
         if is_long != text.is_long:
             self._leave(text)
             text.cache, text.tokens, text.is_long = None, [], is_long
