@@ -735,7 +735,9 @@ class Engine:
         asked = [sequence for sequence in live if sequence.request.speculation]
         drafts = dict(zip(asked, self.drafter.draft(asked, STEP_SIZES[-1] - 1), strict=True))
         all_drafts = [drafts.get(sequence, NO_DRAFT) for sequence in live]
-        size = self.scheduler.step_wanted(len(rows.sequences), most, all_drafts)
+        size = self.scheduler.step_wanted(
+            len(rows.sequences), most, all_drafts, is_drawn=rows.draw is not None
+        )
         return None if size == 1 else inputs_of(rows.sequences, drafts, size)
 
     def _start_checking(self, rows: Rows, inputs: np.ndarray) -> None:
@@ -780,7 +782,8 @@ class Engine:
         if len(self._batches) == 1 and not self._reading and self.drafter is not None:
             size = 1 if call.inputs is None else call.count
             took_s = now_s - max(call.started_s, before_s)
-            self.scheduler.step_took(len(rows.sequences), size, took_s)
+            is_drawn = rows.draw is not None
+            self.scheduler.step_took(len(rows.sequences), size, took_s, is_drawn=is_drawn)
 
     def _checked(
         self,

@@ -67,7 +67,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self._token_s: float | None = None
         self._chunks = 0
-        self.steps_s: dict[tuple[int, int], float] = {}
+        self.steps_s: dict[tuple[int, int, bool], float] = {}
 
     def add(self, sequence: Sequence) -> None:
         """Add a sequence at the end of the queue.
@@ -126,33 +126,38 @@ class Scheduler:
         """Return the numbers of tokens that steps which check drafts of so many rows may have."""
         return tuple(size for size in STEP_SIZES if rows * size <= MOST_CHECKED)
 
-    def step_took(self, rows: int, size: int, seconds: float) -> None:
+    def step_took(self, rows: int, size: int, seconds: float, *, is_drawn: bool) -> None:
         """Take note of the time of a step of `rows` rows with `size` tokens each.
+
+        Whether tokens are drawn counts, since a draw of many tokens takes a small model longer than
+        its network does.
 
         A time that is far too long counts in part, since others may have used the processor.
         """
-        known = self.steps_s.get((rows, size))
-        thought = self._step_s(rows, size)
+        known = self.steps_s.get((rows, size, is_drawn))
+        thought = self._step_s(rows, size, is_drawn)
         if thought is not None:
             seconds = min(seconds, LONGEST * thought)
         if known is not None:
             seconds = (1 - NEWEST) * known + NEWEST * seconds
-        self.steps_s[rows, size] = seconds
+        self.steps_s[rows, size, is_drawn] = seconds
 
-    def _step_s(self, rows: int, size: int) -> float | None:
+    def _step_s(self, rows: int, size: int, is_drawn: bool) -> float | None:
         """Return the time of a step, as measured or as expected; None if nothing is known."""
-        found = self.steps_s.get((rows, size))
-        return self._expected_s(rows, size) if found is None else found
+        found = self.steps_s.get((rows, size, is_drawn))
+        return self._expected_s(rows, size, is_drawn) if found is None else found
 
-    def _expected_s(self, rows: int, size: int) -> float | None:
+    def _expected_s(self, rows: int, size: int, is_drawn: bool) -> float | None:
         """Return the time that a step is expected to take, from that of a step of one token."""
-        one_s = self.steps_s.get((rows, 1))
+        one_s = self.steps_s.get((rows, 1, is_drawn))
         if one_s is None:
             return None
         # A row takes a step longer, too.
         return one_s * (1 + TOKEN_COST * rows * (size - 1) / (1 + TOKEN_COST * (rows - 1)))
 
-    def step_wanted(self, rows: int, most: int, drafts: Tokens[Draft]) -> int:
+    def step_wanted(
+        self, rows: int, most: int, drafts: Tokens[Draft], *, is_drawn: bool = False
+    ) -> int:
         """Return how many tokens of each row the next step should run; 1 checks no draft.
 
         It is the number with the most expected tokens of all sequences in the same time. A row
@@ -162,20 +167,21 @@ class Scheduler:
             rows: The number of rows, those without a sequence included.
             most: The largest number of tokens that every row has room for.
             drafts: The draft of each sequence.
+            is_drawn: Whether tokens of the rows are drawn.
         """
         best, best_rate = 1, 0.0
-        one_s = self._step_s(rows, 1)
+        one_s = self._step_s(rows, 1, is_drawn)
         if one_s is None or not any(draft.tokens for draft in drafts):
             return 1
         one_rate = len(drafts) / one_s
         for size in self.step_sizes(rows):
-            expected_s = self._expected_s(rows, size) or one_s
-            step_s = self._step_s(rows, size) or one_s
+            expected_s = self._expected_s(rows, size, is_drawn) or one_s
+            step_s = self._step_s(rows, size, is_drawn) or one_s
             rate = sum(tokens_expected(draft, size) for draft in drafts) / step_s
             if size <= most and rate >= GAIN * one_rate and rate > best_rate:
                 best, best_rate = size, rate
             elif step_s > expected_s:
-                self.steps_s[rows, size] = step_s - FORGET * (step_s - expected_s)
+                self.steps_s[rows, size, is_drawn] = step_s - FORGET * (step_s - expected_s)
         return best
 
     @staticmethod

@@ -47,7 +47,9 @@ class Eager(Scheduler):
         super().__init__(**options)
         self._random = random.Random(seed)
 
-    def step_wanted(self, rows: int, most: int, drafts: Sequence[Draft]) -> int:
+    def step_wanted(
+        self, rows: int, most: int, drafts: Sequence[Draft], *, is_drawn: bool = False
+    ) -> int:
         sizes = [size for size in self.step_sizes(rows) if size <= most]
         has_some = any(draft.tokens for draft in drafts)
         return self._random.choice(sizes) if sizes and has_some else 1
