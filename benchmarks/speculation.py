@@ -56,7 +56,13 @@ class EachSize(Scheduler):
         self.checked = 0
 
     def step_wanted(
-        self, rows: int, most: int, drafts: Sequence[Draft | Outlook], token_s: float = 0.0
+        self,
+        rows: int,
+        most: int,
+        drafts: Sequence[Draft | Outlook],
+        *,
+        token_s: float = 0.0,
+        is_drawn: bool = False,
     ) -> int:
         sizes = [size for size in self.step_sizes(rows) if size <= most]
         if not sizes or not any(draft.length for draft in drafts):
@@ -137,7 +143,10 @@ def main() -> None:
                 row = compare(model, drafter, task, setting, arguments.runs, arguments.max_tokens)
                 row["step_ms"] = {
                     f"{rows}x{size}": round(1000 * seconds, 2)
-                    for (rows, size), seconds in sorted(model.engine.scheduler.steps_s.items())
+                    for (rows, size, is_drawn), seconds in sorted(
+                        model.engine.scheduler.steps_s.items()
+                    )
+                    if is_drawn == (setting == "drawn")
                 }
                 print(json.dumps(row), flush=True)
 

@@ -743,7 +743,8 @@ class Engine:
             return 1, None
         asked = [sequence for sequence in live if sequence.request.speculation]
         plans = self.drafter.plans(asked, STEP_SIZES[-1] - 1)
-        return self.scheduler.plan_wanted(len(rows.sequences), most, live, plans)
+        is_drawn = rows.draw is not None
+        return self.scheduler.plan_wanted(len(rows.sequences), most, live, plans, is_drawn=is_drawn)
 
     @staticmethod
     def _drafted(rows: Rows, size: int, plan: Plan) -> np.ndarray | None:
@@ -795,7 +796,8 @@ class Engine:
         if len(self._batches) == 1 and not self._reading and self.drafter is not None:
             size = 1 if call.inputs is None else call.count
             took_s = now_s - max(call.started_s, before_s)
-            self.scheduler.step_took(len(rows.sequences), size, took_s)
+            is_drawn = rows.draw is not None
+            self.scheduler.step_took(len(rows.sequences), size, took_s, is_drawn=is_drawn)
 
     def _checked(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Tokens
+from typing import Any
 
 from phicore.engine.drafts import NO_DRAFT, Draft, Outlook, Plan
 from phicore.engine.sequence import Sequence
@@ -67,7 +68,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self._token_s: float | None = None
         self._chunks = 0
-        self.steps_s: dict[tuple[int, int], float] = {}
+        self.steps_s: dict[tuple[int, int, bool], float] = {}
 
     def add(self, sequence: Sequence) -> None:
         """Add a sequence at the end of the queue.
@@ -126,34 +127,43 @@ class Scheduler:
         """Return the numbers of tokens that steps which check drafts of so many rows may have."""
         return tuple(size for size in STEP_SIZES if rows * size <= MOST_CHECKED)
 
-    def step_took(self, rows: int, size: int, seconds: float) -> None:
+    def step_took(self, rows: int, size: int, seconds: float, *, is_drawn: bool) -> None:
         """Take note of the time of a step of `rows` rows with `size` tokens each.
+
+        Whether tokens are drawn counts, since a draw of many tokens takes a small model longer than
+        its network does.
 
         A time that is far too long counts in part, since others may have used the processor.
         """
-        known = self.steps_s.get((rows, size))
-        thought = self._step_s(rows, size)
+        known = self.steps_s.get((rows, size, is_drawn))
+        thought = self._step_s(rows, size, is_drawn)
         if thought is not None:
             seconds = min(seconds, LONGEST * thought)
         if known is not None:
             seconds = (1 - NEWEST) * known + NEWEST * seconds
-        self.steps_s[rows, size] = seconds
+        self.steps_s[rows, size, is_drawn] = seconds
 
-    def _step_s(self, rows: int, size: int) -> float | None:
+    def _step_s(self, rows: int, size: int, is_drawn: bool) -> float | None:
         """Return the time of a step, as measured or as expected; None if nothing is known."""
-        found = self.steps_s.get((rows, size))
-        return self._expected_s(rows, size) if found is None else found
+        found = self.steps_s.get((rows, size, is_drawn))
+        return self._expected_s(rows, size, is_drawn) if found is None else found
 
-    def _expected_s(self, rows: int, size: int) -> float | None:
+    def _expected_s(self, rows: int, size: int, is_drawn: bool) -> float | None:
         """Return the time that a step is expected to take, from that of a step of one token."""
-        one_s = self.steps_s.get((rows, 1))
+        one_s = self.steps_s.get((rows, 1, is_drawn))
         if one_s is None:
             return None
         # A row takes a step longer, too.
         return one_s * (1 + TOKEN_COST * rows * (size - 1) / (1 + TOKEN_COST * (rows - 1)))
 
     def plan_wanted(
-        self, rows: int, most: int, sequences: Tokens[Sequence], plans: Tokens[Plan]
+        self,
+        rows: int,
+        most: int,
+        sequences: Tokens[Sequence],
+        plans: Tokens[Plan],
+        *,
+        is_drawn: bool = False,
     ) -> tuple[int, Plan | None]:
         """Return how many tokens of each row the next step should run, and how they are drafted.
 
@@ -164,14 +174,21 @@ class Scheduler:
         best: tuple[float, int, Plan | None] = (-1.0, 1, None)
         for plan in plans:
             drafts = [plan.outlooks.get(sequence, NO_DRAFT) for sequence in sequences]
-            size = self.step_wanted(rows, most, drafts, plan.token_s)
-            rate = self._rate(rows, size, drafts, plan.token_s)
+            about: dict[str, Any] = {"token_s": plan.token_s, "is_drawn": is_drawn}
+            size = self.step_wanted(rows, most, drafts, **about)
+            rate = self._rate(rows, size, drafts, **about)
             if size > 1 and rate > best[0]:
                 best = rate, size, plan
         return best[1:]
 
     def step_wanted(
-        self, rows: int, most: int, drafts: Tokens[Draft | Outlook], token_s: float = 0.0
+        self,
+        rows: int,
+        most: int,
+        drafts: Tokens[Draft | Outlook],
+        *,
+        token_s: float = 0.0,
+        is_drawn: bool = False,
     ) -> int:
         """Return how many tokens of each row the next step should run; 1 checks no draft.
 
@@ -183,25 +200,34 @@ class Scheduler:
             most: The largest number of tokens that every row has room for.
             drafts: The draft of each sequence, or what is known of it.
             token_s: The time in seconds that each token of the drafts takes.
+            is_drawn: Whether tokens of the rows are drawn.
         """
         best, best_rate = 1, 0.0
-        one_s = self._step_s(rows, 1)
+        one_s = self._step_s(rows, 1, is_drawn)
         if one_s is None or not any(draft.length for draft in drafts):
             return 1
         one_rate = len(drafts) / one_s
         for size in self.step_sizes(rows):
-            expected_s = self._expected_s(rows, size) or one_s
-            step_s = self._step_s(rows, size) or one_s
-            rate = self._rate(rows, size, drafts, token_s)
+            expected_s = self._expected_s(rows, size, is_drawn) or one_s
+            step_s = self._step_s(rows, size, is_drawn) or one_s
+            rate = self._rate(rows, size, drafts, token_s=token_s, is_drawn=is_drawn)
             if size <= most and rate >= GAIN * one_rate and rate > best_rate:
                 best, best_rate = size, rate
             elif step_s > expected_s:
-                self.steps_s[rows, size] = step_s - FORGET * (step_s - expected_s)
+                self.steps_s[rows, size, is_drawn] = step_s - FORGET * (step_s - expected_s)
         return best
 
-    def _rate(self, rows: int, size: int, drafts: Tokens[Draft | Outlook], token_s: float) -> float:
+    def _rate(
+        self,
+        rows: int,
+        size: int,
+        drafts: Tokens[Draft | Outlook],
+        *,
+        token_s: float,
+        is_drawn: bool,
+    ) -> float:
         """Return the expected number of tokens a second with steps of this size; 0 if unknown."""
-        step_s = self._step_s(rows, size) or self._step_s(rows, 1)
+        step_s = self._step_s(rows, size, is_drawn) or self._step_s(rows, 1, is_drawn)
         if not step_s:
             return 0.0
         tokens = sum(tokens_expected(draft, size) for draft in drafts)

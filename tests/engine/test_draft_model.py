@@ -39,7 +39,13 @@ class Always(Scheduler):
     """Checks the largest drafts."""
 
     def step_wanted(
-        self, rows: int, most: int, drafts: Sequence[Draft | Outlook], token_s: float = 0.0
+        self,
+        rows: int,
+        most: int,
+        drafts: Sequence[Draft | Outlook],
+        *,
+        token_s: float = 0.0,
+        is_drawn: bool = False,
     ) -> int:
         sizes = [size for size in self.step_sizes(rows) if size <= most]
         return sizes[-1] if sizes and any(draft.length for draft in drafts) else 1
@@ -50,14 +56,14 @@ class Timed(Scheduler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps_s = {(1, 1): 1.0}
+        self.steps_s = {(1, 1, False): 1.0, (1, 1, True): 1.0}
         self.chosen: list[int] = []
 
-    def step_took(self, rows: int, size: int, seconds: float) -> None:
+    def step_took(self, rows: int, size: int, seconds: float, *, is_drawn: bool) -> None:
         pass
 
-    def plan_wanted(self, *args: Any) -> Any:
-        found = super().plan_wanted(*args)
+    def plan_wanted(self, *args: Any, **options: Any) -> Any:
+        found = super().plan_wanted(*args, **options)
         self.chosen.append(found[0])
         return found
 

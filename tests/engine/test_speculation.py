@@ -48,7 +48,13 @@ class Eager(Scheduler):
         self._random = random.Random(seed)
 
     def step_wanted(
-        self, rows: int, most: int, drafts: Sequence[Draft | Outlook], token_s: float = 0.0
+        self,
+        rows: int,
+        most: int,
+        drafts: Sequence[Draft | Outlook],
+        *,
+        token_s: float = 0.0,
+        is_drawn: bool = False,
     ) -> int:
         sizes = [size for size in self.step_sizes(rows) if size <= most]
         has_some = any(draft.length for draft in drafts)

@@ -82,7 +82,7 @@ def measured_steps(rows: int, **seconds: float) -> Scheduler:
     scheduler = Scheduler()
     for size, took_s in seconds.items():
         for _ in range(60):
-            scheduler.step_took(rows, int(size[1:]), took_s)
+            scheduler.step_took(rows, int(size[1:]), took_s, is_drawn=False)
     return scheduler
 
 
@@ -127,7 +127,7 @@ def test_rows_without_a_draft_count():
 @pytest.mark.parametrize(("token_s", "size"), [(0.0, 8), (0.1, 4), (0.5, 4), (0.8, 1)])
 def test_drafts_that_take_time_are_checked_if_they_still_pay(token_s: float, size: int):
     scheduler = measured_steps(1, t1=1.0, t2=1.2, t4=1.4, t8=2.4)
-    assert scheduler.step_wanted(1, 8, [Outlook(7, 0.95)], token_s) == size
+    assert scheduler.step_wanted(1, 8, [Outlook(7, 0.95)], token_s=token_s) == size
 
 
 def test_plan_that_gives_most_in_the_same_time_is_chosen():
@@ -165,19 +165,19 @@ def test_one_slow_step_is_forgotten():
 
 def test_times_are_averaged_and_one_long_time_counts_in_part():
     scheduler = measured_steps(1, t1=1.0)
-    scheduler.step_took(1, 1, 2.0)
-    assert scheduler.steps_s[1, 1] == pytest.approx(1.3)
+    scheduler.step_took(1, 1, 2.0, is_drawn=False)
+    assert scheduler.steps_s[1, 1, False] == pytest.approx(1.3)
     scheduler = measured_steps(1, t1=1.0)
-    scheduler.step_took(1, 1, 1000.0)
-    assert scheduler.steps_s[1, 1] == pytest.approx(1.6)
+    scheduler.step_took(1, 1, 1000.0, is_drawn=False)
+    assert scheduler.steps_s[1, 1, False] == pytest.approx(1.6)
     for _ in range(30):
-        scheduler.step_took(1, 1, 0.5)
-    assert scheduler.steps_s[1, 1] == pytest.approx(0.5, rel=1e-3)
+        scheduler.step_took(1, 1, 0.5, is_drawn=False)
+    assert scheduler.steps_s[1, 1, False] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_first_time_of_a_size_counts_unless_it_is_far_too_long():
     scheduler = measured_steps(1, t1=1.0)
-    scheduler.step_took(1, 4, 1.5)
-    assert scheduler.steps_s[1, 4] == 1.5
-    scheduler.step_took(1, 8, 100.0)
-    assert scheduler.steps_s[1, 8] == pytest.approx(3 * 2.75)
+    scheduler.step_took(1, 4, 1.5, is_drawn=False)
+    assert scheduler.steps_s[1, 4, False] == 1.5
+    scheduler.step_took(1, 8, 100.0, is_drawn=False)
+    assert scheduler.steps_s[1, 8, False] == pytest.approx(3 * 2.75)
