@@ -305,7 +305,8 @@ class Engine:
                     rows = self._rows(cache, [sequence] * size, states)
                     self.runner.verify(rows, inputs_of(rows.sequences, {}, count))
         if self.drafter is not None and self.runner.ops.capabilities.steps == 1:
-            self.drafter.warm_up([size for size in sizes if self.scheduler.step_sizes(size)])
+            checked = [size for size in sizes if self.scheduler.step_sizes(size)]
+            self.drafter.warm_up(checked, samplings)
 
     def _check_fits(self, prompt: Tokens[int], answer: int) -> None:
         for token in prompt:
