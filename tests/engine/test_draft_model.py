@@ -433,6 +433,25 @@ def test_draft_model_is_a_reference_or_a_loaded_model(tmp_path: Path):
         assert generation.timings.drafted_tokens > generation.timings.accepted_tokens
 
 
+def test_draft_model_on_a_device_that_checks_no_guesses_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    path = write_tiny(tmp_path / "m.gguf")
+    kind = type(make_backend("numpy"))
+    begin = kind.__init__
+
+    def several_steps(self: Backend, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        self.capabilities = replace(self.capabilities, steps=4)
+
+    monkeypatch.setattr(kind, "__init__", several_steps)
+    with phicore.load(path, "numpy", draft_model=path) as model:
+        assert caplog.messages == [
+            "guesses are not checked on this device: the draft model is unused"
+        ]
+        assert model.generate("Hello", max_tokens=20).timings.drafted_tokens == 0
+
+
 def test_memory_of_the_draft_model_counts(tmp_path: Path):
     path = write_tiny(tmp_path / "m.gguf")
     with phicore.load(path, "numpy", kv_memory=10**6, draft_model=path) as model:
