@@ -3,8 +3,8 @@
     python benchmarks/gpu.py --out results
 
 This writes `gpu.json` and `gpu.md` to the folder, which takes four minutes. It needs JAX with a
-GPU, llvmlite, and the packages that phicore depends on. phicore itself need not be installed. Nothing is downloaded: the model has Phi-3-mini's sizes and random weights. The program
-measures
+GPU, llvmlite, and the packages that phicore depends on. phicore itself need not be installed.
+Nothing is downloaded: the model has Phi-3-mini's sizes and random weights. The program measures
 
 - the GPU's bandwidth: bytes read and written per second by a copy of 1 GiB;
 - the product of each quantized type with 1, 4 and 8 rows: its error against float64, and the bytes

@@ -53,16 +53,18 @@ class Batches:
                 if kinds not in places.batches:
                     return outputs
             rows = places.batches[kinds]
-            needs_tokens = any(sequence.needs_tokens for sequence in rows.live)
-            is_early = self._runner.ops.capabilities.asynchronous and not needs_tokens
+            is_asynchronous = self._runner.ops.capabilities.asynchronous
+            is_early = is_asynchronous and not rows.needs_tokens
             inputs = self._speculation.inputs(rows, places.scheduler)
             while rows.pending and (rows.pending[0].inputs is not None or inputs is not None):
                 outputs += calls.take(rows)  # what comes next depends on it
                 inputs = self._speculation.inputs(rows, places.scheduler)
-            if inputs is not None:
+            if inputs is not None and rows.scores is None:
                 calls.start_checking(rows, inputs)
             elif not rows.pending:
                 calls.start(rows)
+                if is_asynchronous and rows.needs_tokens and inputs is None:
+                    calls.look_ahead(rows)
             if is_early and (outputs or inputs is not None):
                 return outputs  # the call goes on meanwhile
             if is_early:

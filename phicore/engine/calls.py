@@ -45,8 +45,7 @@ class Calls:
         for sequence in running:
             factors = self._runner.tables.left(sequence.computed, sequence.is_long)
             counts += [] if factors is None else [factors]
-            counts += [1] if sequence.needs_tokens else []
-        count = min(counts)
+        count = 1 if rows.needs_tokens else min(counts)
         started_s, compile_s = time.perf_counter(), running[0].timings.compile_s
         tokens = self._runner.decode(rows, count)
         is_running = [s if s is not None and s.left else None for s in rows.sequences]
@@ -65,6 +64,12 @@ class Calls:
         sequences = tuple(rows.sequences)
         call = Call(tokens, inputs.shape[1], sequences, rows.logprobs, inputs, started)
         rows.pending.append(call)
+
+    def look_ahead(self, rows: Rows) -> None:
+        """Start the part of the next call that needs no processor, unless there is none."""
+        running = [sequence for sequence in rows.live if sequence.left]
+        if running and not any(map(self.has_outgrown_factors, running)):
+            self._runner.look_ahead(rows)
 
     def has_outgrown_factors(self, sequence: Sequence) -> bool:
         """Return whether the next token lies beyond LongRoPE's original context.

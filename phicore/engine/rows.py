@@ -66,6 +66,7 @@ class Rows:
         token: The last token of each row, (B, 1) int32.
         logprobs: The log probabilities of the tokens of the last call; empty if no sequence asks
             for them.
+        scores: The logits of what follows `token`, (B, V), if they were computed ahead.
         pending: The calls that the host has not read yet, the oldest first.
         idle: The number of steps since fewer rows would do.
     """
@@ -79,6 +80,7 @@ class Rows:
     only: Array
     token: Array
     logprobs: Logprobs = field(default_factory=dict)
+    scores: Array | None = None
     pending: deque[Call] = field(default_factory=deque)
     idle: int = 0
 
@@ -125,6 +127,11 @@ class Rows:
         """Return the classes of the rows' logits processors."""
         live = self.live
         return live[0].kinds if live else ()
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Return whether a processor needs each token before the next one is sampled."""
+        return any(sequence.needs_tokens for sequence in self.live)
 
     @property
     def has_logprobs(self) -> bool:

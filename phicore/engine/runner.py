@@ -82,6 +82,10 @@ class Runner:
         garbage.
         """
         most = self.ops.capabilities.steps
+        if rows.needs_tokens:
+            self.look_ahead(rows)
+            self._pick(rows)
+            return rows.token
         starts = rows.positions(count)
         position = self.ops.asarray(starts[:, None])
         if most == 1:
@@ -101,6 +105,34 @@ class Runner:
         )
         rows.penalty = {**rows.penalty, "recent": recent}
         return tokens
+
+    def look_ahead(self, rows: Rows) -> None:
+        """Start to compute the logits of what follows the last tokens, unless they are computed.
+
+        The host need not know these tokens yet. So a processor on the host learns of them, and
+        tells what may follow, while the network runs.
+        """
+        if rows.scores is not None:
+            return
+        starts = rows.positions(1)
+        self.make_room(rows.cache, starts, 1)
+        rows.cache.layers, rows.scores = self.steps.run(
+            self.steps.logits(),
+            rows.cache,
+            self._tables(rows, starts + 1),
+            (rows.token, self.ops.asarray(starts[:, None]), rows.only),
+            [sequence.timings for sequence in rows.live],
+        )
+
+    def _pick(self, rows: Rows) -> None:
+        """Sample the next token of each row from the logits that `look_ahead` has computed."""
+        args = (rows.scores, rows.penalty, self._draw(rows), rows.states)
+        timings = [sequence.timings for sequence in rows.live]
+        rows.token, recent, rows.states, rows.logprobs = self.steps.pick(
+            rows.kinds, args, timings, has_logprobs=rows.has_logprobs
+        )
+        rows.penalty = {**rows.penalty, "recent": recent}
+        rows.scores = None
 
     def verify(self, rows: Rows, inputs: np.ndarray) -> Array:
         """Run the last token and the draft of each row, and sample after each: (B, T) int32.
