@@ -10,7 +10,7 @@ from phicore.engine.calls import Calls
 from phicore.engine.places import Places
 from phicore.engine.rows import Rows
 from phicore.engine.runner import Runner
-from phicore.engine.sequence import Output, Sequence
+from phicore.engine.sequence import Output, Sequence, SequenceError
 from phicore.engine.speculation import Speculation
 from phicore.errors import PhicoreError
 from phicore.network.processors import Kinds
@@ -55,22 +55,24 @@ class Batches:
             rows = places.batches[kinds]
             is_asynchronous = self._runner.ops.capabilities.asynchronous
             is_early = is_asynchronous and not rows.needs_tokens
-            inputs = self._speculation.inputs(rows, places.scheduler)
-            while rows.pending and (rows.pending[0].inputs is not None or inputs is not None):
+            checks = self._speculation.checks(rows, places.scheduler)
+            while rows.pending and (rows.pending[0].inputs is not None or checks is not None):
                 outputs += calls.take(rows)  # what comes next depends on it
-                inputs = self._speculation.inputs(rows, places.scheduler)
-            if inputs is not None and rows.scores is None:
-                calls.start_checking(rows, inputs)
+                checks = self._speculation.checks(rows, places.scheduler)
+            if checks is not None and rows.scores is None:
+                calls.start_checking(rows, checks)
             elif not rows.pending:
                 calls.start(rows)
-                if is_asynchronous and rows.needs_tokens and inputs is None:
+                if is_asynchronous and rows.needs_tokens and checks is None:
                     calls.look_ahead(rows)
-            if is_early and (outputs or inputs is not None):
+            if is_early and (outputs or checks is not None):
                 return outputs  # the call goes on meanwhile
             if is_early:
                 calls.start(rows)
             if rows.pending:
                 outputs += calls.take(rows)
+        except SequenceError as fault:
+            outputs += places.failed([fault.sequence], fault.error)
         except Exception as error:  # noqa: BLE001 - no memory left, for example
             outputs += places.failed(_going_on(concerned), error)
         except BaseException:  # Ctrl-C; the batch may be half arranged

@@ -13,7 +13,7 @@ from phicore.engine.places import Places, put
 from phicore.engine.rows import Call, Rows
 from phicore.engine.runner import Runner
 from phicore.engine.sequence import Output, Sequence
-from phicore.engine.speculation import Speculation
+from phicore.engine.speculation import Checks, Speculation
 from phicore.errors import PhicoreError
 
 NOT_FINITE = (
@@ -55,11 +55,12 @@ class Calls:
             sequence.computed += count
             sequence.sampled += count
 
-    def start_checking(self, rows: Rows, inputs: np.ndarray) -> None:
+    def start_checking(self, rows: Rows, checks: Checks) -> None:
         """Start a call that checks drafts. The host must have read all tokens."""
         timings = rows.live[0].timings
         started_s, compile_s = time.perf_counter(), timings.compile_s
-        tokens = self._runner.verify(rows, inputs)
+        inputs = checks.inputs
+        tokens = self._runner.verify(rows, inputs, checks.ahead)
         started = None if timings.compile_s > compile_s else started_s
         sequences = tuple(rows.sequences)
         call = Call(tokens, inputs.shape[1], sequences, rows.logprobs, inputs, started)
@@ -155,19 +156,19 @@ class Calls:
         Args:
             known: The log probabilities of the tokens, if a sequence asks for them.
         """
-        found: list[int] = []
-        for value in values:
-            if value < 0:
-                raise PhicoreError(_NO_TOKEN if sequence.processors else NOT_FINITE)
-            rows.tell(sequence, value)
+        ends = sequence.request.ends
+        count = next((i for i, value in enumerate(values, 1) if value in ends), len(values))
+        found = values[:count]
+        if min(found) < 0:
+            raise PhicoreError(_NO_TOKEN if sequence.processors else NOT_FINITE)
+        rows.tell(sequence, found)
+        for value in found:
             sequence.timings.count_token()
             if len(sequence.answer) == sequence.given - len(sequence.request.prompt_ids):
                 self._places.report(sequence, sequence.given)
             sequence.answer.append(value)
-            found.append(value)
-            if value in sequence.request.ends:
-                self._places.end(sequence, "stop")
-                break
+        if found[-1] in ends:
+            self._places.end(sequence, "stop")
         if sequence.finish_reason is None and len(sequence.answer) == sequence.limit:
             self._places.end(sequence, sequence.at_limit)
         wanted = sequence.request.logprobs

@@ -22,7 +22,7 @@ from phicore.engine.chunks import (
 )
 from phicore.engine.compiled import Compiled
 from phicore.engine.rope_tables import RopeTables
-from phicore.engine.rows import Rows
+from phicore.engine.rows import Ahead, Rows
 from phicore.engine.steps import Logprobs, Steps
 from phicore.network import sampler
 from phicore.network.config import Phi3Config
@@ -134,7 +134,7 @@ class Runner:
         rows.penalty = {**rows.penalty, "recent": recent}
         rows.scores = None
 
-    def verify(self, rows: Rows, inputs: np.ndarray) -> Array:
+    def verify(self, rows: Rows, inputs: np.ndarray, ahead: Ahead) -> Array:
         """Run the last token and the draft of each row, and sample after each: (B, T) int32.
 
         The host must have read all tokens of the rows. `drafts.accepted` says which of the sampled
@@ -142,6 +142,7 @@ class Runner:
 
         Args:
             inputs: The tokens, (B, T) int32; see `drafts.inputs_of`.
+            ahead: What the rows' logits processors tell ahead; see `Rows.ahead`.
         """
         count = inputs.shape[1]
         starts = rows.positions(count)
@@ -153,7 +154,7 @@ class Runner:
             self.steps.verify(rows.kinds, has_logprobs=rows.has_logprobs),
             rows.cache,
             self._tables(rows, starts + count),
-            (tokens, places, rows.penalty, draw, rows.states),
+            (tokens, places, rows.penalty, draw, rows.states, ahead.states, ahead.is_told),
             [sequence.timings for sequence in rows.live],
         )
         rows.penalty = {**rows.penalty, "recent": recent}

@@ -244,6 +244,8 @@ class Steps:
         penalty: dict[str, Array],
         draw: dict[str, Array] | None,
         states: States,
+        ahead: list[States],
+        is_ahead: list[States],
         *,
         has_logprobs: bool = False,
     ) -> tuple[list[LayerCache], Array, Array, States, Logprobs, Array]:
@@ -257,6 +259,10 @@ class Steps:
                 padding of -1, which no sampled token equals.
             draw: The argument of `step`, but with `uniforms` (T, B, V), or with the `step` of the
                 first token.
+            ahead: The arrays of states that the host has computed, after each token of a draft: a
+                list of T - 1 states, which need not have all arrays.
+            is_ahead: For each of these arrays, in which rows it replaces the state's, bool (B, ...)
+                with axes of 1.
             has_logprobs: Whether to compute log probabilities.
         Returns:
             The cache, whose slots after the text are overwritten before they are seen; the last
@@ -271,11 +277,14 @@ class Steps:
         raw = logits = graph.logits(ops, params, xp.reshape(hidden, (-1, hidden.shape[2])))
         drafted = [known[:, i : i + 1] for i in range(1, count)]
         before = []
-        for kind, state in zip(kinds, states, strict=True):
+        for number, (kind, state) in enumerate(zip(kinds, states, strict=True)):
             all_states = [state]
-            for token in drafted:
-                all_states.append(kind.advance(ops, all_states[-1], token))
-                check_same(f"{kind.__name__}.advance", state, all_states[-1])
+            for token, told, is_told in zip(drafted, ahead, is_ahead, strict=True):
+                following = dict(kind.advance(ops, all_states[-1], token))
+                check_same(f"{kind.__name__}.advance", state, following)
+                for name, array in told[number].items():
+                    following[name] = xp.where(is_told[number][name], array, following[name])
+                all_states.append(following)
             one = {name: xp.concat([s[name] for s in all_states], axis=0) for name in state}
             changed = kind.apply(ops, logits, one)
             check_same(f"{kind.__name__}.apply", {"scores": logits}, {"scores": changed})
@@ -289,7 +298,7 @@ class Steps:
             ops, logits, {**penalties, "recent": windows}, draw and self._draw_of_all(draw, count)
         )
         found: Logprobs = logprobs(ops, raw, sampled) if has_logprobs else {}
-        following = [
+        after = [
             kind.advance(ops, state, xp.expand_dims(sampled, axis=1))
             for kind, state in zip(kinds, before, strict=True)
         ]
@@ -305,7 +314,7 @@ class Steps:
             cache,
             xp.take_along_axis(new, last, axis=1),
             xp.take_along_axis(xp.concat([recent, new], axis=1), last + ages, axis=1),
-            self.take(following, rows),
+            self.take(after, rows),
             {name: self._by_row(array, batch) for name, array in found.items()},
             new,
         )

@@ -35,4 +35,5 @@ def decode_each_size(
             runner.decode(memory.rows(cache, [sequence] * size, states), 1)
             for count in speculation.step_sizes(size, [sequence], scheduler):
                 rows = memory.rows(cache, [sequence] * size, states)
-                runner.verify(rows, inputs_of(rows.sequences, {}, count))
+                inputs = inputs_of(rows.sequences, {}, count)
+                runner.verify(rows, inputs, rows.ahead({}, count))

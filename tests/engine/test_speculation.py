@@ -24,6 +24,7 @@ from phicore.engine import Sequence as Running
 from phicore.engine import calls as calls_module
 from phicore.engine.calls import Calls
 from phicore.engine.drafts import Draft, Drafter, NGrams
+from phicore.engine.forced import Forced
 from phicore.engine.rows import Rows
 from phicore.engine.runner import Runner
 from phicore.engine.scheduler import Scheduler
@@ -341,7 +342,8 @@ def test_speculation_is_chosen_when_a_model_is_loaded(tmp_path: Path):
     with phicore.load(path, "numpy") as model:
         assert model.engine.drafter is None
     with phicore.load(path, "numpy", speculation=True) as model:
-        assert isinstance(model.engine.drafter, NGrams)
+        assert isinstance(model.engine.drafter, Forced)
+        assert isinstance(model.engine.drafter.otherwise, NGrams)
         assert model.request("Hello", speculation=False).speculation is False
         with pytest.raises(ArgumentError, match=r"^speculation: expected True or False, got 'yes'"):
             model.generate("Hello", speculation="yes")
