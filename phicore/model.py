@@ -23,6 +23,7 @@ from phicore.backend import Backend, BackendOptions
 from phicore.backend.host import cpu_count, cpu_name, free_memory_bytes, memory_bytes
 from phicore.engine import Engine, Request
 from phicore.engine.drafts import Drafter, NGrams
+from phicore.engine.forced import Forced
 from phicore.engine.request import ROPE_FACTORS, is_integer
 from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
 from phicore.errors import ArgumentError, GGUFError, PhicoreError, TokenizerError, about
@@ -719,7 +720,7 @@ def _checked_drafter(speculation: bool | Drafter) -> Drafter | None:
     if not isinstance(speculation, bool):
         expected = "True, False or a Drafter"
         raise ArgumentError(parameter="speculation", expected=expected, got=speculation)
-    return NGrams() if speculation else None
+    return Forced(NGrams()) if speculation else None
 
 
 def _checked_prefix_bytes(count: int | None) -> int:

@@ -15,7 +15,7 @@ from phicore.engine.sequence import Sequence as EngineSequence
 from phicore.engine.steps import ENDED, Logprobs, States
 from phicore.errors import PhicoreError
 from phicore.network import sampler
-from phicore.network.processors import Kinds, LogitsProcessor, check_same
+from phicore.network.processors import Kinds, LogitsProcessor, check_same, needs_tokens
 from phicore.network.sampling import Sampling
 
 MIN_RECENT = 64
@@ -50,6 +50,21 @@ class Call:
     started_s: float | None = None
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What logits processors tell on the host of the states after each token of drafts.
+
+    Attributes:
+        states: The arrays after each of T - 1 tokens, (B, ...), for the processors that need each
+            token on the host.
+        is_told: Which rows of each array are told, bool (B, ...) with axes of 1. The others follow
+            from the device.
+    """
+
+    states: list[States]
+    is_told: list[States]
+
+
 @dataclass(eq=False)
 class Rows:
     """The cache of B sequences, and the arrays for their next step.
@@ -66,8 +81,11 @@ class Rows:
         token: The last token of each row, (B, 1) int32.
         logprobs: The log probabilities of the tokens of the last call; empty if no sequence asks
             for them.
+        scores: The logits of what follows `token`, (B, V), if they were computed ahead.
         pending: The calls that the host has not read yet, the oldest first.
         idle: The number of steps since fewer rows would do.
+        blanks: Zeros on the host like one row of `states`, for processors that need each token
+            there; None as long as nobody has asked for them.
     """
 
     cache: Cache
@@ -79,8 +97,10 @@ class Rows:
     only: Array
     token: Array
     logprobs: Logprobs = field(default_factory=dict)
+    scores: Array | None = None
     pending: deque[Call] = field(default_factory=deque)
     idle: int = 0
+    blanks: list[dict[str, np.ndarray]] | None = None
 
     @classmethod
     def of(
@@ -127,6 +147,11 @@ class Rows:
         return live[0].kinds if live else ()
 
     @property
+    def needs_tokens(self) -> bool:
+        """Return whether a processor needs each token before the next one is sampled."""
+        return any(sequence.needs_tokens for sequence in self.live)
+
+    @property
     def has_logprobs(self) -> bool:
         """Return whether a sequence asks for log probabilities."""
         return any(sequence.request.logprobs is not None for sequence in self.live)
@@ -153,13 +178,77 @@ class Rows:
         """Leave a sequence's row without a sequence."""
         self.sequences[self.sequences.index(sequence)] = None
 
-    def tell(self, sequence: EngineSequence, token: int) -> None:
-        """Give the token that the next step begins with to the processors that need it."""
+    def ahead_of(self, sequence: EngineSequence, draft: Sequence[int]) -> list[States]:
+        """Return what a sequence's processors tell ahead of a draft: the states after each token.
+
+        The result ends before the first token that a processor forbids.
+
+        Returns:
+            A list of states on the host, without the axis B. They have the arrays that the
+            processors which need each token compute.
+        """
+        told: list[Sequence[Mapping[str, np.ndarray]]] = []
+        for blank, processor in zip(self._blanks(), sequence.processors, strict=True):
+            found: Sequence[Mapping[str, np.ndarray]] = [{}] * len(draft)
+            if processor.needs_tokens:
+                found = processor.ahead(draft)
+            for new in found:
+                old = {name: blank[name] for name in blank.keys() & new.keys()}
+                check_same(f"{type(processor).__name__}.ahead", old, new)
+            told.append(found)
+        count = min(map(len, told), default=len(draft))
+        return [[found[i] for found in told] for i in range(count)]
+
+    def ahead(self, told: Mapping[EngineSequence, list[States]], count: int) -> Ahead:
+        """Return what is told ahead for a step of `count` tokens, on the device.
+
+        Args:
+            told: The result of `ahead_of` for the sequences that have drafts.
+        """
+        asarray, result = self.cache.ops.asarray, Ahead([], [])
+        for place in range(count - 1):
+            states: States = []
+            is_told: States = []
+            for number, blank in enumerate(self._blanks()):
+                arrays, flags = {}, {}
+                for name, zeros in blank.items():
+                    rows = np.stack([zeros] * len(self.sequences))
+                    flag = np.zeros((len(rows), *(1 for _ in zeros.shape)), np.bool_)
+                    for row, sequence in enumerate(self.sequences):
+                        known = [] if sequence is None else told.get(sequence, [])
+                        if place < len(known) and name in known[place][number]:
+                            rows[row], flag[row] = known[place][number][name], True
+                    arrays[name], flags[name] = asarray(rows), asarray(flag)
+                states.append(arrays)
+                is_told.append(flags)
+            result.states.append(states)
+            result.is_told.append(is_told)
+        return result
+
+    def _blanks(self) -> list[dict[str, np.ndarray]]:
+        if self.blanks is None:
+            to_numpy = self.cache.ops.to_numpy
+            self.blanks = [
+                {name: np.zeros_like(to_numpy(array)[0]) for name, array in state.items()}
+                if needs_tokens(kind)
+                else {}
+                for kind, state in zip(self.kinds, self.states, strict=True)
+            ]
+        return self.blanks
+
+    def tell(self, sequence: EngineSequence, tokens: Sequence[int]) -> None:
+        """Give the tokens that have come to the processors that need them.
+
+        The next step begins with the last of them.
+        """
         ops, row = self.cache.ops, self.sequences.index(sequence)
         for number, processor in enumerate(sequence.processors):
             if processor.needs_tokens:
+                updated: dict[str, np.ndarray] = {}
+                for token in tokens:
+                    updated.update(processor.update(token))
                 old = self.states[number]
-                new = _arrays(ops, processor, [processor.update(token)])
+                new = _arrays(ops, processor, [updated])
                 if len(self.sequences) > 1:
                     new = {name: _with_row(ops, old[name], row, x) for name, x in new.items()}
                 new = {**old, **new}

@@ -25,7 +25,8 @@ class LogitsProcessor(ABC):
     device belongs to B sequences: its arrays have an additional first axis B. All states of a
     generation have the same names, shapes and dtypes, none of 64 bits. No method changes an array
     that it is given. A processor that overrides `update` is copied (`copy.copy`) before each
-    `start`, so it may keep what it knows of an answer.
+    `start`, so it may keep what it knows of an answer. If it overrides `ahead`, too, guesses of its
+    answer's next tokens can be checked several at a time.
     """
 
     def start(self, prompt: Sequence[int], vocab_size: int) -> Mapping[str, np.ndarray]:
@@ -62,10 +63,43 @@ class LogitsProcessor(ABC):
         """
         return {}
 
+    def ahead(self, tokens: Sequence[int]) -> Sequence[Mapping[str, np.ndarray]]:
+        """Return what `update` would return after each of the tokens, if they were the next ones.
+
+        Nothing is committed: the next call of `update` says which token has come. A processor that
+        overrides `update` and not this method never has more than one token checked in a step.
+
+        Args:
+            tokens: A guess of the next tokens.
+        Returns:
+            The arrays after each token, up to the first token that is forbidden where it stands.
+            The guess is cut there, so the result may be shorter than the guess.
+        """
+        return []
+
+    def forced(self) -> Sequence[int]:
+        """Return the tokens that come next in all likelihood, since little else is allowed.
+
+        They are a guess, so they may be wrong. They are asked for with speculation only.
+        """
+        return ()
+
     @property
     def needs_tokens(self) -> bool:
         """Return whether the processor overrides `update`, which is then called for each token."""
-        return type(self).update is not LogitsProcessor.update
+        return needs_tokens(type(self))
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Return whether `ahead` knows what `update` does: no subclass overrides `update` alone."""
+        classes = type(self).__mro__
+        first = next(each for each in classes if {"ahead", "update"} & vars(each).keys())
+        return first is not LogitsProcessor and "ahead" in vars(first)
+
+
+def needs_tokens(kind: type[LogitsProcessor]) -> bool:
+    """Return whether the processors of a class need each token on the host."""
+    return kind.update is not LogitsProcessor.update
 
 
 Kinds = tuple[type[LogitsProcessor], ...]

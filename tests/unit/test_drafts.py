@@ -113,7 +113,7 @@ def speedup(prompt: list[int], answer: list[int], token_cost: float) -> float:
         draft = match.draft(STEP_SIZES[-1] - 1)
         size = scheduler.step_wanted(1, len(answer) - done, [draft])
         step_s = 1 + token_cost * (size - 1)
-        scheduler.step_took(1, size, step_s, is_drawn=False)
+        scheduler.step_took(1, size, step_s)
         took_s += step_s
         padding = [-1] * (size - 1 - len(draft.tokens))
         inputs = [0, *draft.tokens[: size - 1], *padding]
