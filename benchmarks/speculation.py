@@ -1,6 +1,6 @@
 """Measures what speculation gains: the same answers with and without it, in turn.
 
-    python benchmarks/speculation.py [--model smollm2] [--backend jax] [--runs 5]
+    python benchmarks/speculation.py [--model smollm2] [--draft-model REF] [--runs 5]
 
 It prints a row of JSON for each task: the median of the ratios of the speeds with and without, the
 smallest and the largest ratio, the same of the processor time that a token takes (which says more
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import phicore
 from phicore.engine import Timings
-from phicore.engine.drafts import Draft, NGrams
+from phicore.engine.drafts import Draft, Drafter, Outlook
 from phicore.engine.scheduler import Scheduler
 
 TEXT = (
@@ -56,10 +56,16 @@ class EachSize(Scheduler):
         self.checked = 0
 
     def step_wanted(
-        self, rows: int, most: int, drafts: Sequence[Draft], *, is_drawn: bool = False
+        self,
+        rows: int,
+        most: int,
+        drafts: Sequence[Draft | Outlook],
+        *,
+        token_s: float = 0.0,
+        is_drawn: bool = False,
     ) -> int:
         sizes = [size for size in self.step_sizes(rows) if size <= most]
-        if not sizes or not any(draft.tokens for draft in drafts):
+        if not sizes or not any(draft.length for draft in drafts):
             return 1
         self.checked += 1
         return sizes[self.checked % len(sizes)]
@@ -78,10 +84,10 @@ def run(
 
 
 def compare(
-    model: phicore.Model, task: str, setting: str, runs: int, limit: int
+    model: phicore.Model, drafter: Drafter | None, task: str, setting: str, runs: int, limit: int
 ) -> dict[str, object]:
     """Run a task with and without speculation, `runs` times in turn."""
-    engine, drafter = model.engine, NGrams()
+    engine = model.engine
     ratios, cpu_ratios, slow, timings = [], [], [], Timings()
     options = {**SETTINGS[setting], "max_tokens": limit}
     scheduler, engine.scheduler, engine.drafter = engine.scheduler, EachSize(), drafter
@@ -116,16 +122,25 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="the model, as `phicore generate` takes it")
+    parser.add_argument("--draft-model", help="a smaller model that guesses, too")
     parser.add_argument("--backend", help="the backend")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs of each task")
     parser.add_argument("--max-tokens", type=int, default=160, help="tokens of an answer")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     arguments = parser.parse_args()
-    with phicore.load(arguments.model, arguments.backend, ctx=2048, prefix_cache_bytes=0) as model:
+    with phicore.load(
+        arguments.model,
+        arguments.backend,
+        ctx=2048,
+        prefix_cache_bytes=0,
+        speculation=True,
+        draft_model=arguments.draft_model,
+    ) as model:
+        drafter = model.engine.drafter
         print(json.dumps({"model": model.path.name, "backend": model.backend}), flush=True)
         for task in arguments.tasks:
             for setting in SETTINGS:
-                row = compare(model, task, setting, arguments.runs, arguments.max_tokens)
+                row = compare(model, drafter, task, setting, arguments.runs, arguments.max_tokens)
                 row["step_ms"] = {
                     f"{rows}x{size}": round(1000 * seconds, 2)
                     for (rows, size, is_drawn), seconds in sorted(

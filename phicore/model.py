@@ -6,13 +6,10 @@ import hashlib
 import logging
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
-from functools import cached_property
+from dataclasses import fields
 from importlib.metadata import distributions
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,52 +17,47 @@ from typing import Any, Self
 import numpy as np
 
 from phicore.backend import Backend, BackendOptions
-from phicore.backend.host import cpu_count, cpu_name, free_memory_bytes, memory_bytes
+from phicore.backend.host import cpu_count, cpu_name
 from phicore.engine import Engine, Request
-from phicore.engine.drafts import Drafter, NGrams
+from phicore.engine.draft_model import ModelDrafter
+from phicore.engine.drafts import Drafter, Either, NGrams
 from phicore.engine.forced import Forced
-from phicore.engine.request import ROPE_FACTORS, is_integer
+from phicore.engine.request import is_integer
 from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
-from phicore.errors import ArgumentError, GGUFError, PhicoreError, TokenizerError, about
+from phicore.errors import ArgumentError, GGUFError, PhicoreError, about
 from phicore.generation import Answer, Answers, Generation, in_order
 from phicore.gguf.reader import open_gguf
-from phicore.grammar import AllowedTokens, Constraint, Vocabulary, constrained, constraint_of
+from phicore.grammar import AllowedTokens
 from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
-from phicore.network.config import Phi3Config
 from phicore.network.processors import LogitsProcessor
-from phicore.network.sampling import Sampling, recommended
+from phicore.network.sampling import recommended
 from phicore.network.weights import read_config
 from phicore.plugins import Plugins, choose_backend
 from phicore.plugins.observers import Observers
 from phicore.progress import Progress, silent
+from phicore.prompting.arguments import (
+    check_same_vocabulary,
+    checked_context,
+    checked_drafter,
+    checked_ids,
+    checked_kv_memory,
+    checked_prefix_bytes,
+)
+from phicore.prompting.prompts import Prompt, Prompts
+from phicore.prompting.requests import Requests
+from phicore.prompting.tokenizers import tokenizer_of
 from phicore.sources import ModelFiles, default_reference, resolve
-from phicore.sources.hub import fetch_tokenizer
 from phicore.text.chat_template import ChatTemplate
 from phicore.text.logprobs import TokenLogprobs
-from phicore.text.messages import Message, with_texts
+from phicore.text.messages import Message
 from phicore.text.pieces import Pieces
-from phicore.text.stop_strings import StopStrings, checked_stops
-from phicore.text.tokenizer import Tokenizer
-from phicore.text.tokenizer_keys import origin
-from phicore.tools import CallFormat, Tool, ToolUse, format_of, tool_use
-from phicore.tools.choices import checked_tools
-from phicore.tools.formats import GENERIC
-from phicore.tools.history import (
-    arranged,
-    checked_history,
-    has_calls,
-    shows_objects_of_python,
-    with_written_arguments,
-)
+from phicore.text.stop_strings import StopStrings
+from phicore.tools import CallFormat
 
 log = logging.getLogger(__name__)
 
 SPECULATION = False
 """Whether tokens are guessed by default."""
-PREFIX_CACHE_BYTES = 2 * 10**9
-"""The largest size of the prefix cache by default."""
-
-Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray
 
 
 class Model:
@@ -100,6 +92,7 @@ class Model:
         prefix_cache_bytes: int | None = None,
         kv_memory: int | None = None,
         speculation: bool | Drafter = SPECULATION,
+        draft_model: Model | None = None,
     ) -> None:
         started = time.perf_counter()
         self.reference = files.reference
@@ -112,13 +105,20 @@ class Model:
             self.config = read_config(file, architecture)
             self.vocab_size = self.config.vocab_size
             self._fingerprint = file.fingerprint()
-            self.context = _checked_context(context, self.config)
+            self.context = checked_context(context, self.config)
             self.tokenizer = tokenizer_of(files, self.metadata)
+            self._prompts = Prompts(self.tokenizer, self.metadata, name)
+            self._requests = Requests(self._prompts)
             if self.tokenizer.vocab_size != self.vocab_size:
                 raise GGUFError(
                     f"{file.path.name}: tensor 'token_embd.weight' has {self.vocab_size} rows, "
                     f"the tokenizer {self.tokenizer.vocab_size} tokens"
                 )
+            drafter = checked_drafter(speculation)
+            if draft_model is not None:
+                check_same_vocabulary(self.tokenizer, draft_model.tokenizer, draft_model.path.name)
+                other = ModelDrafter(draft_model.engine.runner, draft_model.context)
+                drafter = Either(drafter or Forced(NGrams()), other)
             self.sampling, left_out = recommended(self.metadata)
             if left_out:
                 log.warning("%s: recommended, but not used: %s", name, ", ".join(left_out))
@@ -130,9 +130,9 @@ class Model:
                 context=self.context,
                 progress=progress,
                 scheduler=Scheduler(max_sequences=max_sequences),
-                prefix_bytes=_checked_prefix_bytes(prefix_cache_bytes),
-                kv_bytes=_checked_kv_memory(kv_memory, ops),
-                drafter=_checked_drafter(speculation),
+                prefix_bytes=checked_prefix_bytes(prefix_cache_bytes),
+                kv_bytes=checked_kv_memory(kv_memory, ops),
+                drafter=drafter,
             )
             if kv_memory is not None:
                 self._engine.fit_context()
@@ -142,11 +142,15 @@ class Model:
         self._processors = processors or {}
         self.load_s = time.perf_counter() - started
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate:
         """Return the template that turns messages into a prompt."""
-        with about(self.path.name):
-            return ChatTemplate.from_gguf(self.metadata, self.tokenizer)
+        return self._prompts.chat_template
+
+    @property
+    def call_format(self) -> CallFormat:
+        """Return the form in which the model writes calls, which its chat template tells."""
+        return self._prompts.call_format
 
     def encode(
         self,
@@ -172,28 +176,14 @@ class Model:
             documents: Texts that the model may cite, for the chat template.
             chat_template_kwargs: Other variables of the chat template, such as `enable_thinking`.
         """
-        _check_template_kwargs(chat_template_kwargs)
-        for_template = {"tools": tools, "documents": documents, **(chat_template_kwargs or {})}
-        if isinstance(prompt, str):
-            if raw:
-                if system is not None:
-                    raise ArgumentError("a raw prompt has no system message", parameter="system")
-                _refuse_without_template(for_template)
-                return self.tokenizer.encode(prompt)
-            if found := self.tokenizer.control_tokens_in(prompt):
-                piece = self.tokenizer.piece(found[0])
-                log.warning("%r is text in a message, and a token in a raw prompt only", piece)
-            prompt = [{"role": "user", "content": prompt}]
-            if system is not None:
-                prompt = [{"role": "system", "content": system}, *prompt]
-        elif system is not None or raw:
-            raise ArgumentError("system, raw: only for a prompt that is a string")
-        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            messages: Sequence[Message] = prompt  # type: ignore[assignment]
-            with about(self.path.name):
-                return self._encoded(messages, **for_template)
-        _refuse_without_template(for_template)
-        return _checked_ids(prompt, self.vocab_size)
+        return self._prompts.encode(
+            prompt,
+            system=system,
+            raw=raw,
+            tools=tools,
+            documents=documents,
+            chat_template_kwargs=chat_template_kwargs,
+        )
 
     def render(
         self,
@@ -208,188 +198,16 @@ class Model:
         `encode` makes tokens of it, and keeps control tokens in the user's texts from having an
         effect, which this text cannot show. The arguments are those of `encode`.
         """
-        _check_template_kwargs(chat_template_kwargs)
-        with about(self.path.name):
-            return self._rendered(
-                messages, tools, documents, chat_template_kwargs or {}, is_escaped=False
-            )
-
-    def _encoded(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        documents: Sequence[Mapping[str, Any]] | None,
-        **for_template: Any,
-    ) -> list[int]:
-        """Turn messages into tokens. Control tokens come from the template and the assistant only.
-
-        The other messages and the documents may be by anyone, and cannot add a turn of the chat.
-        """
-        prompt = self._rendered(messages, tools, documents, for_template, is_escaped=True)
-        return self.tokenizer.encode(prompt, escaped=True)
-
-    def _rendered(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        documents: Sequence[Mapping[str, Any]] | None,
-        for_template: Mapping[str, Any],
-        *,
-        is_escaped: bool,
-    ) -> str:
-        escape: Callable[[str], str] = self.tokenizer.escape if is_escaped else str
-        turns, listed = arranged(checked_history(messages), checked_tools(tools), self.call_format)
-        variables = {
-            "tools": with_texts(listed, escape),
-            "documents": with_texts(documents, escape),
-            **for_template,
-        }
-
-        def rendered(turns: Sequence[Message]) -> tuple[Sequence[Message], str]:
-            shown = [self._escaped(message) if is_escaped else message for message in turns]
-            return shown, self.chat_template.render(shown, **variables)
-
-        # Most templates write arguments as JSON themselves; some want them as text.
-        try:
-            shown, prompt = rendered(turns)
-            is_written = not has_calls(turns) or not shows_objects_of_python(shown, prompt)
-        except TokenizerError:
-            if not has_calls(turns):
-                raise
-            is_written = False
-        return prompt if is_written else rendered(with_written_arguments(turns))[1]
-
-    @cached_property
-    def call_format(self) -> CallFormat:
-        """Return the form in which the model writes calls, which its chat template tells."""
-        return format_of(self.chat_template.tool_use)
-
-    def _escaped(self, message: Message) -> Any:
-        """Return a message whose control tokens are text, unless it is the assistant's."""
-        if not isinstance(message, Mapping):
-            return message  # the chat template says what is wrong with it
-        if message.get("role") == "assistant":
-            return with_texts(message, self.tokenizer.escape_marks)
-        content, escape = message.get("content"), self.tokenizer.escape
-        found = with_texts(message, escape)
-        if isinstance(content, (list, tuple)):
-            given = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-            texts = self.tokenizer.escape_parts([t if isinstance(t, str) else "" for t in given])
-            found["content"] = [
-                {**part, "text": text} if isinstance(part, Mapping) and text else part
-                for part, text in zip(found["content"], texts, strict=True)
-            ]
-        return found
-
-    def request(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int = 256,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        system: str | None = None,
-        raw: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: Any = None,
-        parallel_tool_calls: bool = True,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        processors: Sequence[LogitsProcessor | str] = (),
-        rope_factors: str = ROPE_FACTORS[0],
-        logprobs: int | None = None,
-        speculation: bool = True,
-        json_schema: Any = None,
-        regex: str | None = None,
-        grammar: str | None = None,
-        **sampling: Any,
-    ) -> Request:
-        """Make a request from the arguments of `generate`, and check it."""
-        known = {field.name for field in fields(Sampling)}
-        if unknown := sampling.keys() - known:
-            raise ArgumentError(
-                f"unknown parameter; the parameters of the sampler are {', '.join(sorted(known))}",
-                parameter=min(unknown),
-            )
-        if isinstance(processors, str) or not isinstance(processors, Sequence):
-            raise ArgumentError(parameter="processors", expected="a list", got=processors)
-        chosen = {name: value for name, value in sampling.items() if value is not None}
-        ends = frozenset() if ignore_eos else self.tokenizer.end_token_ids
-        all_processors = [self._processor(p) for p in processors]
-        constraint = constraint_of(json_schema=json_schema, regex=regex, grammar=grammar)
-        use = self._tool_use(checked_tools(tools), tool_choice, parallel_tool_calls)
-        if use is not None:
-            if constraint is not None:
-                raise ArgumentError("not together with tools", parameter=constraint.name)
-            use, constraint = self._constrained(use, ignore_eos)
-        if constraint is not None:
-            if ignore_eos:
-                raise ArgumentError("not together with ignore_eos", parameter=constraint.name)
-            all_processors.append(AllowedTokens(self._grammar_vocabulary, constraint))
-        return Request(
-            self.encode(
-                prompt,
-                system=system,
-                raw=raw,
-                tools=None if use is None else tools,
-                documents=documents,
-                chat_template_kwargs=chat_template_kwargs,
-            ),
-            replace(self.sampling, **chosen),
-            max_tokens=max_tokens,
-            seed=seed,
-            ends=ends | self._stop_tokens(checked_stops(stop)),
-            stop=stop,
-            processors=all_processors,
-            rope_factors=rope_factors,
-            logprobs=logprobs,
-            tools=use,
-            speculation=speculation,
+        return self._prompts.render(
+            messages,
+            tools=tools,
+            documents=documents,
+            chat_template_kwargs=chat_template_kwargs,
         )
 
-    def _tool_use(self, tools: Sequence[Tool], choice: Any, is_parallel: Any) -> ToolUse | None:
-        """Return what an answer may call, None if it may call nothing."""
-        if not isinstance(is_parallel, bool):
-            parameter = "parallel_tool_calls"
-            raise ArgumentError(parameter=parameter, expected="True or False", got=is_parallel)
-        if not tools:  # the template is not asked, since it may be malformed
-            return tool_use(GENERIC, tools, choice)
-        return tool_use(self.call_format, tools, choice, is_parallel=is_parallel)
-
-    def _constrained(self, use: ToolUse, ignore_eos: bool) -> tuple[ToolUse, Constraint | None]:
-        """Constrain the calls of an answer, if the library is there or the request needs it."""
-        is_there = find_spec("llguidance") is not None
-        if not use.needs_grammar:
-            if ignore_eos or not is_there or not self.tokenizer.end_token_ids:
-                return use, None
-        elif not is_there:
-            problem = "forced and strict calls need llguidance; install phicore[grammar]"
-            raise ArgumentError(problem, parameter="tools")
-        return constrained(use, self._grammar_vocabulary, self.tokenizer.control_id)
-
-    @cached_property
-    def _grammar_vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.tokenizer)
-
-    def _stop_tokens(self, stops: Sequence[str]) -> frozenset[int]:
-        """Return the control tokens among the stop strings: they are no text, but end it too.
-
-        Raises:
-            ArgumentError: If a stop string has a control token and text, which no text can match.
-        """
-        found = set()
-        for stop in stops:
-            for id in self.tokenizer.control_tokens_in(stop):
-                piece = self.tokenizer.piece(id)
-                if stop.rstrip() != piece:  # the token comes before white space
-                    raise ArgumentError(
-                        f"{stop!r:.40} has the control token {piece!r} in it, which is no text; "
-                        f"give {piece!r} alone",
-                        parameter="stop",
-                    )
-                found.add(id)
-        return frozenset(found)
+    def request(self, prompt: Prompt, **options: Any) -> Request:
+        """Make a request from the arguments of `generate`, and check it."""
+        return self._requests.request(prompt, self.sampling, self._processor, **options)
 
     def generate(self, prompt: Prompt | Request, **options: Any) -> Generation:
         """Generate the answer to a prompt.
@@ -419,6 +237,9 @@ class Model:
                 none.
             speculation: Whether tokens of this answer may be guessed and checked, if the model was
                 loaded with `speculation`. The text stays the same.
+            prediction: A text, or its tokens, that the answer is thought to resemble, such as a
+                program that is to be changed. Where the answer repeats it, it comes faster, if the
+                model was loaded with `speculation`. The text stays the same.
             json_schema: A JSON schema that the answer follows: a dictionary, JSON text, or a class
                 (a Pydantic model, a dataclass, a TypedDict). True asks for any JSON object. The
                 JSON has no white space between its parts.
@@ -531,7 +352,7 @@ class Model:
             ContextError: If there are more tokens than the context holds.
             PhicoreError: If a score is not a finite number.
         """
-        return self.engine.logits(_checked_ids(token_ids, self.vocab_size))
+        return self.engine.logits(checked_ids(token_ids, self.vocab_size))
 
     def score(
         self, token_ids: Sequence[int] | np.ndarray, logprobs: int = 0
@@ -549,7 +370,7 @@ class Model:
             ContextError: If there are more tokens than the context holds.
             PhicoreError: If a score is not a finite number.
         """
-        return self.engine.score(_checked_ids(token_ids, self.vocab_size), logprobs)
+        return self.engine.score(checked_ids(token_ids, self.vocab_size), logprobs)
 
     @property
     def fingerprint(self) -> str:
@@ -600,6 +421,7 @@ def load(
     prefix_cache_bytes: int | None = None,
     kv_memory: int | None = None,
     speculation: bool | Drafter = SPECULATION,
+    draft_model: str | os.PathLike[str] | Model | None = None,
     **options: Any,
 ) -> Model:
     """Load a model.
@@ -624,6 +446,9 @@ def load(
         speculation: Whether tokens are guessed from what prompt and answer have in common, and
             checked several at a time. The text stays the same, and comes faster where it repeats
             itself or the prompt. A `phicore.engine.drafts.Drafter` guesses in its own way.
+        draft_model: A smaller model with the same vocabulary, which guesses where nothing repeats
+            itself: a reference, which is loaded on the same backend, or a loaded model, which must
+            not compute anything else meanwhile. It implies `speculation`.
         options: The fields of `BackendOptions`: `device`, `devices`, `cache_type`, `dtype`,
             `fast_prefill`, `compact`, `threads`.
     Raises:
@@ -644,111 +469,29 @@ def load(
     info = choose_backend(backend, plugins) if backend is not None else None
     reference = default_reference()[0] if ref is None else os.fspath(ref)
     files = resolve(reference, tokenizer=tokenizer, schemes=plugins.sources())
+    draft_files = None
+    if draft_model is not None and not isinstance(draft_model, Model):
+        draft_files = resolve(os.fspath(draft_model), schemes=plugins.sources())
     info = info or choose_backend(None, plugins)  # imports the libraries it tries
+    ops = info.create(chosen)
+    shared: dict[str, Any] = {
+        "backend": info.name,
+        "progress": progress or silent,
+        "architectures": plugins.architectures(),
+    }
+    draft = draft_model if isinstance(draft_model, Model) else None
+    if draft_files is not None:
+        draft = Model(draft_files, ops, context=None, prefix_cache_bytes=0, **shared)
     return Model(
         files,
-        info.create(chosen),
-        backend=info.name,
+        ops,
         context=ctx,
-        progress=progress or silent,
         observers=plugins.observers(),
-        architectures=plugins.architectures(),
         processors=plugins.logits_processors(),
         max_sequences=max_sequences,
         prefix_cache_bytes=prefix_cache_bytes,
         kv_memory=kv_memory,
         speculation=speculation,
+        draft_model=draft,
+        **shared,
     )
-
-
-def _check_template_kwargs(variables: Mapping[str, Any] | None) -> None:
-    parameter = "chat_template_kwargs"
-    if variables is None:
-        return
-    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
-        raise ArgumentError(parameter=parameter, expected="variables by name", got=variables)
-    if "messages" in variables:
-        raise ArgumentError("messages are the prompt", parameter=parameter)
-    if "self" in variables:
-        raise ArgumentError("'self' is a name of Jinja's own", parameter=parameter)
-
-
-def tokenizer_of(files: ModelFiles, metadata: Mapping[str, Any]) -> Tokenizer:
-    """Return the tokenizer of a model.
-
-    Where the file's own cannot be used, a model from the Hub gets the tokenizer.json of the
-    repository that it was made from, if the file names one.
-    """
-    try:
-        return Tokenizer.of(files.tokenizer, metadata, explicit=files.tokenizer_is_given)
-    except TokenizerError as own:
-        repo = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+?)/?", origin(metadata) or "")
-        if files.tokenizer_is_given or not files.is_from_hub or repo is None:
-            raise
-        path = fetch_tokenizer(repo.group(1))
-        if path is None:
-            raise
-        try:
-            return Tokenizer.from_file(path, metadata)
-        except TokenizerError as error:
-            raise TokenizerError(f"{own}; the one there is of no use: {error}") from error
-
-
-def _checked_context(context: int | None, config: Phi3Config) -> int:
-    most = config.max_position_embeddings
-    if context is None:
-        return most
-    if not is_integer(context) or not 1 <= context <= most:
-        raise ArgumentError(
-            parameter="ctx", expected=f"1 to {most}, the model's context", got=context
-        )
-    return int(context)
-
-
-def _checked_kv_memory(count: int | None, ops: Backend) -> int | None:
-    if count is None:
-        free = free_memory_bytes() if ops.capabilities.device == "cpu" else None
-        return None if free is None else free // 2
-    if not is_integer(count) or count < 1:
-        raise ArgumentError(parameter="kv_memory", expected="1 or more bytes", got=count)
-    return int(count)
-
-
-def _checked_drafter(speculation: bool | Drafter) -> Drafter | None:
-    if isinstance(speculation, Drafter):
-        return speculation
-    if not isinstance(speculation, bool):
-        expected = "True, False or a Drafter"
-        raise ArgumentError(parameter="speculation", expected=expected, got=speculation)
-    return Forced(NGrams()) if speculation else None
-
-
-def _checked_prefix_bytes(count: int | None) -> int:
-    if count is None:
-        memory = memory_bytes()
-        return PREFIX_CACHE_BYTES if memory is None else min(PREFIX_CACHE_BYTES, memory // 8)
-    if not is_integer(count) or count < 0:
-        raise ArgumentError(parameter="prefix_cache_bytes", expected="0 or more", got=count)
-    return int(count)
-
-
-def _refuse_without_template(for_template: Mapping[str, Any]) -> None:
-    given = [name for name, value in for_template.items() if value is not None]
-    if given:
-        raise ArgumentError("only for a prompt of messages", parameter=given[0])
-
-
-def _checked_ids(ids: Any, vocab_size: int) -> list[int]:
-    expected = "a string, messages or token ids"
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
-        raise ArgumentError(parameter="prompt", expected=expected, got=ids)
-    checked = []
-    for i in ids:
-        if not is_integer(i):
-            raise ArgumentError(
-                f"expected {expected}; found {i!r} in the list", parameter="prompt", got=i
-            )
-        if not 0 <= i < vocab_size:
-            raise ArgumentError(f"token id {i}: expected 0 to {vocab_size - 1}")
-        checked.append(int(i))
-    return checked

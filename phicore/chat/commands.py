@@ -124,6 +124,9 @@ def _stats(chat: Chat, argument: str) -> Reply:
             f"speed: prompt {t.prompt_tokens_per_s:.1f} tokens/s, "
             f"answer {t.decode_tokens_per_s:.1f} tokens/s, first token {t.first_token_s:.2f} s"
         )
+    if t is not None and t.drafted_tokens:
+        guessed = count_of(t.drafted_tokens, "token")
+        lines.append(f"speculation: {guessed} guessed, {t.accepted_tokens} of them right")
     used = chat.used()
     dropped = f", {count_of(talk.dropped, 'turn')} dropped" if talk.dropped else ""
     lines.append(f"context: {used} of {model.context} tokens ({used / model.context:.0%}){dropped}")

@@ -26,7 +26,7 @@ OPTIONS = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"),
     *("seed", "stop", "ignore_eos", "system", "raw", "tools", "documents", "chat_template_kwargs"),
     *("processors", "rope_factors", "logprobs", "json_schema", "regex", "grammar"),
-    *("tool_choice", "parallel_tool_calls", "speculation"),
+    *("tool_choice", "parallel_tool_calls", "speculation", "prediction"),
 )
 """The keys of a line that are arguments of `Model.generate`."""
 

@@ -14,9 +14,18 @@ from phicore.backend.options import BackendOptions
 from phicore.cli.options import (
     BackendOption,
     ContextOption,
+    DraftModelOption,
+    KvMemoryOption,
     ModelOption,
+    ProcessorOption,
+    RopeFactorsOption,
+    SeedOption,
+    SpeculationOption,
+    StopOption,
+    SystemOption,
     TokenizerOption,
     bytes_of,
+    guessing,
     model_or_default,
     takes,
 )
@@ -50,10 +59,7 @@ def chat(
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     backend: BackendOption = None,
-    system: Annotated[
-        str | None,
-        typer.Option("--system", "-s", metavar="TEXT", help="Put this system message in front."),
-    ] = None,
+    system: SystemOption = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", "-r", help="Go on with the conversation that was changed last."),
@@ -96,44 +102,14 @@ def chat(
         ),
     ] = None,
     sampling: dict[str, Any],
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Seed of the first answer; each one after it has one more. The same seed gives "
-            "the same text on every backend. [random]",
-        ),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Stop an answer at this string, which is not shown. May be given several times.",
-        ),
-    ] = None,
-    processor: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=ARG",
-            help="Change the logits before a token is chosen, as in phicore generate. May be given "
-            "several times.",
-        ),
-    ] = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    processor: ProcessorOption = None,
     ctx: ContextOption = None,
-    rope_factors: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|long",
-            help="The rotary factors of models with LongRoPE, as in phicore generate. [auto]",
-        ),
-    ] = None,
-    kv_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="The most memory for keys and values, such as 4GB. The context is what fits.",
-        ),
-    ] = None,
+    rope_factors: RopeFactorsOption = None,
+    kv_memory: KvMemoryOption = None,
+    speculation: SpeculationOption = None,
+    draft_model: DraftModelOption = None,
     markdown: Annotated[
         bool,
         typer.Option("--markdown/--no-markdown", help="Render Markdown in answers on a terminal."),
@@ -158,6 +134,7 @@ def chat(
     _check(given, seed)
     BackendOptions(**backend_options)
     kv_bytes = None if kv_memory is None else bytes_of(kv_memory)
+    guesses = guessing(speculation, draft_model)
     most_bytes = bytes_of(saved_size, "saved_size", least=0)
     if sys.stdin is None:
         raise ArgumentError("standard input is closed")
@@ -196,6 +173,7 @@ def chat(
             progress=loop.progress,
             max_sequences=1,
             kv_memory=kv_bytes,
+            **guesses,
             **backend_options,
         ) as loaded:
             loop.run(loaded, talk, store, seed=seed, first=message)

@@ -13,10 +13,20 @@ from phicore.backend.options import BackendOptions
 from phicore.cli.options import (
     BackendOption,
     ContextOption,
+    DraftModelOption,
     JsonOption,
+    KvMemoryOption,
     ModelOption,
+    ParallelOption,
+    ProcessorOption,
+    RopeFactorsOption,
+    SeedOption,
+    SpeculationOption,
+    StopOption,
+    SystemOption,
     TokenizerOption,
     bytes_of,
+    guessing,
     model_or_default,
     takes,
 )
@@ -65,12 +75,7 @@ def generate(
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     backend: BackendOption = None,
-    system: Annotated[
-        str | None,
-        typer.Option(
-            "--system", "-s", metavar="TEXT", help="Put this system message before the prompt."
-        ),
-    ] = None,
+    system: SystemOption = None,
     raw: Annotated[
         bool,
         typer.Option(
@@ -89,34 +94,13 @@ def generate(
         ),
     ] = 256,
     sampling: dict[str, Any],
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Seed of the random numbers. The same seed gives the same text on every backend. "
-            "[random; printed after the text]",
-        ),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Stop at this string, which is not printed. May be given several times.",
-        ),
-    ] = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
     ignore_eos: Annotated[
         bool,
         typer.Option("--ignore-eos", help="Do not stop at the tokens that end an answer."),
     ] = False,
-    processor: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=ARG",
-            help="Change the logits before a token is chosen: logit-bias=ID:BIAS[,ID:BIAS...]; "
-            "frequency-penalty=X; presence-penalty=X; or a processor of a plugin. May be given "
-            "several times.",
-        ),
-    ] = None,
+    processor: ProcessorOption = None,
     json_schema: Annotated[
         str | None,
         typer.Option(
@@ -137,15 +121,7 @@ def generate(
         ),
     ] = None,
     ctx: ContextOption = None,
-    rope_factors: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|long",
-            help="The rotary factors of models with LongRoPE, such as Phi-3-mini-128k. auto uses "
-            "the short factors until the text is longer than the original context, and then reads "
-            "the text again with the long factors; long uses these from the beginning.",
-        ),
-    ] = "auto",
+    rope_factors: RopeFactorsOption = None,
     batch: Annotated[
         Path | None,
         typer.Option(
@@ -170,16 +146,7 @@ def generate(
             "--in-order", help="Write the answers of --batch in the order of the requests."
         ),
     ] = False,
-    parallel: Annotated[
-        int,
-        typer.Option(
-            "--parallel",
-            metavar="N",
-            min=1,
-            max=64,
-            help="How many requests of --batch are computed together.",
-        ),
-    ] = 8,
+    parallel: ParallelOption = 8,
     session: Annotated[
         Path | None,
         typer.Option(
@@ -188,22 +155,9 @@ def generate(
             "prompt begins the same way need not read it again.",
         ),
     ] = None,
-    kv_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="The most memory for keys and values, such as 4GB. Requests that do not fit wait, "
-            "and the context is what fits. [half of the free memory for --batch]",
-        ),
-    ] = None,
-    speculation: Annotated[
-        bool,
-        typer.Option(
-            "--speculation/--no-speculation",
-            help="Guess tokens from what was read and written before, and check several at a time. "
-            "The text stays the same, and comes faster where it repeats the prompt or itself.",
-        ),
-    ] = False,
+    kv_memory: KvMemoryOption = None,
+    speculation: SpeculationOption = None,
+    draft_model: DraftModelOption = None,
     backend_options: dict[str, Any],
     as_json: JsonOption = False,
     stats: Annotated[
@@ -233,6 +187,7 @@ def generate(
         text = read_file(file, exact=raw)
     else:
         text = read_text(prompt, exact=raw)
+    rope_factors = rope_factors or "auto"
     given = {name: value for name, value in sampling.items() if value is not None}
     # Check the options before a long load. The real request is made later, with the tokenizer.
     Request(
@@ -254,6 +209,7 @@ def generate(
 
         constraint_of(**constraint)
     kv_bytes = None if kv_memory is None else bytes_of(kv_memory)
+    guesses = guessing(speculation, draft_model)
     if raw and system is not None:
         raise ArgumentError("a raw prompt has no system message", parameter="system")
     requests = None if batch is None else Batch(batch, out)
@@ -274,7 +230,7 @@ def generate(
             max_sequences=parallel,
             kv_memory=kv_bytes,
             prefix_cache_bytes=None if session is None else 2**62,
-            speculation=speculation,
+            **guesses,
             **backend_options,
         ) as loaded,
     ):

@@ -71,6 +71,17 @@ def bytes_of(text: str, parameter: str = "kv_memory", least: int = 1) -> int:
     return int(size)
 
 
+def guessing(speculation: bool | None, draft_model: str | None) -> dict[str, Any]:
+    """Return the arguments of `phicore.load` that say who guesses tokens.
+
+    Raises:
+        ArgumentError: If the options contradict each other.
+    """
+    if draft_model is not None and speculation is False:
+        raise ArgumentError("not together with --no-speculation", parameter="draft_model")
+    return {"speculation": bool(speculation), "draft_model": draft_model}
+
+
 def takes(
     parameter: str, settings: type, *, else_of: str = ""
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -154,6 +165,79 @@ TokenizerOption = Annotated[
     str | None,
     typer.Option(
         metavar="FILE", help="A tokenizer.json to use instead of the one in the model file."
+    ),
+]
+SystemOption = Annotated[
+    str | None,
+    typer.Option("--system", "-s", metavar="TEXT", help="Put this system message in front."),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Seed of the random numbers; each further answer of a chat has one more. The same "
+        "seed gives the same text on every backend. [random]",
+    ),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Stop an answer at this string, which is not shown. May be given several times.",
+    ),
+]
+ProcessorOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=ARG",
+        help="Change the logits before a token is chosen: logit-bias=ID:BIAS[,ID:BIAS...]; "
+        "frequency-penalty=X; presence-penalty=X; or a processor of a plugin. May be given "
+        "several times.",
+    ),
+]
+RopeFactorsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|long",
+        help="The rotary factors of models with LongRoPE, such as Phi-3-mini-128k. auto uses the "
+        "short factors until the text is longer than the original context, and then reads the "
+        "text again with the long factors; long uses these from the beginning. [auto]",
+    ),
+]
+KvMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The most memory for keys and values, such as 4GB. Requests that do not fit wait, and "
+        "the context is what fits. [half of the free memory on a CPU]",
+    ),
+]
+ParallelOption = Annotated[
+    int,
+    typer.Option(
+        "--parallel",
+        metavar="N",
+        min=1,
+        max=64,
+        help="The largest number of answers that are computed together.",
+    ),
+]
+SpeculationOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculation/--no-speculation",
+        help="Guess tokens from what was read and written before, and check several at a time. "
+        "The text stays the same, and comes faster where it repeats the prompt or itself. [no]",
+        show_default=False,
+    ),
+]
+DraftModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REF",
+        help="Let this smaller model with the same vocabulary guess the other tokens. Implies "
+        "--speculation.",
+        autocompletion=complete_model,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -16,9 +16,14 @@ from phicore.backend.options import BackendOptions
 from phicore.cli.options import (
     BackendOption,
     ContextOption,
+    DraftModelOption,
+    KvMemoryOption,
     ModelOption,
+    ParallelOption,
+    SpeculationOption,
     TokenizerOption,
     bytes_of,
+    guessing,
     model_or_default,
     takes,
 )
@@ -99,25 +104,9 @@ def serve(
         ),
     ] = None,
     settings: dict[str, Any],
-    parallel: Annotated[
-        int,
-        typer.Option(
-            "--parallel",
-            metavar="N",
-            min=1,
-            max=64,
-            help="How many answers are computed together.",
-        ),
-    ] = 8,
+    parallel: ParallelOption = 8,
     ctx: ContextOption = None,
-    kv_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="The most memory for keys and values, such as 4GB. Requests that do not fit wait, "
-            "and the context is what fits. [half of the free memory]",
-        ),
-    ] = None,
+    kv_memory: KvMemoryOption = None,
     prefix_cache: Annotated[
         str | None,
         typer.Option(
@@ -126,6 +115,8 @@ def serve(
             "remembers none. [an eighth of the memory, at most 2GB]",
         ),
     ] = None,
+    speculation: SpeculationOption = None,
+    draft_model: DraftModelOption = None,
     tokenizer: TokenizerOption = None,
     backend: BackendOption = None,
     backend_options: dict[str, Any],
@@ -145,6 +136,7 @@ def serve(
     chosen = Settings(**settings)
     BackendOptions(**backend_options)
     kv_bytes = None if kv_memory is None else bytes_of(kv_memory)
+    guesses = guessing(speculation, draft_model)
     prefix_bytes = None if prefix_cache is None else _prefix_bytes(prefix_cache)
     if log_format not in ("text", "json"):
         raise ArgumentError(parameter="log_format", expected="text or json", got=log_format)
@@ -189,6 +181,7 @@ def serve(
             max_sequences=parallel,
             kv_memory=kv_bytes,
             prefix_cache_bytes=prefix_bytes,
+            **guesses,
             **backend_options,
         )
 

@@ -55,15 +55,18 @@ class Batches:
             rows = places.batches[kinds]
             is_asynchronous = self._runner.ops.capabilities.asynchronous
             is_early = is_asynchronous and not rows.needs_tokens
-            checks = self._speculation.checks(rows, places.scheduler)
-            while rows.pending and (rows.pending[0].inputs is not None or checks is not None):
+            wanted = self._speculation.wanted(rows, places.scheduler)
+            while rows.pending and (rows.pending[0].inputs is not None or wanted is not None):
                 outputs += calls.take(rows)  # what comes next depends on it
-                checks = self._speculation.checks(rows, places.scheduler)
-            if checks is not None and rows.scores is None:
+                wanted = self._speculation.wanted(rows, places.scheduler)
+            checks = None
+            if wanted is not None and rows.scores is None:
+                checks = self._speculation.checks(rows, wanted)
+            if checks is not None:
                 calls.start_checking(rows, checks)
             elif not rows.pending:
                 calls.start(rows)
-                if is_asynchronous and rows.needs_tokens and checks is None:
+                if is_asynchronous and rows.needs_tokens and wanted is None:
                     calls.look_ahead(rows)
             if is_early and (outputs or checks is not None):
                 return outputs  # the call goes on meanwhile

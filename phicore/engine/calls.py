@@ -139,6 +139,7 @@ class Calls:
         output = self._took(rows, sequence, values[:count], known)
         drafted = sum(token != PADDING for token in inputs[1:])
         right = min(count - 1, len(output.tokens))
+        sequence.timings.drafts += drafted > 0
         sequence.timings.drafted_tokens += drafted
         sequence.timings.accepted_tokens += right
         assert self._speculation.drafter is not None

@@ -9,9 +9,10 @@ the first token that differs from the draft it is the text, this token included.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -26,6 +27,8 @@ KINDS = (4, 8, 16)
 """Matches of fewer tokens than each of these, or of at least the last, have their own hit rate."""
 FIRST_CHANCES = (0.3, 0.6, 0.8, 0.9)
 """The hit rates of these kinds before anything is known of a text."""
+PREDICTED = 8
+"""The beginning of a prediction counts as a match of this many tokens."""
 NEWEST = 0.1
 """The weight of the newest token in a hit rate."""
 
@@ -42,8 +45,45 @@ class Draft:
     tokens: tuple[int, ...] = ()
     chance: float = 0.0
 
+    @property
+    def length(self) -> int:
+        """Return the number of tokens."""
+        return len(self.tokens)
+
 
 NO_DRAFT = Draft()
+
+
+class Outlook(NamedTuple):
+    """What is known of a draft before it is made.
+
+    Attributes:
+        length: The number of tokens that it can have.
+        chance: About how likely each token is right if those before it are, 0 to 1.
+    """
+
+    length: int
+    chance: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to draft, which the engine takes if it is expected to pay.
+
+    Attributes:
+        outlooks: What the draft of each sequence is like. A sequence without a draft may be
+            missing.
+        make: Makes the drafts, of up to the given number of tokens. Sequences may be missing.
+        token_s: The time in seconds that each token of the drafts takes, for all sequences
+            together.
+    """
+
+    outlooks: Mapping[Sequence, Draft | Outlook]
+    make: Callable[[int], Mapping[Sequence, Draft]]
+    token_s: float = 0.0
+
+
+NO_PLAN = Plan({}, lambda _: {})
 
 
 class Drafter(ABC):
@@ -52,7 +92,13 @@ class Drafter(ABC):
     One object serves all sequences of an engine, so that a drafter with a network of its own can
     compute many at a time. It may keep what it likes for a sequence, by weak reference. It must
     depend on nothing but what it is told, and may be wrong as often as it likes.
+
+    Attributes:
+        slot_bytes: The number of bytes that the drafter keeps for each token that the engine's
+            caches have room for.
     """
+
+    slot_bytes = 0
 
     @abstractmethod
     def draft(self, sequences: Tokens[Sequence], most: int) -> list[Draft]:
@@ -68,12 +114,27 @@ class Drafter(ABC):
             The draft of each sequence.
         """
 
+    def plans(self, sequences: Tokens[Sequence], most: int) -> list[Plan]:
+        """Return ways to draft, of which the engine takes the one that gains most, if any does.
+
+        A drafter whose drafts take time overrides this, and makes them only when they are wanted.
+        The arguments are those of `draft`.
+        """
+        drafts = dict(zip(sequences, self.draft(sequences, most), strict=True))
+        return [Plan(drafts, lambda _: drafts)]
+
+    def warm_up(self, sizes: Tokens[int]) -> None:  # noqa: B027
+        """Compile what drafts for batches of these sizes need."""
+
     def checked(self, sequence: Sequence, drafted: int, accepted: int) -> None:  # noqa: B027
         """Take note of how many tokens of a draft of a sequence were checked, and were right."""
 
 
 class NGrams(Drafter):
     """Guesses that a text goes on as it did after the same two or three tokens before.
+
+    What a request predicts is guessed from the beginning of the answer on, and counts as a part of
+    the text.
 
     Source: Saxena, "Prompt Lookup Decoding" (2023), github.com/apoorvumang/prompt-lookup-decoding.
     """
@@ -88,8 +149,9 @@ class NGrams(Drafter):
         """Return the match of a sequence, up to date."""
         match = self._matches.get(sequence)
         if match is None:
-            match = self._matches[sequence] = Match(sequence.request.prompt_ids)
-        match.extend(sequence.answer[len(match.tokens) - len(sequence.request.prompt_ids) :])
+            request = sequence.request
+            match = self._matches[sequence] = Match(request.prompt_ids, request.prediction)
+        match.extend(sequence.answer[len(match.tokens) - match.given :])
         return match
 
 
@@ -102,17 +164,28 @@ class Match:
     of it. So hit rates are known without a draft that fails.
 
     Attributes:
-        tokens: The tokens of the text.
+        tokens: The tokens of the text. What is predicted comes after the prompt.
+        given: The number of tokens of the prompt and the prediction.
     """
 
-    def __init__(self, tokens: Iterable[int] = ()) -> None:
+    def __init__(self, prompt: Iterable[int] = (), prediction: Iterable[int] = ()) -> None:
+        """Begin a text.
+
+        Args:
+            prompt: Its first tokens.
+            prediction: Tokens that those after the prompt are thought to resemble.
+        """
         self.tokens: list[int] = []
         self._places: dict[tuple[int, ...], int] = {}  # the index after the last of each n-gram
         self._next: int | None = None  # the index of the token that is guessed
         self._length = 0  # about how many tokens before it are the same
         self._chances = list(FIRST_CHANCES)
-        for token in tokens:
-            self._add(token)
+        self.extend(prompt)
+        start = len(self.tokens)
+        self.extend(prediction)
+        self.given = len(self.tokens)
+        if self.given > start:
+            self._next, self._length = start, PREDICTED
         self._chances = list(FIRST_CHANCES)  # an answer is another kind of text than its prompt
 
     def extend(self, tokens: Iterable[int]) -> None:
@@ -152,6 +225,58 @@ class Match:
         while len(tokens) < most:
             tokens.append(tokens[len(tokens) - period])
         return Draft(tuple(tokens), self._chances[self._kind])
+
+
+class Either(Drafter):
+    """Takes the drafts of one drafter where they are as likely right as those of another.
+
+    The other's drafts may take time. The plan without any of them is offered, too.
+    """
+
+    def __init__(self, quick: Drafter, other: Drafter) -> None:
+        self._quick = quick
+        self._other = other
+        self._made: WeakKeyDictionary[Sequence, Drafter] = WeakKeyDictionary()
+        self.slot_bytes = quick.slot_bytes + other.slot_bytes
+
+    def draft(self, sequences: Tokens[Sequence], most: int) -> list[Draft]:
+        made = self.plans(sequences, most)[-1].make(most)
+        return [made.get(sequence, NO_DRAFT) for sequence in sequences]
+
+    def plans(self, sequences: Tokens[Sequence], most: int) -> list[Plan]:
+        quick = self._quick.plans(sequences, most) or [NO_PLAN]
+        others = [NO_PLAN, *self._other.plans(sequences, most)]
+        return [self._joined(one, other) for other in others for one in quick]
+
+    def warm_up(self, sizes: Tokens[int]) -> None:
+        self._quick.warm_up(sizes)
+        self._other.warm_up(sizes)
+
+    def _joined(self, quick: Plan, other: Plan) -> Plan:
+        """Return a plan that takes the other's draft where it is the more likely one."""
+        chosen = {
+            sequence: outlook
+            for sequence, outlook in other.outlooks.items()
+            if _chance(outlook) > _chance(quick.outlooks.get(sequence, NO_DRAFT))
+        }
+
+        def make(most: int) -> Mapping[Sequence, Draft]:
+            drafts = {s: draft for s, draft in quick.make(most).items() if s not in chosen}
+            self._made.update(dict.fromkeys(drafts, self._quick))
+            made = other.make(most) if chosen else {}
+            slow = {s: draft for s, draft in made.items() if s in chosen}
+            self._made.update(dict.fromkeys(slow, self._other))
+            return {**drafts, **slow}
+
+        return Plan({**quick.outlooks, **chosen}, make, other.token_s if chosen else 0.0)
+
+    def checked(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        if sequence in self._made:
+            self._made[sequence].checked(sequence, drafted, accepted)
+
+
+def _chance(outlook: Draft | Outlook) -> float:
+    return outlook.chance if outlook.length else 0.0
 
 
 def accepted(tokens: Tokens[int], inputs: Tokens[int]) -> int:

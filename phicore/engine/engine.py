@@ -75,7 +75,8 @@ class Engine:
         self.runner = runner
         self._lock = threading.Lock()
         self._aborted: deque[Sequence] = deque()
-        self._memory = Memory(runner, context, kv_bytes, prefix_bytes)
+        of_drafter = 0 if drafter is None else drafter.slot_bytes
+        self._memory = Memory(runner, context, kv_bytes, prefix_bytes, of_drafter)
         self._places = Places(self._memory, scheduler or Scheduler(), progress)
         self._speculation = Speculation(runner, drafter)
         calls = Calls(runner, self._places, self._speculation)

@@ -29,13 +29,30 @@ class Memory:
     Attributes:
         runner: The runner, which makes and copies caches.
         context: The largest number of tokens that a prompt and its answer may have together.
-        most_bytes: The largest number of bytes of all caches together; None sets no limit.
+        most_bytes: The largest number of bytes of all caches together, without those of a drafter;
+            None sets no limit.
         prefixes: What ended sequences have computed.
     """
 
     def __init__(
-        self, runner: Runner, context: int, most_bytes: int | None, prefix_bytes: int
+        self,
+        runner: Runner,
+        context: int,
+        most_bytes: int | None,
+        prefix_bytes: int,
+        drafter_slot_bytes: int = 0,
     ) -> None:
+        """Take account of memory.
+
+        Args:
+            most_bytes: The largest number of bytes of all caches, those of a drafter included.
+            prefix_bytes: The largest number of bytes of `prefixes`.
+            drafter_slot_bytes: The bytes of a drafter for each slot of these caches.
+        """
+        self._given_bytes = most_bytes
+        self._slot_bytes = runner.slot_bytes + drafter_slot_bytes
+        if most_bytes is not None:  # the drafter gets its share
+            most_bytes = most_bytes * runner.slot_bytes // self._slot_bytes
         self.runner = runner
         self.context = context
         self.most_bytes = most_bytes
@@ -51,11 +68,11 @@ class Memory:
             return
         most = self.runner.positions_in(self.most_bytes)
         if most == 0:
-            least = MIN_CAPACITY * self.runner.slot_bytes
+            least = MIN_CAPACITY * self._slot_bytes
             raise ArgumentError(
                 parameter="kv_memory",
                 expected=f"{least} bytes or more for this model",
-                got=self.most_bytes,
+                got=self._given_bytes,
             )
         self.context = self.context if most is None else min(self.context, most)
 

@@ -45,6 +45,8 @@ class Request:
             it has no text.
         speculation: Whether tokens may be guessed and checked several at a time, if the engine has
             a drafter. The answer is the same in any case.
+        prediction: Tokens that the answer is thought to resemble, which are guessed where it does.
+            The answer is the same in any case.
     Raises:
         ArgumentError: If a value is not allowed. The error names the parameter, the allowed values
             and, unless the prompt is empty, the value.
@@ -61,6 +63,7 @@ class Request:
     logprobs: int | None = None
     tools: ToolUse | None = None
     speculation: bool = True
+    prediction: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         prompt_ids = tuple(int(i) for i in self.prompt_ids)
@@ -88,6 +91,7 @@ class Request:
             "ends": frozenset(self.ends),
             "stop": checked_stops(self.stop),
             "processors": tuple(self.processors),
+            "prediction": tuple(int(i) for i in self.prediction),
         }.items():
             object.__setattr__(self, name, value)
 

@@ -28,7 +28,9 @@ class RopeTables:
         self._short_rows = 0
         if factors is not None and factors.short is not factors.long:
             assert config.original_max_position_embeddings is not None
-            self._short_rows = capacity_for(config.original_max_position_embeddings)
+            # A chunk that begins after a known prefix may be padded beyond the original context.
+            padding = ops.capabilities.prompt_chunks[-1]
+            self._short_rows = capacity_for(config.original_max_position_embeddings) + padding
         self._tables: Tables | None = None
         self._rows = 0
 

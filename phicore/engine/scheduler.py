@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Tokens
+from typing import Any
 
-from phicore.engine.drafts import Draft
+from phicore.engine.drafts import NO_DRAFT, Draft, Outlook, Plan
 from phicore.engine.sequence import Sequence
 from phicore.errors import BusyError
 
@@ -155,8 +156,39 @@ class Scheduler:
         # A row takes a step longer, too.
         return one_s * (1 + TOKEN_COST * rows * (size - 1) / (1 + TOKEN_COST * (rows - 1)))
 
+    def plan_wanted(
+        self,
+        rows: int,
+        most: int,
+        sequences: Tokens[Sequence],
+        plans: Tokens[Plan],
+        *,
+        is_drawn: bool = False,
+    ) -> tuple[int, Plan | None]:
+        """Return how many tokens of each row the next step should run, and how they are drafted.
+
+        Returns:
+            The number and the plan that give the most tokens in the same time; 1 and None if no
+            plan pays. The other arguments are those of `step_wanted`.
+        """
+        best: tuple[float, int, Plan | None] = (-1.0, 1, None)
+        for plan in plans:
+            drafts = [plan.outlooks.get(sequence, NO_DRAFT) for sequence in sequences]
+            about: dict[str, Any] = {"token_s": plan.token_s, "is_drawn": is_drawn}
+            size = self.step_wanted(rows, most, drafts, **about)
+            rate = self._rate(rows, size, drafts, **about)
+            if size > 1 and rate > best[0]:
+                best = rate, size, plan
+        return best[1:]
+
     def step_wanted(
-        self, rows: int, most: int, drafts: Tokens[Draft], *, is_drawn: bool = False
+        self,
+        rows: int,
+        most: int,
+        drafts: Tokens[Draft | Outlook],
+        *,
+        token_s: float = 0.0,
+        is_drawn: bool = False,
     ) -> int:
         """Return how many tokens of each row the next step should run; 1 checks no draft.
 
@@ -166,23 +198,40 @@ class Scheduler:
         Args:
             rows: The number of rows, those without a sequence included.
             most: The largest number of tokens that every row has room for.
-            drafts: The draft of each sequence.
+            drafts: The draft of each sequence, or what is known of it.
+            token_s: The time in seconds that each token of the drafts takes.
             is_drawn: Whether tokens of the rows are drawn.
         """
         best, best_rate = 1, 0.0
         one_s = self._step_s(rows, 1, is_drawn)
-        if one_s is None or not any(draft.tokens for draft in drafts):
+        if one_s is None or not any(draft.length for draft in drafts):
             return 1
         one_rate = len(drafts) / one_s
         for size in self.step_sizes(rows):
             expected_s = self._expected_s(rows, size, is_drawn) or one_s
             step_s = self._step_s(rows, size, is_drawn) or one_s
-            rate = sum(tokens_expected(draft, size) for draft in drafts) / step_s
+            rate = self._rate(rows, size, drafts, token_s=token_s, is_drawn=is_drawn)
             if size <= most and rate >= GAIN * one_rate and rate > best_rate:
                 best, best_rate = size, rate
             elif step_s > expected_s:
                 self.steps_s[rows, size, is_drawn] = step_s - FORGET * (step_s - expected_s)
         return best
+
+    def _rate(
+        self,
+        rows: int,
+        size: int,
+        drafts: Tokens[Draft | Outlook],
+        *,
+        token_s: float,
+        is_drawn: bool,
+    ) -> float:
+        """Return the expected number of tokens a second with steps of this size; 0 if unknown."""
+        step_s = self._step_s(rows, size, is_drawn) or self._step_s(rows, 1, is_drawn)
+        if not step_s:
+            return 0.0
+        tokens = sum(tokens_expected(draft, size) for draft in drafts)
+        return tokens / (step_s + token_s * (size - 1))
 
     @staticmethod
     def rows_wanted(rows: int, needed: int, idle: int) -> int:
@@ -199,10 +248,10 @@ class Scheduler:
         return rows
 
 
-def tokens_expected(draft: Draft, size: int) -> float:
+def tokens_expected(draft: Draft | Outlook, size: int) -> float:
     """Return how many tokens a step of `size` tokens is expected to give a sequence."""
     right, expected = 1.0, 1.0
-    for _ in draft.tokens[: size - 1]:
+    for _ in range(min(draft.length, size - 1)):
         right *= draft.chance
         expected += right
     return expected

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from phicore.engine.drafts import NO_DRAFT, Draft, Drafter, inputs_of
+from phicore.engine.drafts import Drafter, Outlook, Plan, inputs_of
 from phicore.engine.rows import Ahead, Rows
 from phicore.engine.runner import Runner
 from phicore.engine.scheduler import STEP_SIZES, Scheduler
 from phicore.engine.sequence import Sequence, SequenceError
 from phicore.engine.steps import States
+
+
+class Wanted(NamedTuple):
+    """A step that is expected to pay.
+
+    Attributes:
+        size: The number of tokens of each row.
+        plan: How they are drafted.
+    """
+
+    size: int
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,10 @@ class Speculation:
     def __init__(self, runner: Runner, drafter: Drafter | None) -> None:
         self._runner = runner
         self.drafter = drafter
+        # What processors have told ahead of a draft, with the answer's length and the draft.
+        self._told: WeakKeyDictionary[
+            Sequence, tuple[tuple[int, tuple[int, ...]], list[States]]
+        ] = WeakKeyDictionary()
 
     def step_sizes(
         self, rows: int, live: Tokens[Sequence], scheduler: Scheduler
@@ -52,8 +70,8 @@ class Speculation:
         is_possible = self.drafter is not None and self._runner.ops.capabilities.steps == 1
         return scheduler.step_sizes(rows) if is_possible and has_drafts and can_be_checked else ()
 
-    def checks(self, rows: Rows, scheduler: Scheduler) -> Checks | None:
-        """Return what a step that checks drafts runs; None if it does not pay.
+    def wanted(self, rows: Rows, scheduler: Scheduler) -> Wanted | None:
+        """Return the size and the drafts of a step that checks some; None if none pays.
 
         While a call is under way, the result only says whether it pays to wait for that.
 
@@ -71,23 +89,49 @@ class Speculation:
         if most < sizes[0]:
             return None
         asked = [sequence for sequence in live if sequence.request.speculation]
-        drafts = dict(zip(asked, self.drafter.draft(asked, STEP_SIZES[-1] - 1), strict=True))
-        told = {}
-        for sequence, draft in drafts.items():
-            if draft.tokens and sequence.needs_tokens:
-                told[sequence] = _ahead_of(rows, sequence, draft)
-                drafts[sequence] = replace(draft, tokens=draft.tokens[: len(told[sequence])])
-        all_drafts = [drafts.get(sequence, NO_DRAFT) for sequence in live]
-        size = scheduler.step_wanted(
-            len(rows.sequences), most, all_drafts, is_drawn=rows.draw is not None
+        plans = [
+            replace(plan, outlooks={s: self._cut(rows, s, o) for s, o in plan.outlooks.items()})
+            for plan in self.drafter.plans(asked, STEP_SIZES[-1] - 1)
+        ]
+        is_drawn = rows.draw is not None
+        size, plan = scheduler.plan_wanted(
+            len(rows.sequences), most, live, plans, is_drawn=is_drawn
         )
-        if size == 1:
+        return None if plan is None else Wanted(size, plan)
+
+    def checks(self, rows: Rows, wanted: Wanted) -> Checks | None:
+        """Make the drafts of a step; None if nothing is left of them.
+
+        Raises:
+            SequenceError: If a logits processor of a sequence has raised an error.
+        """
+        made = wanted.plan.make(wanted.size - 1)
+        drafts = {sequence: self._cut(rows, sequence, draft) for sequence, draft in made.items()}
+        if not any(draft.length for draft in drafts.values()):
             return None
-        return Checks(inputs_of(rows.sequences, drafts, size), rows.ahead(told, size))
+        told = {
+            sequence: self._ahead_of(rows, sequence, draft.tokens)
+            for sequence, draft in drafts.items()
+            if draft.length and sequence.needs_tokens
+        }
+        return Checks(inputs_of(rows.sequences, drafts, wanted.size), rows.ahead(told, wanted.size))
 
+    def _cut(self, rows: Rows, sequence: Sequence, draft: Any) -> Any:
+        """Cut a draft before the first token that the sequence's processors forbid."""
+        if isinstance(draft, Outlook) or not draft.length or not sequence.needs_tokens:
+            return draft
+        told = self._ahead_of(rows, sequence, draft.tokens)
+        return replace(draft, tokens=draft.tokens[: len(told)])
 
-def _ahead_of(rows: Rows, sequence: Sequence, draft: Draft) -> list[States]:
-    try:
-        return rows.ahead_of(sequence, draft.tokens)
-    except Exception as error:  # a processor may raise anything
-        raise SequenceError(sequence, error) from error
+    def _ahead_of(self, rows: Rows, sequence: Sequence, tokens: tuple[int, ...]) -> list[States]:
+        """Return `Rows.ahead_of`, which is computed once for the same draft."""
+        key = len(sequence.answer), tokens
+        known, told = self._told.get(sequence, ((-1, ()), []))
+        if known[0] == key[0] and known[1][: len(tokens)] == tokens:
+            return told[: len(tokens)]
+        try:
+            told = rows.ahead_of(sequence, tokens)
+        except Exception as error:  # a processor may raise anything
+            raise SequenceError(sequence, error) from error
+        self._told[sequence] = key, told
+        return told

@@ -24,6 +24,8 @@ class Timings:
     compile_s: float = 0.0
     first_token_s: float = 0.0
     """The time from the start to the first token, compiling included."""
+    drafts: int = 0
+    """The number of drafts that were checked."""
     drafted_tokens: int = 0
     """The number of guessed tokens that were checked."""
     accepted_tokens: int = 0

@@ -37,3 +37,5 @@ def decode_each_size(
                 rows = memory.rows(cache, [sequence] * size, states)
                 inputs = inputs_of(rows.sequences, {}, count)
                 runner.verify(rows, inputs, rows.ahead({}, count))
+    if speculation.drafter is not None and runner.ops.capabilities.steps == 1:
+        speculation.drafter.warm_up([size for size in sizes if scheduler.step_sizes(size)])

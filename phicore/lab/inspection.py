@@ -8,9 +8,9 @@ from typing import Any
 
 from phicore.errors import PhicoreError, about
 from phicore.gguf.reader import GGUFFile, open_gguf
-from phicore.model import tokenizer_of
 from phicore.network.architectures import architecture_of
 from phicore.plugins import Plugins
+from phicore.prompting.tokenizers import tokenizer_of
 from phicore.sources import ModelFiles, resolve
 from phicore.text.chat_template import ChatTemplate
 from phicore.text.tokenizer import Tokenizer

@@ -54,6 +54,13 @@ class Metrics:
         self._hits = counter(
             "prefix_cache_hits", "Tokens of prompts that were in the prefix cache."
         ).labels(name)
+        self._drafts = counter("spec_decode_num_drafts", "Guesses that were checked.").labels(name)
+        self._drafted = counter(
+            "spec_decode_num_draft_tokens", "Guessed tokens that were checked."
+        ).labels(name)
+        self._accepted = counter(
+            "spec_decode_num_accepted_tokens", "Guessed tokens that were right."
+        ).labels(name)
         ended = counter("request_success", "Answers that have ended.", "finished_reason")
         # vLLM counts all ends but errors; the context is told as length.
         self._ends = {r: ended.labels(name, r) for r in ("stop", "length", "abort", "error")}
@@ -106,6 +113,9 @@ class Metrics:
 
     def ended(self, job: Job, reason: str) -> None:
         """Note that an answer has ended."""
+        self._drafts.inc(job.timings.drafts)
+        self._drafted.inc(job.timings.drafted_tokens)
+        self._accepted.inc(job.timings.accepted_tokens)
         self._ends["length" if reason == "context" else reason].inc()
         if reason in ("stop", "length", "context"):
             self._whole.observe(time.perf_counter() - job.added_s)

@@ -49,6 +49,7 @@ _MAX_TOKENS = _integer(
 )
 _SCHEMA: Schema = {"type": "object", "description": "A JSON schema."}
 _STOP: Schema = {**TEXT, "minLength": 1, "maxLength": LONGEST_STOP}
+_TEXT_PART = _object(["type", "text"], {"type": {"const": "text"}, "text": TEXT})
 _COMMON: dict[str, Schema] = {
     "model": _or_null(_ref("ModelName")),
     "stream": _or_null(FLAG, "Whether the answer comes as server-sent events."),
@@ -97,6 +98,14 @@ _COMMON: dict[str, Schema] = {
     ),
     "stop_token_ids": _or_null(IDS),
     "ignore_eos": _or_null(FLAG),
+    "speculation": _or_null(FLAG, "Whether tokens may be guessed; the text stays the same."),
+    "prediction": _or_null(
+        _object(
+            ["type", "content"],
+            {"type": {"const": "content"}, "content": {"anyOf": [TEXT, _list(_TEXT_PART)]}},
+        ),
+        "A text that the answer is thought to resemble; where it does, it comes faster.",
+    ),
 }
 _PART: Schema = {
     "anyOf": [
@@ -251,6 +260,10 @@ _SCHEMAS: dict[str, Schema] = {
             "completion_tokens": COUNT,
             "total_tokens": COUNT,
             "prompt_tokens_details": _object(["cached_tokens"], {"cached_tokens": COUNT}),
+            "completion_tokens_details": _object(
+                ["accepted_prediction_tokens", "rejected_prediction_tokens"],
+                {"accepted_prediction_tokens": COUNT, "rejected_prediction_tokens": COUNT},
+            ),
             "timings": {
                 "type": "object",
                 "additionalProperties": {"type": "number"},

@@ -37,7 +37,6 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     # What OpenAI's own models have.
     "audio": _ALWAYS,
     "modalities": (["text"],),
-    "prediction": _ALWAYS,
     "web_search_options": _ALWAYS,
     "reasoning_effort": ("none",),
     "store": (False,),
@@ -149,6 +148,8 @@ def options_of(
         "stop": _stops(fields),
         "processors": _processors(fields, vocab_size),
         "ignore_eos": fields.flag("ignore_eos"),
+        "speculation": fields.flag("speculation", True),
+        "prediction": _prediction(fields),
         **_sampling(fields),
     }
     format, format_field = format_of(fields)
@@ -195,6 +196,22 @@ def _stops(fields: Fields) -> list[str]:
     if any(len(stop) > LONGEST_STOP for stop in stops):
         raise wrong_field("stop", f"expected texts of at most {LONGEST_STOP} characters")
     return stops
+
+
+def _prediction(fields: Fields) -> str | None:
+    """Read OpenAI's predicted output: a text, or parts of type text."""
+    given = fields.object("prediction")
+    if given is None:
+        return None
+    content = given.get("content")
+    texts = [content]
+    if isinstance(content, list):
+        parts = [p if isinstance(p, dict) and p.get("type") == "text" else {} for p in content]
+        texts = [part.get("text") for part in parts]
+    if given.get("type") != "content" or not all(isinstance(text, str) for text in texts):
+        expected = "the type content, and a content that is a text or a list of parts of type text"
+        raise wrong_field("prediction", f"expected {expected}")
+    return "".join(map(str, texts))
 
 
 def _max_tokens(

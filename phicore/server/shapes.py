@@ -125,11 +125,17 @@ def usage(jobs: Sequence[Job], prompts: Sequence[Job]) -> dict[str, Any]:
     prompt = sum(job.timings.prompt_tokens or len(job.request.prompt_ids) for job in prompts)
     generated = sum(job.count for job in jobs)
     cached = sum(job.timings.cached_tokens for job in prompts)
+    drafted = sum(job.timings.drafted_tokens for job in jobs)
+    accepted = sum(job.timings.accepted_tokens for job in jobs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        },
         "timings": _timings(jobs[0]),
     }
 

@@ -349,6 +349,18 @@ class Tokenizer:
         """Return the vocabulary's spelling of a token, such as "▁Hello", "<0x0A>" or "Ġthe"."""
         return self._pieces[self._check(id)]
 
+    def difference(self, other: Tokenizer) -> str | None:
+        """Return in words how the tokens of another vocabulary differ; None if they are the same.
+
+        Compared are the spellings and their ids, as the files have them.
+        """
+        for id, (piece, found) in enumerate(zip(self._pieces, other._pieces, strict=False)):
+            if piece != found:
+                return f"token {id} is {found!r:.40} instead of {piece!r:.40}"
+        if self.vocab_size != other.vocab_size:
+            return f"it has {other.vocab_size} tokens instead of {self.vocab_size}"
+        return None
+
     def token_id(self, piece: str) -> int | None:
         """Return the token with exactly this spelling, or None."""
         return self._backend.token_to_id(piece)

@@ -103,7 +103,7 @@ def test_wrong_arguments_are_errors_that_name_them(
 def test_without_the_library_calls_are_parsed_but_not_forced(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("phicore.model.find_spec", lambda name: None)
+    monkeypatch.setattr("phicore.prompting.requests.find_spec", lambda name: None)
     use = model.request(HI, tools=[FLIP]).tools
     assert use is not None
     assert not use.is_constrained

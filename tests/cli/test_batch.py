@@ -16,8 +16,8 @@ import pytest
 from api.tiny_models import write_tiny
 
 import phicore as api
-from phicore import Model
 from phicore.cli.batch import OPTIONS
+from phicore.prompting.requests import Requests
 
 LINES: list[Any] = [
     {"prompt": "Hello", "seed": 1},
@@ -77,7 +77,8 @@ def test_answers_come_in_order_when_asked_and_on_standard_output(batch: Callable
 
 
 def test_line_may_have_every_argument_of_generate():
-    arguments = set(inspect.signature(Model.request).parameters) - {"self", "sampling"}
+    arguments = set(inspect.signature(Requests.request).parameters)
+    arguments -= {"self", "defaults", "processor", "sampling"}
     assert arguments <= {"prompt", *OPTIONS}
 
 

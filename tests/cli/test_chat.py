@@ -310,3 +310,13 @@ def test_help_says_what_the_commands_do_without_a_terminal(chat) -> None:
     err = chat(lines="/help set\n/help top_k\n").err
     assert "/set [NAME [VALUE]]" in err
     assert re.search(r"top_k\nKeep the k most probable", err)
+
+
+def test_guesses_change_no_answer(chat, tiny: Path) -> None:
+    lines = "Tell me of the sea\nand then?\n"
+    plain = chat("--seed", 3, "-n", 40, "--no-history", lines=lines)
+    for given in (["--speculation"], ["--draft-model", tiny]):
+        found = chat("--seed", 3, "-n", 40, "--no-history", *given, lines=lines)
+        assert (found.code, found.out) == (0, plain.out)
+    refused = chat("--no-speculation", "--draft-model", tiny, lines=lines)
+    assert refused.code == 2

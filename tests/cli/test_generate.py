@@ -329,3 +329,24 @@ def test_constraint_that_cannot_be_honoured_is_one_line(
     assert result.code == 2
     assert result.out == ""
     assert result.err.splitlines()[-1].startswith(message)
+
+
+@pytest.mark.parametrize("options", [["--speculation"], ["--draft-model"]])
+def test_guesses_change_no_text(options: list[str], generate, phicore, tiny: Path) -> None:
+    given = [*options, tiny] if options == ["--draft-model"] else options
+    for temperature in (0, 0.8):
+        sampling = ("--seed", 1, "-t", temperature, "--ignore-eos", "-n", 60)
+        assert generate("Hello", *sampling, *given).out == generate("Hello", *sampling).out
+
+
+def test_draft_model_that_cannot_guess_is_one_line(generate, tiny: Path, tmp_path: Path) -> None:
+    other = write_tiny(tmp_path / "other.gguf", vocab_size=360)
+    for given, line in (
+        (["--draft-model", other], "--draft-model: other.gguf has another vocabulary than the "),
+        (["--no-speculation", "--draft-model", tiny], "--draft-model: not together with --no-"),
+    ):
+        result = generate("Hello", *given)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.splitlines()[-1].startswith(f"phicore: {line}")
+    missing = generate("Hello", "--draft-model", tmp_path / "none.gguf")
+    assert missing.err.splitlines()[-1].startswith(f"phicore: {tmp_path / 'none.gguf'}: no such")

@@ -157,6 +157,17 @@ def test_text_is_the_same_with_windows_and_longrope(name: str, ops: Backend, tmp
     assert used > 0
 
 
+def test_padding_after_a_prefix_may_reach_beyond_the_original_context(tmp_path: Path):
+    """A chunk of 16 that began 7 tokens before the end of the short factors was an error."""
+    tiny = replace(PHI3, original_max_position_embeddings=256)
+    path = write_model(tmp_path / "m.gguf", tiny, Type.F32, tokenizer=False)
+    ops, prompt = make_backend("jax"), random_tokens(255)
+    expected = run(engine_of(ops, path), prompt, max_tokens=1)[0]
+    engine = with_prefixes(ops, path)
+    run(engine, prompt[:249], max_tokens=1)
+    assert run(engine, prompt, max_tokens=1) == (expected, 249)
+
+
 def test_bytes_are_bounded_and_the_least_recently_used_go_first(path: Path):
     ops = make_backend("numpy")
     engine = with_prefixes(ops, path)

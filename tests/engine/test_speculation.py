@@ -23,7 +23,7 @@ from phicore.engine import Engine, Request, drafts
 from phicore.engine import Sequence as Running
 from phicore.engine import calls as calls_module
 from phicore.engine.calls import Calls
-from phicore.engine.drafts import Draft, Drafter, NGrams
+from phicore.engine.drafts import Draft, Drafter, NGrams, Outlook
 from phicore.engine.forced import Forced
 from phicore.engine.rows import Rows
 from phicore.engine.runner import Runner
@@ -50,10 +50,16 @@ class Eager(Scheduler):
         self._random = random.Random(seed)
 
     def step_wanted(
-        self, rows: int, most: int, drafts: Sequence[Draft], *, is_drawn: bool = False
+        self,
+        rows: int,
+        most: int,
+        drafts: Sequence[Draft | Outlook],
+        *,
+        token_s: float = 0.0,
+        is_drawn: bool = False,
     ) -> int:
         sizes = [size for size in self.step_sizes(rows) if size <= most]
-        has_some = any(draft.tokens for draft in drafts)
+        has_some = any(draft.length for draft in drafts)
         return self._random.choice(sizes) if sizes and has_some else 1
 
 
@@ -471,3 +477,44 @@ def test_fault_is_seen(
         engine = engine_with(path, answers, 0.7)
         found = [together(engine, [request])[0][0] for request in made]
         assert (found == [answer[0] for answer in expected]) != is_planted
+
+
+# ---- predictions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_prediction_saves_steps_and_changes_no_text(sampling: Sampling, path: Path):
+    request = Request([3, 1, 4], sampling, max_tokens=40, seed=2)
+    engine = engine_of(make_backend("numpy"), path)
+    answer = list(engine.generate(request))
+    engine.scheduler, engine.drafter = Eager(), NGrams()
+    edited = [*answer[:15], 70, *answer[17:]]
+    right, accepted = 0, []
+    for prediction in ([], [7, 8, 9] * 9, answer, edited):
+        sequence = engine.add(replace(request, prediction=prediction))
+        outputs = list(engine.outputs(sequence))
+        assert sequence.answer == answer
+        accepted.append(sequence.timings.accepted_tokens)
+        right = max(right, len(outputs))
+    assert accepted[2] > accepted[3] > max(accepted[:2])
+    assert accepted[2] > 25
+
+
+def test_prediction_is_a_text_or_tokens(tmp_path: Path):
+    options: dict[str, Any] = {"max_tokens": 30, "seed": 3, "ignore_eos": True}
+    with phicore.load(write_tiny(tmp_path / "m.gguf"), "numpy", speculation=True) as model:
+        model.engine.scheduler = Eager()
+        plain = model.generate("Hello", **options)
+        text = plain.text()
+        ids = plain.token_ids[len(plain.prompt_ids) :]
+        found = model.generate("Hello", prediction=ids, **options)
+        assert found.text() == text
+        assert found.timings.accepted_tokens > plain.timings.accepted_tokens
+        assert model.generate("Hello", prediction=text, **options).text() == text
+        spelled = model.request("Hello", prediction="<|end|>").prediction
+        assert not set(spelled) & set(model.tokenizer.end_token_ids)
+        for wrong in (7, ["a"], b"bytes"):
+            with pytest.raises(ArgumentError, match=r"^prediction: expected a string or token ids"):
+                model.request("Hello", prediction=wrong)
+        with pytest.raises(ArgumentError, match=r"^prediction: text: expected valid Unicode"):
+            model.request("Hello", prediction="\ud800")

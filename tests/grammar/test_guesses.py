@@ -26,7 +26,7 @@ from phicore import Model
 from phicore.backend import Backend
 from phicore.engine import Engine, Request
 from phicore.engine import Sequence as Running
-from phicore.engine.drafts import Draft, NGrams
+from phicore.engine.drafts import Draft, NGrams, Outlook
 from phicore.engine.forced import Forced
 from phicore.engine.rows import Ahead, Rows
 from phicore.engine.scheduler import Scheduler
@@ -55,10 +55,16 @@ class All(Scheduler):
     """Checks as many tokens as a step may have, whenever there is a draft."""
 
     def step_wanted(
-        self, rows: int, most: int, drafts: Sequence[Draft], *, is_drawn: bool = False
+        self,
+        rows: int,
+        most: int,
+        drafts: Sequence[Draft | Outlook],
+        *,
+        token_s: float = 0.0,
+        is_drawn: bool = False,
     ) -> int:
         sizes = [size for size in self.step_sizes(rows) if size <= most]
-        return sizes[-1] if sizes and any(draft.tokens for draft in drafts) else 1
+        return sizes[-1] if sizes and any(draft.length for draft in drafts) else 1
 
 
 class FoundOrForced(Counted, Forced):

@@ -177,6 +177,7 @@ def test_name_of_a_file_is_the_models_id_and_aliases_follow(endless_path: Path):
         (["--log-format", "xml"], "--log-format: expected text or json"),
         (["--prefix-cache", "big"], "--prefix-cache: expected a size such as 1GB"),
         (["--kv-memory", "big"], "--kv-memory: expected a size such as 4GB"),
+        (["--no-speculation", "--draft-model", "m"], "--draft-model: not together with --no-"),
     ],
 )
 def test_wrong_option_is_one_line(options: list[str], said: str, tmp_path: Path):
@@ -184,6 +185,16 @@ def test_wrong_option_is_one_line(options: list[str], said: str, tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"phicore: {said}")
+
+
+def test_draft_model_serves(tiny_path: Path):
+    with process("-m", tiny_path, "--draft-model", tiny_path, "--warmup") as running:
+        running.wait_until_ready()
+        answer = running.client.chat.completions.create(
+            model=tiny_path.stem, messages=HI, max_tokens=40, temperature=0
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens_details is not None
 
 
 def test_port_in_use_is_one_line(endless_path: Path):

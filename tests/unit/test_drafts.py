@@ -150,3 +150,28 @@ def test_text_that_repeats_the_prompt_comes_faster(token_cost: float, least: flo
     prompt = [rng.randrange(5000) for _ in range(250)]
     answer = [token if rng.random() > 0.01 else 5001 for token in prompt]
     assert speedup(prompt, answer, token_cost) > least
+
+
+def test_prediction_is_guessed_from_the_beginning_and_after_a_change():
+    prompt, prediction = (50, 51, 52), (1, 2, 3, 4, 5, 6, 7, 8)
+    drafter = NGrams()
+    sequence = Sequence(Request(prompt, prediction=prediction), 99, "length", False)
+
+    def draft(most: int) -> tuple[int, ...]:
+        return drafter.draft([sequence], most)[0].tokens
+
+    assert draft(4) == (1, 2, 3, 4)
+    sequence.answer += [1, 2]
+    assert draft(4) == (3, 4, 5, 6)
+    sequence.answer += [90, 91]  # instead of 3
+    assert draft(4) == ()
+    sequence.answer += [4, 5]
+    assert draft(3) == (6, 7, 8)
+
+
+def test_prediction_counts_more_than_the_prompt_and_the_prompt_counts():
+    match = Match((1, 2, 3, 4, 9, 8, 7), (1, 2, 3, 5))
+    match.extend([60, 1, 2, 3])
+    assert match.draft(1).tokens == (5,)
+    match.extend([60, 9, 8])
+    assert match.draft(1).tokens == (7,)

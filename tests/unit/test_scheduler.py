@@ -6,7 +6,7 @@ import pytest
 
 from phicore import PhicoreError
 from phicore.engine import Request, Sequence
-from phicore.engine.drafts import Draft
+from phicore.engine.drafts import Draft, Outlook, Plan
 from phicore.engine.scheduler import BUDGET_S, PATIENCE, SIZES, Scheduler
 
 
@@ -82,7 +82,7 @@ def measured_steps(rows: int, **seconds: float) -> Scheduler:
     scheduler = Scheduler()
     for size, took_s in seconds.items():
         for _ in range(60):
-            scheduler.step_took(rows, int(size[1:]), took_s)
+            scheduler.step_took(rows, int(size[1:]), took_s, is_drawn=False)
     return scheduler
 
 
@@ -132,6 +132,28 @@ def test_rows_without_a_draft_count():
     good, none = Draft(LONG, 0.9), Draft()
     assert scheduler.step_wanted(4, 8, [good] * 4) == 4
     assert scheduler.step_wanted(4, 8, [good, none, none, none]) == 1
+
+
+@pytest.mark.parametrize(("token_s", "size"), [(0.0, 8), (0.1, 4), (0.5, 4), (0.8, 1)])
+def test_drafts_that_take_time_are_checked_if_they_still_pay(token_s: float, size: int):
+    scheduler = measured_steps(1, t1=1.0, t2=1.2, t4=1.4, t8=2.4)
+    assert scheduler.step_wanted(1, 8, [Outlook(7, 0.95)], token_s=token_s) == size
+
+
+def test_plan_that_gives_most_in_the_same_time_is_chosen():
+    scheduler = measured_steps(1, t1=1.0, t2=1.2, t4=1.5, t8=2.6)
+    sequence = Sequence(Request([1]), 99, "length", False)
+
+    def plan(length: int, chance: float, token_s: float) -> Plan:
+        return Plan({sequence: Outlook(length, chance)}, lambda _: {}, token_s)
+
+    free, good, slow = plan(7, 0.6, 0.0), plan(7, 0.9, 0.1), plan(7, 1.0, 1.0)
+    assert scheduler.plan_wanted(1, 8, [sequence], [free, good, slow]) == (4, good)
+    assert scheduler.plan_wanted(1, 8, [sequence], [free, slow]) == (4, free)
+    assert scheduler.plan_wanted(1, 8, [sequence], [plan(0, 0.0, 0.0), slow]) == (1, None)
+    assert scheduler.plan_wanted(1, 8, [sequence], []) == (1, None)
+    other = Sequence(Request([1]), 99, "length", False)
+    assert Scheduler().plan_wanted(1, 8, [other], [free, good]) == (1, None)
 
 
 def test_many_rows_check_few_tokens_or_none():
