@@ -74,7 +74,9 @@ class Rows:
 
     Attributes:
         sequences: The sequence of each row.
-        states: The states of the rows' logits processors.
+        kinds: The classes of logits processors with which all rows are computed. A row may have
+            fewer processors; the states of the others are then neutral.
+        states: The states of these processors.
         penalty, draw: Arguments of `sampler.sample`, without `uniforms` or `step`.
         ends: The tokens that end each row, (B, any) int32, padded with -1.
         only: Zeros, (B,) int32: the index of the last token in a step of one token.
@@ -89,6 +91,7 @@ class Rows:
 
     cache: Cache
     sequences: list[EngineSequence | None]
+    kinds: Kinds
     states: States
     penalty: dict[str, Array]
     draw: dict[str, Array] | None
@@ -105,16 +108,18 @@ class Rows:
         cls,
         cache: Cache,
         sequences: Sequence[EngineSequence | None],
+        kinds: Kinds,
         states: States,
         *,
         context: int,
     ) -> Rows:
-        """Make the rows of sequences, which must have processors of the same classes.
+        """Make the rows of sequences.
 
         Args:
             cache: The cache, with B rows.
             sequences: The B sequences. The host must have read all of their tokens.
-            states: The states of their logits processors.
+            kinds: The classes of logits processors with which they are computed.
+            states: The states of these processors.
             context: The largest number of tokens of a sequence.
         """
         ops = cache.ops
@@ -125,6 +130,7 @@ class Rows:
         return cls(
             cache,
             list(sequences),
+            kinds,
             states,
             _penalty(ops, sequences, context),
             draw and {name: ops.asarray(array) for name, array in draw.items()},
@@ -139,10 +145,10 @@ class Rows:
         return [sequence for sequence in self.sequences if sequence is not None]
 
     @property
-    def kinds(self) -> Kinds:
-        """Return the classes of the rows' logits processors."""
-        live = self.live
-        return live[0].kinds if live else ()
+    def kinds_needed(self) -> Kinds:
+        """Return the classes that some of the sequences have."""
+        needed = {kind for sequence in self.live for kind in sequence.kinds}
+        return tuple(kind for kind in self.kinds if kind in needed)
 
     @property
     def has_logprobs(self) -> bool:
@@ -171,6 +177,29 @@ class Rows:
         """Leave a sequence's row without a sequence."""
         self.sequences[self.sequences.index(sequence)] = None
 
+    def change_kinds(self, kinds: Kinds, vocab_size: int) -> None:
+        """Compute the rows with other classes of logits processors: more of them, or fewer.
+
+        The states of those that are added are neutral.
+        """
+        if kinds == self.kinds:
+            return
+        states = []
+        for kind in kinds:
+            if kind in self.kinds:
+                states.append(self.states[self.kinds.index(kind)])
+            else:
+                neutral = kind.neutral(vocab_size)
+                assert neutral is not None, "only such classes are added"
+                states.append(_arrays(self.cache.ops, kind, [neutral] * len(self.sequences)))
+        self.kinds, self.states, self.blanks = kinds, states, None
+
+    def processors_of(self, sequence: EngineSequence) -> list[tuple[int, LogitsProcessor]]:
+        """Return a sequence's logits processors, each with the index of its state."""
+        if sequence.kinds == self.kinds:
+            return list(enumerate(sequence.processors))
+        return [(self.kinds.index(type(p)), p) for p in sequence.processors]
+
     def ahead_of(self, sequence: EngineSequence, draft: Sequence[int]) -> list[States]:
         """Return what a sequence's processors tell ahead of a draft: the states after each token.
 
@@ -180,15 +209,16 @@ class Rows:
             A list of states on the host, without the axis B. They have the arrays that the
             processors which need each token compute.
         """
-        told: list[Sequence[Mapping[str, np.ndarray]]] = []
-        for blank, processor in zip(self._blanks(), sequence.processors, strict=True):
-            found: Sequence[Mapping[str, np.ndarray]] = [{}] * len(draft)
+        blanks = self._blanks()
+        told: list[Sequence[Mapping[str, np.ndarray]]] = [[{}] * len(draft) for _ in blanks]
+        for number, processor in self.processors_of(sequence):
             if processor.needs_tokens:
-                found = processor.ahead(draft)
-            for new in found:
-                old = {name: blank[name] for name in blank.keys() & new.keys()}
-                check_same(f"{type(processor).__name__}.ahead", old, new)
-            told.append(found)
+                told[number] = found = processor.ahead(draft)
+                for new in found:
+                    old = {
+                        name: blanks[number][name] for name in blanks[number].keys() & new.keys()
+                    }
+                    check_same(f"{type(processor).__name__}.ahead", old, new)
         count = min(map(len, told), default=len(draft))
         return [[found[i] for found in told] for i in range(count)]
 
@@ -235,13 +265,13 @@ class Rows:
         The next step begins with the last of them.
         """
         ops, row = self.cache.ops, self.sequences.index(sequence)
-        for number, processor in enumerate(sequence.processors):
+        for number, processor in self.processors_of(sequence):
             if processor.needs_tokens:
                 updated: dict[str, np.ndarray] = {}
                 for token in tokens:
                     updated.update(processor.update(token))
                 old = self.states[number]
-                new = _arrays(ops, processor, [updated])
+                new = _arrays(ops, type(processor), [updated])
                 if len(self.sequences) > 1:
                     new = {name: _with_row(ops, old[name], row, x) for name, x in new.items()}
                 new = {**old, **new}
@@ -260,13 +290,13 @@ def first_states(ops: Backend, sequence: EngineSequence, vocab_size: int) -> Sta
     """Return the states of a sequence's logits processors before its first token."""
     prompt = sequence.request.prompt_ids
     return [
-        _arrays(ops, processor, [processor.start(prompt, vocab_size)])
+        _arrays(ops, type(processor), [processor.start(prompt, vocab_size)])
         for processor in sequence.processors
     ]
 
 
 def _arrays(
-    ops: Backend, processor: LogitsProcessor, rows: Sequence[Mapping[str, np.ndarray]]
+    ops: Backend, kind: type[LogitsProcessor], rows: Sequence[Mapping[str, np.ndarray]]
 ) -> dict[str, Array]:
     """Copy the states of rows to the device.
 
@@ -278,7 +308,7 @@ def _arrays(
         values = np.stack([row[name] for row in rows])
         if values.dtype.itemsize > 4:
             raise PhicoreError(
-                f"{type(processor).__name__}: {name!r} of its state is {values.dtype}, "
+                f"{kind.__name__}: {name!r} of its state is {values.dtype}, "
                 "expected numbers of 32 bits or fewer"
             )
         arrays[name] = ops.asarray(values)

@@ -118,17 +118,18 @@ DRAFTERS: dict[str, Callable[[dict[Any, list[int]]], Counted]] = {
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_text_is_the_same_with_guesses(model: Model, drafter: str, backend_name: str):
     engine, made = model.engine, requests(model, logprobs=2)
-    engine.scheduler = Scheduler(max_sequences=8)
+    is_exact, is_compiled = backend_name == "jax", engine.runner.ops.capabilities.compiles
+    if is_compiled:  # each combination of classes takes seconds
+        made = [made[0], made[1], made[7]]
     expected = alone(engine, made)
     assert len(told(made, expected)) == len(made)  # the drafters tell requests by their seeds
     counted = DRAFTERS[drafter](told(made, expected))
-    engine.drafter, engine.scheduler = counted, Eager(max_sequences=8)
-    is_exact = backend_name == "jax"
+    engine.drafter, engine.scheduler = counted, Eager(max_sequences=2 if is_compiled else 8)
     try:
         assert_same([together(engine, [r])[0] for r in made], expected, exact=is_exact)
-        assert counted.accepted > 60
         for seed in (None, 1):
             before = counted.accepted
+            assert before > 5 * len(made)
             assert_same(together(engine, made, seed), expected, exact=False)
             assert counted.accepted > before
     finally:
