@@ -214,10 +214,9 @@ class Rows:
         for number, processor in self.processors_of(sequence):
             if processor.needs_tokens:
                 told[number] = found = processor.ahead(draft)
+                blank = blanks[number]
                 for new in found:
-                    old = {
-                        name: blanks[number][name] for name in blanks[number].keys() & new.keys()
-                    }
+                    old = {name: blank[name] for name in blank.keys() & new.keys()}
                     check_same(f"{type(processor).__name__}.ahead", old, new)
         count = min(map(len, told), default=len(draft))
         return [[found[i] for found in told] for i in range(count)]
@@ -229,21 +228,15 @@ class Rows:
             told: The result of `ahead_of` for the sequences that have drafts.
         """
         asarray, result = self.cache.ops.asarray, Ahead([], [])
+        of_rows = [[] if s is None else told.get(s, []) for s in self.sequences]
         for place in range(count - 1):
             states: States = []
             is_told: States = []
             for number, blank in enumerate(self._blanks()):
-                arrays, flags = {}, {}
-                for name, zeros in blank.items():
-                    rows = np.stack([zeros] * len(self.sequences))
-                    flag = np.zeros((len(rows), *(1 for _ in zeros.shape)), np.bool_)
-                    for row, sequence in enumerate(self.sequences):
-                        known = [] if sequence is None else told.get(sequence, [])
-                        if place < len(known) and name in known[place][number]:
-                            rows[row], flag[row] = known[place][number][name], True
-                    arrays[name], flags[name] = asarray(rows), asarray(flag)
-                states.append(arrays)
-                is_told.append(flags)
+                known = [row[place][number] if place < len(row) else {} for row in of_rows]
+                arrays = {name: _filled(zeros, name, known) for name, zeros in blank.items()}
+                states.append({name: asarray(pair[0]) for name, pair in arrays.items()})
+                is_told.append({name: asarray(pair[1]) for name, pair in arrays.items()})
             result.states.append(states)
             result.is_told.append(is_told)
         return result
@@ -284,6 +277,19 @@ def _with_row(ops: Backend, array: Array, row: int, new: Array) -> Array:
     is_row = np.arange(array.shape[0]) == row
     shape = (-1, *(1 for _ in array.shape[1:]))
     return ops.xp.where(ops.asarray(is_row.reshape(shape)), new, array)
+
+
+def _filled(
+    zeros: np.ndarray, name: str, rows: Sequence[Mapping[str, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the array with a name of all rows, zeros in those without it, and which have it.
+
+    Returns:
+        The array (B, ...), and bool (B, ...) with axes of 1.
+    """
+    is_known = np.array([name in row for row in rows])
+    array = np.stack([row.get(name, zeros) for row in rows])
+    return array, is_known.reshape(-1, *(1 for _ in zeros.shape))
 
 
 def first_states(ops: Backend, sequence: EngineSequence, vocab_size: int) -> States:
