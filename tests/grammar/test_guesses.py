@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from api.tiny_models import write_tiny
-from conftest import make_backend
+from conftest import ALL_BACKENDS, make_backend
 from engine.test_speculation import Counted, Eager, Told, alone, assert_same, together, told
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -330,6 +330,17 @@ def test_states_of_host_and_device_are_those_of_each_token(ops: Backend, path: P
     engine.scheduler, engine.drafter = Eager(), Told(told(made, expected), chance)
     assert together(engine, made) == expected
     assert engine.drafter.accepted > 10
+
+
+def test_functions_of_the_standard_are_enough(path: Path):
+    if "array-api-strict" not in ALL_BACKENDS:
+        pytest.skip("needs the backend array-api-strict")
+    engine = engine_of(make_backend("array-api-strict"), path)
+    made = [replace(request, max_tokens=9) for request in mixed(1)]
+    expected = alone(engine, made)
+    engine.scheduler, engine.drafter = Eager(), Told(told(made, expected), 0.8)
+    assert together(engine, made) == expected
+    assert engine.drafter.accepted > 5
 
 
 def test_processor_that_fails_ahead_ends_its_sequence_alone(path: Path):
