@@ -443,9 +443,10 @@ def load(
         kv_memory: The largest number of bytes of all keys and values together. Generations that do
             not fit wait, and the context is what fits. None takes half of the memory that is free
             on a CPU, and sets no limit on other devices.
-        speculation: Whether tokens are guessed from what prompt and answer have in common, and
-            checked several at a time. The text stays the same, and comes faster where it repeats
-            itself or the prompt. A `phicore.engine.drafts.Drafter` guesses in its own way.
+        speculation: Whether tokens are guessed from what prompt and answer have in common and from
+            what a constraint forces, and checked several at a time. The text stays the same, and
+            comes faster where it repeats itself or the prompt, or follows a schema. A
+            `phicore.engine.drafts.Drafter` guesses in its own way.
         draft_model: A smaller model with the same vocabulary, which guesses where nothing repeats
             itself: a reference, which is loaded on the same backend, or a loaded model, which must
             not compute anything else meanwhile. It implies `speculation`.

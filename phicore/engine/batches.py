@@ -11,9 +11,11 @@ from phicore.engine.places import Places
 from phicore.engine.rows import Rows
 from phicore.engine.runner import Runner
 from phicore.engine.sequence import Output, Sequence, SequenceError
+from phicore.engine.sharing import hosts
 from phicore.engine.speculation import Speculation
+from phicore.engine.steps import States
 from phicore.errors import PhicoreError
-from phicore.network.processors import Kinds
+from phicore.network.processors import Kinds, LogitsProcessor, has_neutral, needs_tokens
 
 
 class Batches:
@@ -30,29 +32,53 @@ class Batches:
     def advance(self) -> list[Output]:
         """Let each batch go on by a call."""
         outputs: list[Output] = []
-        ready = (rows.kinds for rows in self._places.ready)
-        for kinds in list(dict.fromkeys([*self._places.batches, *ready])):
-            outputs += self._advance(kinds)
+        for kinds, members in self._groups().items():
+            outputs += self._advance(kinds, members)
         return outputs
 
-    def _advance(self, kinds: Kinds) -> list[Output]:
+    def _groups(self) -> dict[Kinds, list[Rows]]:
+        """Return which rows are to share a batch, by the classes of its logits processors.
+
+        A batch stays together, and sequences that are ready come to it.
+        """
+        places, groups = self._places, dict[Kinds, list[Rows]]()
+        all_rows = [*places.batches, *places.ready]
+        found = hosts((rows.kinds_needed for rows in all_rows), self._may_be_added)
+        for rows in all_rows:
+            groups.setdefault(found[rows.kinds_needed], []).append(rows)
+        return groups
+
+    def _may_be_added(self, kind: type[LogitsProcessor]) -> bool:
+        """Return whether rows without a processor of a class may share a batch with others.
+
+        Where a call runs several steps, they would lose that by a processor that needs each token.
+        """
+        is_slow = needs_tokens(kind) and self._runner.ops.capabilities.steps > 1
+        return has_neutral(kind) and not is_slow
+
+    def _advance(self, kinds: Kinds, members: list[Rows]) -> list[Output]:
         """Arrange a batch, start its next call, and take the tokens of the oldest call.
 
         On an asynchronous backend, the next call is started before the last call's tokens are
         read, unless sequences come or go.
+
+        Args:
+            kinds: The classes of logits processors with which the batch is computed.
+            members: The batches and the rows that are ready which make the batch.
         """
         outputs: list[Output] = []
         places, calls = self._places, self._calls
-        rows = places.batches.get(kinds)
-        concerned = [*(rows.live if rows is not None else []), *self._ready_of(kinds)]
+        concerned = [sequence for rows in members for sequence in rows.live]
         try:
-            if rows is None or self._must_rearrange(rows):
-                while rows is not None and rows.pending:
-                    outputs += calls.take(rows)
-                self._rearrange(kinds)
-                if kinds not in places.batches:
+            rows = members[0]
+            if self._must_rearrange(kinds, members):
+                for member in members:
+                    while member.pending:
+                        outputs += calls.take(member)
+                arranged = self._rearrange(kinds, members)
+                if arranged is None:
                     return outputs
-            rows = places.batches[kinds]
+                rows = arranged
             is_asynchronous = self._runner.ops.capabilities.asynchronous
             is_early = is_asynchronous and not rows.needs_tokens
             wanted = self._speculation.wanted(rows, places.scheduler)
@@ -83,13 +109,10 @@ class Batches:
             raise
         return outputs
 
-    def _ready_of(self, kinds: Kinds) -> list[Sequence]:
-        ready = self._places.ready
-        return [sequence for rows in ready for sequence in rows.live if rows.kinds == kinds]
-
-    def _must_rearrange(self, rows: Rows) -> bool:
-        """Return whether sequences come or go, or fewer rows would do."""
-        if any(ready.kinds == rows.kinds for ready in self._places.ready):
+    def _must_rearrange(self, kinds: Kinds, members: list[Rows]) -> bool:
+        """Return whether sequences come or go, or other rows would do."""
+        rows = members[0]
+        if len(members) > 1 or rows in self._places.ready or rows.kinds != kinds:
             return True
         if any(self._calls.has_outgrown_factors(sequence) for sequence in rows.live):
             return True
@@ -98,32 +121,56 @@ class Batches:
             rows.idle += 1
         return rows_wanted(size, len(rows.live), rows.idle) != size
 
-    def _rearrange(self, kinds: Kinds) -> None:
-        """Let sequences into a batch and out of it. The host must have read all of its tokens."""
-        places = self._places
-        rows = places.batches.pop(kinds, None)
-        for sequence in rows.live if rows is not None else []:
-            if self._calls.has_outgrown_factors(sequence):
-                assert rows is not None
-                self._read_again(rows, sequence)
-        new = [ready for ready in places.ready if ready.kinds == kinds]
-        places.ready = [ready for ready in places.ready if ready.kinds != kinds]
-        if rows is None or not rows.live:
-            if not new:
-                return
-            rows = new.pop(0)
+    def _rearrange(self, kinds: Kinds, members: list[Rows]) -> Rows | None:
+        """Let sequences into a batch and out of it. The host must have read all of its tokens.
+
+        Returns:
+            The batch; None if no sequence is left.
+        """
+        places, runner = self._places, self._runner
+        places.batches = [rows for rows in places.batches if rows not in members]
+        places.ready = [rows for rows in places.ready if rows not in members]
+        for rows in members:
+            for sequence in rows.live:
+                if self._calls.has_outgrown_factors(sequence):
+                    self._read_again(rows, sequence)
+        members = [rows for rows in members if rows.live]
+        if not members:
+            return None
+        for rows in members:
+            rows.change_kinds(kinds, runner.config.vocab_size)
+        rows = max(members, key=lambda rows: len(rows.sequences))
+        new = [one for other in members if other is not rows for one in self._single_rows(other)]
         needed = len(rows.live) + len(new)
         size = places.scheduler.rows_wanted(len(rows.sequences), needed, rows.idle)
         if size != len(rows.sequences):
             indices = [i for i, sequence in enumerate(rows.sequences) if sequence is not None]
             sequences = [*rows.live, *[None] * (size - len(indices))]
-            self._runner.rearrange(rows, indices, size)
+            runner.rearrange(rows, indices, size)
             rows.sequences = sequences
-        for ready in new:
+        for one in new:
             index = rows.sequences.index(None)
-            self._runner.insert(rows, index, ready)
-            rows.sequences[index] = ready.sequences[0]
-        places.batches[kinds] = places.memory.rows(rows.cache, rows.sequences, rows.states)
+            runner.insert(rows, index, one)
+            rows.sequences[index] = one.sequences[0]
+        arranged = places.memory.rows(rows.cache, rows.sequences, kinds, rows.states)
+        places.batches.append(arranged)
+        return arranged
+
+    def _single_rows(self, rows: Rows) -> list[Rows]:
+        """Return the rows of each sequence alone."""
+        if len(rows.sequences) == 1:
+            return [rows]
+        found, ends = [], rows.positions(0)
+        for index, sequence in enumerate(rows.sequences):
+            if sequence is not None:
+                cache = self._runner.copy(rows.cache, [index], ends[[index]])
+                states = self._states_of(rows, index)
+                found.append(self._places.memory.rows(cache, [sequence], rows.kinds, states))
+        return found
+
+    def _states_of(self, rows: Rows, index: int) -> States:
+        row = np.array([index], np.int32)
+        return self._runner.steps.take_states(rows.states, row) if rows.states else []
 
     def _read_again(self, rows: Rows, sequence: Sequence) -> None:
         """Let a sequence read all its tokens anew, rotated by LongRoPE's long factors.
@@ -133,8 +180,8 @@ class Batches:
 
         Source: `prepare_inputs_for_generation` of transformers (modeling_phi3.py).
         """
-        row = np.array([rows.sequences.index(sequence)], np.int32)
-        states = self._runner.steps.take_states(rows.states, row) if rows.states else []
+        states = self._states_of(rows, rows.sequences.index(sequence))
+        states = [states[number] for number, _ in rows.processors_of(sequence)]
         sequence.timings.start_again()
         sequence.read_again(is_long=True)
         rows.end(sequence)

@@ -16,6 +16,7 @@ from phicore.engine.scheduler import Scheduler
 from phicore.engine.sequence import Sequence
 from phicore.engine.steps import States
 from phicore.errors import ArgumentError
+from phicore.network.processors import Kinds
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +77,11 @@ class Memory:
             )
         self.context = self.context if most is None else min(self.context, most)
 
-    def rows(self, cache: Cache, sequences: Tokens[Sequence | None], states: States) -> Rows:
+    def rows(
+        self, cache: Cache, sequences: Tokens[Sequence | None], kinds: Kinds, states: States
+    ) -> Rows:
         """Make the rows of sequences; see `Rows.of`."""
-        return Rows.of(cache, sequences, states, context=self.context)
+        return Rows.of(cache, sequences, kinds, states, context=self.context)
 
     def has_room_for(
         self, sequence: Sequence, all_rows: Tokens[Rows], scheduler: Scheduler

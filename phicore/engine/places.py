@@ -10,7 +10,6 @@ from phicore.engine.rows import Rows, first_states
 from phicore.engine.scheduler import Scheduler
 from phicore.engine.sequence import Output, Sequence
 from phicore.engine.steps import States
-from phicore.network.processors import Kinds
 from phicore.progress import AGAIN, Progress
 
 
@@ -24,7 +23,7 @@ class Places:
         again: The sequences that wait to be read again, and the states of their processors.
         reading: The rows of sequences that are read, the oldest first.
         ready: The rows of sequences that are read, and in no batch yet.
-        batches: The batches, by the classes of their logits processors.
+        batches: The batches, each with other classes of logits processors.
     """
 
     def __init__(self, memory: Memory, scheduler: Scheduler, progress: Progress) -> None:
@@ -34,7 +33,7 @@ class Places:
         self.again: deque[tuple[Sequence, States]] = deque()
         self.reading: list[Rows] = []
         self.ready: list[Rows] = []
-        self.batches: dict[Kinds, Rows] = {}
+        self.batches: list[Rows] = []
 
     @property
     def is_idle(self) -> bool:
@@ -44,12 +43,12 @@ class Places:
     @property
     def all_rows(self) -> list[Rows]:
         """Return the rows of all sequences that have some."""
-        return [*self.batches.values(), *self.ready, *self.reading]
+        return [*self.batches, *self.ready, *self.reading]
 
     @property
     def decoding(self) -> int:
         """Return the number of sequences whose answers wait while a prompt is read."""
-        return len(self.ready) + sum(len(rows.live) for rows in self.batches.values())
+        return len(self.ready) + sum(len(rows.live) for rows in self.batches)
 
     # ---- beginning -------------------------------------------------------------------------
 
@@ -77,7 +76,8 @@ class Places:
         try:
             if states is None:
                 states = first_states(runner.ops, sequence, runner.config.vocab_size)
-            rows = self.memory.rows(self.memory.cache_for(sequence), [sequence], states)
+            cache = self.memory.cache_for(sequence)
+            rows = self.memory.rows(cache, [sequence], sequence.kinds, states)
         except Exception as error:  # noqa: BLE001 - a processor may raise anything
             return self.failed([sequence], error)
         self.progress(what, sequence.computed, sequence.given)
@@ -101,12 +101,11 @@ class Places:
                 self.memory.keep(rows, sequence, self.all_rows)
         self.ready = [rows for rows in self.ready if sequence not in rows.sequences]
         self.reading = [rows for rows in self.reading if sequence not in rows.sequences]
-        for kinds, rows in list(self.batches.items()):
+        for rows in self.batches:
             if sequence in rows.sequences:
                 self.memory.keep(rows, sequence, self.all_rows)
                 rows.end(sequence)
-                if not rows.live:
-                    del self.batches[kinds]
+        self.batches = [rows for rows in self.batches if rows.live]
 
     def failed(self, sequences: Tokens[Sequence], error: Exception) -> list[Output]:
         """End sequences because of an error."""

@@ -74,7 +74,9 @@ class Rows:
 
     Attributes:
         sequences: The sequence of each row.
-        states: The states of the rows' logits processors.
+        kinds: The classes of logits processors with which all rows are computed. A row may have
+            fewer processors; the states of the others are then neutral.
+        states: The states of these processors.
         penalty, draw: Arguments of `sampler.sample`, without `uniforms` or `step`.
         ends: The tokens that end each row, (B, any) int32, padded with -1.
         only: Zeros, (B,) int32: the index of the last token in a step of one token.
@@ -90,6 +92,7 @@ class Rows:
 
     cache: Cache
     sequences: list[EngineSequence | None]
+    kinds: Kinds
     states: States
     penalty: dict[str, Array]
     draw: dict[str, Array] | None
@@ -107,16 +110,18 @@ class Rows:
         cls,
         cache: Cache,
         sequences: Sequence[EngineSequence | None],
+        kinds: Kinds,
         states: States,
         *,
         context: int,
     ) -> Rows:
-        """Make the rows of sequences, which must have processors of the same classes.
+        """Make the rows of sequences.
 
         Args:
             cache: The cache, with B rows.
             sequences: The B sequences. The host must have read all of their tokens.
-            states: The states of their logits processors.
+            kinds: The classes of logits processors with which they are computed.
+            states: The states of these processors.
             context: The largest number of tokens of a sequence.
         """
         ops = cache.ops
@@ -127,6 +132,7 @@ class Rows:
         return cls(
             cache,
             list(sequences),
+            kinds,
             states,
             _penalty(ops, sequences, context),
             draw and {name: ops.asarray(array) for name, array in draw.items()},
@@ -141,10 +147,10 @@ class Rows:
         return [sequence for sequence in self.sequences if sequence is not None]
 
     @property
-    def kinds(self) -> Kinds:
-        """Return the classes of the rows' logits processors."""
-        live = self.live
-        return live[0].kinds if live else ()
+    def kinds_needed(self) -> Kinds:
+        """Return the classes that some of the sequences have."""
+        needed = {kind for sequence in self.live for kind in sequence.kinds}
+        return tuple(kind for kind in self.kinds if kind in needed)
 
     @property
     def needs_tokens(self) -> bool:
@@ -178,6 +184,29 @@ class Rows:
         """Leave a sequence's row without a sequence."""
         self.sequences[self.sequences.index(sequence)] = None
 
+    def change_kinds(self, kinds: Kinds, vocab_size: int) -> None:
+        """Compute the rows with other classes of logits processors: more of them, or fewer.
+
+        The states of those that are added are neutral.
+        """
+        if kinds == self.kinds:
+            return
+        states = []
+        for kind in kinds:
+            if kind in self.kinds:
+                states.append(self.states[self.kinds.index(kind)])
+            else:
+                neutral = kind.neutral(vocab_size)
+                assert neutral is not None, "only such classes are added"
+                states.append(_arrays(self.cache.ops, kind, [neutral] * len(self.sequences)))
+        self.kinds, self.states, self.blanks = kinds, states, None
+
+    def processors_of(self, sequence: EngineSequence) -> list[tuple[int, LogitsProcessor]]:
+        """Return a sequence's logits processors, each with the index of its state."""
+        if sequence.kinds == self.kinds:
+            return list(enumerate(sequence.processors))
+        return [(self.kinds.index(type(p)), p) for p in sequence.processors]
+
     def ahead_of(self, sequence: EngineSequence, draft: Sequence[int]) -> list[States]:
         """Return what a sequence's processors tell ahead of a draft: the states after each token.
 
@@ -187,15 +216,15 @@ class Rows:
             A list of states on the host, without the axis B. They have the arrays that the
             processors which need each token compute.
         """
-        told: list[Sequence[Mapping[str, np.ndarray]]] = []
-        for blank, processor in zip(self._blanks(), sequence.processors, strict=True):
-            found: Sequence[Mapping[str, np.ndarray]] = [{}] * len(draft)
+        blanks = self._blanks()
+        told: list[Sequence[Mapping[str, np.ndarray]]] = [[{}] * len(draft) for _ in blanks]
+        for number, processor in self.processors_of(sequence):
             if processor.needs_tokens:
-                found = processor.ahead(draft)
-            for new in found:
-                old = {name: blank[name] for name in blank.keys() & new.keys()}
-                check_same(f"{type(processor).__name__}.ahead", old, new)
-            told.append(found)
+                told[number] = found = processor.ahead(draft)
+                blank = blanks[number]
+                for new in found:
+                    old = {name: blank[name] for name in blank.keys() & new.keys()}
+                    check_same(f"{type(processor).__name__}.ahead", old, new)
         count = min(map(len, told), default=len(draft))
         return [[found[i] for found in told] for i in range(count)]
 
@@ -206,21 +235,15 @@ class Rows:
             told: The result of `ahead_of` for the sequences that have drafts.
         """
         asarray, result = self.cache.ops.asarray, Ahead([], [])
+        of_rows = [[] if s is None else told.get(s, []) for s in self.sequences]
         for place in range(count - 1):
             states: States = []
             is_told: States = []
             for number, blank in enumerate(self._blanks()):
-                arrays, flags = {}, {}
-                for name, zeros in blank.items():
-                    rows = np.stack([zeros] * len(self.sequences))
-                    flag = np.zeros((len(rows), *(1 for _ in zeros.shape)), np.bool_)
-                    for row, sequence in enumerate(self.sequences):
-                        known = [] if sequence is None else told.get(sequence, [])
-                        if place < len(known) and name in known[place][number]:
-                            rows[row], flag[row] = known[place][number][name], True
-                    arrays[name], flags[name] = asarray(rows), asarray(flag)
-                states.append(arrays)
-                is_told.append(flags)
+                known = [row[place][number] if place < len(row) else {} for row in of_rows]
+                arrays = {name: _filled(zeros, name, known) for name, zeros in blank.items()}
+                states.append({name: asarray(pair[0]) for name, pair in arrays.items()})
+                is_told.append({name: asarray(pair[1]) for name, pair in arrays.items()})
             result.states.append(states)
             result.is_told.append(is_told)
         return result
@@ -242,13 +265,13 @@ class Rows:
         The next step begins with the last of them.
         """
         ops, row = self.cache.ops, self.sequences.index(sequence)
-        for number, processor in enumerate(sequence.processors):
+        for number, processor in self.processors_of(sequence):
             if processor.needs_tokens:
                 updated: dict[str, np.ndarray] = {}
                 for token in tokens:
                     updated.update(processor.update(token))
                 old = self.states[number]
-                new = _arrays(ops, processor, [updated])
+                new = _arrays(ops, type(processor), [updated])
                 if len(self.sequences) > 1:
                     new = {name: _with_row(ops, old[name], row, x) for name, x in new.items()}
                 new = {**old, **new}
@@ -263,17 +286,30 @@ def _with_row(ops: Backend, array: Array, row: int, new: Array) -> Array:
     return ops.xp.where(ops.asarray(is_row.reshape(shape)), new, array)
 
 
+def _filled(
+    zeros: np.ndarray, name: str, rows: Sequence[Mapping[str, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the array with a name of all rows, zeros in those without it, and which have it.
+
+    Returns:
+        The array (B, ...), and bool (B, ...) with axes of 1.
+    """
+    is_known = np.array([name in row for row in rows])
+    array = np.stack([row.get(name, zeros) for row in rows])
+    return array, is_known.reshape(-1, *(1 for _ in zeros.shape))
+
+
 def first_states(ops: Backend, sequence: EngineSequence, vocab_size: int) -> States:
     """Return the states of a sequence's logits processors before its first token."""
     prompt = sequence.request.prompt_ids
     return [
-        _arrays(ops, processor, [processor.start(prompt, vocab_size)])
+        _arrays(ops, type(processor), [processor.start(prompt, vocab_size)])
         for processor in sequence.processors
     ]
 
 
 def _arrays(
-    ops: Backend, processor: LogitsProcessor, rows: Sequence[Mapping[str, np.ndarray]]
+    ops: Backend, kind: type[LogitsProcessor], rows: Sequence[Mapping[str, np.ndarray]]
 ) -> dict[str, Array]:
     """Copy the states of rows to the device.
 
@@ -285,7 +321,7 @@ def _arrays(
         values = np.stack([row[name] for row in rows])
         if values.dtype.itemsize > 4:
             raise PhicoreError(
-                f"{type(processor).__name__}: {name!r} of its state is {values.dtype}, "
+                f"{kind.__name__}: {name!r} of its state is {values.dtype}, "
                 "expected numbers of 32 bits or fewer"
             )
         arrays[name] = ops.asarray(values)

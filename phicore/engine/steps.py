@@ -304,10 +304,11 @@ class Steps:
         ]
         new = xp.permute_dims(xp.reshape(sampled, (count, batch)), (1, 0))  # (B, T)
         is_right = new[:, :-1] == tokens[:, 1:]
-        goes_on, last = is_right[:, :1], new[:, :1] * 0  # the index of the last token of the text
-        for i in range(1, count):
-            last = last + xp.astype(goes_on, xp.int32)
+        goes_on = is_right[:, :1]
+        last = xp.astype(goes_on, xp.int32)  # the index of the last token of the text
+        for i in range(1, count - 1):
             goes_on = goes_on & is_right[:, i : i + 1]
+            last = last + xp.astype(goes_on, xp.int32)
         rows = last[:, 0] * batch + xp.arange(batch, dtype=xp.int32)
         ages = xp.arange(1, size + 1, dtype=xp.int32)[None, :]
         return (

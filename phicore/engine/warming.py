@@ -31,10 +31,15 @@ def decode_each_size(
             sequence = Sequence(request, 2, "length", False)
             states = first_states(runner.ops, sequence, runner.config.vocab_size)
             if states:
-                states = runner.steps.take_states(states, np.zeros(size, np.int32))
-            runner.decode(memory.rows(cache, [sequence] * size, states), 1)
+                alone, take = states, runner.steps.take_states
+                states = take(states, np.zeros(size, np.int32))
+                states = runner.steps.put_states(states, alone, 0)
+                for other in sizes:
+                    take(states, np.zeros(other, np.int32))
+            kinds, sequences = sequence.kinds, [sequence] * size
+            runner.decode(memory.rows(cache, sequences, kinds, states), 1)
             for count in speculation.step_sizes(size, [sequence], scheduler):
-                rows = memory.rows(cache, [sequence] * size, states)
+                rows = memory.rows(cache, sequences, kinds, states)
                 inputs = inputs_of(rows.sequences, {}, count)
                 runner.verify(rows, inputs, rows.ahead({}, count))
     if speculation.drafter is not None and runner.ops.capabilities.steps == 1:

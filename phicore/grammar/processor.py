@@ -67,6 +67,10 @@ class AllowedTokens(LogitsProcessor):
         found: list[int] = self._matcher.compute_ff_tokens()
         return found
 
+    @classmethod
+    def neutral(cls, vocab_size: int) -> Mapping[str, np.ndarray]:
+        return {"mask": np.full(-(-vocab_size // BITS), 2**BITS - 1, np.uint8)}
+
     def _allowed(self, matcher: Any) -> Mapping[str, np.ndarray]:
         if matcher.is_error():
             reason = in_a_line(matcher.get_error().partition("<state>")[0])

@@ -84,6 +84,18 @@ class LogitsProcessor(ABC):
         """
         return ()
 
+    @classmethod
+    def neutral(cls, vocab_size: int) -> Mapping[str, np.ndarray] | None:
+        """Return a state with which `apply` leaves all scores as they are, whatever tokens come.
+
+        With it, sequences without such a processor share the steps of those that have one. None
+        means that there is no such state, so they are computed in steps of their own.
+
+        Returns:
+            Arrays with the names, shapes and dtypes of those of `start`, without the axis B.
+        """
+        return None
+
     @property
     def needs_tokens(self) -> bool:
         """Return whether the processor overrides `update`, which is then called for each token."""
@@ -92,14 +104,24 @@ class LogitsProcessor(ABC):
     @property
     def looks_ahead(self) -> bool:
         """Return whether `ahead` knows what `update` does: no subclass overrides `update` alone."""
-        classes = type(self).__mro__
-        first = next(each for each in classes if {"ahead", "update"} & vars(each).keys())
-        return first is not LogitsProcessor and "ahead" in vars(first)
+        return _knows(type(self), "ahead", {"update"})
 
 
 def needs_tokens(kind: type[LogitsProcessor]) -> bool:
     """Return whether the processors of a class need each token on the host."""
     return kind.update is not LogitsProcessor.update
+
+
+def has_neutral(kind: type[LogitsProcessor]) -> bool:
+    """Return whether a class has a neutral state, and no subclass changes what that means."""
+    is_known = _knows(kind, "neutral", {"start", "apply", "advance"})
+    return is_known and kind.neutral(1) is not None
+
+
+def _knows(kind: type[LogitsProcessor], name: str, others: set[str]) -> bool:
+    """Return whether a method is overridden, and no subclass overrides other methods without it."""
+    first = next(each for each in kind.__mro__ if {name, *others} & vars(each).keys())
+    return first is not LogitsProcessor and name in vars(first)
 
 
 Kinds = tuple[type[LogitsProcessor], ...]
@@ -130,6 +152,10 @@ class LogitBias(LogitsProcessor):
     @classmethod
     def apply(cls, ops: Backend, logits: Array, state: Mapping[str, Array]) -> Array:
         return logits + state["bias"]
+
+    @classmethod
+    def neutral(cls, vocab_size: int) -> Mapping[str, np.ndarray]:
+        return {"bias": np.zeros(vocab_size, np.float32)}
 
     @classmethod
     def parse(cls, argument: str) -> LogitBias:
@@ -183,6 +209,10 @@ class AnswerPenalty(LogitsProcessor):
         xp, counts = ops.xp, state["counts"]
         is_token = xp.arange(counts.shape[1], dtype=xp.int32)[None, :] == token
         return {**state, "counts": counts + xp.astype(is_token, xp.float32)}
+
+    @classmethod
+    def neutral(cls, vocab_size: int) -> Mapping[str, np.ndarray]:
+        return cls().start((), vocab_size)
 
 
 def _penalty(name: str, argument: str) -> AnswerPenalty:

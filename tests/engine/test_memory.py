@@ -26,7 +26,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(engine: Engine) -> int:
-    return sum(len(rows.sequences) for rows in engine._places.batches.values())
+    return sum(len(rows.sequences) for rows in engine._places.batches)
 
 
 def limited(path: Path, slots: int) -> Engine:

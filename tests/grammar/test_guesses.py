@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from api.tiny_models import write_tiny
-from conftest import make_backend
+from conftest import ALL_BACKENDS, make_backend
 from engine.test_speculation import Counted, Eager, Told, alone, assert_same, together, told
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,17 +126,18 @@ DRAFTERS: dict[str, Callable[[dict[Any, list[int]]], Counted]] = {
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_text_is_the_same_with_guesses(model: Model, drafter: str, backend_name: str):
     engine, made = model.engine, requests(model, logprobs=2)
-    engine.scheduler = Scheduler(max_sequences=8)
+    is_exact, is_compiled = backend_name == "jax", engine.runner.ops.capabilities.compiles
+    if is_compiled:  # each combination of classes takes seconds
+        made = [made[0], made[1], made[7]]
     expected = alone(engine, made)
     assert len(told(made, expected)) == len(made)  # the drafters tell requests by their seeds
     counted = DRAFTERS[drafter](told(made, expected))
-    engine.drafter, engine.scheduler = counted, Eager(max_sequences=8)
-    is_exact = backend_name == "jax"
+    engine.drafter, engine.scheduler = counted, Eager(max_sequences=2 if is_compiled else 8)
     try:
         assert_same([together(engine, [r])[0] for r in made], expected, exact=is_exact)
-        assert counted.accepted > 60
         for seed in (None, 1):
             before = counted.accepted
+            assert before > 5 * len(made)
             assert_same(together(engine, made, seed), expected, exact=False)
             assert counted.accepted > before
     finally:
@@ -210,6 +211,9 @@ def started(model: Model, **constraint: Any) -> AllowedTokens:
 
 
 def allowed(state: Any) -> list[int]:
+    """Return the tokens that a state allows; none after an end."""
+    if not state:
+        return []
     return np.flatnonzero(np.unpackbits(state["mask"], bitorder="little")).tolist()
 
 
@@ -223,29 +227,27 @@ def test_what_is_told_ahead_is_what_comes(
     asked, plain = started(reference, **constraint), started(reference, **constraint)
     state = plain.start([], reference.vocab_size)
     for _ in range(12):
-        guess, follower, expected, now = [], copy(plain), [], state
+        follower, now = copy(plain), state
         follower._matcher = plain._matcher.deep_copy()
+        guess: list[int] = []
+        expected: list[list[int]] = []  # what is allowed after each token of the guess
+        is_good = True
         for _ in range(data.draw(st.integers(0, 5))):
-            choices = allowed(now)
             is_bad = data.draw(st.integers(0, 9)) == 0
-            token = data.draw(st.integers(-2, 10**6) if is_bad else st.sampled_from(choices))
-            guess.append(token)
-            if token not in choices or len(expected) < len(guess) - 1:
-                continue
-            now = follower.update(token) or now
-            expected.append(now)
-            if token in reference.tokenizer.end_token_ids:
-                break
-        found = asked.ahead(guess)
-        assert [allowed(one) for one in found if one] == [
-            allowed(one) for one, token in zip(expected, guess, strict=False)
-            if token not in reference.tokenizer.end_token_ids
-        ]  # fmt: skip
-        assert len(found) == len(expected)
+            tokens = st.integers(-2, 10**6) if is_bad else st.sampled_from(allowed(now))
+            guess.append(data.draw(tokens))
+            is_good = is_good and guess[-1] in allowed(now)
+            if is_good:
+                state_after = follower.update(guess[-1])
+                expected.append(allowed(state_after))
+                if not state_after:
+                    break  # the answer has ended
+                now = state_after
+        assert [allowed(one) for one in asked.ahead(guess)] == expected
         forced = list(asked.forced())
         assert len(asked.ahead(forced)) == len(forced)
         asked.ahead(guess)
-        token = data.draw(st.sampled_from([*guess[: len(expected)][:1], *allowed(state)]))
+        token = data.draw(st.sampled_from([*guess[: min(1, len(expected))], *allowed(state)]))
         if token in reference.tokenizer.end_token_ids:
             return
         new = asked.update(token)
@@ -336,6 +338,17 @@ def test_states_of_host_and_device_are_those_of_each_token(ops: Backend, path: P
     engine.scheduler, engine.drafter = Eager(), Told(told(made, expected), chance)
     assert together(engine, made) == expected
     assert engine.drafter.accepted > 10
+
+
+def test_functions_of_the_standard_are_enough(path: Path):
+    if "array-api-strict" not in ALL_BACKENDS:
+        pytest.skip("needs the backend array-api-strict")
+    engine = engine_of(make_backend("array-api-strict"), path)
+    made = [replace(request, max_tokens=9) for request in mixed(1)]
+    expected = alone(engine, made)
+    engine.scheduler, engine.drafter = Eager(), Told(told(made, expected), 0.8)
+    assert together(engine, made) == expected
+    assert engine.drafter.accepted > 5
 
 
 def test_processor_that_fails_ahead_ends_its_sequence_alone(path: Path):
