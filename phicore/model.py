@@ -117,6 +117,8 @@ class Model:
             drafter = checked_drafter(speculation)
             if draft_model is not None:
                 check_same_vocabulary(self.tokenizer, draft_model.tokenizer, draft_model.path.name)
+                if ops.capabilities.steps > 1:
+                    log.warning("guesses are not checked on this device: the draft model is unused")
                 other = ModelDrafter(draft_model.engine.runner, draft_model.context)
                 drafter = Either(drafter or Forced(NGrams()), other)
             self.sampling, left_out = recommended(self.metadata)

@@ -1,4 +1,8 @@
-"""Drafts of a second, smaller model, which guesses the tokens that it finds most probable.
+"""Drafts of a second, smaller model, which guesses the tokens that it would choose itself.
+
+It draws with the random numbers with which the tokens of the text are drawn, those of the seed and
+of the token's index. So where both models find the same tokens likely they mostly choose the same
+one, at any temperature.
 
 The small model has caches of its own. What it has read of a sequence is compared with the text at
 each draft: rejected tokens are forgotten, and their slots are overwritten. So it needs to be told
@@ -11,6 +15,7 @@ import logging
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
+from itertools import product
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -19,15 +24,16 @@ from phicore.backend import Array, LayerCache, Params
 from phicore.engine.cache import Cache
 from phicore.engine.draft_texts import Text, lacks, length_of, tokens_from
 from phicore.engine.drafts import NO_DRAFT, Draft, Drafter, Outlook, Plan
+from phicore.engine.noise import noise_of
 from phicore.engine.request import Request
 from phicore.engine.runner import Runner
 from phicore.engine.scheduler import SIZES
 from phicore.engine.sequence import Sequence
 from phicore.engine.steps import Place
 from phicore.engine.timings import Timings
-from phicore.network import graph
+from phicore.network import graph, sampler
 from phicore.network.rope import Tables
-from phicore.network.sampler import argmax
+from phicore.network.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +58,7 @@ LONGEST = 3
 
 
 class ModelDrafter(Drafter):
-    """Guesses the tokens that another model finds most probable, for all sequences in each step.
+    """Guesses the tokens that another model would choose, for all sequences in each step.
 
     Args:
         runner: Runs the other model, which must have the same vocabulary. Its backend may be
@@ -64,7 +70,7 @@ class ModelDrafter(Drafter):
         self._runner = runner
         self._context = context
         self.slot_bytes = runner.slot_bytes
-        self._guess = runner.ops.compile(self._most_probable, donate=(1,))
+        self._guess = runner.ops.compile(self._chosen, donate=(1,))
         self._texts: WeakKeyDictionary[Sequence, Text] = WeakKeyDictionary()
         self._batch: Cache | None = None
         self._rows: list[Text | None] = []  # of the batch; texts of ended sequences stay for others
@@ -94,11 +100,12 @@ class ModelDrafter(Drafter):
             self._times[rows] = token_s - FORGET * (token_s - min(self._times.values()))
         return [Plan(outlooks, lambda count: self._make(sequences, count), token_s)]
 
-    def warm_up(self, sizes: Tokens[int]) -> None:
+    def warm_up(self, sizes: Tokens[int], samplings: Tokens[Sampling]) -> None:
         chunks = self._runner.ops.capabilities.prompt_chunks[1:]
         all_lengths = [[chunk + 1] for chunk in chunks] + [[2] * size for size in sizes]
-        for lengths in all_lengths:
-            texts = [Sequence(Request([0] * length), 99, "length", False) for length in lengths]
+        for lengths, sampling in product(all_lengths, samplings):
+            requests = [Request([0] * length, sampling) for length in lengths]
+            texts = [Sequence(request, 99, "length", False) for request in requests]
             for count in (*[1] * len(texts), *CATCH_UP, 0):  # a draft reads a part of one text
                 drafts = self._make(texts, 2)
                 for text in texts:
@@ -199,11 +206,13 @@ class ModelDrafter(Drafter):
                     del text.tokens[ends[row] :]
         runner.make_room(batch, ends, size + count - 1)
         positions = ends[:, None] + np.arange(size, dtype=np.int32)
-        guessed = [self._call(batch, tokens, positions, lasts, timings)]
+        sequences = [None if text is None else ready.get(text) for text in self._rows]
+        noise = noise_of(runner.ops, sequences, runner.config.vocab_size)
+        guessed = [self._call(batch, tokens, positions, lasts, noise(0), timings)]
         only = np.zeros_like(lasts)
         for number in range(1, count):
             places = (ends + lasts + number)[:, None]
-            guessed.append(self._call(batch, guessed[-1], places, only, timings))
+            guessed.append(self._call(batch, guessed[-1], places, only, noise(number), timings))
         found = np.concatenate([runner.ops.to_numpy(each) for each in guessed], axis=1)
         if timings[0].compile_s == compile_s:
             self._took(len(self._rows), (time.perf_counter() - started) / count)
@@ -221,6 +230,7 @@ class ModelDrafter(Drafter):
         tokens: np.ndarray | Array,
         positions: np.ndarray,
         last: np.ndarray,
+        draw: dict[str, Array] | None,
         timings: list[Timings],
     ) -> Array:
         """Run tokens (B, T), and return the guess after the last of each row, (B, 1) int32."""
@@ -232,12 +242,12 @@ class ModelDrafter(Drafter):
             self._guess,
             cache,
             tables.until(reached[1] + 1, reached[0]),
-            (given, asarray(positions), asarray(last)),
+            (given, asarray(positions), asarray(last), draw),
             timings,
         )
         return guess
 
-    def _most_probable(
+    def _chosen(
         self,
         params: Params,
         cache: list[LayerCache],
@@ -246,11 +256,13 @@ class ModelDrafter(Drafter):
         tokens: Array,
         positions: Array,
         last: Array,
+        draw: dict[str, Array] | None,
     ) -> tuple[list[LayerCache], Array]:
-        """Run tokens (B, T); return the cache and the most probable token after each row's last.
+        """Run tokens (B, T); return the cache and the token that each row would go on with.
 
         Args:
             last: The index of the last token of each row, (B,) int32.
+            draw: The argument of `sampler.sample`.
         Returns:
             The cache, and the tokens, (B, 1) int32.
         """
@@ -261,7 +273,10 @@ class ModelDrafter(Drafter):
         index = xp.broadcast_to(last[:, None, None], shape)
         hidden = xp.take_along_axis(hidden, index, axis=1)
         logits = graph.logits(ops, params, hidden[:, 0, :])
-        return cache, xp.expand_dims(argmax(ops, logits), axis=1)
+        none = last[:, None] * 0 - 1  # no token was recent, so nothing is penalized
+        penalty = {"recent": none, "last_n": last * 0, "repeat_penalty": logits[:, 0] * 0 + 1}
+        token = sampler.sample(ops, logits, penalty, draw)
+        return cache, xp.maximum(xp.expand_dims(token, axis=1), 0)
 
     # ---- texts -----------------------------------------------------------------------------
 
@@ -282,7 +297,7 @@ class ModelDrafter(Drafter):
             chunk = runner.chunk_at(given, len(text.tokens))
             runner.make_room(text.cache, np.array([chunk.start], np.int32), chunk.size)
             inputs = chunk.tokens, chunk.positions, chunk.last
-            self._call(text.cache, *inputs, [sequence.timings])
+            self._call(text.cache, *inputs, None, [sequence.timings])
             text.tokens += given[chunk.start : chunk.end]
             text.sure = len(text.tokens)
         if lacks(text, sequence) <= CATCH_UP[-1]:

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from phicore.engine.sequence import Sequence
+from phicore.network.sampling import Sampling
 
 PADDING = -1
 """Comes after a draft that is shorter than its step. No sampled token is equal to it."""
@@ -123,8 +124,8 @@ class Drafter(ABC):
         drafts = dict(zip(sequences, self.draft(sequences, most), strict=True))
         return [Plan(drafts, lambda _: drafts)]
 
-    def warm_up(self, sizes: Tokens[int]) -> None:  # noqa: B027
-        """Compile what drafts for batches of these sizes need."""
+    def warm_up(self, sizes: Tokens[int], samplings: Tokens[Sampling]) -> None:  # noqa: B027
+        """Compile what drafts for batches of these sizes and for these parameters need."""
 
     def checked(self, sequence: Sequence, drafted: int, accepted: int) -> None:  # noqa: B027
         """Take note of how many tokens of a draft of a sequence were checked, and were right."""
@@ -248,9 +249,9 @@ class Either(Drafter):
         others = [NO_PLAN, *self._other.plans(sequences, most)]
         return [self._joined(one, other) for other in others for one in quick]
 
-    def warm_up(self, sizes: Tokens[int]) -> None:
-        self._quick.warm_up(sizes)
-        self._other.warm_up(sizes)
+    def warm_up(self, sizes: Tokens[int], samplings: Tokens[Sampling]) -> None:
+        self._quick.warm_up(sizes, samplings)
+        self._other.warm_up(sizes, samplings)
 
     def _joined(self, quick: Plan, other: Plan) -> Plan:
         """Return a plan that takes the other's draft where it is the more likely one."""

@@ -43,4 +43,6 @@ def decode_each_size(
                 inputs = inputs_of(rows.sequences, {}, count)
                 runner.verify(rows, inputs, rows.ahead({}, count))
     if speculation.drafter is not None and runner.ops.capabilities.steps == 1:
-        speculation.drafter.warm_up([size for size in sizes if scheduler.step_sizes(size)])
+        checked = [size for size in sizes if scheduler.step_sizes(size)]
+        samplings = list(dict.fromkeys(request.sampling for request in requests))
+        speculation.drafter.warm_up(checked, samplings)

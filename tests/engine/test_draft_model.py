@@ -32,6 +32,7 @@ from phicore.testing.conformance.models import PHI3, engine_of
 from phicore.testing.tiny_models import Tiny, Type, write_model
 
 GREEDY = Sampling(temperature=0.0)
+WILD = Sampling(temperature=1.1, repeat_penalty=1.0)
 CASES = {case.name: case for case in [*tiny_models.cases(), tiny_models.windowed()]}
 
 
@@ -165,11 +166,25 @@ def test_text_is_the_same_where_rows_shift_and_switch(name: str, by: str, tmp_pa
         assert counted.accepted > counted.drafted / 5
 
 
-def test_own_guesses_are_all_right(path: Path, engine: Engine):
-    made = [Request([3, 1, 4, 1, 5], GREEDY, max_tokens=57), Request([9, 2], GREEDY, max_tokens=57)]
+@pytest.mark.parametrize("is_on_device", [False, True])
+@pytest.mark.parametrize(
+    "samplings",
+    [[GREEDY] * 2, [WILD] * 2, [GREEDY, WILD], [replace(WILD, top_k=20, min_p=0.01), WILD]],
+    ids=["greedy", "drawn", "both", "filtered"],
+)
+def test_own_guesses_are_all_right(samplings: list[Sampling], is_on_device: bool, path: Path):
+    """What is drawn is guessed as well, since the guesses are drawn with the same numbers."""
+    engine = engine_of(make_backend("numpy"), path)
+    prompts = [[3, 1, 4, 1, 5], [9, 2]]
+    made = [
+        Request(prompt, sampling, max_tokens=57, seed=2**63 + 5)
+        for prompt, sampling in zip(prompts, samplings, strict=True)
+    ]
     expected = alone(engine, made)
     for request, answer in zip(made, expected, strict=True):
         engine, drafter = drafting(path)
+        ops = drafter._runner.ops
+        ops.capabilities = replace(ops.capabilities, random_on_device=is_on_device)
         assert together(engine, [request]) == [answer]
         assert drafter.drafted == drafter.accepted == 49
     engine, drafter = drafting(path)
@@ -206,7 +221,7 @@ def calls_of(engine: Engine) -> list[int]:
 
 
 def test_wrong_model_is_switched_off_and_tried_again(path: Path, other: Path):
-    request = Request([3, 1, 4], Sampling(temperature=1.5), max_tokens=380, seed=5)
+    request = Request([3, 1, 4], GREEDY, max_tokens=380)
     expected = list(engine_of(make_backend("numpy"), path).generate(request))
     engine, drafter = drafting(path, other)
     engine.scheduler = timed = Timed()
@@ -379,13 +394,14 @@ def test_nothing_is_compiled_for_drafts_after_the_warm_up(path: Path, other: Pat
     engine = engine_of(ops, path)
     engine.scheduler = Always(max_sequences=2)
     engine.drafter = drafter_of(engine_of(ops, other))
-    engine.warm_up([GREEDY])
+    engine.warm_up([GREEDY, WILD])
     drafting = engine.drafter._runner.steps
     reported: list[str] = []
     for steps in (drafting, engine.runner.steps):
         steps.progress = lambda what, done, total: reported.append(what)
     made = near_greedy(3, longest=40)
-    made = [replace(request, sampling=GREEDY) for request in made]
+    samplings = [GREEDY, WILD, GREEDY]
+    made = [replace(r, sampling=s) for r, s in zip(made, samplings, strict=True)]
     expected = alone(engine_of(ops, path), made)
     assert together(engine, made, 1) == expected
     assert engine.drafter.drafted > 20
@@ -415,6 +431,25 @@ def test_draft_model_is_a_reference_or_a_loaded_model(tmp_path: Path):
         generation = model.generate("Hello", **options)
         assert generation.text() == expected
         assert generation.timings.drafted_tokens > generation.timings.accepted_tokens
+
+
+def test_draft_model_on_a_device_that_checks_no_guesses_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    path = write_tiny(tmp_path / "m.gguf")
+    kind = type(make_backend("numpy"))
+    begin = kind.__init__
+
+    def several_steps(self: Backend, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        self.capabilities = replace(self.capabilities, steps=4)
+
+    monkeypatch.setattr(kind, "__init__", several_steps)
+    with phicore.load(path, "numpy", draft_model=path) as model:
+        assert caplog.messages == [
+            "guesses are not checked on this device: the draft model is unused"
+        ]
+        assert model.generate("Hello", max_tokens=20).timings.drafted_tokens == 0
 
 
 def test_memory_of_the_draft_model_counts(tmp_path: Path):
