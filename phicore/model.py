@@ -21,6 +21,7 @@ from phicore.backend.host import cpu_count, cpu_name
 from phicore.engine import Engine, Request
 from phicore.engine.draft_model import ModelDrafter
 from phicore.engine.drafts import Drafter, Either, NGrams
+from phicore.engine.forced import Forced
 from phicore.engine.request import is_integer
 from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
 from phicore.errors import ArgumentError, GGUFError, PhicoreError, about
@@ -119,7 +120,7 @@ class Model:
                 if ops.capabilities.steps > 1:
                     log.warning("guesses are not checked on this device: the draft model is unused")
                 other = ModelDrafter(draft_model.engine.runner, draft_model.context)
-                drafter = Either(drafter or NGrams(), other)
+                drafter = Either(drafter or Forced(NGrams()), other)
             self.sampling, left_out = recommended(self.metadata)
             if left_out:
                 log.warning("%s: recommended, but not used: %s", name, ", ".join(left_out))
@@ -444,9 +445,10 @@ def load(
         kv_memory: The largest number of bytes of all keys and values together. Generations that do
             not fit wait, and the context is what fits. None takes half of the memory that is free
             on a CPU, and sets no limit on other devices.
-        speculation: Whether tokens are guessed from what prompt and answer have in common, and
-            checked several at a time. The text stays the same, and comes faster where it repeats
-            itself or the prompt. A `phicore.engine.drafts.Drafter` guesses in its own way.
+        speculation: Whether tokens are guessed from what prompt and answer have in common and from
+            what a constraint forces, and checked several at a time. The text stays the same, and
+            comes faster where it repeats itself or the prompt, or follows a schema. A
+            `phicore.engine.drafts.Drafter` guesses in its own way.
         draft_model: A smaller model with the same vocabulary, which guesses where nothing repeats
             itself: a reference, which is loaded on the same backend, or a loaded model, which must
             not compute anything else meanwhile. It implies `speculation`.

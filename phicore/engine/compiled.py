@@ -46,6 +46,10 @@ class Compiled:
         """Return the compiled `Steps.verify` for these processor classes."""
         return self._function("verify", kinds, has_logprobs)
 
+    def logits(self) -> Callable[..., Any]:
+        """Return the compiled `Steps.logits`."""
+        return self._function("logits", None)
+
     def score(self) -> Callable[..., Any]:
         """Return the compiled `Steps.score`."""
         return self._function("score", None)
@@ -55,7 +59,11 @@ class Compiled:
         return self._function("score_tokens", None)
 
     def _function(
-        self, name: str, kinds: Kinds | None, has_logprobs: bool = False
+        self,
+        name: str,
+        kinds: Kinds | None,
+        has_logprobs: bool = False,
+        donate: Sequence[int] = (1,),
     ) -> Callable[..., Any]:
         key = name, kinds or (), has_logprobs
         if key not in self._functions:
@@ -64,7 +72,7 @@ class Compiled:
                 function = partial(function, kinds)
             if has_logprobs:
                 function = partial(function, has_logprobs=True)
-            self._functions[key] = self._ops.compile(function, donate=(1,))
+            self._functions[key] = self._ops.compile(function, donate=donate)
         return self._functions[key]
 
     def run(
@@ -90,6 +98,14 @@ class Compiled:
         key = (function, cache.capacity, *map(_shapes, (tables[0], *args)))
         args = (self._params, cache.layers, tables, cache.place, *args)
         return self._call(key if is_compiled else None, function, args, timings)
+
+    def pick(
+        self, kinds: Kinds, args: tuple[Any, ...], timings: Sequence[Timings], *, has_logprobs: bool
+    ) -> Any:
+        """Call the compiled `Steps.pick`."""
+        function = self._function("pick", kinds, has_logprobs, donate=())
+        key = (function, *map(_shapes, args)) if self._ops.capabilities.compiles else None
+        return self._call(key, function, args, timings)
 
     def _call(
         self,

@@ -15,7 +15,7 @@ from phicore.engine.sequence import Sequence as EngineSequence
 from phicore.engine.steps import ENDED, Logprobs, States
 from phicore.errors import PhicoreError
 from phicore.network import sampler
-from phicore.network.processors import Kinds, LogitsProcessor, check_same
+from phicore.network.processors import Kinds, LogitsProcessor, check_same, needs_tokens
 from phicore.network.sampling import Sampling
 
 MIN_RECENT = 64
@@ -50,6 +50,21 @@ class Call:
     started_s: float | None = None
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What logits processors tell on the host of the states after each token of drafts.
+
+    Attributes:
+        states: The arrays after each of T - 1 tokens, (B, ...), for the processors that need each
+            token on the host.
+        is_told: Which rows of each array are told, bool (B, ...) with axes of 1. The others follow
+            from the device.
+    """
+
+    states: list[States]
+    is_told: list[States]
+
+
 @dataclass(eq=False)
 class Rows:
     """The cache of B sequences, and the arrays for their next step.
@@ -59,19 +74,25 @@ class Rows:
 
     Attributes:
         sequences: The sequence of each row.
-        states: The states of the rows' logits processors.
+        kinds: The classes of logits processors with which all rows are computed. A row may have
+            fewer processors; the states of the others are then neutral.
+        states: The states of these processors.
         penalty, draw: Arguments of `sampler.sample`, without `uniforms` or `step`.
         ends: The tokens that end each row, (B, any) int32, padded with -1.
         only: Zeros, (B,) int32: the index of the last token in a step of one token.
         token: The last token of each row, (B, 1) int32.
         logprobs: The log probabilities of the tokens of the last call; empty if no sequence asks
             for them.
+        scores: The logits of what follows `token`, (B, V), if they were computed ahead.
         pending: The calls that the host has not read yet, the oldest first.
         idle: The number of steps since fewer rows would do.
+        blanks: Zeros on the host like one row of `states`, for processors that need each token
+            there; None as long as nobody has asked for them.
     """
 
     cache: Cache
     sequences: list[EngineSequence | None]
+    kinds: Kinds
     states: States
     penalty: dict[str, Array]
     draw: dict[str, Array] | None
@@ -79,24 +100,28 @@ class Rows:
     only: Array
     token: Array
     logprobs: Logprobs = field(default_factory=dict)
+    scores: Array | None = None
     pending: deque[Call] = field(default_factory=deque)
     idle: int = 0
+    blanks: list[dict[str, np.ndarray]] | None = None
 
     @classmethod
     def of(
         cls,
         cache: Cache,
         sequences: Sequence[EngineSequence | None],
+        kinds: Kinds,
         states: States,
         *,
         context: int,
     ) -> Rows:
-        """Make the rows of sequences, which must have processors of the same classes.
+        """Make the rows of sequences.
 
         Args:
             cache: The cache, with B rows.
             sequences: The B sequences. The host must have read all of their tokens.
-            states: The states of their logits processors.
+            kinds: The classes of logits processors with which they are computed.
+            states: The states of these processors.
             context: The largest number of tokens of a sequence.
         """
         ops = cache.ops
@@ -107,6 +132,7 @@ class Rows:
         return cls(
             cache,
             list(sequences),
+            kinds,
             states,
             _penalty(ops, sequences, context),
             draw and {name: ops.asarray(array) for name, array in draw.items()},
@@ -121,10 +147,15 @@ class Rows:
         return [sequence for sequence in self.sequences if sequence is not None]
 
     @property
-    def kinds(self) -> Kinds:
-        """Return the classes of the rows' logits processors."""
-        live = self.live
-        return live[0].kinds if live else ()
+    def kinds_needed(self) -> Kinds:
+        """Return the classes that some of the sequences have."""
+        needed = {kind for sequence in self.live for kind in sequence.kinds}
+        return tuple(kind for kind in self.kinds if kind in needed)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Return whether a processor needs each token before the next one is sampled."""
+        return any(sequence.needs_tokens for sequence in self.live)
 
     @property
     def has_logprobs(self) -> bool:
@@ -153,13 +184,94 @@ class Rows:
         """Leave a sequence's row without a sequence."""
         self.sequences[self.sequences.index(sequence)] = None
 
-    def tell(self, sequence: EngineSequence, token: int) -> None:
-        """Give the token that the next step begins with to the processors that need it."""
-        ops, row = self.cache.ops, self.sequences.index(sequence)
-        for number, processor in enumerate(sequence.processors):
+    def change_kinds(self, kinds: Kinds, vocab_size: int) -> None:
+        """Compute the rows with other classes of logits processors: more of them, or fewer.
+
+        The states of those that are added are neutral.
+        """
+        if kinds == self.kinds:
+            return
+        states = []
+        for kind in kinds:
+            if kind in self.kinds:
+                states.append(self.states[self.kinds.index(kind)])
+            else:
+                neutral = kind.neutral(vocab_size)
+                assert neutral is not None, "only such classes are added"
+                states.append(_arrays(self.cache.ops, kind, [neutral] * len(self.sequences)))
+        self.kinds, self.states, self.blanks = kinds, states, None
+
+    def processors_of(self, sequence: EngineSequence) -> list[tuple[int, LogitsProcessor]]:
+        """Return a sequence's logits processors, each with the index of its state."""
+        if sequence.kinds == self.kinds:
+            return list(enumerate(sequence.processors))
+        return [(self.kinds.index(type(p)), p) for p in sequence.processors]
+
+    def ahead_of(self, sequence: EngineSequence, draft: Sequence[int]) -> list[States]:
+        """Return what a sequence's processors tell ahead of a draft: the states after each token.
+
+        The result ends before the first token that a processor forbids.
+
+        Returns:
+            A list of states on the host, without the axis B. They have the arrays that the
+            processors which need each token compute.
+        """
+        blanks = self._blanks()
+        told: list[Sequence[Mapping[str, np.ndarray]]] = [[{}] * len(draft) for _ in blanks]
+        for number, processor in self.processors_of(sequence):
             if processor.needs_tokens:
+                told[number] = found = processor.ahead(draft)
+                blank = blanks[number]
+                for new in found:
+                    old = {name: blank[name] for name in blank.keys() & new.keys()}
+                    check_same(f"{type(processor).__name__}.ahead", old, new)
+        count = min(map(len, told), default=len(draft))
+        return [[found[i] for found in told] for i in range(count)]
+
+    def ahead(self, told: Mapping[EngineSequence, list[States]], count: int) -> Ahead:
+        """Return what is told ahead for a step of `count` tokens, on the device.
+
+        Args:
+            told: The result of `ahead_of` for the sequences that have drafts.
+        """
+        asarray, result = self.cache.ops.asarray, Ahead([], [])
+        of_rows = [[] if s is None else told.get(s, []) for s in self.sequences]
+        for place in range(count - 1):
+            states: States = []
+            is_told: States = []
+            for number, blank in enumerate(self._blanks()):
+                known = [row[place][number] if place < len(row) else {} for row in of_rows]
+                arrays = {name: _filled(zeros, name, known) for name, zeros in blank.items()}
+                states.append({name: asarray(pair[0]) for name, pair in arrays.items()})
+                is_told.append({name: asarray(pair[1]) for name, pair in arrays.items()})
+            result.states.append(states)
+            result.is_told.append(is_told)
+        return result
+
+    def _blanks(self) -> list[dict[str, np.ndarray]]:
+        if self.blanks is None:
+            to_numpy = self.cache.ops.to_numpy
+            self.blanks = [
+                {name: np.zeros_like(to_numpy(array)[0]) for name, array in state.items()}
+                if needs_tokens(kind)
+                else {}
+                for kind, state in zip(self.kinds, self.states, strict=True)
+            ]
+        return self.blanks
+
+    def tell(self, sequence: EngineSequence, tokens: Sequence[int]) -> None:
+        """Give the tokens that have come to the processors that need them.
+
+        The next step begins with the last of them.
+        """
+        ops, row = self.cache.ops, self.sequences.index(sequence)
+        for number, processor in self.processors_of(sequence):
+            if processor.needs_tokens:
+                updated: dict[str, np.ndarray] = {}
+                for token in tokens:
+                    updated.update(processor.update(token))
                 old = self.states[number]
-                new = _arrays(ops, processor, [processor.update(token)])
+                new = _arrays(ops, type(processor), [updated])
                 if len(self.sequences) > 1:
                     new = {name: _with_row(ops, old[name], row, x) for name, x in new.items()}
                 new = {**old, **new}
@@ -174,17 +286,30 @@ def _with_row(ops: Backend, array: Array, row: int, new: Array) -> Array:
     return ops.xp.where(ops.asarray(is_row.reshape(shape)), new, array)
 
 
+def _filled(
+    zeros: np.ndarray, name: str, rows: Sequence[Mapping[str, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the array with a name of all rows, zeros in those without it, and which have it.
+
+    Returns:
+        The array (B, ...), and bool (B, ...) with axes of 1.
+    """
+    is_known = np.array([name in row for row in rows])
+    array = np.stack([row.get(name, zeros) for row in rows])
+    return array, is_known.reshape(-1, *(1 for _ in zeros.shape))
+
+
 def first_states(ops: Backend, sequence: EngineSequence, vocab_size: int) -> States:
     """Return the states of a sequence's logits processors before its first token."""
     prompt = sequence.request.prompt_ids
     return [
-        _arrays(ops, processor, [processor.start(prompt, vocab_size)])
+        _arrays(ops, type(processor), [processor.start(prompt, vocab_size)])
         for processor in sequence.processors
     ]
 
 
 def _arrays(
-    ops: Backend, processor: LogitsProcessor, rows: Sequence[Mapping[str, np.ndarray]]
+    ops: Backend, kind: type[LogitsProcessor], rows: Sequence[Mapping[str, np.ndarray]]
 ) -> dict[str, Array]:
     """Copy the states of rows to the device.
 
@@ -196,7 +321,7 @@ def _arrays(
         values = np.stack([row[name] for row in rows])
         if values.dtype.itemsize > 4:
             raise PhicoreError(
-                f"{type(processor).__name__}: {name!r} of its state is {values.dtype}, "
+                f"{kind.__name__}: {name!r} of its state is {values.dtype}, "
                 "expected numbers of 32 bits or fewer"
             )
         arrays[name] = ops.asarray(values)

@@ -22,7 +22,7 @@ from phicore.engine.chunks import (
 )
 from phicore.engine.compiled import Compiled
 from phicore.engine.rope_tables import RopeTables
-from phicore.engine.rows import Rows
+from phicore.engine.rows import Ahead, Rows
 from phicore.engine.steps import Logprobs, Steps
 from phicore.network import sampler
 from phicore.network.config import Phi3Config
@@ -82,6 +82,10 @@ class Runner:
         garbage.
         """
         most = self.ops.capabilities.steps
+        if rows.needs_tokens:
+            self.look_ahead(rows)
+            self._pick(rows)
+            return rows.token
         starts = rows.positions(count)
         position = self.ops.asarray(starts[:, None])
         if most == 1:
@@ -102,7 +106,35 @@ class Runner:
         rows.penalty = {**rows.penalty, "recent": recent}
         return tokens
 
-    def verify(self, rows: Rows, inputs: np.ndarray) -> Array:
+    def look_ahead(self, rows: Rows) -> None:
+        """Start to compute the logits of what follows the last tokens, unless they are computed.
+
+        The host need not know these tokens yet. So a processor on the host learns of them, and
+        tells what may follow, while the network runs.
+        """
+        if rows.scores is not None:
+            return
+        starts = rows.positions(1)
+        self.make_room(rows.cache, starts, 1)
+        rows.cache.layers, rows.scores = self.steps.run(
+            self.steps.logits(),
+            rows.cache,
+            self._tables(rows, starts + 1),
+            (rows.token, self.ops.asarray(starts[:, None]), rows.only),
+            [sequence.timings for sequence in rows.live],
+        )
+
+    def _pick(self, rows: Rows) -> None:
+        """Sample the next token of each row from the logits that `look_ahead` has computed."""
+        args = (rows.scores, rows.penalty, self._draw(rows), rows.states)
+        timings = [sequence.timings for sequence in rows.live]
+        rows.token, recent, rows.states, rows.logprobs = self.steps.pick(
+            rows.kinds, args, timings, has_logprobs=rows.has_logprobs
+        )
+        rows.penalty = {**rows.penalty, "recent": recent}
+        rows.scores = None
+
+    def verify(self, rows: Rows, inputs: np.ndarray, ahead: Ahead) -> Array:
         """Run the last token and the draft of each row, and sample after each: (B, T) int32.
 
         The host must have read all tokens of the rows. `drafts.accepted` says which of the sampled
@@ -110,6 +142,7 @@ class Runner:
 
         Args:
             inputs: The tokens, (B, T) int32; see `drafts.inputs_of`.
+            ahead: What the rows' logits processors tell ahead; see `Rows.ahead`.
         """
         count = inputs.shape[1]
         starts = rows.positions(count)
@@ -121,7 +154,7 @@ class Runner:
             self.steps.verify(rows.kinds, has_logprobs=rows.has_logprobs),
             rows.cache,
             self._tables(rows, starts + count),
-            (tokens, places, rows.penalty, draw, rows.states),
+            (tokens, places, rows.penalty, draw, rows.states, ahead.states, ahead.is_told),
             [sequence.timings for sequence in rows.live],
         )
         rows.penalty = {**rows.penalty, "recent": recent}

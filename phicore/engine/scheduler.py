@@ -127,7 +127,7 @@ class Scheduler:
         """Return the numbers of tokens that steps which check drafts of so many rows may have."""
         return tuple(size for size in STEP_SIZES if rows * size <= MOST_CHECKED)
 
-    def step_took(self, rows: int, size: int, seconds: float, *, is_drawn: bool) -> None:
+    def step_took(self, rows: int, size: int, seconds: float, *, is_drawn: bool = False) -> None:
         """Take note of the time of a step of `rows` rows with `size` tokens each.
 
         Whether tokens are drawn counts, since a draw of many tokens takes a small model longer than

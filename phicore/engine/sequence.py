@@ -86,9 +86,28 @@ class Sequence:
         return any(processor.needs_tokens for processor in self.processors)
 
     @property
+    def can_be_checked(self) -> bool:
+        """Return whether a step may check several tokens: the states after each can be told."""
+        return all(p.looks_ahead for p in self.processors if p.needs_tokens)
+
+    @property
     def left(self) -> int:
         """Return the number of tokens of the answer that may still be sampled."""
         return self.limit - self.sampled
+
+
+class SequenceError(Exception):
+    """An error that concerns one sequence, while others go on.
+
+    Attributes:
+        sequence: The sequence.
+        error: The error.
+    """
+
+    def __init__(self, sequence: Sequence, error: Exception) -> None:
+        super().__init__(str(error))
+        self.sequence = sequence
+        self.error = error
 
 
 @dataclass(frozen=True)

@@ -61,33 +61,75 @@ class Steps:
         *,
         has_logprobs: bool = False,
     ) -> tuple[list[LayerCache], Array, Array, Array, States, Logprobs]:
-        """Run tokens, and sample one token for each row.
+        """Run tokens, and sample one token for each row: `logits`, then `pick`.
 
         This is prefill with a chunk of a prompt, and decode with one token per row.
 
         Args:
-            kinds: The classes of the logits processors.
-            tokens, positions: The tokens and their positions, (B, T) int32.
             last: The index of the token in each row that the sampled token follows, (B,) int32.
-            penalty, draw: Arguments of `sampler.sample`.
-            states: The states of the logits processors.
-            has_logprobs: Whether to compute log probabilities.
         Returns:
             The cache; the sampled token and its position, (B, 1) int32; the `recent` tokens for the
             next step's penalty; the next step's states; and the log probabilities.
         """
-        ops, xp = self.ops, self.ops.xp
+        cache, logits = self.logits(params, cache, tables, place, tokens, positions, last)
+        token, *others = self.pick(kinds, logits, penalty, draw, states, has_logprobs=has_logprobs)
+        position = self.ops.xp.take_along_axis(positions, last[:, None], axis=1) + 1
+        recent, following, found = others
+        return cache, token, position, recent, following, found
+
+    def logits(
+        self,
+        params: Params,
+        cache: list[LayerCache],
+        tables: Tables,
+        place: Place,
+        tokens: Array,
+        positions: Array,
+        last: Array,
+    ) -> tuple[list[LayerCache], Array]:
+        """Run tokens; return the cache and the logits of what follows one of them in each row.
+
+        Args:
+            tokens, positions: The tokens and their positions, (B, T) int32.
+            last: The index of that token in each row, (B,) int32.
+        Returns:
+            The cache, and the logits (B, V) float32.
+        """
+        xp = self.ops.xp
         hidden, cache = self.hidden(params, cache, tables, place, tokens, positions)
         index = last[:, None]  # (B, 1)
         shape = (hidden.shape[0], 1, hidden.shape[2])
         hidden = xp.take_along_axis(hidden, xp.broadcast_to(index[:, :, None], shape), axis=1)
-        raw = logits = graph.logits(ops, params, hidden[:, 0, :])
+        return cache, graph.logits(self.ops, params, hidden[:, 0, :])
+
+    def pick(
+        self,
+        kinds: Kinds,
+        logits: Array,
+        penalty: dict[str, Array],
+        draw: dict[str, Array] | None,
+        states: States,
+        *,
+        has_logprobs: bool = False,
+    ) -> tuple[Array, Array, States, Logprobs]:
+        """Sample one token for each row.
+
+        Args:
+            kinds: The classes of the logits processors.
+            logits: The logits, (B, V).
+            penalty, draw: Arguments of `sampler.sample`.
+            states: The states of the logits processors.
+            has_logprobs: Whether to compute log probabilities.
+        Returns:
+            The tokens, (B, 1) int32; the `recent` tokens for the next step's penalty; the next
+            step's states; and the log probabilities.
+        """
+        ops, xp, raw = self.ops, self.ops.xp, logits
         for kind, state in zip(kinds, states, strict=True):
             changed = kind.apply(ops, logits, state)
             check_same(f"{kind.__name__}.apply", {"scores": logits}, {"scores": changed})
             logits = changed
         token = xp.expand_dims(sampler.sample(ops, logits, penalty, draw), axis=1)
-        position = xp.take_along_axis(positions, index, axis=1) + 1
         recent = xp.concat([penalty["recent"][:, 1:], token], axis=1)
         following = [k.advance(ops, s, token) for k, s in zip(kinds, states, strict=True)]
         for kind, old, new in zip(kinds, states, following, strict=True):
@@ -96,7 +138,7 @@ class Steps:
         if has_logprobs:
             found = logprobs(ops, raw, token[:, 0])
             found = {name: xp.expand_dims(array, axis=1) for name, array in found.items()}
-        return cache, token, position, recent, following, found
+        return token, recent, following, found
 
     def steps(
         self,
@@ -202,6 +244,8 @@ class Steps:
         penalty: dict[str, Array],
         draw: dict[str, Array] | None,
         states: States,
+        ahead: list[States],
+        is_ahead: list[States],
         *,
         has_logprobs: bool = False,
     ) -> tuple[list[LayerCache], Array, Array, States, Logprobs, Array]:
@@ -215,6 +259,10 @@ class Steps:
                 padding of -1, which no sampled token equals.
             draw: The argument of `step`, but with `uniforms` (T, B, V), or with the `step` of the
                 first token.
+            ahead: The arrays of states that the host has computed, after each token of a draft: a
+                list of T - 1 states, which need not have all arrays.
+            is_ahead: For each of these arrays, in which rows it replaces the state's, bool (B, ...)
+                with axes of 1.
             has_logprobs: Whether to compute log probabilities.
         Returns:
             The cache, whose slots after the text are overwritten before they are seen; the last
@@ -229,11 +277,14 @@ class Steps:
         raw = logits = graph.logits(ops, params, xp.reshape(hidden, (-1, hidden.shape[2])))
         drafted = [known[:, i : i + 1] for i in range(1, count)]
         before = []
-        for kind, state in zip(kinds, states, strict=True):
+        for number, (kind, state) in enumerate(zip(kinds, states, strict=True)):
             all_states = [state]
-            for token in drafted:
-                all_states.append(kind.advance(ops, all_states[-1], token))
-                check_same(f"{kind.__name__}.advance", state, all_states[-1])
+            for token, told, is_told in zip(drafted, ahead, is_ahead, strict=True):
+                following = dict(kind.advance(ops, all_states[-1], token))
+                check_same(f"{kind.__name__}.advance", state, following)
+                for name, array in told[number].items():
+                    following[name] = xp.where(is_told[number][name], array, following[name])
+                all_states.append(following)
             one = {name: xp.concat([s[name] for s in all_states], axis=0) for name in state}
             changed = kind.apply(ops, logits, one)
             check_same(f"{kind.__name__}.apply", {"scores": logits}, {"scores": changed})
@@ -247,23 +298,24 @@ class Steps:
             ops, logits, {**penalties, "recent": windows}, draw and self._draw_of_all(draw, count)
         )
         found: Logprobs = logprobs(ops, raw, sampled) if has_logprobs else {}
-        following = [
+        after = [
             kind.advance(ops, state, xp.expand_dims(sampled, axis=1))
             for kind, state in zip(kinds, before, strict=True)
         ]
         new = xp.permute_dims(xp.reshape(sampled, (count, batch)), (1, 0))  # (B, T)
         is_right = new[:, :-1] == tokens[:, 1:]
-        goes_on, last = is_right[:, :1], new[:, :1] * 0  # the index of the last token of the text
-        for i in range(1, count):
-            last = last + xp.astype(goes_on, xp.int32)
+        goes_on = is_right[:, :1]
+        last = xp.astype(goes_on, xp.int32)  # the index of the last token of the text
+        for i in range(1, count - 1):
             goes_on = goes_on & is_right[:, i : i + 1]
+            last = last + xp.astype(goes_on, xp.int32)
         rows = last[:, 0] * batch + xp.arange(batch, dtype=xp.int32)
         ages = xp.arange(1, size + 1, dtype=xp.int32)[None, :]
         return (
             cache,
             xp.take_along_axis(new, last, axis=1),
             xp.take_along_axis(xp.concat([recent, new], axis=1), last + ages, axis=1),
-            self.take(following, rows),
+            self.take(after, rows),
             {name: self._by_row(array, batch) for name, array in found.items()},
             new,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,19 +37,45 @@ class AllowedTokens(LogitsProcessor):
         # The library writes whole words, and knows no tokens beyond the tokenizer's.
         self._words = np.zeros(-(-self._vocabulary.size // 32), np.int32)
         self._bytes = -(-vocab_size // BITS)
-        return self._allowed()
+        self._known: list[tuple[int, Mapping[str, np.ndarray]]] = []
+        return self._allowed(self._matcher)
 
     def update(self, token: int) -> Mapping[str, np.ndarray]:
         if token in self._vocabulary.ends:
             return {}  # no token comes after it
         self._matcher.consume_token(token)
-        return self._allowed()
+        if self._known and self._known[0][0] == token:
+            return self._known.pop(0)[1]
+        self._known = []
+        return self._allowed(self._matcher)
 
-    def _allowed(self) -> Mapping[str, np.ndarray]:
-        if self._matcher.is_error():
-            reason = in_a_line(self._matcher.get_error().partition("<state>")[0])
+    def ahead(self, tokens: Sequence[int]) -> Sequence[Mapping[str, np.ndarray]]:
+        matcher, self._known = self._matcher.deep_copy(), []  # which takes a few microseconds
+        for token in tokens:
+            if token in self._vocabulary.ends:
+                self._known += [(token, {})] if matcher.is_accepting() else []
+                break
+            if not 0 <= token < self._vocabulary.size or not matcher.consume_token(token):
+                break
+            state = self._allowed(matcher)
+            if matcher.is_error():  # too complex; the answer may never come here
+                break
+            self._known.append((token, state))
+        return [state for _, state in self._known]
+
+    def forced(self) -> Sequence[int]:
+        found: list[int] = self._matcher.compute_ff_tokens()
+        return found
+
+    @classmethod
+    def neutral(cls, vocab_size: int) -> Mapping[str, np.ndarray]:
+        return {"mask": np.full(-(-vocab_size // BITS), 2**BITS - 1, np.uint8)}
+
+    def _allowed(self, matcher: Any) -> Mapping[str, np.ndarray]:
+        if matcher.is_error():
+            reason = in_a_line(matcher.get_error().partition("<state>")[0])
             raise PhicoreError(f"{self._constraint.name}: {reason}")
-        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
         mask = np.zeros(self._bytes, np.uint8)
         known = self._words.view(np.uint8)[: self._bytes]
         mask[: len(known)] = known

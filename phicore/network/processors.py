@@ -25,7 +25,8 @@ class LogitsProcessor(ABC):
     device belongs to B sequences: its arrays have an additional first axis B. All states of a
     generation have the same names, shapes and dtypes, none of 64 bits. No method changes an array
     that it is given. A processor that overrides `update` is copied (`copy.copy`) before each
-    `start`, so it may keep what it knows of an answer.
+    `start`, so it may keep what it knows of an answer. If it overrides `ahead`, too, guesses of its
+    answer's next tokens can be checked several at a time.
     """
 
     def start(self, prompt: Sequence[int], vocab_size: int) -> Mapping[str, np.ndarray]:
@@ -62,10 +63,65 @@ class LogitsProcessor(ABC):
         """
         return {}
 
+    def ahead(self, tokens: Sequence[int]) -> Sequence[Mapping[str, np.ndarray]]:
+        """Return what `update` would return after each of the tokens, if they were the next ones.
+
+        Nothing is committed: the next call of `update` says which token has come. A processor that
+        overrides `update` and not this method never has more than one token checked in a step.
+
+        Args:
+            tokens: A guess of the next tokens.
+        Returns:
+            The arrays after each token, up to the first token that is forbidden where it stands.
+            The guess is cut there, so the result may be shorter than the guess.
+        """
+        return []
+
+    def forced(self) -> Sequence[int]:
+        """Return the tokens that come next in all likelihood, since little else is allowed.
+
+        They are a guess, so they may be wrong. They are asked for with speculation only.
+        """
+        return ()
+
+    @classmethod
+    def neutral(cls, vocab_size: int) -> Mapping[str, np.ndarray] | None:
+        """Return a state with which `apply` leaves all scores as they are, whatever tokens come.
+
+        With it, sequences without such a processor share the steps of those that have one. None
+        means that there is no such state, so they are computed in steps of their own.
+
+        Returns:
+            Arrays with the names, shapes and dtypes of those of `start`, without the axis B.
+        """
+        return None
+
     @property
     def needs_tokens(self) -> bool:
         """Return whether the processor overrides `update`, which is then called for each token."""
-        return type(self).update is not LogitsProcessor.update
+        return needs_tokens(type(self))
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Return whether `ahead` knows what `update` does: no subclass overrides `update` alone."""
+        return _knows(type(self), "ahead", {"update"})
+
+
+def needs_tokens(kind: type[LogitsProcessor]) -> bool:
+    """Return whether the processors of a class need each token on the host."""
+    return kind.update is not LogitsProcessor.update
+
+
+def has_neutral(kind: type[LogitsProcessor]) -> bool:
+    """Return whether a class has a neutral state, and no subclass changes what that means."""
+    is_known = _knows(kind, "neutral", {"start", "apply", "advance"})
+    return is_known and kind.neutral(1) is not None
+
+
+def _knows(kind: type[LogitsProcessor], name: str, others: set[str]) -> bool:
+    """Return whether a method is overridden, and no subclass overrides other methods without it."""
+    first = next(each for each in kind.__mro__ if {name, *others} & vars(each).keys())
+    return first is not LogitsProcessor and name in vars(first)
 
 
 Kinds = tuple[type[LogitsProcessor], ...]
@@ -96,6 +152,10 @@ class LogitBias(LogitsProcessor):
     @classmethod
     def apply(cls, ops: Backend, logits: Array, state: Mapping[str, Array]) -> Array:
         return logits + state["bias"]
+
+    @classmethod
+    def neutral(cls, vocab_size: int) -> Mapping[str, np.ndarray]:
+        return {"bias": np.zeros(vocab_size, np.float32)}
 
     @classmethod
     def parse(cls, argument: str) -> LogitBias:
@@ -149,6 +209,10 @@ class AnswerPenalty(LogitsProcessor):
         xp, counts = ops.xp, state["counts"]
         is_token = xp.arange(counts.shape[1], dtype=xp.int32)[None, :] == token
         return {**state, "counts": counts + xp.astype(is_token, xp.float32)}
+
+    @classmethod
+    def neutral(cls, vocab_size: int) -> Mapping[str, np.ndarray]:
+        return cls().start((), vocab_size)
 
 
 def _penalty(name: str, argument: str) -> AnswerPenalty:

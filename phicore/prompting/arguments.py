@@ -10,6 +10,7 @@ import numpy as np
 from phicore.backend import Backend
 from phicore.backend.host import free_memory_bytes, memory_bytes
 from phicore.engine.drafts import Drafter, NGrams
+from phicore.engine.forced import Forced
 from phicore.engine.request import is_integer
 from phicore.errors import ArgumentError
 from phicore.network.config import Phi3Config
@@ -45,7 +46,7 @@ def checked_drafter(speculation: bool | Drafter) -> Drafter | None:
     if not isinstance(speculation, bool):
         expected = "True, False or a Drafter"
         raise ArgumentError(parameter="speculation", expected=expected, got=speculation)
-    return NGrams() if speculation else None
+    return Forced(NGrams()) if speculation else None
 
 
 def checked_prefix_bytes(count: int | None) -> int:

@@ -48,7 +48,7 @@ def run(engine: Engine, request: Request) -> tuple[list[int], str | None]:
 
 def test_step_reads_the_prompt_then_gives_tokens(engine: Engine):
     sequence = engine.add(Request(PROMPT, GREEDY, max_tokens=3))
-    assert not engine._reading  # it takes no memory yet
+    assert not engine._places.reading  # it takes no memory yet
     outputs: list[Output] = []
     while not outputs or outputs[-1].finish_reason is None:
         outputs += engine.step()

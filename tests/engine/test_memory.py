@@ -26,12 +26,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(engine: Engine) -> int:
-    return sum(len(rows.sequences) for rows in engine._batches.values())
+    return sum(len(rows.sequences) for rows in engine._places.batches)
 
 
 def limited(path: Path, slots: int) -> Engine:
     engine = engine_of(make_backend("numpy"), path)
-    engine._kv_bytes = slots * engine.runner.slot_bytes
+    engine._memory.most_bytes = slots * engine.runner.slot_bytes
     return engine
 
 
@@ -85,7 +85,7 @@ def test_limit_holds_with_prefixes_that_are_copied_and_kept(path: Path):
     list(engine.generate(Request(start, GREEDY, max_tokens=90)))
 
     def held() -> int:
-        all_rows = [*engine._batches.values(), *engine._ready, *engine._reading]
+        all_rows = engine._places.all_rows
         return sum(rows.cache.bytes for rows in all_rows) + engine.prefixes.bytes
 
     for seed in range(6):

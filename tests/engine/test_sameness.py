@@ -48,6 +48,14 @@ class NotTwice(LogitsProcessor):
         return {"bias": self._bias}
 
 
+class NotTwiceInCompany(NotTwice):
+    """The same, in steps that others share."""
+
+    @classmethod
+    def neutral(cls, vocab_size: int) -> dict[str, np.ndarray]:
+        return {"bias": np.zeros(vocab_size, np.float32)}
+
+
 PROCESSORS: list[Callable[[], list[LogitsProcessor]]] = [
     list,
     list,
@@ -55,6 +63,7 @@ PROCESSORS: list[Callable[[], list[LogitsProcessor]]] = [
     lambda: [LogitBias({5: 4.0, 7: -1e9})],
     lambda: [AnswerPenalty(frequency=0.7, presence=0.3)],
     lambda: [NotTwice()],
+    lambda: [NotTwiceInCompany()],
 ]
 
 

@@ -21,8 +21,10 @@ import phicore
 from phicore.backend import Backend
 from phicore.engine import Engine, Request, drafts
 from phicore.engine import Sequence as Running
-from phicore.engine import engine as engine_module
+from phicore.engine import calls as calls_module
+from phicore.engine.calls import Calls
 from phicore.engine.drafts import Draft, Drafter, NGrams, Outlook
+from phicore.engine.forced import Forced
 from phicore.engine.rows import Rows
 from phicore.engine.runner import Runner
 from phicore.engine.scheduler import Scheduler
@@ -348,7 +350,8 @@ def test_speculation_is_chosen_when_a_model_is_loaded(tmp_path: Path):
     with phicore.load(path, "numpy") as model:
         assert model.engine.drafter is None
     with phicore.load(path, "numpy", speculation=True) as model:
-        assert isinstance(model.engine.drafter, NGrams)
+        assert isinstance(model.engine.drafter, Forced)
+        assert isinstance(model.engine.drafter.otherwise, NGrams)
         assert model.request("Hello", speculation=False).speculation is False
         with pytest.raises(ArgumentError, match=r"^speculation: expected True or False, got 'yes'"):
             model.generate("Hello", speculation="yes")
@@ -413,7 +416,7 @@ def states_of_the_first_token(self: Steps, states: Any, rows: Any) -> Any:
     return TAKE(self, states, rows * 0)
 
 
-def rejected_slots_are_seen(self: Engine, rows: Rows, sequence: Running, *args: Any) -> Any:
+def rejected_slots_are_seen(self: Calls, rows: Rows, sequence: Running, *args: Any) -> Any:
     output = CHECKED(self, rows, sequence, *args)
     sequence.computed += len(args[0]) - len(output.tokens)
     return output
@@ -424,7 +427,7 @@ def one_too_many(tokens: list[int], inputs: list[int]) -> int:
 
 
 UNIFORMS, SAMPLE, VERIFY, TAKE = Runner._uniforms, sampler.sample, Steps.verify, Steps.take
-CHECKED, ACCEPTED = Engine._checked, drafts.accepted
+CHECKED, ACCEPTED = Calls._checked, drafts.accepted
 
 
 @pytest.fixture(scope="module")
@@ -452,9 +455,9 @@ def plain(path: Path) -> tuple[list[Request], list[Answer]]:
         (sampler, "sample", window_of_the_first_token),
         (Steps, "verify", recent_tokens_of_before),
         (Steps, "take", states_of_the_first_token),
-        (Engine, "_checked", rejected_slots_are_seen),
+        (Calls, "_checked", rejected_slots_are_seen),
         (Runner, "_uniforms", noise_of_the_token_before),
-        (engine_module, "accepted", one_too_many),
+        (calls_module, "accepted", one_too_many),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

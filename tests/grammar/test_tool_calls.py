@@ -12,10 +12,13 @@ import jsonschema
 import llguidance.numpy
 import numpy as np
 import pytest
+from engine.test_speculation import Eager, alone, together
 from server.test_tools import SCHEMAS, TEMPLATES, TOOLS, model_with
 
 import phicore
 from phicore import Model
+from phicore.engine.drafts import NGrams
+from phicore.engine.forced import Forced
 from phicore.errors import ArgumentError
 from phicore.grammar import Vocabulary, constrained
 from phicore.tools import Tool
@@ -148,3 +151,25 @@ def test_schema_is_left_out_only_where_nothing_needs_it(model: Model):
     ):
         with pytest.raises(ArgumentError, match=r"^tools: \[0\]\.parameters: .*not"):
             constrained(wrong, vocabulary, control_id)
+
+
+def test_speculation_changes_no_call(model: Model):
+    """What a form and a schema force is guessed, and the calls stay the same."""
+    settings: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 1.3, "seed": 5}]
+    made = [
+        model.request(HI, tools=TOOLS, tool_choice=choice, max_tokens=70, **each)
+        for choice in ("required", "auto")
+        for each in settings
+    ]
+    engine, scheduler = model.engine, model.engine.scheduler
+    expected = alone(engine, made)
+    engine.drafter, engine.scheduler = Forced(NGrams()), Eager(max_sequences=8)
+    try:
+        sequences = [engine.add(request) for request in made]
+        while not engine.is_idle:
+            engine.step()
+        assert [s.answer for s in sequences] == [answer[0] for answer in expected]
+        assert sum(s.timings.accepted_tokens for s in sequences[:2]) > 10
+        assert [together(engine, [request])[0] for request in made] == expected
+    finally:
+        engine.drafter, engine.scheduler = None, scheduler

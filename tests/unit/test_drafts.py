@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from phicore.engine import Request, Sequence
 from phicore.engine.drafts import NO_DRAFT, Draft, Match, NGrams, accepted, inputs_of
+from phicore.engine.forced import Forced
 from phicore.engine.scheduler import STEP_SIZES, Scheduler
+from phicore.network.processors import LogitsProcessor
 
 TEXTS = st.lists(st.integers(0, 3), max_size=60)
 
@@ -113,7 +116,7 @@ def speedup(prompt: list[int], answer: list[int], token_cost: float) -> float:
         draft = match.draft(STEP_SIZES[-1] - 1)
         size = scheduler.step_wanted(1, len(answer) - done, [draft])
         step_s = 1 + token_cost * (size - 1)
-        scheduler.step_took(1, size, step_s, is_drawn=False)
+        scheduler.step_took(1, size, step_s)
         took_s += step_s
         padding = [-1] * (size - 1 - len(draft.tokens))
         inputs = [0, *draft.tokens[: size - 1], *padding]
@@ -175,3 +178,49 @@ def test_prediction_counts_more_than_the_prompt_and_the_prompt_counts():
     assert match.draft(1).tokens == (5,)
     match.extend([60, 9, 8])
     assert match.draft(1).tokens == (7,)
+
+
+# ---- forced tokens -------------------------------------------------------------------------------
+
+
+class Forces(LogitsProcessor):
+    """Forces the same tokens for ever."""
+
+    @classmethod
+    def apply(cls, ops: Any, logits: Any, state: Any) -> Any:
+        return logits
+
+    def forced(self) -> list[int]:
+        return [5, 6, 7]
+
+
+class Asked(NGrams):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[int, int]] = []
+
+    def checked(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        self.told.append((drafted, accepted))
+
+
+def test_forced_tokens_come_first_and_their_chance_is_learnt():
+    other = Asked()
+    drafter = Forced(other)
+    text = [1, 2, 3, 1, 2]
+    free = Sequence(Request(text), 9, "length", False)
+    forced = Sequence(Request(text, processors=[Forces()]), 9, "length", False)
+    first, second = drafter.draft([forced, free], 2)
+    assert first == Draft((5, 6), 1.0)
+    assert second.tokens == (3, 1)
+    drafter.checked(forced, 2, 2)
+    assert drafter.draft([forced], 7) == [Draft((5, 6, 7), 1.0)]
+    drafter.checked(forced, 2, 0)
+    after_a_miss = drafter.draft([forced], 7)[0].chance
+    assert 0 < after_a_miss < 1
+    drafter.checked(forced, 3, 3)
+    assert after_a_miss < drafter.draft([forced], 7)[0].chance < 1
+    assert other.told == []
+    drafter.checked(free, 2, 1)
+    assert other.told == [(2, 1)]

@@ -117,6 +117,16 @@ def test_nothing_is_checked_where_it_costs_as_much_as_it_gives():
     assert scheduler.step_wanted(2, 8, [Draft(LONG, 1.0)] * 2) == 1
 
 
+def test_steps_that_draw_have_their_own_times():
+    scheduler = measured_steps(1, t1=1.0, t2=1.2, t4=1.5, t8=2.6)
+    for size, took_s in {1: 1.0, 2: 1.9, 4: 3.7, 8: 7.3}.items():
+        for _ in range(60):
+            scheduler.step_took(1, size, took_s, is_drawn=True)
+    good = [Draft(LONG, 0.9)]
+    assert scheduler.step_wanted(1, 8, good) > 1
+    assert scheduler.step_wanted(1, 8, good, is_drawn=True) == 1
+
+
 def test_rows_without_a_draft_count():
     scheduler = measured_steps(4, t1=1.0, t2=1.3, t4=2.0)
     good, none = Draft(LONG, 0.9), Draft()
@@ -165,19 +175,19 @@ def test_one_slow_step_is_forgotten():
 
 def test_times_are_averaged_and_one_long_time_counts_in_part():
     scheduler = measured_steps(1, t1=1.0)
-    scheduler.step_took(1, 1, 2.0, is_drawn=False)
+    scheduler.step_took(1, 1, 2.0)
     assert scheduler.steps_s[1, 1, False] == pytest.approx(1.3)
     scheduler = measured_steps(1, t1=1.0)
-    scheduler.step_took(1, 1, 1000.0, is_drawn=False)
+    scheduler.step_took(1, 1, 1000.0)
     assert scheduler.steps_s[1, 1, False] == pytest.approx(1.6)
     for _ in range(30):
-        scheduler.step_took(1, 1, 0.5, is_drawn=False)
+        scheduler.step_took(1, 1, 0.5)
     assert scheduler.steps_s[1, 1, False] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_first_time_of_a_size_counts_unless_it_is_far_too_long():
     scheduler = measured_steps(1, t1=1.0)
-    scheduler.step_took(1, 4, 1.5, is_drawn=False)
+    scheduler.step_took(1, 4, 1.5)
     assert scheduler.steps_s[1, 4, False] == 1.5
-    scheduler.step_took(1, 8, 100.0, is_drawn=False)
+    scheduler.step_took(1, 8, 100.0)
     assert scheduler.steps_s[1, 8, False] == pytest.approx(3 * 2.75)
