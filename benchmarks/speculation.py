@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import phicore
 from phicore.engine import Timings
@@ -51,8 +52,8 @@ SETTINGS = {"greedy": {"temperature": 0.0}, "drawn": {}}
 class EachSize(Scheduler):
     """Checks drafts with steps of each size in turn, so that all are compiled."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.checked = 0
 
     def step_wanted(
