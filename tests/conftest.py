@@ -49,12 +49,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     `@pytest.mark.each_value("data_type", "backend")` stands for the product of these parameters.
     The default run takes each value of the parameter with the most values, together with one value
     of every other parameter, in turn. So it tests every value of every parameter. The complete run
-    tests the rest of the product.
+    tests the rest of the product. `@pytest.mark.complete_where(backend_name="jax")` leaves tests
+    with this value of a parameter to the complete run: those that compile for long.
     """
     products: dict[Any, list[tuple[pytest.Item, dict[str, int]]]] = defaultdict(list)
     places: dict[Any, dict[int, int]] = defaultdict(dict)  # indices of a parameter's values
     for item in items:
         callspec = getattr(item, "callspec", None)
+        values = {} if callspec is None else callspec.params
+        for marker in item.iter_markers("complete_where"):
+            if all(values.get(name) == value for name, value in marker.kwargs.items()):
+                item.add_marker(pytest.mark.complete)
         for marker in item.iter_markers("each_value"):
             if callspec is None or not set(marker.args) <= callspec.params.keys():
                 continue

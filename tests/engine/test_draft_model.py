@@ -130,6 +130,7 @@ def near_greedy(count: int, longest: int) -> list[Request]:
 
 @pytest.mark.parametrize("count", [4, pytest.param(24, marks=pytest.mark.complete)])
 @pytest.mark.each_value("drafts", "backend_name")
+@pytest.mark.complete_where(backend_name="mlx")
 @pytest.mark.parametrize("drafts", ["itself", "other", "either"])
 def test_text_is_the_same_with_a_draft_model(
     drafts: str, count: int, ops: Backend, path: Path, other: Path
@@ -389,6 +390,7 @@ def test_failing_draft_model_is_turned_off(
     assert caplog.messages == ["the draft model is not used any more: no memory is left"]
 
 
+@pytest.mark.complete
 def test_nothing_is_compiled_for_drafts_after_the_warm_up(path: Path, other: Path):
     ops = make_backend("jax")
     engine = engine_of(ops, path)

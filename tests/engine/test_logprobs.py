@@ -129,6 +129,7 @@ def together(engine: Engine, made: list[Request]) -> list[Sequence]:
     return sequences
 
 
+@pytest.mark.complete_where(backend_name="jax")
 def test_texts_do_not_depend_on_who_asks(engine: Engine):
     plain = requests(7)
     expected = [sequence.answer for sequence in together(engine, plain)]

@@ -55,6 +55,8 @@ def unused(self: Runner, *args: object) -> None:
     raise AssertionError("the host made random numbers")
 
 
+@pytest.mark.complete_where(backend_name="jax")
+@pytest.mark.complete_where(backend_name="mlx")
 def test_texts_are_the_same(backend_name: str, path: Path, monkeypatch: pytest.MonkeyPatch):
     expected = texts(engine(make_backend(backend_name), path, on_device=False))
     monkeypatch.setattr(Runner, "_uniforms", unused)

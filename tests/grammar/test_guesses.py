@@ -123,6 +123,7 @@ DRAFTERS: dict[str, Callable[[dict[Any, list[int]]], Counted]] = {
 
 
 @pytest.mark.each_value("drafter", "backend_name")
+@pytest.mark.complete_where(backend_name="jax")
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_text_is_the_same_with_guesses(model: Model, drafter: str, backend_name: str):
     engine, made = model.engine, requests(model, logprobs=2)
@@ -331,6 +332,7 @@ def mixed(count: int = 4) -> list[Request]:
 
 
 @pytest.mark.each_value("chance", "backend_name")
+@pytest.mark.complete_where(backend_name="jax")
 @pytest.mark.parametrize("chance", [1.0, 0.7])
 def test_states_of_host_and_device_are_those_of_each_token(ops: Backend, path: Path, chance: float):
     engine, made = engine_of(ops, path), mixed(2)

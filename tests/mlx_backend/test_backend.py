@@ -84,6 +84,7 @@ def test_prompts_run_untraced_on_the_host_and_single_tokens_are_traced_once(ops:
 # ---- decoding ------------------------------------------------------------------------------
 
 
+@pytest.mark.complete
 def test_step_is_traced_once_while_the_cache_fills(tmp_path: Path, monkeypatch):
     traces = []
     embedding = MlxBackend.embedding
