@@ -1,12 +1,14 @@
 """Measures what speculation gains: the same answers with and without it, in turn.
 
     python benchmarks/speculation.py [--model smollm2] [--draft-model REF] [--runs 5]
+        [--llama-python PYTHON]
 
 It prints a row of JSON for each task: the median of the ratios of the speeds with and without, the
 smallest and the largest ratio, the same of the processor time that a token takes (which says more
 where others use the machine), the speed without in tokens per second, and how many tokens were
 drafted and accepted. Each pair of runs decodes the same tokens, which is checked. What is compiled
-is compiled before.
+is compiled before. With `--llama-python`, llama.cpp runs the tasks with and without its own lookup
+decoding, too (see `lookup.py`).
 """
 
 from __future__ import annotations
@@ -14,11 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import phicore
+from phicore.backend.host import cpu_count
 from phicore.engine import Timings
 from phicore.engine.drafts import Draft, Drafter, Outlook
 from phicore.engine.scheduler import Scheduler
@@ -120,6 +126,28 @@ def compare(
     }
 
 
+def with_llama_cpp(model: phicore.Model, arguments: argparse.Namespace) -> dict[str, object]:
+    """Run the tasks, greedy, with llama.cpp; return the ratio of the speeds for each."""
+    given = {
+        "model": str(model.path),
+        "prompts": [model.encode([{"role": "user", "content": TASKS[t]}]) for t in arguments.tasks],
+        "count": arguments.max_tokens,
+        "ends": sorted(model.tokenizer.end_token_ids),
+        "threads": cpu_count(),
+        "runs": arguments.runs,
+    }
+    command = [arguments.llama_python, str(Path(__file__).with_name("lookup.py"))]
+    text = json.dumps(given)
+    done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
+    if done.returncode:
+        sys.exit(f"speculation: {arguments.llama_python}: {done.stderr.strip()[-300:]}")
+    names = "tokens_per_s_without", "tokens_per_s_with", "tokens"
+    found: dict[str, object] = {}
+    for task, row in zip(arguments.tasks, json.loads(done.stdout), strict=True):
+        found[task] = {"ratio": round(row[1] / row[0], 2), **dict(zip(names, row, strict=True))}
+    return {"llama.cpp": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="the model, as `phicore generate` takes it")
@@ -127,6 +155,9 @@ def main() -> None:
     parser.add_argument("--backend", help="the backend")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs of each task")
     parser.add_argument("--max-tokens", type=int, default=160, help="tokens of an answer")
+    parser.add_argument(
+        "--llama-python", help="a Python with llama-cpp-python, to be measured, too"
+    )
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     arguments = parser.parse_args()
     with phicore.load(
@@ -139,6 +170,8 @@ def main() -> None:
     ) as model:
         drafter = model.engine.drafter
         print(json.dumps({"model": model.path.name, "backend": model.backend}), flush=True)
+        if arguments.llama_python is not None:
+            print(json.dumps(with_llama_cpp(model, arguments)), flush=True)
         for task in arguments.tasks:
             for setting in SETTINGS:
                 row = compare(model, drafter, task, setting, arguments.runs, arguments.max_tokens)

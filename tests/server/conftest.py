@@ -148,7 +148,7 @@ def never_end(writer: Any) -> None:
 def endless_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a model whose answers are longer than any test waits."""
     path = tmp_path_factory.mktemp("models") / "endless.gguf"
-    return write_tiny(path, never_end, max_position_embeddings=20000)
+    return write_tiny(path, never_end, max_position_embeddings=80000)
 
 
 ENDLESS = {"max_tokens": 15000, "temperature": 0, "repetition_penalty": 1}
