@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from api.tiny_models import with_value, write_tiny
 from conftest import make_backend
-from engine.test_speculation import Eager, alone, requests, together
+from engine.test_speculation import Always, Eager, alone, requests, together
 
 import phicore
 from phicore.backend import Backend
@@ -34,22 +34,6 @@ from phicore.testing.tiny_models import Tiny, Type, write_model
 GREEDY = Sampling(temperature=0.0)
 WILD = Sampling(temperature=1.1, repeat_penalty=1.0)
 CASES = {case.name: case for case in [*tiny_models.cases(), tiny_models.windowed()]}
-
-
-class Always(Scheduler):
-    """Checks the largest drafts."""
-
-    def step_wanted(
-        self,
-        rows: int,
-        most: int,
-        drafts: Sequence[Draft | Outlook],
-        *,
-        token_s: float = 0.0,
-        is_drawn: bool = False,
-    ) -> int:
-        sizes = [size for size in self.step_sizes(rows) if size <= most]
-        return sizes[-1] if sizes and any(draft.length for draft in drafts) else 1
 
 
 class Timed(Scheduler):

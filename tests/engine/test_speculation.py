@@ -63,6 +63,22 @@ class Eager(Scheduler):
         return self._random.choice(sizes) if sizes and has_some else 1
 
 
+class Always(Scheduler):
+    """Checks the largest drafts."""
+
+    def step_wanted(
+        self,
+        rows: int,
+        most: int,
+        drafts: Sequence[Draft | Outlook],
+        *,
+        token_s: float = 0.0,
+        is_drawn: bool = False,
+    ) -> int:
+        sizes = [size for size in self.step_sizes(rows) if size <= most]
+        return sizes[-1] if sizes and any(draft.length for draft in drafts) else 1
+
+
 class Counted(Drafter):
     """Counts the tokens of drafts that were checked, and those that were right."""
 

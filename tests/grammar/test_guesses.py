@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from api.tiny_models import write_tiny
 from conftest import ALL_BACKENDS, make_backend
-from engine.test_speculation import Counted, Eager, Told, alone, assert_same, together, told
+from engine.test_speculation import Always, Counted, Eager, Told, alone, assert_same, together, told
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ from phicore import Model
 from phicore.backend import Backend
 from phicore.engine import Engine, Request
 from phicore.engine import Sequence as Running
-from phicore.engine.drafts import Draft, NGrams, Outlook
+from phicore.engine.drafts import Draft, NGrams
 from phicore.engine.forced import Forced
 from phicore.engine.rows import Ahead, Rows
 from phicore.engine.scheduler import Scheduler
@@ -49,22 +49,6 @@ CONSTRAINTS: list[dict[str, Any]] = [
     {"regex": "(ab|cd){4,20}-the end"},
     {"grammar": 'root ::= word ("+" word)*\nword ::= "plus" | "minus" | [0-9]'},
 ]
-
-
-class All(Scheduler):
-    """Checks as many tokens as a step may have, whenever there is a draft."""
-
-    def step_wanted(
-        self,
-        rows: int,
-        most: int,
-        drafts: Sequence[Draft | Outlook],
-        *,
-        token_s: float = 0.0,
-        is_drawn: bool = False,
-    ) -> int:
-        sizes = [size for size in self.step_sizes(rows) if size <= most]
-        return sizes[-1] if sizes and any(draft.length for draft in drafts) else 1
 
 
 class FoundOrForced(Counted, Forced):
@@ -151,7 +135,7 @@ def test_stop_string_inside_of_forced_tokens_ends_the_text(tiny: Path, reference
     assert json.loads(text)
     stop = text[text.index("pation") :][:9]
     with phicore.load(tiny, "numpy", speculation=True) as quick:
-        quick.engine.scheduler = All()
+        quick.engine.scheduler = Always()
         generation = quick.generate(replace(request, stop=stop))
         assert generation.text() == text[: text.index(stop)]
         assert generation.timings.accepted_tokens > 0
@@ -184,7 +168,7 @@ def test_json_takes_half_of_the_steps(reference: Model, monkeypatch: pytest.Monk
     engine = reference.engine
     engine.drafter = None
     plain = [steps_of(engine, request, monkeypatch) for request in made]
-    engine.drafter, engine.scheduler = Forced(Nothing()), All()
+    engine.drafter, engine.scheduler = Forced(Nothing()), Always()
     try:
         quick = [steps_of(engine, request, monkeypatch) for request in made]
     finally:
