@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.test_draft_model import Always
+from engine.test_speculation import Always
 from server.conftest import HI, Served, ready
 from server.test_metrics import values
 
