@@ -10,7 +10,14 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.made import TYPES, block_columns, kernels_of, random_tensor, values
+from kernels.made import (
+    TYPES,
+    block_columns,
+    from_bytes,
+    kernels_of,
+    random_tensor,
+    values,
+)
 from phicore_jax.kernels.build import supported_targets
 from phicore_jax.kernels.formats import FORMATS
 from phicore_jax.kernels.runtime import Kernels
@@ -169,11 +176,32 @@ def test_linear_fast_takes_8_bits_for_many_rows_alone(
     weight = kernels.pack([tensor])
     x = rng.standard_normal((70, 768), np.float32)
     xs = [x[:1], x[:32], x[:33], x]
+    kind = kernels._compiler.target
+    has_fast = kind.has_byte_dot or (kind.has_byte_pairs and ggml_type != Type.Q8_0)
     fast = products(kernels, xs, [weight], is_fast=True)
     exact = products(kernels, xs, [weight])
     expected = x.astype(np.float64) @ values(tensor).astype(np.float64).T
     for [y], [z] in zip(fast, exact, strict=True):
-        if len(y) <= 32 or not kernels.has_fast_products:
+        if len(y) <= 32 or not has_fast:
             assert np.array_equal(y, z)
         else:
             assert 1e-4 < relative_error(y, expected[: len(y)]) < 1.3e-2
+
+
+@pytest.mark.parametrize("ggml_type", FORMATS, ids=lambda t: t.name)
+def test_linear_largest_codes_and_activations_overflow_nothing(kernels: Kernels, ggml_type: Type):
+    """Sums of a unit reach the largest that they can be, with either sign."""
+    fmt, columns = FORMATS[ggml_type], 512
+    blocks = np.zeros((32, columns // fmt.columns, fmt.file_block_bytes), np.uint8)
+    blocks[::2] = 255
+    for i, at in enumerate(fmt.halves):
+        half = np.array([1.0 if i == 0 else 0.25], "<f2")
+        blocks[..., at : at + 2] = half.view(np.uint8)
+    tensor = from_bytes(ggml_type, blocks.reshape(32, -1))
+    signs = np.array([1, -1] * 20, np.float32)
+    x = np.repeat(signs[:, None], columns, axis=1)
+    expected = x.astype(np.float64) @ values(tensor).astype(np.float64).T
+    for is_fast in (False, True):
+        for m in (1, 3, 40):
+            [[y]] = products(kernels, [x[:m]], [kernels.pack([tensor])], is_fast=is_fast)
+            assert_close(y, expected[:m], 3e-6)

@@ -137,6 +137,7 @@ WANTED = {
     },
     "avx2": {
         "exact": r"vpmaddwd .*%ymm",
+        "fast": r"vpmaddubsw .*%ymm",
         "floats": r"vfmadd\d+ps .*%ymm",
         "halves": r"vcvtph2ps .*%ymm",
     },
@@ -167,7 +168,7 @@ def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]
         "pack-Q5_K": ("", lambda m: linear.emit_pack(m, Type.Q5_K)),
         "rows-Q6_K": ("halves", lambda m: linear.emit_rows(m, Type.Q6_K)),
         "rows-F16": ("halves", lambda m: dense.emit_rows(m, Type.F16)),
-        "dense-F16": ("floats", lambda m: dense.emit_linear(m, Type.F16, target.tile)),
+        "dense-F16": ("floats", lambda m: dense.emit_linear(m, Type.F16, target.dense_tile)),
         "dense-experts": ("floats", lambda m: dense.emit_linear(m, Type.F32, 2, True)),
         "store-i24": ("", lambda m: attention.emit_store(m, i24)),
         "store-f16": ("", lambda m: attention.emit_store(m, f16)),
@@ -186,6 +187,7 @@ def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]
         ("experts", Type.Q4_K, 1, 16, True),
         ("experts", Type.Q6_K, target.tile, 16, False),
         *([("linear", Type.Q8_0, target.tile, 8, False)] if target.has_byte_dot else []),
+        *([("linear", Type.Q5_K, target.tile, 8, False)] if target.has_byte_pairs else []),
     ]:
         product = Product(FORMATS[t], tile, bits, is_grouped=name == "experts")
         found[f"{name}-{t.name}"] = (

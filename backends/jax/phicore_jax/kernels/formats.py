@@ -1,10 +1,12 @@
 """Memory layout of quantized matrices for the kernels, and the packing of a file's blocks into it.
 
 A matrix is stored in strips of 16 rows, one row for each lane of a vector, and its columns in
-groups of 32. The codes of a group are cut into bit planes of 8, 4, 2 or 1 bits. A plane is a few
-vectors of 16-bit lanes, two lanes for each row. Field i of the two lanes of vector j holds bits of
-the codes of columns 2p and 2p + 1, where p = j * 16 / bits + i. So one shift and one mask give 16
-rows of a pair of columns, which a dot product of 16-bit numbers takes.
+groups of 32. The codes of a group are cut into bit planes of 8, 4, 2 or 1 bits. A plane has as many
+vectors of 16-bit lanes as it has bits, two lanes for each row. Field i of the two lanes of vector j
+holds bits of the codes of columns 2p and 2p + 1, where p = i * bits + j. So one shift and one mask
+give 16 rows of a pair of columns, which a dot product of 16-bit numbers takes. The fields of 8
+columns lie at one place in their lanes, so that the mask alone gives the codes times a power of two
+(`Format.place`).
 
 A block of a strip holds, for 16 rows, d and dmin (float16), then scales and minima (bytes), and
 then the planes, group by group. The numbers are those of the file; nothing is rounded.
@@ -41,6 +43,7 @@ from phicore_jax.kernels.lang import F32, I8, I16, I32, LANES, Function, Value, 
 Type = GGMLQuantizationType
 GROUP = 32  # columns in a group
 PAIRS = GROUP // 2
+UNIT_PAIRS = 4  # pairs of columns whose fields lie at one place in their lanes
 CODES = vec(I16, 2 * LANES)
 
 
@@ -90,6 +93,15 @@ class Format:
     def halves(self) -> tuple[int, ...]:
         """Offsets of d and, if there are minima, dmin in a block of the file, in bytes."""
         return tuple(field.start for field in (self.block.d, self.block.dmin) if field)
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether codes are signed bytes."""
+        return self.planes[0][0] == 8
+
+    @property
+    def largest_code(self) -> int:
+        return 2 ** sum(bits for bits, _ in self.planes) - 1
 
     # ---- sizes, in bytes -------------------------------------------------------------------
 
@@ -165,24 +177,35 @@ class Format:
                 found.append((s, f.zeros(m.type) - m))
         return found
 
-    def group_codes(self, f: Function, group: Value) -> list[Value]:
-        """Load the codes of 16 rows by 32 columns: for each pair of columns, (2 * 16,) int16.
+    def place(self, pair: int) -> int:
+        """Return the power of two that is cheapest to leave in the codes of a pair of columns.
+
+        It is the same for the 8 columns around the pair. Sums of their products with integers of
+        16 bits still fit in 32 bits. `pair_codes` takes it.
+        """
+        largest = self.offset or self.largest_code
+        place = pair // UNIT_PAIRS * UNIT_PAIRS
+        return place if largest << place <= 1 << 13 and not self.has_bytes else 0
+
+    def pair_codes(self, f: Function, group: Value, pair: int, place: int = 0) -> Value:
+        """Load the codes of 16 rows by a pair of columns, times 2**place: (2 * 16,) int16.
 
         Codes are unsigned and still contain the offset; codes of 8 bits are signed.
         """
-        pairs: list[Value | None] = [None] * PAIRS
+        codes: Value | None = None
         start = 0
         for bits, shift in self.planes:
-            fields = 16 // bits
-            for j in range(PAIRS // fields):
-                plane = f.load(CODES, group, start)
-                start += 4 * LANES
-                for i in range(fields):
-                    field = _field(plane, bits, i, shift)
-                    p = j * fields + i
-                    known = pairs[p]
-                    pairs[p] = field if known is None else known | field
-        return [pair for pair in pairs if pair is not None]
+            i, j = divmod(pair, bits)
+            plane = f.load(CODES, group, start + 4 * LANES * j)
+            field = _field(plane, bits, i, shift + place)
+            codes = field if codes is None else codes | field
+            start += 4 * LANES * bits
+        assert codes is not None
+        return codes
+
+    def group_codes(self, f: Function, group: Value) -> list[Value]:
+        """The codes of all pairs of a group of 32 columns."""
+        return [self.pair_codes(f, group, pair) for pair in range(PAIRS)]
 
     # ---- writing a strip -------------------------------------------------------------------
 
@@ -213,16 +236,15 @@ def _field(plane: Value, bits: int, i: int, shift: int) -> Value:
 
 
 def _plane_words(codes: Value, bits: int, shift: int) -> Value:
-    """Return a bit plane of 32 codes of a row as 32-bit words, one for every 32 / bits codes."""
-    fields, count = 16 // bits, PAIRS * bits // 16
+    """Return a bit plane of 32 codes of a row as 32-bit words, one for each bit."""
     narrow = codes if bits == 8 else (codes >> shift) & (2**bits - 1)
     lanes: Value | None = None
-    for i in range(fields):
-        picked = [2 * (j * fields + i) + odd for j in range(count) for odd in (0, 1)]
+    for i in range(16 // bits):
+        picked = [2 * (i * bits + j) + odd for j in range(bits) for odd in (0, 1)]
         part = narrow.lanes(picked).to(I16, signed=False) << bits * i
         lanes = part if lanes is None else lanes | part
     assert lanes is not None
-    return lanes.bits_as(vec(I32, count))
+    return lanes.bits_as(vec(I32, bits))
 
 
 # ---- blocks of the file --------------------------------------------------------------------

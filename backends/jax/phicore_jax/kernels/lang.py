@@ -249,14 +249,42 @@ class Target:
         return self.name in ("avx512vnni", "avxvnni")
 
     @property
+    def has_byte_pairs(self) -> bool:
+        """Whether they are if the sums of a few products fit 16 bits: see `dot_byte_pairs`."""
+        return self.name == "avx2"
+
+    @property
     def tile(self) -> int:
-        """Rows of activations in a tile whose sums with two strips fit in the registers."""
-        return {"avx512vnni": 6, "neon": 3}.get(self.name, 2)
+        """Rows of activations in a tile whose sums with `strips_together` fit in the registers."""
+        return {"avx512vnni": 6, "avx2": 4, "neon": 3}.get(self.name, 2)
+
+    def byte_columns(self, largest_code: int) -> int:
+        """Return how many columns of activations of 8 bits share a unit."""
+        return 32 if self.has_byte_pairs and 16 * 127 * largest_code < 2**15 else 16
+
+    def byte_tile(self, largest_code: int) -> int:
+        """Return `tile` for activations of 8 bits: sums that outgrow 16 bits take registers."""
+        return 3 if self.has_byte_pairs and 8 * 127 * largest_code >= 2**15 else self.tile
+
+    @property
+    def strips_together(self) -> int:
+        """Strips that are multiplied at a time, so that activations are loaded once for all."""
+        return 1 if self.name == "avx2" else 2
 
     @property
     def fused_tile(self) -> int:
         """Rows of activations in a tile whose sums fit in the registers beside a decoded strip."""
-        return {"avx512vnni": 8, "neon": 4}.get(self.name, 3)
+        return {"avx512vnni": 8, "avx2": 5, "neon": 4}.get(self.name, 3)
+
+    @property
+    def dense_tile(self) -> int:
+        """Rows in a tile of a product of floats, which has four sums for each row."""
+        return {"avx512vnni": 6, "neon": 3}.get(self.name, 2)
+
+    @property
+    def decodes_planes_once(self) -> bool:
+        """Say whether decoding once is faster for many rows even if codes have one plane."""
+        return self.name == "avx2"
 
     def dot_pairs(self, acc: Value, x: Value, y: Value) -> Value:
         """Return acc + x0 * y0 + x1 * y1 in every 32-bit lane, of signed 16-bit numbers x and y."""
@@ -279,6 +307,23 @@ class Target:
         if self.name == "avx512vnni":
             return acc.f.call("llvm.x86.avx512.vpdpbusd.512", acc.type, acc, codes, y)
         return _in_halves(acc.f, "llvm.x86.avx512.vpdpbusd.256", acc, codes, y)
+
+    def dot_byte_pairs(self, codes: Value, y: Value) -> Value:
+        """The sum of 2 products in every 16-bit lane, unsigned codes by signed bytes."""
+        codes, y = (v.bits_as(vec(I8, 4 * LANES)) for v in (codes, y))
+        return _halved(codes.f, "llvm.x86.avx2.pmadd.ub.sw", vec(I16, LANES), codes, y)
+
+    def in_order(self, values: Sequence[Value]) -> list[Value]:
+        """The same vectors, for which what takes one waits until (nearly) all are there.
+
+        LLVM rather finishes one sum after the other, and runs out of registers for what they share.
+        """
+        if self.name != "avx2":
+            return list(values)
+        found, most = [], 6  # of the 16 registers, 12
+        for start in range(0, len(values), most):
+            found += _tied(values[start : start + most])
+        return found
 
     def half_to_float(self, bits: Value) -> Value:
         """Convert float16 numbers, given as their bits, to float32."""
@@ -342,16 +387,28 @@ def _as_arguments(f: Function, *vectors: Value) -> list[Value]:
     return [v.bits_as(vec(I32)) for v in vectors]
 
 
+def _tied(values: Sequence[Value]) -> list[Value]:
+    """The same vectors, as results of an instruction that takes all of them and is none."""
+    f = values[0].f
+    halves = [half for v in values for half in _halves(v)]
+    types, places = [h.type for h in halves], range(len(halves))
+    constraints = ["=x" for _ in places] + [str(i) for i in places]
+    kind = ir.FunctionType(ir.LiteralStructType(types), types)
+    nothing = ir.InlineAsm(kind, "", ",".join(constraints))
+    together = f.builder.call(nothing, [h.ir for h in halves])
+    halves = [Value(f, f.builder.extract_value(together, i)) for i in places]
+    return [joined(pair) for pair in zip(halves[::2], halves[1::2], strict=True)]
+
+
+def _halves(v: Value) -> list[Value]:
+    n = v.type.count // 2
+    return [v.lanes(list(range(n))), v.lanes(list(range(n, 2 * n)))]
+
+
 def _halved(f: Function, name: str, result: ir.Type, *vectors: Value) -> Value:
     """Apply an operation of half as many lanes to both halves of vectors, and join the results."""
-    halves = []
-    for half in range(2):
-        parts = []
-        for v in vectors:
-            n = v.type.count // 2
-            parts.append(v.lanes(list(range(half * n, half * n + n))))
-        halves.append(f.call(name, result, *parts))
-    return halves[0].lanes(list(range(LANES)), halves[1])
+    halves = zip(*map(_halves, vectors), strict=True)
+    return joined([f.call(name, result, *parts) for parts in halves])
 
 
 def _in_halves(f: Function, name: str, acc: Value, x: Value, y: Value) -> Value:

@@ -40,7 +40,6 @@ from phicore_jax.kernels.lang import (
 )
 
 STRIPS_AT_ONCE = 4  # strips that are decoded at a time, for all rows
-STRIPS_TOGETHER = 2  # strips multiplied at a time, so that activations are loaded once for both
 SPAN = 8  # groups that are decoded at a time
 PREFETCH = 8192  # bytes ahead
 
@@ -56,20 +55,22 @@ class Product:
 
     - `words` words with the integers of 2 columns (16 bits) or 4 columns (8 bits) each.
     - `units` words with the float32 units that integers are multiples of: one for every
-      `unit_columns` columns.
+      `unit_columns` columns. It is divided by the power of two that is left in the codes (`place`).
     - `sums` words. If the format has a minimum: the float32 sum of the activations of each
-      subgroup. If not: the int32 sum of the integers of each unit, times -offset.
+      subgroup. If not: the int32 sum of the integers of each unit, times minus the codes' offset.
 
     Args:
         tile: Number of rows of activations in a tile.
         bits: Bits of an activation's integer.
         is_grouped: True if rows are multiplied by several matrices, as of experts.
+        byte_columns: Columns that share a unit if there are 8 bits and no subgroup is smaller.
     """
 
     format: Format
     tile: int
     bits: int = 16
     is_grouped: bool = False
+    byte_columns: int = 16
 
     @property
     def tiles(self) -> matrix.Tiles:
@@ -81,7 +82,7 @@ class Product:
 
     @property
     def unit_columns(self) -> int:
-        return 8 if self.bits == 16 else 16
+        return 8 if self.bits == 16 else min(self.byte_columns, GROUP // self.format.subgroups)
 
     @property
     def units(self) -> int:
@@ -98,8 +99,11 @@ class Product:
     @property
     def offset(self) -> int:
         """Offset of the codes. Products of 8 bits make signed codes unsigned by adding 128."""
-        is_signed_byte = self.format.planes[0][0] == 8
-        return 128 if self.bits == 8 and is_signed_byte else self.format.offset
+        return 128 if self.bits == 8 and self.format.has_bytes else self.format.offset
+
+    def place(self, unit: int) -> int:
+        """Return the power of two by which the codes of a unit's columns are multiplied."""
+        return self.format.place(unit * self.words // self.units) if self.bits == 16 else 0
 
     @property
     def record_bytes(self) -> int:
@@ -135,7 +139,7 @@ def _quantize_group(f: Function, p: Product, x: Value, record: Value, row: Value
         units.append(is_none.select(0.0, largest * (1 / p.largest)))
         inverse = is_none.select(0.0, f.f32(p.largest) / largest)
         integers.append(f.round_even(part * inverse.splat(size)).to(I32))
-        put(units[i], p.words + i)
+        put(units[i] * 2.0 ** -p.place(i), p.words + i)
     totals = [f.sum_of_lanes(part) for part in integers]
     if p.format.has_min:
         products = [unit * total.to(F32) for unit, total in zip(units, totals, strict=True)]
@@ -147,7 +151,7 @@ def _quantize_group(f: Function, p: Product, x: Value, record: Value, row: Value
             put(total, p.words + p.units + i)
     else:
         for i, total in enumerate(totals):
-            put(total * -p.offset, p.words + p.units + i)
+            put(total * -(p.offset << p.place(i)), p.words + p.units + i)
     columns = joined(integers)
     if p.bits == 16:
         words = columns.to(I16).bits_as(vec(I32, p.words))
@@ -194,6 +198,50 @@ class Strip(NamedTuple):
     totals: Sequence[Variable]
 
 
+class _Dot:
+    """A sum of products of codes and activations, by words of columns."""
+
+    def __init__(self, f: Function, p: Product, start: Value) -> None:
+        self._f = f
+        self._p = p
+        self._total = start
+        self._short: Value | None = None  # a part of it in lanes of 16 bits
+        self._count = 0  # words in it
+
+    def add(self, codes: Value, x: Value) -> None:
+        target, p = self._f.target, self._p
+        if p.bits == 16:
+            self._total = target.dot_pairs(self._total, codes, x)
+        elif target.has_byte_dot:
+            self._total = target.dot_bytes(self._total, codes, x)
+        else:
+            pairs = target.dot_byte_pairs(codes, x)
+            self._short = pairs if self._short is None else self._short + pairs
+            self._count += 1
+            if (self._count + 1) * 2 * p.format.largest_code * p.largest > 2**15 - 1:
+                self._widen()
+
+    @staticmethod
+    def in_order(dots: Sequence[_Dot]) -> None:
+        """See `Target.in_order`."""
+        totals = [dot._short or dot._total for dot in dots]
+        for dot, total in zip(dots, dots[0]._f.target.in_order(totals), strict=True):
+            if dot._short is None:
+                dot._total = total
+            else:
+                dot._short = total
+
+    def _widen(self) -> None:
+        if self._short is not None:
+            ones = self._f.like(self._short, 1)
+            self._total = self._f.target.dot_pairs(self._total, self._short, ones)
+            self._short, self._count = None, 0
+
+    def total(self) -> Value:
+        self._widen()
+        return self._total
+
+
 def _dot_group(
     f: Function,
     p: Product,
@@ -211,7 +259,6 @@ def _dot_group(
     def broadcast(t: ir.Type, word: int, m: int) -> Value:
         return f.load(t, record, 4 * (word * p.tile + m)).splat()
 
-    dot = f.target.dot_pairs if p.bits == 16 else f.target.dot_bytes
     rows, sums_at = range(p.tile), p.words + p.units
     words_per_unit, units_per_scale = p.words // p.units, p.units // p.format.subgroups
     for i in range(p.format.subgroups):
@@ -219,17 +266,18 @@ def _dot_group(
         for unit in range(i * units_per_scale, (i + 1) * units_per_scale):
             zero = f.zeros(INTS)
             start = [broadcast(I32, sums_at + unit, m) if has_offset else zero for m in rows]
-            sums = [list(start) for _ in strips]
+            dots = [[_Dot(f, p, total) for total in start] for _ in strips]
             for word in range(unit * words_per_unit, (unit + 1) * words_per_unit):
                 codes = [strip.codes(word) for strip in strips]
                 for m in rows:
                     x = broadcast(I32, word, m)
-                    for of_strip, w in zip(sums, codes, strict=True):
-                        of_strip[m] = dot(of_strip[m], w, x)
+                    for of_strip, w in zip(dots, codes, strict=True):
+                        of_strip[m].add(w, x)
+                _Dot.in_order([dot for of_strip in dots for dot in of_strip])
             for m in rows:
                 u = broadcast(F32, p.words + unit, m)
-                for part, of_strip in zip(parts, sums, strict=True):
-                    total = of_strip[m].to(F32)
+                for part, of_strip in zip(parts, dots, strict=True):
+                    total = of_strip[m].total().to(F32)
                     if len(part) < p.tile:
                         part.append(total * u)
                     else:
@@ -282,9 +330,12 @@ def _emit_fused(module: Module, p: Product) -> ir.Function:
                     for line in range(0, fmt.group_bytes, 64):
                         f.prefetch(group, PREFETCH + line)
                     scales = fmt.group_scales(f, block, supers, g)
-                    codes = fmt.group_codes(f, group)
+
+                    def codes(pair: int, group: Value = group) -> Value:
+                        return fmt.pair_codes(f, group, pair, fmt.place(pair))
+
                     at = f.offset(record, g * p.record_bytes)
-                    decoded = Strip(codes.__getitem__, scales, totals)
+                    decoded = Strip(codes, scales, totals)
                     _dot_group(f, p, [decoded], at, has_offset=fmt.offset != 0)
             for m, total in enumerate(totals):
                 row, is_there = p.tiles.row(f, args, t * p.tile + m)
@@ -305,6 +356,7 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
     """Write a job for many rows, which decodes the codes of a few strips once for all tiles."""
     fmt = p.format
     vector = 4 * LANES
+    together = module.target.strips_together
     group_bytes = vector * p.words
     scales_start = SPAN * group_bytes
     scale_bytes = vector * fmt.subgroups * (2 if fmt.has_min else 1)
@@ -315,12 +367,16 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
         f: Function, block: Value, supers: list[Value], g: Value, to: Value, n: Value
     ) -> None:
         """Decode group g of a block into group n of a decoded strip."""
-        codes = fmt.group_codes(f, f.offset(block + fmt.planes_start, g * fmt.group_bytes))
+        group = f.offset(block + fmt.planes_start, g * fmt.group_bytes)
         if p.bits == 8:
-            codes = [c & 255 for c in codes] if fmt.planes[0][0] == 8 else codes
+            codes = fmt.group_codes(f, group)
+            codes = [c & 255 for c in codes] if fmt.has_bytes else codes
             codes = _code_bytes(codes, p.offset)
-        elif fmt.offset:
-            codes = [c - fmt.offset for c in codes]
+        else:
+            places = [fmt.place(pair) for pair in range(PAIRS)]
+            codes = [fmt.pair_codes(f, group, pair, at) for pair, at in enumerate(places)]
+            if fmt.offset:
+                codes = [c - (fmt.offset << at) for c, at in zip(codes, places, strict=True)]
         at = f.offset(to, n * group_bytes)
         for i, c in enumerate(codes):
             f.store(c, at, vector * i, align=64)
@@ -339,11 +395,11 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
                 f.variable(f.load(FLOATS, sums, vector * (s * p.tile + m), align=64))
                 for m in range(p.tile)
             ]
-            for s in range(STRIPS_TOGETHER)
+            for s in range(together)
         ]
         with f.loop(groups) as g:
             strips = []
-            for s in range(STRIPS_TOGETHER):
+            for s in range(together):
                 at = f.offset(codes + s * strip_bytes, g * group_bytes)
                 place = f.offset(codes + (s * strip_bytes + scales_start), g * scale_bytes)
                 scales: list[tuple[Value, Value | None]] = []
@@ -406,7 +462,7 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
             with f.loop(tiles) as t:
                 place = (first_tile + t) * groups + start
                 record = f.offset(act, place * p.record_bytes)
-                with f.loop(STRIPS_AT_ONCE, step=STRIPS_TOGETHER) as s:
+                with f.loop(STRIPS_AT_ONCE, step=together) as s:
                     codes = f.offset(decoded, s * strip_bytes)
                     sums = f.offset(all_sums, (t * STRIPS_AT_ONCE + s) * (p.tile * vector))
                     multiply(f, codes, record, count, sums)

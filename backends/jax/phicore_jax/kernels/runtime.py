@@ -60,8 +60,9 @@ class Kernels(OwnKernels):
     has_rowwise = True
 
     def __init__(self, target: str) -> None:
-        self._compiler = Compiler(Target(target))
-        self.has_fast_products = self._compiler.target.has_byte_dot
+        kind = Target(target)
+        self._compiler = Compiler(kind)
+        self.has_fast_products = kind.has_byte_dot or kind.has_byte_pairs
         self._worker = self._compiler.library("worker", emit_worker, ["pool_worker"])
         self._threads = thread_count()
         self._registered: set[str] = set()
@@ -148,7 +149,7 @@ class Kernels(OwnKernels):
         result = jax.ShapeDtypeStruct((x.shape[0], w.rows), jnp.float32)
         sizes = self._compiler.target
         if w.type not in FORMATS:
-            tile = ceil(m / ceil(m / sizes.tile))
+            tile = ceil(m / ceil(m / sizes.dense_tile))
             target = self._target(
                 f"{prefix}dense-{w.type.name}-{tile}",
                 "linear",
@@ -156,11 +157,15 @@ class Kernels(OwnKernels):
             )
             return jax.ffi.ffi_call(target, result)(x, w.strips, *grouped(tile))
         fmt, is_many = FORMATS[w.type], m > MANY_ROWS
-        bits = 8 if is_fast and self.has_fast_products and is_many else 16
+        has_bytes = sizes.has_byte_dot or (sizes.has_byte_pairs and not fmt.has_bytes)
+        bits = 8 if is_fast and has_bytes and is_many else 16
         # Codes of one plane are quick to decode for each tile; others are decoded once for many.
-        is_fused = bits == 16 and (not is_many or len(fmt.planes) == 1)
-        tile = ceil(m / ceil(m / (sizes.fused_tile if is_fused else sizes.tile)))
-        product = Product(fmt, tile, bits, is_grouped)
+        is_decoded = is_many and (len(fmt.planes) > 1 or sizes.decodes_planes_once)
+        is_fused = bits == 16 and not is_decoded
+        tile = sizes.fused_tile if is_fused else sizes.tile
+        tile = sizes.byte_tile(fmt.largest_code) if bits == 8 else tile
+        tile = ceil(m / ceil(m / tile))
+        product = Product(fmt, tile, bits, is_grouped, sizes.byte_columns(fmt.largest_code))
         target = self._target(
             f"{prefix}linear-{w.type.name}-{bits}-{'fused' if is_fused else 'tiled'}-{tile}",
             "linear",
