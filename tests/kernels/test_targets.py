@@ -16,7 +16,6 @@ from phicore_jax.kernels import attention, build, dense, linear, pool, rowwise
 from phicore_jax.kernels.attention import Cache, Rows
 from phicore_jax.kernels.formats import FORMATS
 from phicore_jax.kernels.lang import Module, Target
-from phicore_jax.kernels.linear import Product
 from phicore_jax.kernels.runtime import Kernels
 
 from phicore.backend import BackendOptions
@@ -168,7 +167,7 @@ def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]
         "pack-Q5_K": ("", lambda m: linear.emit_pack(m, Type.Q5_K)),
         "rows-Q6_K": ("halves", lambda m: linear.emit_rows(m, Type.Q6_K)),
         "rows-F16": ("halves", lambda m: dense.emit_rows(m, Type.F16)),
-        "dense-F16": ("floats", lambda m: dense.emit_linear(m, Type.F16, target.dense_tile)),
+        "dense-F16": ("floats", lambda m: dense.emit_linear(m, Type.F16, dense.tile(target, 64))),
         "dense-experts": ("floats", lambda m: dense.emit_linear(m, Type.F32, 2, True)),
         "store-i24": ("", lambda m: attention.emit_store(m, i24)),
         "store-f16": ("", lambda m: attention.emit_store(m, f16)),
@@ -181,18 +180,18 @@ def kernels_for(target: Target) -> dict[str, tuple[str, Callable[[Module], None]
         "layer-norm": ("floats", rowwise.emit_layer_norm),
         "swiglu": ("floats", rowwise.emit_swiglu),
     }
-    for name, t, tile, bits, is_fused in [
-        ("linear", Type.Q4_K, target.fused_tile, 16, True),
-        ("linear", Type.Q6_K, target.tile, 16, False),
-        ("experts", Type.Q4_K, 1, 16, True),
-        ("experts", Type.Q6_K, target.tile, 16, False),
-        *([("linear", Type.Q8_0, target.tile, 8, False)] if target.has_byte_dot else []),
-        *([("linear", Type.Q5_K, target.tile, 8, False)] if target.has_byte_pairs else []),
+    for t, rows, is_fast, is_grouped in [
+        (Type.Q4_K, 8, False, False),
+        (Type.Q6_K, 64, False, False),
+        (Type.Q4_K, 1, False, True),
+        (Type.Q6_K, 64, False, True),
+        *([(Type.Q8_0, 64, True, False)] if target.has_byte_dot else []),
+        *([(Type.Q5_K, 64, True, False)] if target.has_byte_dot or target.has_byte_pairs else []),
     ]:
-        product = Product(FORMATS[t], tile, bits, is_grouped=name == "experts")
-        found[f"{name}-{t.name}"] = (
-            "exact" if bits == 16 else "fast",
-            lambda m, product=product, is_fused=is_fused: linear.emit_linear(m, product, is_fused),
+        product = linear.arranged(target, FORMATS[t], rows, is_fast=is_fast, is_grouped=is_grouped)
+        found[product.name] = (
+            "exact" if product.bits == 16 else "fast",
+            lambda m, product=product: linear.emit_linear(m, product),
         )
     return found
 

@@ -9,6 +9,7 @@ the number of rows of activations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 from gguf import GGMLQuantizationType
 from llvmlite import ir
@@ -25,6 +26,7 @@ from phicore_jax.kernels.lang import (
     VOID,
     Function,
     Module,
+    Target,
     Value,
     vec,
 )
@@ -51,6 +53,12 @@ def _values(f: Function, ggml_type: GGMLQuantizationType, at: Value) -> Value:
 
 # Arguments of the job, in 64-bit words; `matrix.Tiles` describes those from ROWS on.
 W, X, Y, COLUMNS, OUT, PER_CHUNK, ROWS = range(7)
+
+
+def tile(target: Target, rows: int) -> int:
+    """Return the rows of a tile, of which each has four sums, that is fastest for some rows."""
+    most = {"avx512vnni": 6, "neon": 3}.get(target.name, 2)
+    return ceil(rows / ceil(rows / most))
 
 
 def _emit_tile(module: Module, ggml_type: GGMLQuantizationType, tiles: matrix.Tiles) -> ir.Function:

@@ -3,10 +3,11 @@
 A matrix is stored in strips of 16 rows, one row for each lane of a vector, and its columns in
 groups of 32. The codes of a group are cut into bit planes of 8, 4, 2 or 1 bits. A plane has as many
 vectors of 16-bit lanes as it has bits, two lanes for each row. Field i of the two lanes of vector j
-holds bits of the codes of columns 2p and 2p + 1, where p = i * bits + j. So one shift and one mask
+holds bits of a pair of columns, the one whose `_slot` is i * bits + j. So one shift and one mask
 give 16 rows of a pair of columns, which a dot product of 16-bit numbers takes. The fields of 8
 columns lie at one place in their lanes, so that the mask alone gives the codes times a power of two
-(`Format.place`).
+(`Format.place`). Pair p + 4 lies 8 bits beyond pair p, so that one shift and one mask give four
+columns in bytes, which a dot product of bytes takes.
 
 A block of a strip holds, for 16 rows, d and dmin (float16), then scales and minima (bytes), and
 then the planes, group by group. The numbers are those of the file; nothing is rounded.
@@ -44,6 +45,7 @@ Type = GGMLQuantizationType
 GROUP = 32  # columns in a group
 PAIRS = GROUP // 2
 UNIT_PAIRS = 4  # pairs of columns whose fields lie at one place in their lanes
+QUARTERS = (0, 2, 1, 3)  # where the quarters of a group lie
 CODES = vec(I16, 2 * LANES)
 
 
@@ -96,7 +98,7 @@ class Format:
 
     @property
     def has_bytes(self) -> bool:
-        """Whether codes are signed bytes."""
+        """Say whether codes are signed bytes."""
         return self.planes[0][0] == 8
 
     @property
@@ -184,7 +186,7 @@ class Format:
         16 bits still fit in 32 bits. `pair_codes` takes it.
         """
         largest = self.offset or self.largest_code
-        place = pair // UNIT_PAIRS * UNIT_PAIRS
+        place = _slot(pair) // UNIT_PAIRS * UNIT_PAIRS
         return place if largest << place <= 1 << 13 and not self.has_bytes else 0
 
     def pair_codes(self, f: Function, group: Value, pair: int, place: int = 0) -> Value:
@@ -195,7 +197,7 @@ class Format:
         codes: Value | None = None
         start = 0
         for bits, shift in self.planes:
-            i, j = divmod(pair, bits)
+            i, j = divmod(_slot(pair), bits)
             plane = f.load(CODES, group, start + 4 * LANES * j)
             field = _field(plane, bits, i, shift + place)
             codes = field if codes is None else codes | field
@@ -203,9 +205,26 @@ class Format:
         assert codes is not None
         return codes
 
-    def group_codes(self, f: Function, group: Value) -> list[Value]:
-        """The codes of all pairs of a group of 32 columns."""
-        return [self.pair_codes(f, group, pair) for pair in range(PAIRS)]
+    def byte_codes(self, f: Function, group: Value, word: int) -> Value:
+        """Load the codes of 16 rows by the columns of a word: (2 * 16,) int16 of two bytes each.
+
+        The bytes of a row hold the columns of `BYTE_COLUMNS`. Codes are unsigned and still contain
+        the offset; codes of 8 bits are made unsigned by adding 128.
+        """
+        codes: Value | None = None
+        start = 0
+        for bits, shift in self.planes:
+            i, j = divmod(word, bits)
+            plane = f.load(CODES, group, start + 4 * LANES * j)
+            if bits == 8:
+                return plane ^ -0x7F80  # the bits 0x8080
+            mask, move = (2**bits - 1) * 0x0101 << shift, shift - bits * i
+            moved = plane << move if move > 0 else plane >> -move if move < 0 else plane
+            field = moved & mask
+            codes = field if codes is None else codes | field
+            start += 4 * LANES * bits
+        assert codes is not None
+        return codes
 
     # ---- writing a strip -------------------------------------------------------------------
 
@@ -226,6 +245,19 @@ class Format:
                     start += 4 * LANES
 
 
+def _slot(pair: int) -> int:
+    """Return the place of a pair of columns in the planes; also the pair at a place."""
+    quarter, i = divmod(pair, UNIT_PAIRS)
+    return QUARTERS[quarter] * UNIT_PAIRS + i
+
+
+BYTE_COLUMNS = tuple(
+    tuple(2 * _slot(slot) + odd for odd in (0, 1) for slot in (word, word + PAIRS // 2))
+    for word in range(PAIRS // 2)
+)
+"""The four columns of each word of bytes."""
+
+
 def _field(plane: Value, bits: int, i: int, shift: int) -> Value:
     """Extract field i of every 16-bit lane, shifted to its place in the code."""
     if bits == 8:  # signed
@@ -240,7 +272,7 @@ def _plane_words(codes: Value, bits: int, shift: int) -> Value:
     narrow = codes if bits == 8 else (codes >> shift) & (2**bits - 1)
     lanes: Value | None = None
     for i in range(16 // bits):
-        picked = [2 * (i * bits + j) + odd for j in range(bits) for odd in (0, 1)]
+        picked = [2 * _slot(i * bits + j) + odd for j in range(bits) for odd in (0, 1)]
         part = narrow.lanes(picked).to(I16, signed=False) << bits * i
         lanes = part if lanes is None else lanes | part
     assert lanes is not None

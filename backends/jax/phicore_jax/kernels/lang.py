@@ -250,40 +250,7 @@ class Target:
 
     @property
     def has_byte_pairs(self) -> bool:
-        """Whether they are if the sums of a few products fit 16 bits: see `dot_byte_pairs`."""
-        return self.name == "avx2"
-
-    @property
-    def tile(self) -> int:
-        """Rows of activations in a tile whose sums with `strips_together` fit in the registers."""
-        return {"avx512vnni": 6, "avx2": 4, "neon": 3}.get(self.name, 2)
-
-    def byte_columns(self, largest_code: int) -> int:
-        """Return how many columns of activations of 8 bits share a unit."""
-        return 32 if self.has_byte_pairs and 16 * 127 * largest_code < 2**15 else 16
-
-    def byte_tile(self, largest_code: int) -> int:
-        """Return `tile` for activations of 8 bits: sums that outgrow 16 bits take registers."""
-        return 3 if self.has_byte_pairs and 8 * 127 * largest_code >= 2**15 else self.tile
-
-    @property
-    def strips_together(self) -> int:
-        """Strips that are multiplied at a time, so that activations are loaded once for all."""
-        return 1 if self.name == "avx2" else 2
-
-    @property
-    def fused_tile(self) -> int:
-        """Rows of activations in a tile whose sums fit in the registers beside a decoded strip."""
-        return {"avx512vnni": 8, "avx2": 5, "neon": 4}.get(self.name, 3)
-
-    @property
-    def dense_tile(self) -> int:
-        """Rows in a tile of a product of floats, which has four sums for each row."""
-        return {"avx512vnni": 6, "neon": 3}.get(self.name, 2)
-
-    @property
-    def decodes_planes_once(self) -> bool:
-        """Say whether decoding once is faster for many rows even if codes have one plane."""
+        """Say whether the target has `dot_byte_pairs`, which is faster than `dot_pairs`."""
         return self.name == "avx2"
 
     def dot_pairs(self, acc: Value, x: Value, y: Value) -> Value:
@@ -309,14 +276,14 @@ class Target:
         return _in_halves(acc.f, "llvm.x86.avx512.vpdpbusd.256", acc, codes, y)
 
     def dot_byte_pairs(self, codes: Value, y: Value) -> Value:
-        """The sum of 2 products in every 16-bit lane, unsigned codes by signed bytes."""
+        """Return the sum of 2 products in every 16-bit lane, of unsigned bytes and signed y."""
         codes, y = (v.bits_as(vec(I8, 4 * LANES)) for v in (codes, y))
         return _halved(codes.f, "llvm.x86.avx2.pmadd.ub.sw", vec(I16, LANES), codes, y)
 
     def in_order(self, values: Sequence[Value]) -> list[Value]:
-        """The same vectors, for which what takes one waits until (nearly) all are there.
+        """Return the same vectors, which nothing uses until (nearly) all of them are computed.
 
-        LLVM rather finishes one sum after the other, and runs out of registers for what they share.
+        LLVM would finish one sum after the other, and keep what they share in memory meanwhile.
         """
         if self.name != "avx2":
             return list(values)
@@ -388,7 +355,7 @@ def _as_arguments(f: Function, *vectors: Value) -> list[Value]:
 
 
 def _tied(values: Sequence[Value]) -> list[Value]:
-    """The same vectors, as results of an instruction that takes all of them and is none."""
+    """Return the same vectors, as results of an instruction that takes all and does nothing."""
     f = values[0].f
     halves = [half for v in values for half in _halves(v)]
     types, places = [h.type for h in halves], range(len(halves))

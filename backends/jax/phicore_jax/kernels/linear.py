@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 from gguf import GGMLQuantizationType
@@ -21,7 +22,7 @@ from llvmlite import ir
 
 from phicore_jax.kernels import ffi, matrix, pool
 from phicore_jax.kernels.ffi import Buffer
-from phicore_jax.kernels.formats import FORMATS, GROUP, PAIRS, Format
+from phicore_jax.kernels.formats import BYTE_COLUMNS, FORMATS, GROUP, PAIRS, Format
 from phicore_jax.kernels.lang import (
     F32,
     I8,
@@ -33,6 +34,7 @@ from phicore_jax.kernels.lang import (
     VOID,
     Function,
     Module,
+    Target,
     Value,
     Variable,
     joined,
@@ -63,14 +65,23 @@ class Product:
         tile: Number of rows of activations in a tile.
         bits: Bits of an activation's integer.
         is_grouped: True if rows are multiplied by several matrices, as of experts.
-        byte_columns: Columns that share a unit if there are 8 bits and no subgroup is smaller.
+        is_fused: Decode codes anew for each tile, instead of once for all tiles.
+        strips: Decoded strips that are multiplied at a time, so that activations are loaded once.
     """
 
     format: Format
     tile: int
     bits: int = 16
     is_grouped: bool = False
-    byte_columns: int = 16
+    is_fused: bool = True
+    strips: int = 2
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel, which says everything that it is specialized for."""
+        kind = "fused" if self.is_fused else f"tiled-{self.strips}"
+        prefix = "experts-" if self.is_grouped else ""
+        return f"{prefix}linear-{self.format.type.name}-{self.bits}-{kind}-{self.tile}"
 
     @property
     def tiles(self) -> matrix.Tiles:
@@ -82,7 +93,7 @@ class Product:
 
     @property
     def unit_columns(self) -> int:
-        return 8 if self.bits == 16 else min(self.byte_columns, GROUP // self.format.subgroups)
+        return 8 if self.bits == 16 else GROUP // self.format.subgroups
 
     @property
     def units(self) -> int:
@@ -115,6 +126,50 @@ class Product:
     def sums_bytes(self, tiles: int) -> int:
         """Return the number of bytes that a thread needs for the sums of its strips."""
         return tiles * self.tile * STRIPS_AT_ONCE * 4 * LANES
+
+
+class Arrangement(NamedTuple):
+    """How products are arranged on a target, so that their sums stay in its registers.
+
+    Attributes:
+        fused: Rows in a tile if one strip is decoded anew for each tile.
+        tiled: Rows in a tile if strips are decoded once for all tiles.
+        strips: Such strips that are multiplied at a time.
+        decoded_planes: For many rows, codes of so many planes or more are decoded once.
+    """
+
+    fused: int
+    tiled: int
+    strips: int
+    decoded_planes: int
+
+
+ARRANGEMENTS = {
+    "avx512vnni": Arrangement(fused=8, tiled=6, strips=2, decoded_planes=3),
+    "avx2": Arrangement(fused=5, tiled=4, strips=1, decoded_planes=1),
+    "neon": Arrangement(fused=4, tiled=3, strips=2, decoded_planes=2),
+}
+SMALL = Arrangement(fused=3, tiled=2, strips=2, decoded_planes=2)  # of the other targets
+MANY_ROWS = 32
+
+
+def arranged(
+    target: Target, fmt: Format, rows: int, *, is_fast: bool = False, is_grouped: bool = False
+) -> Product:
+    """Return the product that is fastest for a number of rows.
+
+    Args:
+        is_fast: Round activations to 8 bits, if there are many rows and that is faster.
+    """
+    sizes, is_many = ARRANGEMENTS.get(target.name, SMALL), rows > MANY_ROWS
+    has_bytes = target.has_byte_dot or (target.has_byte_pairs and not fmt.has_bytes)
+    bits = 8 if is_fast and is_many and has_bytes else 16
+    is_fused = bits == 16 and not (is_many and len(fmt.planes) >= sizes.decoded_planes)
+    tile = sizes.fused if is_fused else sizes.tiled
+    if bits == 8 and target.has_byte_pairs and fmt.largest_code > 15:
+        tile -= 1  # sums that outgrow 16 bits take more registers
+    tile = ceil(rows / ceil(rows / tile))
+    return Product(fmt, tile, bits, is_grouped, is_fused, sizes.strips)
 
 
 # Arguments of the jobs, in 64-bit words; `matrix.Tiles` describes those from ROWS on.
@@ -155,8 +210,8 @@ def _quantize_group(f: Function, p: Product, x: Value, record: Value, row: Value
     columns = joined(integers)
     if p.bits == 16:
         words = columns.to(I16).bits_as(vec(I32, p.words))
-    else:  # in the order in which `_code_bytes` puts two pairs of columns into a word
-        order = [4 * q + i for q in range(p.words) for i in (0, 2, 1, 3)]
+    else:
+        order = [column for word in BYTE_COLUMNS for column in word]
         words = columns.lanes(order).to(I8).bits_as(vec(I32, p.words))
     if p.tile == 1:
         f.store(words, at)
@@ -345,18 +400,10 @@ def _emit_fused(module: Module, p: Product) -> ir.Function:
     return module.function("fused", [PTR, I64, I64], body, exported=False)
 
 
-def _code_bytes(pairs: Sequence[Value], offset: int) -> list[Value]:
-    """Pack 16-bit codes, two pairs of columns at a time, into unsigned bytes."""
-    words = [a | b << 8 for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
-    # -0x7F80 has the bits 0x8080: it makes both signed bytes of a lane unsigned, 128 larger
-    return [w ^ -0x7F80 for w in words] if offset == 128 else words
-
-
 def _emit_tiled(module: Module, p: Product) -> ir.Function:
     """Write a job for many rows, which decodes the codes of a few strips once for all tiles."""
     fmt = p.format
     vector = 4 * LANES
-    together = module.target.strips_together
     group_bytes = vector * p.words
     scales_start = SPAN * group_bytes
     scale_bytes = vector * fmt.subgroups * (2 if fmt.has_min else 1)
@@ -369,9 +416,7 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
         """Decode group g of a block into group n of a decoded strip."""
         group = f.offset(block + fmt.planes_start, g * fmt.group_bytes)
         if p.bits == 8:
-            codes = fmt.group_codes(f, group)
-            codes = [c & 255 for c in codes] if fmt.has_bytes else codes
-            codes = _code_bytes(codes, p.offset)
+            codes = [fmt.byte_codes(f, group, word) for word in range(p.words)]
         else:
             places = [fmt.place(pair) for pair in range(PAIRS)]
             codes = [fmt.pair_codes(f, group, pair, at) for pair, at in enumerate(places)]
@@ -395,11 +440,11 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
                 f.variable(f.load(FLOATS, sums, vector * (s * p.tile + m), align=64))
                 for m in range(p.tile)
             ]
-            for s in range(together)
+            for s in range(p.strips)
         ]
         with f.loop(groups) as g:
             strips = []
-            for s in range(together):
+            for s in range(p.strips):
                 at = f.offset(codes + s * strip_bytes, g * group_bytes)
                 place = f.offset(codes + (s * strip_bytes + scales_start), g * scale_bytes)
                 scales: list[tuple[Value, Value | None]] = []
@@ -462,7 +507,7 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
             with f.loop(tiles) as t:
                 place = (first_tile + t) * groups + start
                 record = f.offset(act, place * p.record_bytes)
-                with f.loop(STRIPS_AT_ONCE, step=together) as s:
+                with f.loop(STRIPS_AT_ONCE, step=p.strips) as s:
                     codes = f.offset(decoded, s * strip_bytes)
                     sums = f.offset(all_sums, (t * STRIPS_AT_ONCE + s) * (p.tile * vector))
                     multiply(f, codes, record, count, sums)
@@ -476,25 +521,22 @@ def _emit_tiled(module: Module, p: Product) -> ir.Function:
     return module.function("tiled", [PTR, I64, I64], body, exported=False)
 
 
-def emit_linear(module: Module, p: Product, is_fused: bool) -> None:
+def emit_linear(module: Module, p: Product) -> None:
     """Write the handler `linear`: x (rows, columns) and strips to y (rows, out) and a workspace.
 
     If the product is grouped, the arguments `order` and `firsts` of `matrix.Tiles` follow the
     strips.
-
-    Args:
-        is_fused: Decode codes anew for each tile, instead of once for all tiles.
     """
     fmt = p.format
     pool.emit(module)
     quantize = _emit_quantize(module, p)
-    product = _emit_fused(module, p) if is_fused else _emit_tiled(module, p)
+    product = _emit_fused(module, p) if p.is_fused else _emit_tiled(module, p)
 
     def call(f: Function, state: Value, args: Sequence[Buffer], rets: Sequence[Buffer]) -> None:
         (x, w, *others), (y, workspace) = args, rets
         columns, out = x.dim(1), y.dim(1)
         per = f.i64(STRIPS_AT_ONCE)
-        if is_fused:
+        if p.is_fused:
             per = f.i64(matrix.CHUNK_BYTES) // (columns // fmt.columns * fmt.block_bytes) + 1
         tiles = p.tiles.arguments(f, x, others)
         packed = f.pack(w.data, x.data, y.data, workspace.data, columns, out, per, *tiles)
@@ -523,9 +565,10 @@ def emit_rows(module: Module, ggml_type: GGMLQuantizationType) -> None:
         supers, pairs = fmt.super_scales(f, block), f.buffer(4 * PAIRS)
         count = GROUP // fmt.subgroups
         with f.loop(fmt.groups) as g:
-            codes = fmt.group_codes(f, f.offset(block + fmt.planes_start, g * fmt.group_bytes))
-            for i, pair in enumerate(codes):
-                f.store(pick(pair.bits_as(INTS)), pairs, 4 * i)
+            group = f.offset(block + fmt.planes_start, g * fmt.group_bytes)
+            for i in range(PAIRS):
+                codes = fmt.pair_codes(f, group, i)
+                f.store(pick(codes.bits_as(INTS)), pairs, 4 * i)
             values = f.load(vec(I16, GROUP), pairs) - fmt.offset
             for i, (scale, bias) in enumerate(fmt.group_scales(f, block, supers, g)):
                 part = values.lanes(list(range(i * count, (i + 1) * count))).to(F32)

@@ -27,14 +27,12 @@ from phicore_jax.kernels.attention import Cache, Rows
 from phicore_jax.kernels.build import Compiler
 from phicore_jax.kernels.formats import FORMATS
 from phicore_jax.kernels.lang import Module, Target
-from phicore_jax.kernels.linear import Product
 from phicore_jax.kernels.packed import ROWS_OF_STRIP, Packed
 from phicore_jax.kernels.pool import Pool, emit_worker, thread_count
 from phicore_jax.own import OwnKernels
 
 Array = Any
 
-MANY_ROWS = 32
 HUGE_PAGE = 2 << 20
 
 
@@ -141,40 +139,28 @@ class Kernels(OwnKernels):
         """
         count = w.strips.shape[0] // ceil(w.rows / ROWS_OF_STRIP)
         m = ceil(x.shape[0] / count)  # rows of activations for a matrix, on average
-        is_grouped, prefix = experts is not None, "" if experts is None else "experts-"
+        is_grouped, kind = experts is not None, self._compiler.target
+        result = jax.ShapeDtypeStruct((x.shape[0], w.rows), jnp.float32)
 
         def grouped(tile: int) -> tuple[Array, ...]:
             return () if experts is None else in_tiles(experts, count, tile)
 
-        result = jax.ShapeDtypeStruct((x.shape[0], w.rows), jnp.float32)
-        sizes = self._compiler.target
         if w.type not in FORMATS:
-            tile = ceil(m / ceil(m / sizes.dense_tile))
+            tile = dense.tile(kind, m)
             target = self._target(
-                f"{prefix}dense-{w.type.name}-{tile}",
+                f"{'experts-' if is_grouped else ''}dense-{w.type.name}-{tile}",
                 "linear",
                 lambda module: dense.emit_linear(module, w.type, tile, is_grouped),
             )
             return jax.ffi.ffi_call(target, result)(x, w.strips, *grouped(tile))
-        fmt, is_many = FORMATS[w.type], m > MANY_ROWS
-        has_bytes = sizes.has_byte_dot or (sizes.has_byte_pairs and not fmt.has_bytes)
-        bits = 8 if is_fast and has_bytes and is_many else 16
-        # Codes of one plane are quick to decode for each tile; others are decoded once for many.
-        is_decoded = is_many and (len(fmt.planes) > 1 or sizes.decodes_planes_once)
-        is_fused = bits == 16 and not is_decoded
-        tile = sizes.fused_tile if is_fused else sizes.tile
-        tile = sizes.byte_tile(fmt.largest_code) if bits == 8 else tile
-        tile = ceil(m / ceil(m / tile))
-        product = Product(fmt, tile, bits, is_grouped, sizes.byte_columns(fmt.largest_code))
+        product = linear.arranged(kind, FORMATS[w.type], m, is_fast=is_fast, is_grouped=is_grouped)
         target = self._target(
-            f"{prefix}linear-{w.type.name}-{bits}-{'fused' if is_fused else 'tiled'}-{tile}",
-            "linear",
-            lambda module: linear.emit_linear(module, product, is_fused),
+            product.name, "linear", lambda module: linear.emit_linear(module, product)
         )
-        others = grouped(tile)
-        tiles = others[0].shape[0] // tile if others else ceil(m / tile)
+        others = grouped(product.tile)
+        tiles = others[0].shape[0] // product.tile if others else ceil(m / product.tile)
         size = product.activation_bytes(tiles, w.columns)
-        if not is_fused:
+        if not product.is_fused:
             size += 64 + self.threads * product.sums_bytes(tiles)
         workspace = jax.ShapeDtypeStruct((size,), jnp.uint8)
         return jax.ffi.ffi_call(target, (result, workspace))(x, w.strips, *others)[0]
