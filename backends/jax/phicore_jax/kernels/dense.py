@@ -30,7 +30,7 @@ from phicore_jax.kernels.lang import (
     Value,
     vec,
 )
-from phicore_jax.kernels.linear import FLOATS, PREFETCH
+from phicore_jax.kernels.linear import FLOATS
 
 Type = GGMLQuantizationType
 ELEMENT_BYTES = {Type.F16: 2, Type.BF16: 2, Type.F32: 4}
@@ -91,8 +91,7 @@ def _emit_tile(module: Module, ggml_type: GGMLQuantizationType, tiles: matrix.Ti
                     chains[chain].value = f.fma(value, scalar, chains[chain].value)
 
             with f.loop(whole, step=CHAINS) as k:
-                for line in range(0, CHAINS * size, 64):
-                    f.prefetch(f.offset(start, k * size), PREFETCH + line)
+                matrix.prefetch(f, f.offset(start, k * size), CHAINS * size)
                 for c in range(CHAINS):
                     add(k + c, c)
             with f.loop(columns, start=whole) as k:

@@ -496,11 +496,15 @@ class Function:
         number = Value(self, self.builder.ptrtoint(pointer.ir, I64))
         return self.offset(pointer, (self.i64(0) - number) & (to - 1))
 
-    def prefetch(self, pointer: Value, offset: Operand) -> None:
-        """Prefetch the cache line at an address, which may lie beyond the end of the data."""
+    def prefetch(self, pointer: Value, offset: Operand, level: int = 1) -> None:
+        """Prefetch the cache line at an address, which may lie beyond the end of the data.
+
+        Args:
+            level: The cache that it goes to: 1 is the smallest and nearest.
+        """
         one, address = I32(1), self.offset(pointer, offset)
         f = self._intrinsic("llvm.prefetch.p0", VOID, [PTR, I32, I32, I32])
-        self.builder.call(f, [address.ir, I32(0), I32(3), one])
+        self.builder.call(f, [address.ir, I32(0), I32(4 - level), one])
 
     # ---- control ---------------------------------------------------------------------------
 

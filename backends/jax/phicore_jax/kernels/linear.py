@@ -43,7 +43,6 @@ from phicore_jax.kernels.lang import (
 
 STRIPS_AT_ONCE = 4  # strips that are decoded at a time, for all rows
 SPAN = 8  # groups that are decoded at a time
-PREFETCH = 8192  # bytes ahead
 
 FLOATS, INTS = vec(F32), vec(I32)
 
@@ -377,13 +376,11 @@ def _emit_fused(module: Module, p: Product) -> ir.Function:
             with f.loop(blocks) as b:
                 block = f.offset(start, b * fmt.block_bytes)
                 record = f.offset(records, b * (fmt.groups * p.record_bytes))
-                for line in range(0, fmt.planes_start, 64):
-                    f.prefetch(block, PREFETCH + line)
+                matrix.prefetch(f, block, fmt.planes_start)
                 supers = fmt.super_scales(f, block)
                 with f.loop(fmt.groups) as g:
                     group = f.offset(block + fmt.planes_start, g * fmt.group_bytes)
-                    for line in range(0, fmt.group_bytes, 64):
-                        f.prefetch(group, PREFETCH + line)
+                    matrix.prefetch(f, group, fmt.group_bytes)
                     scales = fmt.group_scales(f, block, supers, g)
 
                     def codes(pair: int, group: Value = group) -> Value:

@@ -18,6 +18,10 @@ from phicore_jax.kernels.lang import F32, I32, I64, LANES, PTR, VOID, Function, 
 
 CHUNK_BYTES = 64 << 10  # weights in a chunk, which is the unit of work of a thread
 
+# Weights are prefetched into the second cache far ahead, because a core waits for more lines at a
+# time there, and into the first one when they are near.
+FAR, NEAR = 8192, 1024  # bytes ahead
+
 Pick = Callable[[Value], Value]
 
 
@@ -74,6 +78,13 @@ class Tiles:
             first, last = f.load(I32, place).to(I64), f.load(I32, place, 4).to(I64)
             with f.when(first < last):
                 yield i, first, last
+
+
+def prefetch(f: Function, weights: Value, size: int) -> None:
+    """Prefetch what lies ahead of `size` bytes of weights that are read now."""
+    for line in range(0, size, 64):
+        f.prefetch(weights, FAR + line, level=2)
+        f.prefetch(weights, NEAR + line)
 
 
 def store(f: Function, y: Value, row: Value, strip: Value, out: Value, x: Value) -> None:
