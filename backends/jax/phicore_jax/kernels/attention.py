@@ -19,7 +19,7 @@ from llvmlite import ir
 from phicore.backend.cache_types import CacheType
 from phicore.backend.shapes import BLOCK_OF_SLOTS
 from phicore_jax.cache import ROW_TYPES
-from phicore_jax.kernels import ffi, pool
+from phicore_jax.kernels import ffi, matrix, pool
 from phicore_jax.kernels.ffi import Buffer
 from phicore_jax.kernels.lang import (
     F32,
@@ -41,7 +41,6 @@ from phicore_jax.kernels.lang import (
 
 FLOATS = vec(F32)
 LOWEST = -1e30  # below every score
-PREFETCH = 4096  # bytes ahead
 BLOCK = BLOCK_OF_SLOTS  # slots that are processed together
 VECTOR = 4 * LANES  # bytes of a vector
 CACHE_TYPES = ("f32", "f16", "i16", "i24", "q8_0")
@@ -289,7 +288,7 @@ def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
             with f.loop(count, start=unseen) as j:
                 number = chunk * capacity + first + j
                 row = f.offset(keys, number * cache.keys.bytes)
-                f.prefetch(row, PREFETCH)
+                matrix.prefetch(f, row, cache.keys.bytes)
                 key = [cache.keys.load(f, row, d, n) for d, n in pieces]
                 scale = _scale(f, cache, key_scales, number)
                 for r in queries:
@@ -324,7 +323,7 @@ def _emit_one_token(module: Module, cache: Cache, group: int) -> ir.Function:
             with f.loop(count, start=unseen) as j:
                 number = chunk * capacity + first + j
                 row = f.offset(values, number * cache.values.bytes)
-                f.prefetch(row, PREFETCH)
+                matrix.prefetch(f, row, cache.values.bytes)
                 value = [cache.values.load(f, row, d, n) for d, n in pieces]
                 scale = _scale(f, cache, value_scales, number)
                 for r in queries:
