@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -28,13 +29,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 def pytest_configure(config: pytest.Config) -> None:
     """Keep compiled programs in pytest's own cache, not in the user's.
 
-    MLX keeps CPU programs in the folder for temporary files. There, two test processes would write
-    one file at the same time, so each process gets a folder of its own.
+    All test processes of all runs share them. MLX keeps CPU programs in the folder for temporary
+    files; it compiles each under a name of its own and renames it, so processes can share these.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell that starts pytest in the background ignores the interrupt key for it. Programs
+        # that tests start and interrupt would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.pluginmanager.hasplugin("cacheprovider"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
-        if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-            os.environ["TMPDIR"] = str(config.cache.mkdir(f"tmp-{worker}"))
+        os.environ["TMPDIR"] = str(config.cache.mkdir("tmp"))
 
 
 # The same examples in every run, and no time limit: a first example may have to be compiled.

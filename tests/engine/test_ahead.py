@@ -58,6 +58,7 @@ def path(tmp_path: Path) -> Path:
     return write_model(tmp_path / "m.gguf", PHI3, Type.Q8_0, tokenizer=False)
 
 
+@pytest.mark.each_value("sampling", "backend_name")
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "drawn"])
 def test_text_is_that_of_the_same_processor_on_the_device(
     backend_name: str, path: Path, sampling: Sampling

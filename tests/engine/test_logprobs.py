@@ -62,6 +62,7 @@ def check(likely: TokenLogprobs, scores: np.ndarray, count: int) -> None:
 # ---- the figures -----------------------------------------------------------------------------
 
 
+@pytest.mark.each_value("sampling", "backend_name")
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_figures_are_the_log_softmax_of_the_logits(engine: Engine, sampling: Sampling):
     """The logits come before the penalty, the bias, the temperature and the filters."""
@@ -74,6 +75,7 @@ def test_figures_are_the_log_softmax_of_the_logits(engine: Engine, sampling: Sam
         check(each, scores[len(PROMPT) - 1 + place], 20)
 
 
+@pytest.mark.each_value("count", "backend_name")
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_there_are_as_many_alternatives_as_asked_for(engine: Engine, count: int):
     request = Request(PROMPT, DRAWN, max_tokens=4, seed=4)

@@ -144,11 +144,12 @@ def test_text_is_the_same_where_rows_shift_and_switch_at_other_times(
 @pytest.mark.each_value("sizes", "backend_name")
 @pytest.mark.parametrize("sizes", [(1, 16), (1, 16, 64), (1, 64, 256)], ids=str)
 def test_text_is_the_same_with_chunks_of_other_sizes(
-    sizes: tuple[int, ...], ops: Backend, path: Path
+    sizes: tuple[int, ...], ops: Backend, path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     engine, made = engine_of(ops, path), requests(4, seed=6, longest=90)
     expected = alone(engine, made)
-    ops.capabilities = replace(ops.capabilities, prompt_chunks=sizes)
+    changed = replace(ops.capabilities, prompt_chunks=sizes)
+    monkeypatch.setattr(ops, "capabilities", changed)
     engine.prefixes.most_bytes = 10**8
     for seed in (None, 2):
         assert together(engine, made, seed) == expected

@@ -33,6 +33,10 @@ for reference in sys.argv[1:]:
 """
 
 
+HANG_S = 120
+"""Whatever takes this long, in seconds, hangs; a slow machine is faster."""
+
+
 @dataclass(frozen=True)
 class Client:
     """A way to run phicore in a process with an empty home folder and the loopback Hub."""
@@ -47,7 +51,9 @@ class Client:
     def environment(self, **variables: str) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
         home = {"HOME": str(self.home), "HF_HOME": str(self.home / "hf")}
-        return kept | home | {"HF_ENDPOINT": self.hub.url, "NO_PROXY": "127.0.0.1"} | variables
+        hub = {"HF_ENDPOINT": self.hub.url, "NO_PROXY": "127.0.0.1"}
+        patience = {f"HF_HUB_{what}_TIMEOUT": str(HANG_S) for what in ("ETAG", "DOWNLOAD")}
+        return kept | home | hub | patience | variables
 
     def answers(self, *references: str, **variables: str) -> list[Any]:
         """Resolve references: to [path, tokenizer], or to the message of a SourceError.
@@ -59,7 +65,7 @@ class Client:
             env=self.environment(**variables),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_S,
         )
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]

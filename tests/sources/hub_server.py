@@ -82,7 +82,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
 class _Handler(BaseHTTPRequestHandler):
     state: Hub
-    timeout = 10  # seconds on one connection, which serves one request (HTTP/1.0)
+    timeout = 120  # seconds on one connection, which serves one request (HTTP/1.0)
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -142,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         cut, repository.cut_after = repository.cut_after, None
         if repository.stall:
             self._send(200, headers, body, len(body) // 2)
-            repository.stall.wait(timeout=10)
+            repository.stall.wait(self.timeout)
             return None
         self._send(200, headers, body, cut)
         repository.commit = repository.next_commit or repository.commit

@@ -277,6 +277,27 @@ def test_two_conversations_are_answered_at_the_same_time(endless: Served, open_t
     endless.wait_for_rows(0)
 
 
+def test_click_on_a_conversation_counts_while_the_list_changes(tab: Tab):
+    tab.ask("One")
+    tab.new()
+    tab.ask("Two")
+    tab.page.hover("#conversations .title:has-text('One')")
+    tab.page.mouse.down()
+    tab.call(
+        "store",
+        """async ({ openStore }) => {
+          const store = await openStore();
+          const [two] = (await store.conversations()).filter(({ title }) => title === 'Two');
+          await store.put({ conversations: [{ ...two, title: 'Three' }] });
+          new BroadcastChannel('phicore').postMessage({}); // as another tab does
+        }""",
+    )
+    tab.page.wait_for_timeout(300)  # without the press, the list would have changed long ago
+    tab.page.mouse.up()
+    tab.page.wait_for_selector("article.user:has-text('One')")
+    tab.page.wait_for_selector("#conversations .title:has-text('Three')")
+
+
 def test_shift_enter_makes_a_line_and_composed_text_is_not_sent(tab: Tab):
     tab.page.fill("#text", "one")
     tab.page.keyboard.press("Shift+Enter")

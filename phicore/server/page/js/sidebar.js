@@ -13,12 +13,16 @@ export class Sidebar {
     this.field = byId('search');
     this.list = byId('conversations');
     this.renaming = null;
+    this.isPressed = false; // a click on a row that is replaced meanwhile would be lost
     for (const event of ['list', 'change']) chat.addEventListener(event, () => this.show());
     this.field.addEventListener('input', () => {
       clearTimeout(this.timer);
       this.timer = setTimeout(() => this.show(), WAIT_MS);
     });
     byId('sidebar').addEventListener('keydown', (event) => this.key(event));
+    this.list.addEventListener('pointerdown', ({ button }) => (this.isPressed = button === 0));
+    for (const event of ['pointerup', 'pointercancel'])
+      addEventListener(event, () => setTimeout(() => this.released())); // after the click
     byId('menu').addEventListener('click', () => this.toggle(true));
     byId('backdrop').addEventListener('click', () => this.toggle(false));
     this.narrow = matchMedia('(max-width: 48rem)');
@@ -44,12 +48,18 @@ export class Sidebar {
     this.field.select();
   }
 
+  released() {
+    if (!this.isPressed) return;
+    this.isPressed = false;
+    this.show();
+  }
+
   async show() {
-    if (this.renaming) return;
+    if (this.renaming || this.isPressed) return;
     const turn = (this.turn = {});
     const query = this.field.value.trim();
     const results = await found(this.chat, query);
-    if (turn !== this.turn || this.renaming) return; // a newer call has begun
+    if (turn !== this.turn || this.renaming || this.isPressed) return; // a newer call has begun
     const focused = document.activeElement?.closest('#conversations [data-id]')?.dataset.id;
     const groups = new Map();
     for (const result of results) {
