@@ -453,7 +453,7 @@ def load(
             itself: a reference, which is loaded on the same backend, or a loaded model, which must
             not compute anything else meanwhile. It implies `speculation`.
         options: The fields of `BackendOptions`: `device`, `devices`, `cache_type`, `dtype`,
-            `fast_prefill`, `compact`, `threads`.
+            `fast_prefill`, `compact`, `threads`, `packed_cache`.
     Raises:
         PhicoreError: If the model cannot be loaded. The error is of a subclass, and its one line
             says what is wrong and what to do.
