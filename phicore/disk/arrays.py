@@ -3,7 +3,7 @@
 The file begins with `MAGIC`, the length of the header in bytes (uint64) and the header's SHA-256.
 The header is JSON. It has the identity of the contents, the size of the whole file, and the name,
 the start and the shape of each array. The arrays are uint8, and each begins at a multiple of
-`ALIGNMENT` bytes.
+`ALIGNMENT` bytes. Zeros follow the last one.
 
 A file is never changed once it has its name, so a map of it stays valid: a newer file replaces the
 name, and the older contents exist until nobody maps them.
@@ -17,17 +17,20 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from phicore.disk import paging
+
 MAGIC = b"phicore\x01"
 PREFIX = struct.Struct("<8sQ32s")
 MOST_HEADER_BYTES = 64 << 20
 ALIGNMENT = 64  # JAX does not copy arrays that are aligned so
+TAIL_BYTES = 4096
+"""Number of zeros at the end, so that code may load a whole vector at the end of the last array."""
 PIECE_BYTES = 16 << 20
 """Number of bytes that are written at a time. Linux keeps what is written in whole multiples of 2
 MiB in huge pages, if the file system can (ext4 since 6.16, XFS): maps of the file then have them
@@ -97,6 +100,7 @@ def _layout(identity: Identity, arrays: Arrays) -> tuple[bytes, int, dict[str, i
     for name, array in arrays.items():
         table.append([name, at, list(array.shape)])
         at = _aligned(at + array.nbytes)
+    at += TAIL_BYTES
     header = {"identity": identity, "arrays_bytes": at, "arrays": table}
     text = json.dumps(header, sort_keys=True).encode()
     head = PREFIX.pack(MAGIC, len(text), hashlib.sha256(text).digest()) + text
@@ -108,9 +112,14 @@ def _aligned(position: int) -> int:
     return -(-position // ALIGNMENT) * ALIGNMENT
 
 
-def map_arrays(path: Path, identity: Identity) -> dict[str, np.ndarray] | None:
-    """Map the arrays of a file, read-only. Nothing is read before it is used.
+def map_arrays(
+    path: Path, identity: Identity, *, is_read_ahead: bool = False
+) -> dict[str, np.ndarray] | None:
+    """Map the arrays of a file, read-only.
 
+    Args:
+        is_read_ahead: Whether a thread reads the file into memory. If False, the parts of the file
+            are read when they are used.
     Returns:
         The arrays by name, or None if the file is missing, damaged, cut short, of another version
         of this format, or of something else.
@@ -124,10 +133,13 @@ def map_arrays(path: Path, identity: Identity) -> dict[str, np.ndarray] | None:
             if os.fstat(file.fileno()).st_size != size:  # a map of less would end the process
                 return None
             view = mmap.mmap(file.fileno(), size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        _prefer_huge_pages(view)
-        return {
+        paging.prefer_huge_pages(view)
+        found = {
             name: _array(view, first, size, start, shape) for name, start, shape in header["arrays"]
         }
+        if is_read_ahead:
+            paging.read_ahead(view)
+        return found
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -155,10 +167,3 @@ def _array(view: mmap.mmap, first: int, size: int, start: int, shape: list[int])
     if start < 0 or count < 0 or first + start + count > size:
         raise ValueError("an array outside of the file")
     return np.frombuffer(view, np.uint8, count, first + start).reshape(shape)
-
-
-def _prefer_huge_pages(view: mmap.mmap) -> None:
-    """Let the system read the file into huge pages where it can: then each fault maps 2 MiB."""
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            view.madvise(mmap.MADV_HUGEPAGE)

@@ -64,13 +64,16 @@ class ArrayStore:
     folder: Path
     limit_bytes: int
 
-    def find(self, key: Key) -> dict[str, np.ndarray] | None:
+    def find(self, key: Key, *, is_read_ahead: bool = False) -> dict[str, np.ndarray] | None:
         """Map the arrays of a key, or return None if there is no usable file.
 
         This counts as a use of the file.
+
+        Args:
+            is_read_ahead: Whether a thread reads the file into memory.
         """
         path = self.folder / key.file_name
-        found = map_arrays(path, key.identity)
+        found = map_arrays(path, key.identity, is_read_ahead=is_read_ahead)
         if found is not None:
             with suppress(OSError):  # a read-only folder
                 os.utime(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import threading
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phicore.disk import arrays
+from phicore.disk import arrays, paging
 from phicore.disk.arrays import ALIGNMENT, PREFIX, file_bytes, map_arrays, write_arrays
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="these files are mapped on POSIX alone")
@@ -100,3 +102,30 @@ def test_mapped_file_survives_its_replacement(tmp_path: Path) -> None:
     assert found["m0"].tobytes() == old["m0"].tobytes()
     path.unlink()
     assert found["m0"].tobytes() == old["m0"].tobytes()
+
+
+def test_file_that_is_read_ahead_has_the_same_bits(tmp_path: Path) -> None:
+    path, contents = tmp_path / "a", made([(300, 4000)])
+    write(path, contents)
+    before = set(threading.enumerate())
+    with patch.object(paging, "STEP_BYTES", 1 << 16):
+        found = map_arrays(path, IDENTITY, is_read_ahead=True)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(60)
+            assert not thread.is_alive()
+    assert found is not None
+    assert found["m0"].tobytes() == contents["m0"].tobytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells what is mapped on Linux")
+def test_read_ahead_maps_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    size = len(write(path, made([(300, 4000)])))
+    with path.open("rb") as file:
+        view = mmap.mmap(file.fileno(), size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    thread = paging.read_ahead(view)
+    assert thread is not None
+    thread.join(60)
+    _, _, after = Path("/proc/self/smaps").read_text().partition(f"{path}\n")
+    resident = dict(line.split(":") for line in after.splitlines()[:10] if ":" in line)["Rss"]
+    assert int(resident.split()[0]) * 1024 >= size

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from phicore.backend.host import free_memory_bytes
 from phicore.disk import writing
 from phicore.disk.folders import packed_weights
 from phicore.disk.store import Key
@@ -54,7 +55,12 @@ class KeptMatrices:
         self.key = Key(file.path.stem, identity)
         is_large = file.size_bytes >= LEAST_BYTES
         self._is_kept = is_large and self._store.limit_bytes > 0 and sys.platform != "win32"
-        self._found = (self._store.find(self.key) if self._is_kept else None) or {}
+        free = free_memory_bytes()
+        has_memory = free is None or free > 2 * file.size_bytes  # else others would lose theirs
+        found = None
+        if self._is_kept:
+            found = self._store.find(self.key, is_read_ahead=has_memory)
+        self._found = found or {}
         self._used: dict[str, np.ndarray] = {}
 
     def strips(
