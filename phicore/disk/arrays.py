@@ -63,10 +63,11 @@ def write_arrays(
     parts += [(starts[name], array.reshape(-1)) for name, array in arrays.items()]
     for start, piece in _pieces(parts, size):
         pause()
-        left = piece.data
+        left, at = piece.data, start
         while left:
-            written = os.pwrite(fd, left, start)
-            left, start = left[written:], start + written
+            written = os.pwrite(fd, left, at)
+            left, at = left[written:], at + written
+        paging.begin_to_write_back(fd, start, piece.size)
     os.fsync(fd)
 
 

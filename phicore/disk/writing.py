@@ -10,7 +10,7 @@ from phicore.disk.arrays import Arrays
 from phicore.disk.store import ArrayStore, Key
 
 WAIT_S = 0.25
-PATIENCE_S = 60.0
+PATIENCE_S = 5.0
 
 _threads: list[threading.Thread] = []
 
@@ -21,7 +21,7 @@ def write_later(
     """Write arrays in a thread, in the moments when the process is not busy.
 
     What is not written when the main thread ends is written then, before the process ends. A
-    process that is always busy writes slowly after `PATIENCE_S`.
+    process that is still busy after `PATIENCE_S` writes a piece every `WAIT_S`.
 
     Args:
         arrays: The arrays, which nobody changes any more.
