@@ -111,7 +111,7 @@ def test_file_that_is_read_ahead_has_the_same_bits(tmp_path: Path) -> None:
     with patch.object(paging, "STEP_BYTES", 1 << 16):
         found = map_arrays(path, IDENTITY, is_read_ahead=True)
         for thread in set(threading.enumerate()) - before:
-            thread.join(60)
+            thread.join(600)
             assert not thread.is_alive()
     assert found is not None
     assert found["m0"].tobytes() == contents["m0"].tobytes()
@@ -125,7 +125,7 @@ def test_read_ahead_maps_the_whole_file(tmp_path: Path) -> None:
         view = mmap.mmap(file.fileno(), size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     thread = paging.read_ahead(view)
     assert thread is not None
-    thread.join(60)
+    thread.join(600)
     _, _, after = Path("/proc/self/smaps").read_text().partition(f"{path}\n")
     resident = dict(line.split(":") for line in after.splitlines()[:10] if ":" in line)["Rss"]
     assert int(resident.split()[0]) * 1024 >= size

@@ -32,11 +32,11 @@ def test_nothing_is_written_while_the_process_is_busy(tmp_path: Path, monkeypatc
         return not is_idle.is_set()
 
     thread = writing.write_later(store, KEY, ARRAYS, is_busy)
-    assert asked.wait(60)
+    assert asked.wait(600)
     assert writing.is_writing()
     assert store.find(KEY) is None
     is_idle.set()
-    thread.join(60)
+    thread.join(600)
     assert store.find(KEY) is not None
     assert not writing.is_writing()
     assert calls == [None] * len(calls)
@@ -46,7 +46,7 @@ def test_process_that_is_always_busy_writes_in_the_end(tmp_path: Path, monkeypat
     monkeypatch.setattr(writing, "WAIT_S", 0.001)
     monkeypatch.setattr(writing, "PATIENCE_S", 0.01)
     store = ArrayStore(tmp_path, 10**9)
-    writing.write_later(store, KEY, ARRAYS, lambda: True).join(60)
+    writing.write_later(store, KEY, ARRAYS, lambda: True).join(600)
     assert store.find(KEY) is not None
 
 

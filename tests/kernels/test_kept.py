@@ -41,7 +41,7 @@ def model(tmp_path: Path) -> Path:
 
 def wait_for_writers() -> None:
     for thread in writing._threads:
-        thread.join(60)
+        thread.join(600)
         assert not thread.is_alive()
 
 
@@ -136,6 +136,16 @@ def test_option_and_variable_switch_it_off(
     monkeypatch.setenv("PHICORE_PACKED_CACHE", "much")
     with pytest.raises(phicore.ArgumentError, match="PHICORE_PACKED_CACHE: expected a size such"):
         logits(model)
+
+
+def test_fingerprint_does_not_depend_on_the_option(model: Path) -> None:
+    with (
+        phicore.load(model, "jax") as one,
+        phicore.load(model, "jax", packed_cache=False) as other,
+        phicore.load(model, "jax", cache_type="f16") as third,
+    ):
+        assert one.fingerprint == other.fingerprint != third.fingerprint
+    wait_for_writers()
 
 
 def test_small_model_is_not_kept(
