@@ -67,9 +67,17 @@ def main() -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    _tell_of_writing()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # otherwise a Ctrl-C now prints a traceback
     sys.exit(code or 0)
+
+
+def _tell_of_writing() -> None:
+    """Tell a user that the process ends when it has written packed weights."""
+    writing = sys.modules.get("phicore.disk.writing")
+    if writing is not None and writing.is_writing() and sys.stderr.isatty():
+        sys.stderr.write("keeping packed weights for the next start; Ctrl-C leaves them out\n")
 
 
 def _fault(error: Exception) -> str | None:

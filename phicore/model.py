@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from types import TracebackType
@@ -383,7 +383,8 @@ class Model:
         """
         names = ("phicore", "numpy", "jax", "jaxlib", "llvmlite", "mlx", "torch")
         versions = {d.name: d.version for d in distributions() if d.name in names}
-        parts = (self._fingerprint, sorted(versions.items()), self.backend, self._ops.options)
+        options = replace(self._ops.options, packed_cache=True)  # the bits do not depend on it
+        parts = (self._fingerprint, sorted(versions.items()), self.backend, options)
         found = repr((*parts, platform.machine(), cpu_name(), cpu_count()))
         return hashlib.sha256(found.encode()).hexdigest()[:32]
 
@@ -453,7 +454,7 @@ def load(
             itself: a reference, which is loaded on the same backend, or a loaded model, which must
             not compute anything else meanwhile. It implies `speculation`.
         options: The fields of `BackendOptions`: `device`, `devices`, `cache_type`, `dtype`,
-            `fast_prefill`, `compact`, `threads`.
+            `fast_prefill`, `compact`, `threads`, `packed_cache`.
     Raises:
         PhicoreError: If the model cannot be loaded. The error is of a subclass, and its one line
             says what is wrong and what to do.

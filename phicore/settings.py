@@ -5,6 +5,7 @@ The command line derives its options from these fields, so a setting is describe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import field, fields
 from numbers import Integral, Real
@@ -66,3 +67,14 @@ def check_settings(settings: Any) -> None:
         if not each.metadata["check"](value):
             expected = each.metadata["expected"]
             raise ArgumentError(parameter=each.name, expected=expected, got=value)
+
+
+def bytes_of(text: str) -> int | None:
+    """Return the number of bytes that a text such as "4GB" or "500 MB" says; None if it says none.
+
+    The units are decimal.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text.strip())
+    if found is None:
+        return None
+    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))

@@ -22,6 +22,8 @@ from phicore.plugins import Plugins
 # JAX reads these when it is imported. An implicit cast or an implicit new axis is then an error.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# Tests do not fill the user's cache with weights; the tests of it have a folder of their own.
+os.environ["PHICORE_PACKED_CACHE"] = "0"
 # Small programs are kept on disk, too: many tests compile the same ones.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

@@ -67,6 +67,12 @@ class BackendOptions:
         shown_default="one for each logical CPU",
     )
 
+    packed_cache: bool = setting(
+        True,
+        "Keep a large model's packed weights in the user's cache folder, so that the next start "
+        "maps them (JAX on a CPU). `phicore cache` lists and clears it. [yes]",
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)
 

@@ -51,6 +51,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ import numpy as np
 from phicore.backend import cache_types, philox
 from phicore.backend.options import DEFAULTS, SIMPLEST, BackendOptions, Capabilities
 from phicore.gguf.matrix import Matrix
+from phicore.gguf.reader import GGUFFile
 
 NUM_EXPERTS_PER_TOK = 2
 """Number of experts that compute a token. `expert_linear` gets this many rows for each token."""
@@ -126,6 +128,14 @@ class Backend(ABC):
     @abstractmethod
     def to_numpy(self, x: Array) -> np.ndarray:
         """Copy a device array to the host. This waits until the array has been computed."""
+
+    def loading(self, file: GGUFFile) -> AbstractContextManager[None]:
+        """Return a context in which the matrices of a file are loaded.
+
+        A backend can reuse what it computed when it loaded the file before. The default does
+        nothing.
+        """
+        return nullcontext()
 
     def load_weight(self, matrix: Matrix) -> Weight:
         """Load a quantized matrix of N rows by K columns onto the device.

@@ -15,6 +15,7 @@ import typer
 
 from phicore.cli.bench import EXAMPLES as BENCH
 from phicore.cli.bench import bench
+from phicore.cli.cache import cache
 from phicore.cli.chat import EXAMPLES as CHAT
 from phicore.cli.chat import chat
 from phicore.cli.conformance import EXAMPLES as CONFORMANCE
@@ -113,3 +114,4 @@ app.command("new-backend")(new_backend)
 app.command()(plugins)
 app.command()(backends)
 app.command()(models)
+app.add_typer(cache, name="cache")

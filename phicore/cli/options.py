@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import Field, fields
 from functools import wraps
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from phicore import settings
 from phicore.errors import ArgumentError
 
 MODEL_HELP = (
@@ -64,11 +64,10 @@ def bytes_of(text: str, parameter: str = "kv_memory", least: int = 1) -> int:
     Raises:
         ArgumentError: If it says none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text.strip())
-    size = float(found[1]) * 1000 ** " kMGT".index(found[2] or " ") if found else -1
-    if size < least:
+    size = settings.bytes_of(text)
+    if size is None or size < least:
         raise ArgumentError(parameter=parameter, expected="a size such as 4GB", got=text)
-    return int(size)
+    return size
 
 
 def guessing(speculation: bool | None, draft_model: str | None) -> dict[str, Any]:
@@ -125,7 +124,9 @@ def _option(field: Field[Any], else_of: str) -> inspect.Parameter:
         default, shown = None, f"{else_of}, else {field.default:g}"
     if shown is not None:
         help = f"{help} [{shown}]"
-    flags = [f"--{field.name.replace('_', '-')}", *about["flags"]]
+    flag = field.name.replace("_", "-")
+    is_on = base is bool and default is True  # and the option to switch it off is what users need
+    flags = [f"--{flag}/--no-{flag}" if is_on else f"--{flag}", *about["flags"]]
     option = typer.Option(
         *flags, help=help, metavar=about["metavar"], show_default=base is not bool and shown is None
     )

@@ -83,12 +83,15 @@ class GGUFFile:
             not UTF-8 become surrogates; `.encode("utf-8", "surrogateescape")` restores them.
         tensors: The tensors by name, in file order; empty after `close`.
         size_bytes: The size of the file, or of all parts together.
+        versions: The size, the time of the last change in nanoseconds, and the inode of each part,
+            when it was opened.
     """
 
     path: Path
     metadata: dict[str, Any] = field(repr=False)
     tensors: dict[str, GGUFTensor] = field(repr=False)
     size_bytes: int
+    versions: list[list[int]] = field(repr=False)
     _maps: list[mmap.mmap] = field(repr=False)
 
     def forget(self, name: str) -> None:
@@ -117,6 +120,15 @@ class GGUFFile:
             for start in range(0, data.size, max(1, data.size // 4)):
                 found.update(data[start : start + 64].tobytes())
         return found.hexdigest()[:32]
+
+    def identity(self) -> list[Any]:
+        """Return what changes when the tensors change, in values that JSON has.
+
+        It consists of the `fingerprint` and of what the system knows of the files, so a file that
+        is replaced, or is changed at places that the fingerprint does not read, has another one. A
+        copy has another one, too.
+        """
+        return [self.fingerprint(), self.versions]
 
     def close(self) -> None:
         """Release the memory maps. A map that arrays still view is released with the last view."""
@@ -147,8 +159,9 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     parts = [first, *_other_parts(first)]
     tensors = _merge_tensors(parts)
     size_bytes = sum(part.size_bytes for part in parts)
+    versions = [version for part in parts for version in part.versions]
     maps = [view for part in parts for view in part._maps]
-    return GGUFFile(first.path, first.metadata, tensors, size_bytes, maps)
+    return GGUFFile(first.path, first.metadata, tensors, size_bytes, versions, maps)
 
 
 def _other_parts(first: GGUFFile) -> Iterator[GGUFFile]:
@@ -203,26 +216,29 @@ def _split_value(part: GGUFFile, key: str) -> int:
 
 def _open_part(path: Path) -> GGUFFile:
     """Open a single file. Other parts of a split model are not opened."""
-    view = _map_file(path)
+    view, version = _map_file(path)
     header = parse_header(path.name, view)
     tensors = {}
     for name, ggml_type, shape, offset, size_bytes in header.tensors:
         data = np.frombuffer(view, np.uint8, size_bytes, header.data_start + offset)
         data = data.reshape(*shape[:-1], -1)  # (..., row_bytes)
         tensors[name] = GGUFTensor(name, ggml_type, shape, data)
-    return GGUFFile(path, header.metadata, tensors, len(view), [view])
+    return GGUFFile(path, header.metadata, tensors, len(view), [version], [view])
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def _map_file(path: Path) -> tuple[mmap.mmap, list[int]]:
+    """Map a file; also return its entry in `GGUFFile.versions`."""
     try:
         if path.is_dir():
             raise GGUFError(f"{path}: expected a file, found a folder; give the .gguf file in it")
         if path.exists() and not path.is_file():  # opening a named pipe would wait forever
             raise GGUFError(f"{path}: expected a file, found a device or a pipe")
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+            stat = os.fstat(file.fileno())
+            if stat.st_size == 0:
                 raise GGUFError(f"{path}: the file is empty; download it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            version = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), version
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise GGUFError(f"{path}: cannot be opened: {reason}") from None

@@ -40,8 +40,9 @@ def load_params(
         GGUFError: If a tensor is missing, unknown or misshapen, or has a type that cannot be read.
     """
     tensors = Tensors(ops, file, progress, used=architecture.rope_tensors)
-    params = architecture.params(config, tensors)
-    tensors.check_all_read()
+    with ops.loading(file):
+        params = architecture.params(config, tensors)
+        tensors.check_all_read()
     _check_names(architecture.name, params, graph.NAMES)
     for layer in params["layers"]:
         _check_names(architecture.name, layer, graph.LAYER_NAMES)

@@ -13,6 +13,7 @@ buffer donation.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,11 +39,11 @@ from phicore.backend import (
 )
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
-from phicore.gguf.reader import GGUFTensor
+from phicore.gguf.reader import GGUFFile, GGUFTensor
 from phicore_jax import cuda, expanded
 from phicore_jax.cache import as_numbers, as_stored, names, put, rows_of_cache, width, zeros
 from phicore_jax.kernels import ROWS_OF_STRIP, find_kernels
-from phicore_jax.own import OwnKernels, Source
+from phicore_jax.own import OwnKernels, Pack, Source, no_pack
 from phicore_jax.parallel import Devices, ShardedCache, Share
 
 # XLA's other schedulers first compute whatever does not depend on the input. Here this is every
@@ -58,6 +59,8 @@ CHUNKS = (1, 256, 2048)
 large, since the weights are expanded again for each chunk."""
 QUERIES = 256
 """Number of queries whose attention scores are in memory at a time."""
+IDLE_S = 1.0
+"""A backend that has run no compiled function for this time is not busy."""
 
 
 def device_names() -> list[str]:
@@ -204,6 +207,8 @@ class JaxBackend(Backend):
         self._packing_device = self.device
         self._copy: dict[int, Callable[..., LayerCache]] = {}
         self._shared: Devices | None = None
+        self._pack: Pack = no_pack if kernels is None else kernels.pack
+        self._calls, self._called_s = 0, time.monotonic()
         if options.devices != 1:
             self._shared = Devices(self.device, options.devices)
         if kernels is not None and options.threads is not None:
@@ -229,6 +234,20 @@ class JaxBackend(Backend):
         with memory_errors():
             return np.asarray(x)
 
+    @contextmanager
+    def loading(self, file: GGUFFile) -> Iterator[None]:
+        if self._kernels is None or self._shared or not self.options.packed_cache:
+            yield
+            return
+        try:
+            with self._kernels.loading(file, self._is_busy) as self._pack:
+                yield
+        finally:
+            self._pack = self._kernels.pack
+
+    def _is_busy(self) -> bool:
+        return self._calls > 0 or time.monotonic() - self._called_s < IDLE_S
+
     def load_weight(self, matrix: Matrix) -> Weight:
         if self._shared and matrix.split:
             return self._load_shares(matrix.split, lambda n: self._packed(self._share(matrix, n)))
@@ -248,7 +267,7 @@ class JaxBackend(Backend):
         for part in joined(matrix.parts):
             if self._kernels is not None and self._kernels.has_type(part[0].type):
                 with jax.default_device(self._packing_device):
-                    packed.append(self._kernels.pack(part))
+                    packed.append(self._pack(part))
             else:
                 packed.extend(expanded.pack(replace(matrix, parts=tuple(part))))
         return packed
@@ -267,7 +286,7 @@ class JaxBackend(Backend):
         for group in groups:  # a group has one part of the matrix, of every expert
             tensors = [tensor for part in group for tensor in part]
             if self._kernels is not None and self._kernels.has_experts(tensors[0].type):
-                packed.append(self._kernels.pack(tensors, len(matrices)))
+                packed.append(self._pack(tensors, len(matrices)))
             else:
                 pairs = zip(matrices, group, strict=True)
                 packed.extend(expanded.pack_experts([replace(m, parts=tuple(p)) for m, p in pairs]))
@@ -277,8 +296,13 @@ class JaxBackend(Backend):
         compiled = self._jit(fn, donate)
 
         def call(*args: Any) -> Any:
-            with memory_errors():
-                return compiled(*args)
+            self._calls += 1
+            try:
+                with memory_errors():
+                    return compiled(*args)
+            finally:
+                self._calls -= 1
+                self._called_s = time.monotonic()
 
         return call
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGMLQuantizationType
 
-from phicore.gguf.reader import GGUFTensor
+from phicore.gguf.reader import GGUFFile, GGUFTensor
 
 Array = Any
+Pack = Callable[..., Any]
+"""A function with the arguments of `OwnKernels.pack`."""
+
+
+def no_pack(*args: Any) -> Any:
+    """Stand for the function that packs where there are no kernels."""
+    raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,18 @@ class OwnKernels(ABC):
         Args:
             count: The number of matrices. Each is made of equally many of the tensors.
         """
+
+    @contextmanager
+    def loading(self, file: GGUFFile, is_busy: Callable[[], bool]) -> Iterator[Pack]:
+        """Return a context in which a file is loaded, with the function that packs its tensors.
+
+        The function may reuse what an earlier process has packed.
+
+        Args:
+            is_busy: Returns whether somebody waits for the process. Work for the next process is
+                done in the background while nobody does.
+        """
+        yield self.pack
 
     def prepared(self, x: Array, source: Source | None) -> Any:
         """Prepare activations (M, K) for `linear`, once for all parts of a weight.

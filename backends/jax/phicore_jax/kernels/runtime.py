@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from math import ceil, prod
 from typing import Any
 
@@ -19,17 +20,18 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from phicore.errors import BackendError
-from phicore.gguf.reader import GGUFTensor
+from phicore.gguf.reader import GGUFFile, GGUFTensor
 from phicore_jax.cache import rows_of_cache
 from phicore_jax.experts import in_tiles
 from phicore_jax.kernels import attention, dense, ffi, linear, moves, rowwise
 from phicore_jax.kernels.attention import Cache, Rows
 from phicore_jax.kernels.build import Compiler
 from phicore_jax.kernels.formats import FORMATS
+from phicore_jax.kernels.kept import KeptMatrices, kept_matrices
 from phicore_jax.kernels.lang import Module, Target
 from phicore_jax.kernels.packed import ROWS_OF_STRIP, Packed
 from phicore_jax.kernels.pool import Pool, emit_worker, thread_count
-from phicore_jax.own import OwnKernels
+from phicore_jax.own import OwnKernels, Pack
 
 Array = Any
 
@@ -100,7 +102,14 @@ class Kernels(OwnKernels):
 
     # ---- weights ---------------------------------------------------------------------------
 
-    def pack(self, tensors: Sequence[GGUFTensor], count: int = 1) -> Packed:
+    @contextmanager
+    def loading(self, file: GGUFFile, is_busy: Callable[[], bool]) -> Iterator[Pack]:
+        with kept_matrices(file, self._compiler.target.name, is_busy) as kept:
+            yield partial(self.pack, kept=kept)
+
+    def pack(
+        self, tensors: Sequence[GGUFTensor], count: int = 1, kept: KeptMatrices | None = None
+    ) -> Packed:
         """Pack stacked tensors of one type into strips of 16 rows.
 
         In each matrix, all tensors except the last must have a multiple of 16 rows.
@@ -108,22 +117,30 @@ class Kernels(OwnKernels):
         Args:
             tensors: The tensors of all matrices, matrix after matrix.
             count: Number of matrices; each consists of `len(tensors) / count` tensors.
+            kept: Matrices that need not be packed again.
         """
         ggml_type, columns = tensors[0].type, tensors[0].shape[1]
-        counts = [ceil(t.shape[0] / ROWS_OF_STRIP) for t in tensors]
-        strips = _huge_array((sum(counts), _strip_bytes(ggml_type, columns)))
+        if kept is None:
+            strips = self._strips(tensors)
+        else:
+            strips = kept.strips(tensors, count, _strips_shape(tensors), self._strips)
+        return Packed(strips, ggml_type, sum(t.shape[0] for t in tensors) // count, columns)
+
+    def _strips(self, tensors: Sequence[GGUFTensor]) -> np.ndarray:
+        ggml_type, columns = tensors[0].type, tensors[0].shape[1]
+        strips = _huge_array(_strips_shape(tensors))
         emit = linear.emit_pack if ggml_type in FORMATS else dense.emit_pack
         library = self._compiler.library(
             f"pack-{ggml_type.name}", lambda module: emit(module, ggml_type), ["pack"]
         )
         pack = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(library.address("pack"))
         start = 0
-        for tensor, strip_count in zip(tensors, counts, strict=True):
+        for tensor in tensors:
             data, to = np.ascontiguousarray(tensor.data), strips[start:]
             args = np.array([data.ctypes.data, to.ctypes.data, len(data), columns], np.int64)
             pack(self.pool.state, args.ctypes.data)
-            start += strip_count
-        return Packed(strips, ggml_type, sum(t.shape[0] for t in tensors) // count, columns)
+            start += ceil(tensor.shape[0] / ROWS_OF_STRIP)
+        return strips
 
     # ---- operations ------------------------------------------------------------------------
 
@@ -293,6 +310,11 @@ class Kernels(OwnKernels):
 def _cache(cache_type: str, dim: int) -> Cache:
     keys, values = rows_of_cache(cache_type)
     return Cache(Rows(keys.name, dim), Rows(values.name, dim))
+
+
+def _strips_shape(tensors: Sequence[GGUFTensor]) -> tuple[int, int]:
+    count = sum(ceil(t.shape[0] / ROWS_OF_STRIP) for t in tensors)
+    return count, _strip_bytes(tensors[0].type, tensors[0].shape[1])
 
 
 def _huge_array(shape: tuple[int, int]) -> np.ndarray:
