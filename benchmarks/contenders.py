@@ -21,6 +21,7 @@ from phicore.errors import ArgumentError, PhicoreError
 from phicore.plugins import Plugins
 
 IK = "ik_llama.cpp"
+ONNX = "onnxruntime-genai"
 PEERS = (*LIBRARIES, IK)
 FAST = "jax-fast"
 DENSE_BYTES = {"numpy": 4.4, "array-api-strict": 4.4, "transformers": 9.0}
@@ -79,19 +80,25 @@ def contenders(
     weights: int,
     threads: int | None,
     device: str = "cpu",
+    onnx: str | None = None,
 ) -> Found:
     """Return the engines that take part.
 
     Args:
         peers: `NAME` or `NAME=PATH` of each peer; "none" is no peer. None is all that this Python
-            has.
+            has; without `onnx`, onnxruntime-genai is then left out.
         backends: Names of phicore's backends, and `jax-fast`. None is all that work here.
         weights: The number of weights of the file, for those that expand them in memory.
+        onnx: The folder of the model that onnxruntime-genai runs.
     Raises:
         ArgumentError: If a name is not known, or a peer that was named is not there.
     """
     left_out: list[str] = []
-    found = [_peer(text, path, threads, device) for text in _peers(peers)]
+    names = _peers(peers)
+    if peers is None and ONNX in names and onnx is None:
+        names.remove(ONNX)
+        left_out.append(f"{ONNX}: --onnx names the folder of its model")
+    found = [_peer(text, path, threads, device, onnx) for text in names]
     found += _ours(backends, path, threads, device, left_out)
     is_named = {*(text.partition("=")[0] for text in peers or ()), *(backends or ())}
     fitting = []
@@ -120,7 +127,7 @@ def _peers(given: Sequence[str] | None) -> list[str]:
     return [text for text in given if text != "none"]
 
 
-def _peer(text: str, path: Path, threads: int | None, device: str) -> Contender:
+def _peer(text: str, path: Path, threads: int | None, device: str, onnx: str | None) -> Contender:
     name, _, place = text.partition("=")
     model, used = str(path), threads or cpu_count()
     if name == IK:
@@ -142,6 +149,10 @@ def _peer(text: str, path: Path, threads: int | None, device: str) -> Contender:
         return Contender(name, start)
     if name == "mlx-lm":
         options["device"] = device
+    if name == ONNX:
+        if onnx is None or not (Path(onnx) / "genai_config.json").is_file():
+            raise ArgumentError(f"{name}: expected --onnx FOLDER of its model, got {onnx}")
+        options = {"model": onnx, "threads": used}
     return Contender(name, lambda context: Worker(python, name, options, threads))
 
 

@@ -90,7 +90,8 @@ def measured(args: argparse.Namespace) -> Result:
     path = resolve(args.model).path if args.model else synthetic_model(args.synthetic)
     with open_gguf(path) as file:
         weights = sum(tensor.n_elements for tensor in file.tensors.values())
-    found = contenders(args.peer, args.backend, path, weights, args.threads, args.device)
+    names = (args.peer, args.backend)
+    found = contenders(*names, path, weights, args.threads, args.device, args.onnx)
     plan = Plan(
         path=path,
         has_texts=args.model is not None,
@@ -188,6 +189,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     backend = "phicore's backends, with jax-fast; an empty word is none (default: all)"
     option("--backend", type=words, help=backend)
     option("--device", default="cpu", help="the device of phicore and mlx-lm")
+    option("--onnx", metavar="FOLDER", help="the model of onnxruntime-genai (engines/onnx_peer.py)")
     option("--threads", type=positive, help="number of threads (default: all CPUs)")
     option("--quick", action="store_true", help="two minutes: fewer sections, prompts and rounds")
     names = ",".join(SECTIONS)

@@ -83,10 +83,11 @@ class Programs:
         except OSError as error:
             raise EngineEnded(f"{program}: {error.strerror}") from None
         with process:
-            while process.poll() is None:
+            while True:
                 self._peak_bytes = max(self._peak_bytes, _peak_bytes(process.pid))
                 try:
                     printed, said = process.communicate(timeout=POLL_S)
+                    break
                 except subprocess.TimeoutExpired:
                     continue
         if process.returncode:
