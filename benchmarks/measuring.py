@@ -297,16 +297,18 @@ class Measurement:
         for name, prompts in texts.items():
             self.say(f"errors on {name}")
             expected = self._expected(prompts, reference.Streamed)
-            errors: dict[str, list[float]] = {}
+            found: dict[str, np.ndarray] = {}
             for contender in self.found.contenders:
                 logits = self._logits(contender, prompts)
                 if logits is not None:
-                    errors[contender.name] = [reference.error(logits, expected)]
-            if BASE not in errors:
-                model = self._expected(prompts, reference.LlamaArithmetic)
-                errors[ARITHMETIC] = [reference.error(model, expected)]
+                    found[contender.name] = logits
+            if BASE not in found:
+                found[ARITHMETIC] = self._expected(prompts, reference.LlamaArithmetic)
                 self._about[ARITHMETIC] = "activations of 8 bits, on NumPy; it has errors alone"
+            errors = {n: [reference.error(logits, expected)] for n, logits in found.items()}
+            middle = {n: [reference.median_error(v, expected)] for n, v in found.items()}
             rows.append(Row(f"error of the logits, {name}", "error", errors))
+            rows.append(Row(f"error at the median position, {name}", "error", middle))
         return rows
 
     def _random_tokens(self) -> list[int]:

@@ -27,8 +27,9 @@ The sections (`--sections`):
 - starts: the time from starting a process to the first token of a prompt of 16, with warm caches,
   and the process's peak memory, mapped pages of the file included, over the size of the file;
 - errors: the relative error of the logits of 100 random tokens and, for a model that has learned
-  something, of texts, against float32 on NumPy. Where llama.cpp does not take part, a model of its
-  arithmetic stands beside.
+  something, of texts, against float32 on NumPy: of all logits together, and at the median position,
+  since one unstable position can outweigh all others. Where llama.cpp does not take part, a model
+  of its arithmetic stands beside.
 
 `--json FILE` writes the results, `--from FILE...` makes tables of written results (those of one
 file and processor are joined), and `--into DOCUMENT` puts them between the document's two marks.

@@ -110,6 +110,16 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
 
 
+def median_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the median over all positions of the relative error of a position's logits.
+
+    A trained network can be unstable at a position: a rounding decides there whether a large
+    activation appears, and the error of this position is then larger than that of all others
+    together. So `error` can say more about one position than about the arithmetic.
+    """
+    return float(np.median([error(a, b) for a, b in zip(found, expected, strict=True)]))
+
+
 def _parts(tensor: GGUFTensor) -> Iterator[np.ndarray]:
     """Yield the values of some rows at a time."""
     count = max(ROWS_BYTES // (4 * tensor.shape[1]), 1)

@@ -67,7 +67,7 @@ class MlxLm:
                     f"{path.name}: mlx-lm gets no model of this kind here; the demo model and "
                     "those of --synthetic are of a kind that it gets"
                 )
-            self.vocab_size = config.vocab_size
+            self.vocab_size = file.tensors["token_embd.weight"].shape[0]
             self._model = _model(config, file)
             self._layouts: dict[str, dict[str, int]] = {}
             weights = [pair for name in file.tensors for pair in self._weights(name, file, config)]

@@ -7,6 +7,7 @@ measured: it quantizes the expanded weights anew, so its numbers would not be th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ class Transformers:
     def __init__(self, model: str) -> None:
         path = Path(model)
         transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        warnings.simplefilter("ignore", FutureWarning)  # a newer name of `past_key_values`
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=torch.float32
         ).eval()

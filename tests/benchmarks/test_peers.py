@@ -64,6 +64,7 @@ def test_all_sections_are_measured_remembered_and_checked(
         "process start to first token",
         "its peak memory over the file",
         "error of the logits, random tokens",
+        "error at the median position, random tokens",
     ]
     assert all(len(rows[name]["phicore numpy"]) == 2 for name in rows if name.startswith("dec"))
     errors = rows["error of the logits, random tokens"]
