@@ -50,7 +50,7 @@ class BackendOptions:
     )
     fast_prefill: bool = setting(
         False,
-        "Read prompts up to twice as fast and less exactly, with logits that are no less exact than "
+        "Read prompts up to twice as fast and less exactly, with logits no less exact than "
         "llama.cpp's on a CPU (JAX).",
     )
     compact: bool = setting(
