@@ -50,8 +50,8 @@ class BackendOptions:
     )
     fast_prefill: bool = setting(
         False,
-        "Read prompts up to twice as fast and less exactly, with logits about as exact as "
-        "llama.cpp's (JAX).",
+        "Read prompts up to twice as fast and less exactly, with logits no less exact than "
+        "llama.cpp's on a CPU (JAX).",
     )
     compact: bool = setting(
         False,

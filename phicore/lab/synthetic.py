@@ -91,6 +91,9 @@ MODELS = {
     "phi-3-mini": SyntheticModel(32, 3072, 8192, 32, 32),
     "phi-3-medium": SyntheticModel(40, 5120, 17920, 40, 10),
     "tiny": SyntheticModel(2, 256, 512, 4, 4, vocab_size=1024),
+    "phi-3-mini-4-layers": SyntheticModel(4, 3072, 8192, 32, 32),
+    "phi-3-mini-8-layers": SyntheticModel(8, 3072, 8192, 32, 32),
+    "phi-3-mini-16-layers": SyntheticModel(16, 3072, 8192, 32, 32),
 }
 
 

@@ -171,7 +171,7 @@ def test_linear_one_number_that_is_not_finite_spoils_its_row_and_no_other(
 def test_linear_fast_takes_8_bits_for_many_rows_alone(
     kernels: Kernels, ggml_type: Type, rng: np.random.Generator
 ):
-    """The error is within the documented bound; below 1e-4, the product would be the exact one."""
+    """The error is that of 8 bits; below 1e-4, the product would be the exact one."""
     tensor = random_tensor(ggml_type, 100, 768, rng)
     weight = kernels.pack([tensor])
     x = rng.standard_normal((70, 768), np.float32)
