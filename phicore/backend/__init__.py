@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Backend,
         LayerCache,
         Params,
+        ProgramStore,
         Weight,
     )
 
@@ -36,6 +37,7 @@ __all__ = [
     "Capabilities",
     "LayerCache",
     "Params",
+    "ProgramStore",
     "Weight",
 ]
 

@@ -85,6 +85,22 @@ A backend may return a subclass that its compiler knows, such as one whose array
 """
 
 
+class ProgramStore(ABC):
+    """Compiles functions, and keeps the results for later processes."""
+
+    @abstractmethod
+    def compile(
+        self, fn: Callable[..., Any], donate: Sequence[int], identity: str
+    ) -> Callable[..., Any]:
+        """Compile a function as `Backend.compile` does, for arguments of one form alone.
+
+        Args:
+            fn, donate: Arguments of `Backend.compile`.
+            identity: A text from which follows what `fn` computes, its sources included, but for
+                the backend and the forms of the arguments.
+        """
+
+
 class Backend(ABC):
     """A tensor library on a device. The module's docstring has the rules.
 
@@ -165,6 +181,18 @@ class Backend(ABC):
             that they depend on.
         """
         return fn
+
+    def kept_programs(self, model: str) -> ProgramStore | None:
+        """Return what compiles the functions of a model and keeps them on disk.
+
+        It may begin to load what the last process needed while the model is loaded.
+
+        Args:
+            model: A text that tells the model, its weights included, from others.
+        Returns:
+            None if this backend keeps nothing; `compile` is then called.
+        """
+        return None
 
     def while_loop(
         self, condition: Callable[[Any], Array], body: Callable[[Any], Any], state: Any

@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from phicore.backend import Backend, LayerCache, Params
+from phicore.backend import Backend, LayerCache, Params, ProgramStore
 from phicore.engine.cache import Cache
+from phicore.engine.identities import identity_of
 from phicore.engine.steps import States, Steps
 from phicore.engine.timings import Timings
 from phicore.network.processors import Kinds
 from phicore.network.rope import Tables
 from phicore.progress import Progress
+
+Function = Callable[[], Callable[..., Any]]
+"""A function of `Steps`. A call returns it compiled, for arguments of one form."""
 
 
 class Compiled:
@@ -26,35 +30,48 @@ class Compiled:
         progress: Called when a function is compiled.
     """
 
-    def __init__(self, ops: Backend, pure: Steps, params: Params, progress: Progress) -> None:
+    def __init__(
+        self,
+        ops: Backend,
+        pure: Steps,
+        params: Params,
+        progress: Progress,
+        programs: ProgramStore | None = None,
+    ) -> None:
+        """Make the compiled steps.
+
+        Args:
+            programs: What keeps compiled functions for later processes; None keeps nothing.
+        """
         self.pure = pure
+        self._programs = programs
         self._ops = ops
         self._params = params
         self.progress = progress
-        self._functions: dict[tuple[str, Kinds, bool], Callable[..., Any]] = {}
-        self._called: set[Any] = set()
+        self._functions: dict[tuple[str, Kinds, bool], Function] = {}
+        self._called: dict[Any, Callable[..., Any]] = {}
 
-    def step(self, kinds: Kinds, *, has_logprobs: bool = False) -> Callable[..., Any]:
+    def step(self, kinds: Kinds, *, has_logprobs: bool = False) -> Function:
         """Return the compiled `Steps.step` for these processor classes."""
         return self._function("step", kinds, has_logprobs)
 
-    def steps(self, kinds: Kinds, *, has_logprobs: bool = False) -> Callable[..., Any]:
+    def steps(self, kinds: Kinds, *, has_logprobs: bool = False) -> Function:
         """Return the compiled `Steps.steps` for these processor classes."""
         return self._function("steps", kinds, has_logprobs)
 
-    def verify(self, kinds: Kinds, *, has_logprobs: bool = False) -> Callable[..., Any]:
+    def verify(self, kinds: Kinds, *, has_logprobs: bool = False) -> Function:
         """Return the compiled `Steps.verify` for these processor classes."""
         return self._function("verify", kinds, has_logprobs)
 
-    def logits(self) -> Callable[..., Any]:
+    def logits(self) -> Function:
         """Return the compiled `Steps.logits`."""
         return self._function("logits", None)
 
-    def score(self) -> Callable[..., Any]:
+    def score(self) -> Function:
         """Return the compiled `Steps.score`."""
         return self._function("score", None)
 
-    def score_tokens(self) -> Callable[..., Any]:
+    def score_tokens(self) -> Function:
         """Return the compiled `Steps.score_tokens`."""
         return self._function("score_tokens", None)
 
@@ -64,7 +81,7 @@ class Compiled:
         kinds: Kinds | None,
         has_logprobs: bool = False,
         donate: Sequence[int] = (1,),
-    ) -> Callable[..., Any]:
+    ) -> Function:
         key = name, kinds or (), has_logprobs
         if key not in self._functions:
             function = getattr(self.pure, name)
@@ -72,12 +89,17 @@ class Compiled:
                 function = partial(function, kinds)
             if has_logprobs:
                 function = partial(function, has_logprobs=True)
-            self._functions[key] = self._ops.compile(function, donate=donate)
+            identity = None if self._programs is None else identity_of(self.pure, *key)
+            if self._programs is None or identity is None:
+                compiled = self._ops.compile(function, donate=donate)
+                self._functions[key] = lambda: compiled
+            else:
+                self._functions[key] = partial(self._programs.compile, function, donate, identity)
         return self._functions[key]
 
     def run(
         self,
-        function: Callable[..., Any],
+        function: Function,
         cache: Cache,
         tables: Tables,
         args: tuple[Any, ...],
@@ -110,19 +132,22 @@ class Compiled:
     def _call(
         self,
         key: Any,
-        function: Callable[..., Any],
+        function: Function,
         args: tuple[Any, ...],
         timings: Sequence[Timings] = (),
     ) -> Any:
         """Call a function, and report compiling if this is the first call with a key."""
-        if key is None or key in self._called:
-            return function(*args)
+        if key is None:
+            return function()(*args)
+        if key in self._called:
+            return self._called[key](*args)
         self.progress("compiling", 0, 1)
         started = time.perf_counter()
-        result = function(*args)
+        compiled = function()
+        result = compiled(*args)
         for each in timings:
             each.compile_s += time.perf_counter() - started
-        self._called.add(key)
+        self._called[key] = compiled
         self.progress("compiling", 1, 1)
         return result
 
@@ -152,11 +177,9 @@ class Compiled:
 
         Layers are moved one by one, so that little is compiled.
         """
-        key = name, (), False
-        if key not in self._functions:
-            self._functions[key] = self._ops.compile(getattr(self.pure, name), donate=donate)
-        shapes = (key, *map(_shapes, args)) if self._ops.capabilities.compiles else None
-        return self._call(shapes, self._functions[key], args)
+        function = self._function(name, None, donate=donate)
+        key = (function, *map(_shapes, args)) if self._ops.capabilities.compiles else None
+        return self._call(key, function, args)
 
 
 def _shapes(arg: Any) -> Any:
