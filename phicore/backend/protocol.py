@@ -85,14 +85,30 @@ A backend may return a subclass that its compiler knows, such as one whose array
 """
 
 
+class KeptProgram(ABC):
+    """A compiled function for arguments of one form."""
+
+    @abstractmethod
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+
+    @abstractmethod
+    def prepare(self, *args: Any) -> None:
+        """Begin to compile it, or to load it, in a thread. It is not called.
+
+        An error is raised by the first call.
+
+        Args:
+            args: Arguments of the form that a later call has.
+        """
+
+
 class ProgramStore(ABC):
     """Compiles functions, and keeps the results for later processes."""
 
     @abstractmethod
-    def compile(
-        self, fn: Callable[..., Any], donate: Sequence[int], identity: str
-    ) -> Callable[..., Any]:
-        """Compile a function as `Backend.compile` does, for arguments of one form alone.
+    def compile(self, fn: Callable[..., Any], donate: Sequence[int], identity: str) -> KeptProgram:
+        """Return a function that is compiled at its first call, as by `Backend.compile`.
 
         Args:
             fn, donate: Arguments of `Backend.compile`.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from phicore.backend import Backend, LayerCache, Params, ProgramStore
+from phicore.backend import Backend, KeptProgram, LayerCache, Params, ProgramStore
 from phicore.engine.cache import Cache
 from phicore.engine.identities import identity_of
 from phicore.engine.steps import States, Steps
@@ -50,6 +50,7 @@ class Compiled:
         self.progress = progress
         self._functions: dict[tuple[str, Kinds, bool], Function] = {}
         self._called: dict[Any, Callable[..., Any]] = {}
+        self._prepared: dict[Any, KeptProgram] = {}
 
     def step(self, kinds: Kinds, *, has_logprobs: bool = False) -> Function:
         """Return the compiled `Steps.step` for these processor classes."""
@@ -114,12 +115,33 @@ class Compiled:
             args: The function's arguments after `place`. The first must be the tokens (B, T).
             timings: The times of the sequences that wait for it.
         """
+        key = self._key(function, cache, tables, args)
+        args = (self._params, cache.layers, tables, cache.place, *args)
+        return self._call(key, function, args, timings)
+
+    def prepare(
+        self, function: Function, cache: Cache, tables: Tables, args: tuple[Any, ...]
+    ) -> None:
+        """Begin to compile a function in a thread, if compiled functions are kept.
+
+        Args:
+            args: Arguments of `run`, of the form that a later call has.
+        """
+        key = self._key(function, cache, tables, args)
+        if key is None or key in self._called or key in self._prepared or self._programs is None:
+            return
+        program = function()
+        if isinstance(program, KeptProgram):
+            program.prepare(self._params, cache.layers, tables, cache.place, *args)
+            self._prepared[key] = program
+
+    def _key(self, function: Function, cache: Cache, tables: Tables, args: tuple[Any, ...]) -> Any:
+        """Return what tells one compiled function from others; None if it is not compiled."""
         ops = self._ops.capabilities
         most, tokens = ops.compiled_tokens, args[0]
-        is_compiled = ops.compiles and (most is None or tokens.shape[1] <= most)
-        key = (function, cache.capacity, *map(_shapes, (tables[0], *args)))
-        args = (self._params, cache.layers, tables, cache.place, *args)
-        return self._call(key if is_compiled else None, function, args, timings)
+        if not ops.compiles or (most is not None and tokens.shape[1] > most):
+            return None
+        return (function, cache.capacity, *map(_shapes, (tables[0], *args)))
 
     def pick(
         self, kinds: Kinds, args: tuple[Any, ...], timings: Sequence[Timings], *, has_logprobs: bool
@@ -143,7 +165,7 @@ class Compiled:
             return self._called[key](*args)
         self.progress("compiling", 0, 1)
         started = time.perf_counter()
-        compiled = function()
+        compiled = self._prepared.pop(key, None) or function()
         result = compiled(*args)
         for each in timings:
             each.compile_s += time.perf_counter() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Tokens
 
 from phicore.engine.calls import Calls
 from phicore.engine.places import Places, put
@@ -40,6 +41,16 @@ class Prompts:
             places.ready.append(rows)
         return outputs
 
+    def _foresee(self, rows: Rows, rest: Tokens[int]) -> None:
+        """Begin to compile the steps for the rest of a prompt, and the one that decodes."""
+        sizes = []
+        while rest:
+            chunk = self._runner.chunk_at(rest, 0)
+            sizes.append(chunk.size)
+            rest = rest[chunk.end :]
+        decodes = self._runner.ops.capabilities.steps == 1 and not rows.needs_tokens
+        self._runner.foresee(rows, dict.fromkeys([*sizes, *([1] if decodes else [])]))
+
     def _read_chunk(self, rows: Rows, sequence: Sequence) -> None:
         """Read a chunk of the given tokens.
 
@@ -51,6 +62,8 @@ class Prompts:
         most = scheduler.most_tokens(others)
         given = sequence.tokens[: sequence.given]
         chunk = self._runner.chunk_at(given, sequence.computed, most)
+        if not others and not sequence.computed:
+            self._foresee(rows, given[chunk.end :])
         if sequence.computed:
             ops.to_numpy(rows.token)
             self._places.report(sequence, sequence.computed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Tokens
 from functools import cached_property
 from typing import Any
@@ -75,6 +75,21 @@ class Runner:
         asarray = self.ops.asarray
         inputs = asarray(chunk.tokens), asarray(chunk.positions), asarray(chunk.last)
         self._step(rows, inputs, chunk.size)
+
+    def foresee(self, rows: Rows, sizes: Iterable[int]) -> None:
+        """Begin to compile the steps that read chunks of these sizes for the only row.
+
+        Size 1 is also the step that decodes.
+        """
+        end = rows.positions(1)
+        for size in sizes:
+            tokens = self.ops.asarray(np.zeros((1, size), np.int32))
+            self.steps.prepare(
+                self.steps.step(rows.kinds, has_logprobs=rows.has_logprobs),
+                rows.cache,
+                self._tables(rows, end),
+                (tokens, tokens, rows.only, rows.penalty, self._draw(rows), rows.states),
+            )
 
     def decode(self, rows: Rows, count: int) -> Array:
         """Run the last token of each row and sample `count` tokens in one call: (B, N) int32.

@@ -34,7 +34,7 @@ from jax.experimental import serialize_executable
 
 import phicore.backend
 import phicore_jax
-from phicore.backend import ProgramStore
+from phicore.backend import KeptProgram, ProgramStore
 from phicore.backend.host import cpu_count
 from phicore.backend.sources import sources_digest
 from phicore_jax.kept import read, write
@@ -118,12 +118,13 @@ class Programs(ProgramStore):
         self._list = self._folder / f"{_hash(conditions, model)}.json"
         self._used: list[str] = []
         self._lock = threading.Lock()
+        # The process waits at its end for a thread that compiles: XLA must not lose its memory.
+        self._workers = ThreadPoolExecutor(max(1, cpu_count() - 1), "phicore-programs")
         self._early = self._load_early()
 
-    def compile(
-        self, fn: Callable[..., Any], donate: Sequence[int], identity: str
-    ) -> Callable[..., Any]:
-        return self._guarded(Program(partial(self._program, fn, donate, identity)))
+    def compile(self, fn: Callable[..., Any], donate: Sequence[int], identity: str) -> KeptProgram:
+        make = partial(self._program, fn, donate, identity)
+        return Program(make, self._guarded, self._workers)
 
     def _load_early(self) -> dict[str, Future[Any]]:
         """Begin to load the programs that the last process used first."""
@@ -132,12 +133,7 @@ class Programs(ProgramStore):
             names = [name for name in names if re.fullmatch("[0-9a-f]{32}", name)]
         except (OSError, ValueError, TypeError):
             names = []
-        if not names:
-            return {}
-        workers = ThreadPoolExecutor(max(1, min(len(names), cpu_count() - 1)), "phicore-programs")
-        early = {name: workers.submit(self._loaded, name) for name in names}
-        workers.shutdown(wait=False)
-        return early
+        return {name: self._workers.submit(self._loaded, name) for name in names}
 
     def _program(
         self, fn: Callable[..., Any], donate: Sequence[int], identity: str, args: Any
@@ -199,20 +195,38 @@ class Programs(ProgramStore):
             return
 
 
-class Program:
-    """A function that is always called with arguments of one form.
+class Program(KeptProgram):
+    """A function that is compiled, or found on disk, when it is first called or prepared."""
 
-    It is compiled, or found on disk, at its first call.
-    """
-
-    def __init__(self, make: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        make: Callable[[Any], Any],
+        guarded: Callable[[Callable[..., Any]], Callable[..., Any]],
+        workers: ThreadPoolExecutor,
+    ) -> None:
         self._make = make
-        self._run: Callable[..., Any] | None = None
+        self._workers = workers
+        self._guarded_run = guarded(self._run)
+        self._prepared: Future[Any] | None = None
+        self._program: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if self._run is None:
-            self._run = self._make(args)
-        return self._run(*args)
+        return self._guarded_run(*args)
+
+    def prepare(self, *args: Any) -> None:
+        if self._program is None and self._prepared is None:
+            self._prepared = self._workers.submit(self._make, jax.tree.map(_form, args))
+
+    def _run(self, *args: Any) -> Any:
+        if self._program is None:
+            prepared = self._prepared
+            self._program = self._make(args) if prepared is None else prepared.result()
+        return self._program(*args)
+
+
+def _form(x: Any) -> jax.ShapeDtypeStruct:
+    """Return what a program depends on of an array, whose memory may be given away meanwhile."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.weak_type)
 
 
 def _hash(*parts: str) -> str:
