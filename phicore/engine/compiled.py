@@ -119,6 +119,11 @@ class Compiled:
         args = (self._params, cache.layers, tables, cache.place, *args)
         return self._call(key, function, args, timings)
 
+    @property
+    def keeps(self) -> bool:
+        """Return whether compiled functions are kept for later processes."""
+        return self._programs is not None
+
     def prepare(
         self, function: Function, cache: Cache, tables: Tables, args: tuple[Any, ...]
     ) -> None:

@@ -42,14 +42,13 @@ class Prompts:
         return outputs
 
     def _foresee(self, rows: Rows, rest: Tokens[int]) -> None:
-        """Begin to compile the steps for the rest of a prompt, and the one that decodes."""
-        sizes = []
+        """Begin to compile the steps for the rest of a prompt."""
+        sizes: dict[int, None] = {}
         while rest:
             chunk = self._runner.chunk_at(rest, 0)
-            sizes.append(chunk.size)
+            sizes[chunk.size] = None
             rest = rest[chunk.end :]
-        decodes = self._runner.ops.capabilities.steps == 1 and not rows.needs_tokens
-        self._runner.foresee(rows, dict.fromkeys([*sizes, *([1] if decodes else [])]))
+        self._runner.foresee(rows, sizes)
 
     def _read_chunk(self, rows: Rows, sequence: Sequence) -> None:
         """Read a chunk of the given tokens.
@@ -70,6 +69,8 @@ class Prompts:
         state, compile_s = (rows.penalty, rows.states), sequence.timings.compile_s
         started = time.perf_counter()
         self._runner.read(rows, chunk)
+        if not others and chunk.end == sequence.given and ops.capabilities.steps == 1:
+            self._runner.foresee(rows, [1])  # while the device reads, the step that decodes
         if others or scheduler.chunk_s is not None:
             ops.to_numpy(rows.token)
             took_s = time.perf_counter() - started

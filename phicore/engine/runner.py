@@ -81,6 +81,8 @@ class Runner:
 
         Size 1 is also the step that decodes.
         """
+        if not self.steps.keeps or rows.needs_tokens:
+            return
         end = rows.positions(1)
         for size in sizes:
             tokens = self.ops.asarray(np.zeros((1, size), np.int32))
