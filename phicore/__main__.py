@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -13,6 +14,9 @@ import typer
 from phicore import cli
 from phicore.errors import ArgumentError, PhicoreError
 
+COLLECT_AFTER = 50_000
+"""Number of new objects after which Python looks for unused ones. To import JAX makes many objects,
+and Python's own number makes that a quarter longer."""
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -22,6 +26,7 @@ def main() -> NoReturn:
 
     Every error that a user can cause becomes one line on standard error and an exit code.
     """
+    gc.set_threshold(COLLECT_AFTER)
     if sys.stderr is None:  # closed by the shell
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.stdout is None:

@@ -105,6 +105,7 @@ class Model:
             self.config = read_config(file, architecture)
             self.vocab_size = self.config.vocab_size
             self._fingerprint = file.fingerprint()
+            programs = ops.kept_programs(self._fingerprint)  # loads them while the rest is made
             self.context = checked_context(context, self.config)
             self.tokenizer = tokenizer_of(files, self.metadata)
             self._prompts = Prompts(self.tokenizer, self.metadata, name)
@@ -135,6 +136,7 @@ class Model:
                 prefix_bytes=checked_prefix_bytes(prefix_cache_bytes),
                 kv_bytes=checked_kv_memory(kv_memory, ops),
                 drafter=drafter,
+                programs=programs,
             )
             if kv_memory is not None:
                 self._engine.fit_context()

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
         VERSION,
         Array,
         Backend,
+        KeptProgram,
         LayerCache,
         Params,
+        ProgramStore,
         Weight,
     )
 
@@ -34,8 +36,10 @@ __all__ = [
     "Backend",
     "BackendOptions",
     "Capabilities",
+    "KeptProgram",
     "LayerCache",
     "Params",
+    "ProgramStore",
     "Weight",
 ]
 

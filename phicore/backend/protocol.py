@@ -87,6 +87,38 @@ A backend may return a subclass that its compiler knows, such as one whose array
 """
 
 
+class KeptProgram(ABC):
+    """A compiled function for arguments of one form."""
+
+    @abstractmethod
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+
+    @abstractmethod
+    def prepare(self, *args: Any) -> None:
+        """Begin to compile it, or to load it, in a thread. It is not called.
+
+        An error is raised by the first call.
+
+        Args:
+            args: Arguments of the form that a later call has.
+        """
+
+
+class ProgramStore(ABC):
+    """Compiles functions, and keeps the results for later processes."""
+
+    @abstractmethod
+    def compile(self, fn: Callable[..., Any], donate: Sequence[int], identity: str) -> KeptProgram:
+        """Return a function that is compiled at its first call, as by `Backend.compile`.
+
+        Args:
+            fn, donate: Arguments of `Backend.compile`.
+            identity: A text from which follows what `fn` computes, its sources included, but for
+                the backend and the forms of the arguments.
+        """
+
+
 class Backend(ABC):
     """A tensor library on a device. The module's docstring has the rules.
 
@@ -175,6 +207,18 @@ class Backend(ABC):
             that they depend on.
         """
         return fn
+
+    def kept_programs(self, model: str) -> ProgramStore | None:
+        """Return what compiles the functions of a model and keeps them on disk.
+
+        It may begin to load what the last process needed while the model is loaded.
+
+        Args:
+            model: A text that tells the model, its weights included, from others.
+        Returns:
+            None if this backend keeps nothing; `compile` is then called.
+        """
+        return None
 
     def while_loop(
         self, condition: Callable[[Any], Array], body: Callable[[Any], Any], state: Any

@@ -34,7 +34,7 @@ class Kind:
 
 KINDS = {
     "packed": Kind("weights in the form that the kernels read", ("packed/*",)),
-    "compiled": Kind("kernels, and programs of XLA", ("kernels/*", "jax-*")),
+    "compiled": Kind("kernels, and programs of XLA", ("kernels/*", "programs-*", "jax-*")),
     "synthetic": Kind("models of random weights for benchmarks", ("synthetic/*",)),
 }
 

@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from phicore.backend import Backend, LayerCache, Params
+from phicore.backend import Backend, KeptProgram, LayerCache, Params, ProgramStore
 from phicore.engine.cache import Cache
+from phicore.engine.identities import identity_of
 from phicore.engine.steps import States, Steps
 from phicore.engine.timings import Timings
 from phicore.network.processors import Kinds
 from phicore.network.rope import Tables
 from phicore.progress import Progress
+
+Function = Callable[[], Callable[..., Any]]
+"""A function of `Steps`. A call returns it compiled, for arguments of one form."""
 
 
 class Compiled:
@@ -26,35 +30,49 @@ class Compiled:
         progress: Called when a function is compiled.
     """
 
-    def __init__(self, ops: Backend, pure: Steps, params: Params, progress: Progress) -> None:
+    def __init__(
+        self,
+        ops: Backend,
+        pure: Steps,
+        params: Params,
+        progress: Progress,
+        programs: ProgramStore | None = None,
+    ) -> None:
+        """Make the compiled steps.
+
+        Args:
+            programs: What keeps compiled functions for later processes; None keeps nothing.
+        """
         self.pure = pure
+        self._programs = programs
         self._ops = ops
         self._params = params
         self.progress = progress
-        self._functions: dict[tuple[str, Kinds, bool], Callable[..., Any]] = {}
-        self._called: set[Any] = set()
+        self._functions: dict[tuple[str, Kinds, bool], Function] = {}
+        self._called: dict[Any, Callable[..., Any]] = {}
+        self._prepared: dict[Any, KeptProgram] = {}
 
-    def step(self, kinds: Kinds, *, has_logprobs: bool = False) -> Callable[..., Any]:
+    def step(self, kinds: Kinds, *, has_logprobs: bool = False) -> Function:
         """Return the compiled `Steps.step` for these processor classes."""
         return self._function("step", kinds, has_logprobs)
 
-    def steps(self, kinds: Kinds, *, has_logprobs: bool = False) -> Callable[..., Any]:
+    def steps(self, kinds: Kinds, *, has_logprobs: bool = False) -> Function:
         """Return the compiled `Steps.steps` for these processor classes."""
         return self._function("steps", kinds, has_logprobs)
 
-    def verify(self, kinds: Kinds, *, has_logprobs: bool = False) -> Callable[..., Any]:
+    def verify(self, kinds: Kinds, *, has_logprobs: bool = False) -> Function:
         """Return the compiled `Steps.verify` for these processor classes."""
         return self._function("verify", kinds, has_logprobs)
 
-    def logits(self) -> Callable[..., Any]:
+    def logits(self) -> Function:
         """Return the compiled `Steps.logits`."""
         return self._function("logits", None)
 
-    def score(self) -> Callable[..., Any]:
+    def score(self) -> Function:
         """Return the compiled `Steps.score`."""
         return self._function("score", None)
 
-    def score_tokens(self) -> Callable[..., Any]:
+    def score_tokens(self) -> Function:
         """Return the compiled `Steps.score_tokens`."""
         return self._function("score_tokens", None)
 
@@ -64,7 +82,7 @@ class Compiled:
         kinds: Kinds | None,
         has_logprobs: bool = False,
         donate: Sequence[int] = (1,),
-    ) -> Callable[..., Any]:
+    ) -> Function:
         key = name, kinds or (), has_logprobs
         if key not in self._functions:
             function = getattr(self.pure, name)
@@ -72,12 +90,17 @@ class Compiled:
                 function = partial(function, kinds)
             if has_logprobs:
                 function = partial(function, has_logprobs=True)
-            self._functions[key] = self._ops.compile(function, donate=donate)
+            identity = None if self._programs is None else identity_of(self.pure, *key)
+            if self._programs is None or identity is None:
+                compiled = self._ops.compile(function, donate=donate)
+                self._functions[key] = lambda: compiled
+            else:
+                self._functions[key] = partial(self._programs.compile, function, donate, identity)
         return self._functions[key]
 
     def run(
         self,
-        function: Callable[..., Any],
+        function: Function,
         cache: Cache,
         tables: Tables,
         args: tuple[Any, ...],
@@ -92,12 +115,38 @@ class Compiled:
             args: The function's arguments after `place`. The first must be the tokens (B, T).
             timings: The times of the sequences that wait for it.
         """
+        key = self._key(function, cache, tables, args)
+        args = (self._params, cache.layers, tables, cache.place, *args)
+        return self._call(key, function, args, timings)
+
+    @property
+    def keeps(self) -> bool:
+        """Return whether compiled functions are kept for later processes."""
+        return self._programs is not None
+
+    def prepare(
+        self, function: Function, cache: Cache, tables: Tables, args: tuple[Any, ...]
+    ) -> None:
+        """Begin to compile a function in a thread, if compiled functions are kept.
+
+        Args:
+            args: Arguments of `run`, of the form that a later call has.
+        """
+        key = self._key(function, cache, tables, args)
+        if key is None or key in self._called or key in self._prepared or self._programs is None:
+            return
+        program = function()
+        if isinstance(program, KeptProgram):
+            program.prepare(self._params, cache.layers, tables, cache.place, *args)
+            self._prepared[key] = program
+
+    def _key(self, function: Function, cache: Cache, tables: Tables, args: tuple[Any, ...]) -> Any:
+        """Return what tells one compiled function from others; None if it is not compiled."""
         ops = self._ops.capabilities
         most, tokens = ops.compiled_tokens, args[0]
-        is_compiled = ops.compiles and (most is None or tokens.shape[1] <= most)
-        key = (function, cache.capacity, *map(_shapes, (tables[0], *args)))
-        args = (self._params, cache.layers, tables, cache.place, *args)
-        return self._call(key if is_compiled else None, function, args, timings)
+        if not ops.compiles or (most is not None and tokens.shape[1] > most):
+            return None
+        return (function, cache.capacity, *map(_shapes, (tables[0], *args)))
 
     def pick(
         self, kinds: Kinds, args: tuple[Any, ...], timings: Sequence[Timings], *, has_logprobs: bool
@@ -110,19 +159,22 @@ class Compiled:
     def _call(
         self,
         key: Any,
-        function: Callable[..., Any],
+        function: Function,
         args: tuple[Any, ...],
         timings: Sequence[Timings] = (),
     ) -> Any:
         """Call a function, and report compiling if this is the first call with a key."""
-        if key is None or key in self._called:
-            return function(*args)
+        if key is None:
+            return function()(*args)
+        if key in self._called:
+            return self._called[key](*args)
         self.progress("compiling", 0, 1)
         started = time.perf_counter()
-        result = function(*args)
+        compiled = self._prepared.pop(key, None) or function()
+        result = compiled(*args)
         for each in timings:
             each.compile_s += time.perf_counter() - started
-        self._called.add(key)
+        self._called[key] = compiled
         self.progress("compiling", 1, 1)
         return result
 
@@ -152,11 +204,9 @@ class Compiled:
 
         Layers are moved one by one, so that little is compiled.
         """
-        key = name, (), False
-        if key not in self._functions:
-            self._functions[key] = self._ops.compile(getattr(self.pure, name), donate=donate)
-        shapes = (key, *map(_shapes, args)) if self._ops.capabilities.compiles else None
-        return self._call(shapes, self._functions[key], args)
+        function = self._function(name, None, donate=donate)
+        key = (function, *map(_shapes, args)) if self._ops.capabilities.compiles else None
+        return self._call(key, function, args)
 
 
 def _shapes(arg: Any) -> Any:

@@ -17,8 +17,8 @@ from typing import Self
 
 import numpy as np
 
-from phicore.backend import Backend
-from phicore.engine import logprobs, sessions
+from phicore.backend import Backend, ProgramStore
+from phicore.engine import logprobs
 from phicore.engine.batches import Batches
 from phicore.engine.calls import NOT_FINITE, Calls
 from phicore.engine.drafts import Drafter
@@ -97,6 +97,7 @@ class Engine:
         prefix_bytes: int = 0,
         kv_bytes: int | None = None,
         drafter: Drafter | None = None,
+        programs: ProgramStore | None = None,
     ) -> Self:
         """Load the model of a file.
 
@@ -106,6 +107,7 @@ class Engine:
             context: The largest number of tokens. None takes the context that the model was made
                 for.
             scheduler, prefix_bytes, kv_bytes, drafter: Arguments of `Engine`.
+            programs: What keeps compiled steps for later processes; None keeps nothing.
         Raises:
             GGUFError: If the file is damaged or not supported.
             BackendError: If the backend cannot hold the model.
@@ -118,7 +120,7 @@ class Engine:
         factors = architecture.rope_factors(config, file)
         params = load_params(ops, architecture, config, file, progress)
         return cls(
-            Runner(ops, share, params, factors, progress),
+            Runner(ops, share, params, factors, progress, programs),
             context=config.max_position_embeddings if context is None else context,
             progress=progress,
             scheduler=scheduler,
@@ -330,6 +332,8 @@ class Engine:
         Raises:
             SessionError: If the backend's arrays cannot be saved, or the file cannot be written.
         """
+        from phicore.engine import sessions  # safetensors is seldom needed
+
         with self._lock:  # nobody may go on with this cache meanwhile
             known = self.prefixes.longest(tokens)
             if known is None:
@@ -343,6 +347,8 @@ class Engine:
         Raises:
             SessionError: If the file cannot be read, is damaged, or does not fit.
         """
+        from phicore.engine import sessions
+
         known = sessions.load(path, self.runner, model)
         with self._lock:
             self.prefixes.add(known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Tokens
 
 from phicore.engine.calls import Calls
 from phicore.engine.places import Places, put
@@ -40,6 +41,15 @@ class Prompts:
             places.ready.append(rows)
         return outputs
 
+    def _foresee(self, rows: Rows, rest: Tokens[int]) -> None:
+        """Begin to compile the steps for the rest of a prompt."""
+        sizes: dict[int, None] = {}
+        while rest:
+            chunk = self._runner.chunk_at(rest, 0)
+            sizes[chunk.size] = None
+            rest = rest[chunk.end :]
+        self._runner.foresee(rows, sizes)
+
     def _read_chunk(self, rows: Rows, sequence: Sequence) -> None:
         """Read a chunk of the given tokens.
 
@@ -51,12 +61,16 @@ class Prompts:
         most = scheduler.most_tokens(others)
         given = sequence.tokens[: sequence.given]
         chunk = self._runner.chunk_at(given, sequence.computed, most)
+        if not others and not sequence.computed:
+            self._foresee(rows, given[chunk.end :])
         if sequence.computed:
             ops.to_numpy(rows.token)
             self._places.report(sequence, sequence.computed)
         state, compile_s = (rows.penalty, rows.states), sequence.timings.compile_s
         started = time.perf_counter()
         self._runner.read(rows, chunk)
+        if not others and chunk.end == sequence.given and ops.capabilities.steps == 1:
+            self._runner.foresee(rows, [1])  # while the device reads, the step that decodes
         if others or scheduler.chunk_s is not None:
             ops.to_numpy(rows.token)
             took_s = time.perf_counter() - started

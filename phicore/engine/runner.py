@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Tokens
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from phicore.backend import Array, Backend, Params
+from phicore.backend import Array, Backend, Params, ProgramStore
 from phicore.engine.cache import Cache, bytes_of
 from phicore.engine.chunks import (
     LOGITS_CHUNKS,
@@ -20,7 +20,7 @@ from phicore.engine.chunks import (
     chunk_at,
     chunks,
 )
-from phicore.engine.compiled import Compiled
+from phicore.engine.compiled import Compiled, Function
 from phicore.engine.rope_tables import RopeTables
 from phicore.engine.rows import Ahead, Rows
 from phicore.engine.steps import Logprobs, Steps
@@ -48,11 +48,12 @@ class Runner:
         params: Params,
         factors: RopeFactors | None = None,
         progress: Progress = silent,
+        programs: ProgramStore | None = None,
     ) -> None:
         self.ops = ops
         self.config = config
         self.params = params
-        self.steps = Compiled(ops, Steps(ops, config), params, progress)
+        self.steps = Compiled(ops, Steps(ops, config), params, progress, programs)
         self.tables = RopeTables(ops, config, factors)
 
     # ---- steps -----------------------------------------------------------------------------
@@ -74,6 +75,23 @@ class Runner:
         asarray = self.ops.asarray
         inputs = asarray(chunk.tokens), asarray(chunk.positions), asarray(chunk.last)
         self._step(rows, inputs, chunk.size)
+
+    def foresee(self, rows: Rows, sizes: Iterable[int]) -> None:
+        """Begin to compile the steps that read chunks of these sizes for the only row.
+
+        Size 1 is also the step that decodes.
+        """
+        if not self.steps.keeps or rows.needs_tokens:
+            return
+        end = rows.positions(1)
+        for size in sizes:
+            tokens = self.ops.asarray(np.zeros((1, size), np.int32))
+            self.steps.prepare(
+                self.steps.step(rows.kinds, has_logprobs=rows.has_logprobs),
+                rows.cache,
+                self._tables(rows, end),
+                (tokens, tokens, rows.only, rows.penalty, self._draw(rows), rows.states),
+            )
 
     def decode(self, rows: Rows, count: int) -> Array:
         """Run the last token of each row and sample `count` tokens in one call: (B, N) int32.
@@ -239,7 +257,7 @@ class Runner:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _run_chunks(
-        self, function: Callable[..., Any], tokens: Tokens[int], following: Tokens[int] = ()
+        self, function: Function, tokens: Tokens[int], following: Tokens[int] = ()
     ) -> Iterator[tuple[Chunk, Any]]:
         """Run tokens in small chunks with an empty cache, and yield the result of each chunk.
 

@@ -76,11 +76,13 @@ def check_merges(
     Raises:
         TokenizerError: If they do not, which means that merges are missing from the file.
     """
-    made = {left + right for left, right in merges}
+    made, normal = {left + right for left, right in merges}, int(TokenType.NORMAL)
     words = [
         piece
         for piece, token_type in zip(pieces, types, strict=True)
-        if token_type == TokenType.NORMAL and len(piece) > 1 and not PADDING.fullmatch(piece)
+        if token_type == normal
+        and len(piece) > 1
+        and not (piece[0] in "[<" and PADDING.fullmatch(piece))
     ]
     lost = sum(word not in made for word in words)
     if lost > max(1, len(words) // 2):

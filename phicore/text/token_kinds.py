@@ -27,6 +27,7 @@ PADDING = re.compile(r"|[\[<]\|?(pad|placeholder|dummy|unused|reserved|empty)\w*
 VERBATIM = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 # Spellings that no text has by chance: "<|im_start|>", and DeepSeek's "<｜User｜>".
 _SPECIAL = re.compile(r"<\|[^\s|<>]+\|>|<｜[^\s｜<>]+｜>")
+_FIRST = ("<", "[", "_")  # what END_PIECES and all patterns but that of padding begin with
 # Spellings of special tokens, used only for the tokens that the file names as begin or end of text.
 _BRACKETED = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 
@@ -48,4 +49,8 @@ def corrected_types(
             return TokenType.CONTROL
         return TokenType.BYTE if has_bytes and BYTE_PIECE.fullmatch(piece) else token_type
 
-    return [int(corrected(id, *token)) for id, token in enumerate(zip(pieces, types, strict=True))]
+    found = [int(token_type) for token_type in types]
+    for id, piece in enumerate(pieces):
+        if piece.startswith(_FIRST):  # no other piece can be special
+            found[id] = int(corrected(id, piece, types[id]))
+    return found

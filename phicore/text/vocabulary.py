@@ -73,15 +73,16 @@ def read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     pieces = [piece or f"[EMPTY_{id}]" for id, piece in enumerate(strings(metadata, key))]
     if not pieces:
         raise TokenizerError(f"{key}: no token in it; {tokenizer_advice(metadata)}")
-    ids: dict[str, int] = {}
-    for id, piece in enumerate(pieces):
-        if ids.setdefault(piece, id) != id:
-            raise TokenizerError(f"{key}: {piece!r} has two ids, {ids[piece]} and {id}")
+    if len(set(pieces)) < len(pieces):
+        ids: dict[str, int] = {}
+        for id, piece in enumerate(pieces):
+            if ids.setdefault(piece, id) != id:
+                raise TokenizerError(f"{key}: {piece!r} has two ids, {ids[piece]} and {id}")
     types_key = "tokenizer.ggml.token_type"
     found = [float(TokenType.NORMAL)] * len(pieces)  # as in llama.cpp, if the file does not say
     if types_key in metadata:
         found = numbers(metadata, types_key, len(pieces))
-    for number in found:
+    for number in set(found):
         if number not in _TYPES:
             raise TokenizerError(
                 f"{types_key}: expected 0 to {max(_TYPES)}, found {number:g}; "
@@ -92,8 +93,9 @@ def read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
         raise TokenizerError(
             f"{types_key}: every token is special, so none is text; {tokenizer_advice(metadata)}"
         )
+    byte = int(TokenType.BYTE)
     for piece, token_type in zip(pieces, types, strict=True):
-        if token_type == TokenType.BYTE and not BYTE_PIECE.fullmatch(piece):
+        if token_type == byte and not BYTE_PIECE.fullmatch(piece):
             raise TokenizerError(f"{key}: expected a byte such as '<0x0A>', found {piece!r}")
     return pieces, types
 

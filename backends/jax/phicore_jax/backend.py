@@ -34,6 +34,7 @@ from phicore.backend import (
     BackendOptions,
     Capabilities,
     LayerCache,
+    ProgramStore,
     Weight,
     philox,
 )
@@ -45,6 +46,7 @@ from phicore_jax.cache import as_numbers, as_stored, names, put, rows_of_cache, 
 from phicore_jax.kernels import ROWS_OF_STRIP, find_kernels
 from phicore_jax.own import OwnKernels, Pack, Source, no_pack
 from phicore_jax.parallel import Devices, ShardedCache, Share
+from phicore_jax.programs import KeptKernels, Programs, conditions
 
 # XLA's other schedulers first compute whatever does not depend on the input. Here this is every
 # expanded weight of the model, and all would be in memory at once. With this scheduler, memory use
@@ -99,23 +101,28 @@ def find_device(name: str | None) -> Any:
     )
 
 
-def keep_compiled_programs() -> None:
+def keep_compiled_programs() -> bool:
     """Let XLA cache compiled programs on disk, so that the next start loads them.
 
     This changes JAX's configuration for the process. It changes nothing if the user has already
     chosen a folder (JAX_COMPILATION_CACHE_DIR, or jax.config), or if phicore's cache folder cannot
     be written to.
+
+    Returns:
+        Whether they are kept in phicore's cache folder.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
     folder = platformdirs.user_cache_path("phicore") / f"jax-{jax.__version__}"
+    if jax.config.jax_compilation_cache_dir is not None:
+        return jax.config.jax_compilation_cache_dir == str(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return
-    if os.access(folder, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        return False
+    if not os.access(folder, os.W_OK):
+        return False
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    return True
 
 
 @contextmanager
@@ -195,7 +202,7 @@ class JaxBackend(Backend):
     ) -> None:
         self.device = find_device(options.device)
         is_cpu = self.device.platform == "cpu"
-        keep_compiled_programs()
+        self._keeps_programs = keep_compiled_programs()
         if kernels == "host":
             kernels, _ = find_kernels() if is_cpu else cuda.working_kernels(self.device)
         self._kernels = kernels
@@ -293,8 +300,18 @@ class JaxBackend(Backend):
         return packed
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[..., Any]:
-        compiled = self._jit(fn, donate)
+        return self._guarded(self._jit(fn, donate))
 
+    def kept_programs(self, model: str) -> ProgramStore | None:
+        is_usual = type(self) is JaxBackend and self._shared is None and self._keeps_programs
+        if not is_usual or not isinstance(self._kernels, KeptKernels):
+            return None
+        found = conditions(self._kernels, self.options)
+        if found is None:
+            return None
+        return Programs(self._kernels, found, model, self.device, self._jit, self._guarded)
+
+    def _guarded(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             self._calls += 1
             try:
@@ -306,7 +323,7 @@ class JaxBackend(Backend):
 
         return call
 
-    def _jit(self, fn: Callable[..., Any], donate: Sequence[int]) -> Any:
+    def _jit(self, fn: Callable[..., Any], donate: Sequence[int], name: str = "traced") -> Any:
         is_cpu = self.device.platform == "cpu"
 
         def traced(*args: Any) -> Any:
@@ -314,6 +331,7 @@ class JaxBackend(Backend):
             with jax.default_matmul_precision(None if is_cpu else "highest"):
                 return fn(*args)
 
+        traced.__name__ = name
         options = CPU_OPTIONS if is_cpu else cuda.OPTIONS
         if self._shared:
             return self._shared.jit(traced, donate, options)

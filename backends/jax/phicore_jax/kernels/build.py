@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ import platformdirs
 from phicore.backend import cache_types
 from phicore.gguf import blocks
 from phicore_jax import cache as jax_cache
+from phicore_jax import code_files
 from phicore_jax.kernels.lang import Module, Target
 
 # The features that a target requires of an x86 processor.
@@ -34,9 +34,6 @@ X86_FEATURES = {
     "avxvnni": ("avxvnni", "avx2", "fma", "f16c"),
     "avx2": ("avx2", "fma", "f16c"),
 }
-
-
-DIGEST_BYTES = 32
 
 
 class Library:
@@ -59,6 +56,7 @@ class Compiler:
     def __init__(self, target: Target) -> None:
         self.target = target
         self._libraries: dict[str, Library] = {}
+        self._lock = threading.RLock()  # several threads may ask for a module
 
     @cached_property
     def machine(self) -> Any:
@@ -97,16 +95,17 @@ class Compiler:
             emit: Writes the module's functions.
             exports: Names of the functions and variables whose addresses are needed.
         """
-        if name not in self._libraries:
-            path = self.folder / f"{name}.o"
-            code = _read(path)
-            if code is None:
-                module = Module(self.target)
-                emit(module)
-                code = optimized(module, self.machine, lambda m, ir: m.emit_object(ir))
-                _write(path, code)
-            self._libraries[name] = Library(self._jit, name, code, exports)
-        return self._libraries[name]
+        with self._lock:
+            if name not in self._libraries:
+                path = self.folder / f"{name}.o"
+                code = code_files.read(path)
+                if code is None:
+                    module = Module(self.target)
+                    emit(module)
+                    code = optimized(module, self.machine, lambda m, ir: m.emit_object(ir))
+                    code_files.write(path, code)
+                self._libraries[name] = Library(self._jit, name, code, exports)
+            return self._libraries[name]
 
 
 @cache
@@ -155,26 +154,3 @@ def optimized(module: Module, machine: Any, emit: Callable[[Any, Any], Any]) -> 
     passes = llvm.create_pass_builder(machine, options)
     passes.getModulePassManager().run(parsed, passes)
     return emit(machine, parsed)
-
-
-def _read(path: Path) -> bytes | None:
-    """Return the code that `_write` stored, or None if the file is missing or damaged.
-
-    Damaged code would crash the process.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    digest, code = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
-    return code if hashlib.sha256(code).digest() == digest else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Write code and its hash to a file, atomically; do nothing if the folder is not writable."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            file = Path(folder) / path.name
-            file.write_bytes(hashlib.sha256(code).digest() + code)
-            file.replace(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -65,14 +66,19 @@ class Kernels(OwnKernels):
         self.has_fast_products = kind.has_byte_dot or kind.has_byte_pairs
         self._worker = self._compiler.library("worker", emit_worker, ["pool_worker"])
         self._threads = thread_count()
-        self._registered: set[str] = set()
+        self._registered: dict[str, tuple[str, str]] = {}
+        self._register_lock, self._pool_lock = threading.Lock(), threading.Lock()
+        self._pool: Pool | None = None
         # Helper threads and XLA use the code and the state until the process ends: never free them.
         _ALL.append(self)
         self._number = sum(k._compiler.digest == self._compiler.digest for k in _ALL)
 
     @cached_property
     def pool(self) -> Pool:
-        return Pool(self._worker, self._threads)
+        with self._pool_lock:  # several threads may be the first to ask
+            if self._pool is None:
+                self._pool = Pool(self._worker, self._threads)
+            return self._pool
 
     def set_threads(self, threads: int) -> None:
         """Set the number of threads, including the caller's.
@@ -300,11 +306,38 @@ class Kernels(OwnKernels):
         # A name can be registered once in a process: the first `Kernels` has no suffix.
         suffix = "" if self._number == 1 else f"-{self._number}"
         target = f"phicore-{name}-{self._compiler.digest}{suffix}"
-        if target not in self._registered:
-            library = self._compiler.library(name, emit, ffi.exports(handler))
-            ffi.register(library, handler, target, self.pool.state)
-            self._registered.add(target)
+        with self._register_lock:
+            if target not in self._registered:
+                library = self._compiler.library(name, emit, ffi.exports(handler))
+                ffi.register(library, handler, target, self.pool.state)
+                self._registered[target] = name, handler
         return target
+
+    # ---- programs that are kept on disk (see `programs.py`) --------------------------------
+
+    @property
+    def identity(self) -> str | None:
+        """Return a text that tells what the kernels compute, and with how many threads.
+
+        It is None for further instances, since their kernels have names of their own.
+        """
+        return f"{self._compiler.digest} {self.threads}" if self._number == 1 else None
+
+    def handlers(self, text: str) -> list[tuple[str, str]]:
+        """Return name and handler of each kernel that the text of a program names."""
+        return [pair for target, pair in self._registered.items() if f'{target}"' in text]
+
+    def provide(self, name: str, handler: str) -> None:
+        """Register a kernel that was compiled before.
+
+        Raises:
+            LookupError: If its code is not on disk any more.
+        """
+
+        def missing(module: Module) -> None:
+            raise LookupError(f"kernel {name} is not on disk")
+
+        self._target(name, handler, missing)
 
 
 def _cache(cache_type: str, dim: int) -> Cache:

@@ -1,0 +1,233 @@
+"""Compiled programs that are kept on disk together with what is needed to find them untraced.
+
+JAX's own cache of compiled programs finds one by its code. To get the code, each start has to trace
+and lower the function, which takes longer than to load the program. Here a program is found by what
+its code follows from: the sources of phicore, the versions of the libraries, the options of JAX and
+of the backend, the identity of the function, and the forms of its arguments.
+
+A list of the programs that a model used first is kept, too, so that the next process can load them
+in a thread while it reads the model. XLA loads them without holding Python's lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import secrets
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jaxlib
+import platformdirs
+from jax.experimental import serialize_executable
+
+import phicore.backend
+import phicore_jax
+from phicore.backend import KeptProgram, ProgramStore
+from phicore.backend.host import cpu_count
+from phicore.backend.sources import sources_digest
+from phicore_jax.code_files import read, write
+
+log = logging.getLogger(__name__)
+
+FIRST = 6
+"""Number of programs that the list of a model has at most."""
+
+Jit = Callable[[Callable[..., Any], Sequence[int], str], Any]
+
+
+@runtime_checkable
+class KeptKernels(Protocol):
+    """The kernels that programs call. XLA must know them before it loads a program."""
+
+    @property
+    def identity(self) -> str | None:
+        """Return a text that tells what the kernels compute; None if programs cannot be kept."""
+
+    def handlers(self, text: str) -> list[tuple[str, str]]:
+        """Return the kernels that the text of a program names."""
+
+    def provide(self, name: str, handler: str) -> None:
+        """Make XLA know a kernel that was compiled before.
+
+        Raises:
+            LookupError: If it is not on disk any more.
+        """
+
+
+def folder() -> Path:
+    """Return the folder of the programs."""
+    return platformdirs.user_cache_path("phicore") / f"programs-{jax.__version__}"
+
+
+def conditions(kernels: KeptKernels, options: object) -> str | None:
+    """Return a text of everything that a program depends on beside its function and arguments.
+
+    Returns:
+        The text; None if programs cannot be kept.
+    """
+    sources = sources_digest(
+        [Path(phicore_jax.__file__).parent, Path(phicore.backend.__file__).parent]
+    )
+    settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
+    if sources is None or kernels.identity is None or settings.get("jax_disable_jit"):
+        return None
+    flags = sorted((n, v) for n, v in os.environ.items() if n.startswith(("XLA_", "JAX_")))
+    parts = (sys.version, jax.__version__, jaxlib.__version__, sources, kernels.identity, options)
+    return "\n".join(map(str, (*parts, flags, sorted(settings.items(), key=lambda s: s[0]))))
+
+
+class Programs(ProgramStore):
+    """The programs of one model.
+
+    Args:
+        kernels: The kernels that programs call.
+        conditions: The result of `conditions`.
+        model: A text that tells this model from others.
+        device: The device that runs them.
+        jit: Compiles a function; further arguments are `donate` and a name.
+        guarded: Wraps what is called, so that XLA's errors are those of the backend.
+    """
+
+    def __init__(
+        self,
+        kernels: KeptKernels,
+        conditions: str,
+        model: str,
+        device: Any,
+        jit: Jit,
+        guarded: Callable[[Callable[..., Any]], Callable[..., Any]],
+    ) -> None:
+        self._kernels = kernels
+        self._conditions = conditions
+        self._device = device
+        self._jit = jit
+        self._guarded = guarded
+        self._folder = folder()
+        self._list = self._folder / f"{_hash(conditions, model)}.json"
+        self._used: list[str] = []
+        self._lock = threading.Lock()
+        # The process waits at its end for a thread that compiles: XLA must not lose its memory.
+        self._workers = ThreadPoolExecutor(max(1, cpu_count() - 1), "phicore-programs")
+        self._early = self._load_early()
+
+    def compile(self, fn: Callable[..., Any], donate: Sequence[int], identity: str) -> KeptProgram:
+        make = partial(self._program, fn, donate, identity)
+        return Program(make, self._guarded, self._workers)
+
+    def _load_early(self) -> dict[str, Future[Any]]:
+        """Begin to load the programs that the last process used first."""
+        try:
+            names = json.loads(self._list.read_text(encoding="utf-8"))
+            names = [name for name in names if re.fullmatch("[0-9a-f]{32}", name)]
+        except (OSError, ValueError, TypeError):
+            names = []
+        return {name: self._workers.submit(self._loaded, name) for name in names}
+
+    def _program(
+        self, fn: Callable[..., Any], donate: Sequence[int], identity: str, args: Any
+    ) -> Any:
+        """Return a program for arguments of this form: loaded early, now, or compiled now."""
+        leaves, tree = jax.tree.flatten(args)
+        forms = [(x.shape, x.dtype.name, x.weak_type, str(x.sharding)) for x in leaves]
+        name = _hash(self._conditions, identity, str(donate), str(tree), str(forms))
+        early = self._early.pop(name, None)
+        program = self._loaded(name) if early is None else early.result()
+        if program is None:
+            program = self._compiled(fn, donate, name, args)
+        self._remember(name)
+        return program
+
+    def _loaded(self, name: str) -> Any:
+        """Return a program that is on disk; None if there is none that works."""
+        data = read(self._folder / name)
+        if data is None:
+            return None
+        try:
+            kernels, *program = pickle.loads(zlib.decompress(data))
+            for kernel in kernels:
+                self._kernels.provide(*kernel)
+            return serialize_executable.deserialize_and_load(
+                *program, backend=self._device.client, execution_devices=[self._device]
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, the program can be compiled
+            log.debug("program %s: %s", name, error)
+            return None
+
+    def _compiled(self, fn: Callable[..., Any], donate: Sequence[int], name: str, args: Any) -> Any:
+        # JAX's cache finds programs by their code, which includes their name. A program from there
+        # could not be written: XLA would leave the machine code out. So each name is new.
+        lowered = self._jit(fn, donate, f"kept_{secrets.token_hex(8)}").lower(*args)
+        program = lowered.compile()
+        try:
+            kernels = self._kernels.handlers(lowered.as_text())
+            kept = kernels, *serialize_executable.serialize(program)
+            write(self._folder / name, zlib.compress(pickle.dumps(kept), 1))
+        except Exception as error:  # noqa: BLE001 - the program itself works
+            log.debug("program %s is not kept: %s", name, error)
+        return program
+
+    def _remember(self, name: str) -> None:
+        """Add a program to the list of those that are used first, and write the list."""
+        with self._lock:
+            if name in self._used or len(self._used) >= FIRST:
+                return
+            self._used.append(name)
+            text = json.dumps(self._used)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not self._list.exists() or self._list.read_text(encoding="utf-8") != text:
+                part = self._list.with_suffix(f".{os.getpid()}")
+                part.write_text(text, encoding="utf-8")
+                part.replace(self._list)
+        except OSError:
+            return
+
+
+class Program(KeptProgram):
+    """A function that is compiled, or found on disk, when it is first called or prepared."""
+
+    def __init__(
+        self,
+        make: Callable[[Any], Any],
+        guarded: Callable[[Callable[..., Any]], Callable[..., Any]],
+        workers: ThreadPoolExecutor,
+    ) -> None:
+        self._make = make
+        self._workers = workers
+        self._guarded_run = guarded(self._run)
+        self._prepared: Future[Any] | None = None
+        self._program: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        return self._guarded_run(*args)
+
+    def prepare(self, *args: Any) -> None:
+        if self._program is None and self._prepared is None:
+            self._prepared = self._workers.submit(self._make, jax.tree.map(_form, args))
+
+    def _run(self, *args: Any) -> Any:
+        if self._program is None:
+            prepared = self._prepared
+            self._program = self._make(args) if prepared is None else prepared.result()
+        return self._program(*args)
+
+
+def _form(x: Any) -> jax.ShapeDtypeStruct:
+    """Return what a program depends on of an array, whose memory may be given away meanwhile."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.weak_type)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
