@@ -92,7 +92,10 @@ class Product:
 
     @property
     def unit_columns(self) -> int:
-        return 8 if self.bits == 16 else GROUP // self.format.subgroups
+        if self.bits == 16:
+            return 8
+        # llama.cpp has one unit for a block's columns; fewer columns make a smaller error
+        return min(GROUP // self.format.subgroups, self.format.columns // 2)
 
     @property
     def units(self) -> int:
