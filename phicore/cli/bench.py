@@ -40,8 +40,9 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Measure a model of random weights instead: phi-3-mini, phi-3-medium or tiny. The "
-            "file is written to the cache once.",
+            help="Measure a model of random weights instead: phi-3-mini, phi-3-medium, tiny, or a "
+            "part of the first, phi-3-mini-4-layers, phi-3-mini-8-layers or phi-3-mini-16-layers. "
+            "The file is written to the cache once.",
             autocompletion=complete_synthetic,
         ),
     ] = None,

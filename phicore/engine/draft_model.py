@@ -22,6 +22,7 @@ import numpy as np
 
 from phicore.backend import Array, LayerCache, Params
 from phicore.engine.cache import Cache
+from phicore.engine.compiled import Function
 from phicore.engine.draft_texts import Text, lacks, length_of, tokens_from
 from phicore.engine.drafts import NO_DRAFT, Draft, Drafter, Outlook, Plan
 from phicore.engine.noise import noise_of
@@ -70,7 +71,8 @@ class ModelDrafter(Drafter):
         self._runner = runner
         self._context = context
         self.slot_bytes = runner.slot_bytes
-        self._guess = runner.ops.compile(self._chosen, donate=(1,))
+        compiled = runner.ops.compile(self._chosen, donate=(1,))
+        self._guess: Function = lambda: compiled
         self._texts: WeakKeyDictionary[Sequence, Text] = WeakKeyDictionary()
         self._batch: Cache | None = None
         self._rows: list[Text | None] = []  # of the batch; texts of ended sequences stay for others
