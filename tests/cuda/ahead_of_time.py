@@ -186,11 +186,11 @@ def compiled(
     before = set(Path(dumps.name).iterdir())
     if steps == 1:
         args = (params, cache, tables, held.place, ids, ids, row, penalty, draw, [])
-        program = engine.runner.steps.step((), has_logprobs=has_logprobs)(*args)
+        program = engine.runner.steps.step((), has_logprobs=has_logprobs)()(*args)
     else:
         ends = ops.asarray(np.zeros((1, 8), np.int32))
         args = (params, cache, tables, held.place, ids, ids, penalty, draw, [], row, ends)
-        program = engine.runner.steps.steps((), has_logprobs=has_logprobs)(*args)
+        program = engine.runner.steps.steps((), has_logprobs=has_logprobs)()(*args)
     memory = program.memory_analysis()
     text = program.as_text()
     return {
