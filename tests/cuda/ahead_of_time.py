@@ -98,7 +98,7 @@ class AheadOfTime(JaxBackend):
             self._shared = AbsentDevices(mesh)
         kernels, about = cuda.find_kernels()
         assert kernels is not None, about
-        self._kernels = kernels
+        self._kernels, self._pack = kernels, kernels.pack
         capabilities = capabilities_of("cuda", kernels, steps)
         Backend.__init__(self, BackendOptions(devices=devices), capabilities)
 
