@@ -117,8 +117,8 @@ def near_greedy(
     ]
 
 
-# The 4 requests share the steps that JAX takes long to compile; the 24 are of all kinds.
-@pytest.mark.parametrize("count", [4, pytest.param(24, marks=pytest.mark.complete)])
+# The 4 requests share the steps that JAX takes long to compile; the 12 are of all kinds.
+@pytest.mark.parametrize("count", [4, pytest.param(12, marks=pytest.mark.complete)])
 @pytest.mark.each_value("drafts", "backend_name")
 @pytest.mark.complete_where(backend_name="mlx")
 @pytest.mark.parametrize("drafts", ["itself", "other", "either"])

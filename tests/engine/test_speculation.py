@@ -241,8 +241,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CASES = {case.name: case for case in [*tiny_models.cases(), tiny_models.windowed()]}
 
 
-# The 4 requests share the steps that JAX takes long to compile; the 40 are of all kinds.
-@pytest.mark.parametrize("count", [4, pytest.param(40, marks=pytest.mark.complete)])
+# The 4 requests share the steps that JAX takes long to compile; the 16 are of all kinds.
+@pytest.mark.parametrize("count", [4, pytest.param(16, marks=pytest.mark.complete)])
 @pytest.mark.each_value("drafter", "backend_name")
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_text_is_the_same_with_drafts(
@@ -259,7 +259,7 @@ def test_text_is_the_same_with_drafts(
     assert_same(found, expected, exact=is_exact)
     for seed in (None, 1):
         assert_same(together(engine, made, seed), expected, exact=is_exact)
-    assert counted.drafted > 20
+    assert counted.drafted > min(20, count)
     assert (counted.accepted > 0) == (drafter != "wrong")
 
 
