@@ -46,7 +46,7 @@ Run = Callable[..., tuple[int, list[int]]]
 def run(model: Path, tmp_path: Path) -> Run:
     """Return a function that runs `RUN` in a new process whose caches are in `tmp_path`."""
     if find_kernels()[0] is None:
-        pytest.skip("no kernels on this machine")
+        pytest.skip("the JAX backend has no kernels here; `phicore backends` says why")
 
     def run(options: str = "", **environment: str) -> tuple[int, list[int]]:
         program = RUN.replace("MODEL", str(model)).replace("OPTIONS", options)
