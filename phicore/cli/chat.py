@@ -244,12 +244,12 @@ def _warnings(say: Callable[[str], None]) -> Iterator[None]:
 def _ending_signals() -> Iterator[None]:
     """Let signals that end a process end the chat in order, so that what is there is kept."""
 
-    from phicore.cli.chat_signals import handled
+    from phicore.cli.chat_signals import ENDING, handled
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    with handled(("SIGTERM", "SIGHUP"), end):
+    with handled(ENDING, end):
         yield
 
 

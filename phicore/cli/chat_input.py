@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from phicore.chat.blocks import is_open
 from phicore.chat.chat import Chat
 from phicore.chat.commands import BY_NAME, COMMANDS
+from phicore.cli.chat_signals import ENDING, handled
 from phicore.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -119,7 +120,30 @@ class TerminalReader:
         )
 
     def read(self, draft: str = "") -> str:
-        return self._session.prompt(default=draft)
+        """Return the next message; a signal that ends the chat raises SystemExit in its place.
+
+        An exception that a handler raises amid the event loop can be lost there, so the handler
+        only notes the signal, and the loop leaves the prompt. The second signal does raise.
+        """
+        app, ended = self._session.app, 0
+
+        def end(number: int, _: object) -> None:
+            nonlocal ended
+            if ended:
+                raise SystemExit(128 + number)
+            ended = number
+            if app.loop is not None:
+                app.loop.call_soon_threadsafe(leave)
+
+        def leave() -> None:
+            if ended and app.future is not None and not app.future.done():
+                app.exit(exception=SystemExit(128 + ended))
+
+        with handled(ENDING, end):
+            text = self._session.prompt(default=draft, pre_run=leave)
+        if ended:
+            raise SystemExit(128 + ended)
+        return text
 
 
 def _continuation(width: int, number: int, is_wrapped: int) -> AnyFormattedText:

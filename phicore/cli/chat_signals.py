@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+ENDING = ("SIGTERM", "SIGHUP")
+"""The signals that end a chat."""
+
 
 @contextmanager
 def handled(names: Sequence[str], handler: Callable[[int, Any], None]) -> Iterator[None]:
@@ -46,5 +49,5 @@ class Stop:
                 raise KeyboardInterrupt
             self.number = number
 
-        with handled(("SIGINT", "SIGTERM", "SIGHUP"), note):
+        with handled(("SIGINT", *ENDING), note):
             yield
