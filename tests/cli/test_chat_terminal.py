@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -324,6 +326,45 @@ def test_signal_gives_the_terminal_back(name: str, tiny: Path, chats: Path) -> N
         assert flags & termios.ICANON
         assert "Traceback" not in t.text
     assert list(chats.glob("*.rows"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_signal_amid_a_finalizer_is_not_lost() -> None:
+    """What a handler raises there is lost, so a prompt must not depend on it."""
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    from phicore.cli.chat_input import TerminalReader
+    from phicore.cli.chat_signals import handled
+
+    class Last:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    lasts = [Last()]
+
+    def status() -> str:
+        lasts.clear()
+        return ""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    with (
+        create_pipe_input() as keys,
+        create_app_session(input=keys, output=DummyOutput()),
+        handled(("SIGTERM",), end),
+    ):
+        reader = TerminalReader(None, None, status)  # type: ignore[arg-type]
+        late = threading.Timer(10, keys.send_text, ["late\r"])
+        late.start()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                reader.read()
+        finally:
+            late.cancel()
+    assert ended.value.code == 128 + signal.SIGTERM
 
 
 def test_terminal_that_is_closed_ends_the_chat_and_keeps_what_is_there(endless, chats) -> None:
