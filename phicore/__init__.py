@@ -27,7 +27,7 @@ from phicore.errors import (
 
 if TYPE_CHECKING:
     from phicore.generation import Generation
-    from phicore.model import Model, load
+    from phicore.model import Model, join, load
     from phicore.network.processors import LogitsProcessor
     from phicore.network.sampling import Sampling
     from phicore.plugins import BackendInfo
@@ -52,6 +52,7 @@ __all__ = [
     "TokenizerError",
     "backends",
     "hookimpl",
+    "join",
     "load",
 ]
 
@@ -64,6 +65,7 @@ _LAZY = {
     "Sampling": "phicore.network.sampling",
     "TokenLogprobs": "phicore.text.logprobs",
     "hookimpl": "phicore.plugins.hookspecs",
+    "join": "phicore.model",
     "load": "phicore.model",
 }
 

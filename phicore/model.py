@@ -24,10 +24,12 @@ from phicore.engine.drafts import Drafter, Either, NGrams
 from phicore.engine.forced import Forced
 from phicore.engine.request import is_integer
 from phicore.engine.scheduler import MAX_SEQUENCES, SIZES, Scheduler
+from phicore.engine.team import ALONE, Team
 from phicore.errors import ArgumentError, GGUFError, PhicoreError, about
 from phicore.generation import Answer, Answers, Generation, in_order
 from phicore.gguf.reader import open_gguf
 from phicore.grammar import AllowedTokens
+from phicore.grammar.vocabulary import Vocabulary
 from phicore.network.architectures import BUILT_IN, Architecture, architecture_of
 from phicore.network.processors import LogitsProcessor
 from phicore.network.sampling import recommended
@@ -47,6 +49,10 @@ from phicore.prompting.prompts import Prompt, Prompts
 from phicore.prompting.requests import Requests
 from phicore.prompting.tokenizers import tokenizer_of
 from phicore.sources import ModelFiles, default_reference, resolve
+from phicore.team.follower import Follower
+from phicore.team.leader import Leader
+from phicore.team.member import Member
+from phicore.team.options import TeamOptions
 from phicore.text.chat_template import ChatTemplate
 from phicore.text.logprobs import TokenLogprobs
 from phicore.text.messages import Message
@@ -93,6 +99,7 @@ class Model:
         kv_memory: int | None = None,
         speculation: bool | Drafter = SPECULATION,
         draft_model: Model | None = None,
+        team: Team = ALONE,
     ) -> None:
         started = time.perf_counter()
         self.reference = files.reference
@@ -105,6 +112,8 @@ class Model:
             self.config = read_config(file, architecture)
             self.vocab_size = self.config.vocab_size
             self._fingerprint = file.fingerprint()
+            if team.agreed(self._fingerprint) != self._fingerprint:
+                raise GGUFError(f"{name}: not the file that the process has which leads the team")
             programs = ops.kept_programs(self._fingerprint)  # loads them while the rest is made
             self.context = checked_context(context, self.config)
             self.tokenizer = tokenizer_of(files, self.metadata)
@@ -133,14 +142,15 @@ class Model:
                 context=self.context,
                 progress=progress,
                 scheduler=Scheduler(max_sequences=max_sequences),
-                prefix_bytes=checked_prefix_bytes(prefix_cache_bytes),
-                kv_bytes=checked_kv_memory(kv_memory, ops),
+                prefix_bytes=team.agreed(checked_prefix_bytes(prefix_cache_bytes)),
+                kv_bytes=team.agreed(checked_kv_memory(kv_memory, ops)),
                 drafter=drafter,
                 programs=programs,
             )
             if kv_memory is not None:
                 self._engine.fit_context()
                 self.context = self._engine.context
+            self._engine.team = team
         self._ops = ops
         self._observers = observers
         self._processors = processors or {}
@@ -338,6 +348,11 @@ class Model:
         return list(self.engine.load_session(Path(path), self._fingerprint))
 
     @property
+    def grammar_vocabulary(self) -> Vocabulary:
+        """Return the tokens as constraints need them."""
+        return self._requests.grammar_vocabulary
+
+    @property
     def engine(self) -> Engine:
         """Return the engine, which runs the network. `phicore.lab` uses its internals.
 
@@ -401,7 +416,9 @@ class Model:
 
     def close(self) -> None:
         """Release the weights. They stay in memory as long as a `Generation` still uses them."""
-        self._engine = None
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.team.close()
 
     def __enter__(self) -> Self:
         return self
@@ -427,6 +444,9 @@ def load(
     kv_memory: int | None = None,
     speculation: bool | Drafter = SPECULATION,
     draft_model: str | os.PathLike[str] | Model | None = None,
+    processes: int = 1,
+    coordinator: str | None = None,
+    team: Member | None = None,
     **options: Any,
 ) -> Model:
     """Load a model.
@@ -455,6 +475,11 @@ def load(
         draft_model: A smaller model with the same vocabulary, which guesses where nothing repeats
             itself: a reference, which is loaded on the same backend, or a loaded model, which must
             not compute anything else meanwhile. It implies `speculation`.
+        processes: Number of processes, on one host or several, that compute the model. This one
+            leads, and waits for the others, which call `join`. `devices` counts the devices of all.
+        coordinator: The address at which this process waits, HOST:PORT, if there are several. The
+            next port is used, too.
+        team: The team that this process has joined already. `join` says this.
         options: The fields of `BackendOptions`: `device`, `devices`, `cache_type`, `dtype`,
             `fast_prefill`, `compact`, `threads`, `packed_cache`.
     Raises:
@@ -471,7 +496,10 @@ def load(
     if not is_integer(max_sequences) or not 1 <= max_sequences <= SIZES[-1]:
         expected = f"1 to {SIZES[-1]}"
         raise ArgumentError(parameter="max_sequences", expected=expected, got=max_sequences)
+    TeamOptions(processes, coordinator)
     plugins = Plugins()
+    if (team or processes > 1) and backend is None:  # a look for devices would come too early
+        backend = next((b.name for b in plugins.backends().values() if b.can_join), None)
     info = choose_backend(backend, plugins) if backend is not None else None
     reference = default_reference()[0] if ref is None else os.fspath(ref)
     files = resolve(reference, tokenizer=tokenizer, schemes=plugins.sources())
@@ -479,6 +507,22 @@ def load(
     if draft_model is not None and not isinstance(draft_model, Model):
         draft_files = resolve(os.fspath(draft_model), schemes=plugins.sources())
     info = info or choose_backend(None, plugins)  # imports the libraries it tries
+    if processes > 1:
+        assert coordinator is not None
+        if speculation or draft_model is not None:
+            raise ArgumentError("not with several processes", parameter="speculation")
+        settings = {
+            "ref": reference,
+            "backend": info.name,
+            "ctx": ctx,
+            "max_sequences": max_sequences,
+            "prefix_cache_bytes": prefix_cache_bytes,
+            "kv_memory": kv_memory,
+            **options,
+        }
+        team = Leader(coordinator, processes, settings, progress or silent)
+    if team is not None:
+        team.join(info)
     ops = info.create(chosen)
     shared: dict[str, Any] = {
         "backend": info.name,
@@ -499,5 +543,36 @@ def load(
         kv_memory=kv_memory,
         speculation=speculation,
         draft_model=draft,
+        team=team or ALONE,
         **shared,
     )
+
+
+def join(
+    coordinator: str,
+    ref: str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    wait_s: float = 600.0,
+) -> None:
+    """Compute a model together with the process that leads, until that closes it.
+
+    Args:
+        coordinator: The address of the process that leads, HOST:PORT.
+        ref, tokenizer, progress: Arguments of `load`. Without `ref`, it is the leader's. The file
+            must be the same as the leader's.
+        wait_s: How long the process that leads is waited for, in seconds.
+    Raises:
+        PhicoreError: If the team or the model cannot be had.
+    """
+    team = Follower(coordinator, wait_s)
+    settings = dict(team.settings)
+    theirs = settings.pop("ref")
+    try:
+        model = load(ref or theirs, team=team, tokenizer=tokenizer, progress=progress, **settings)
+    except PhicoreError as error:
+        team.fail(str(error))
+        raise
+    with model:
+        team.follow(model.engine, lambda: model.grammar_vocabulary)

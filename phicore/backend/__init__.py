@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from phicore.backend.options import DEFAULTS, SIMPLEST, BackendOptions, Capabilities
+from phicore.backend.options import DEFAULTS, SIMPLEST, BackendOptions, Capabilities, ProcessGroup
 
 if TYPE_CHECKING:
     from phicore.backend.protocol import (
@@ -39,6 +39,7 @@ __all__ = [
     "KeptProgram",
     "LayerCache",
     "Params",
+    "ProcessGroup",
     "ProgramStore",
     "Weight",
 ]

@@ -77,6 +77,21 @@ class BackendOptions:
         check_settings(self)
 
 
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes whose devices compute a model together.
+
+    Attributes:
+        address: Where the tensor library's processes meet, HOST:PORT; it is the first one's.
+        count: The number of processes.
+        number: The number of this process, from 0 on.
+    """
+
+    address: str
+    count: int
+    number: int
+
+
 DEFAULTS = BackendOptions()
 """The options of a user who chose nothing."""
 

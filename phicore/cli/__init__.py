@@ -23,6 +23,8 @@ from phicore.cli.conformance import conformance
 from phicore.cli.generate import EXAMPLES as GENERATE
 from phicore.cli.generate import generate
 from phicore.cli.inspect import inspect, tokenize
+from phicore.cli.join import EXAMPLES as JOIN
+from phicore.cli.join import join
 from phicore.cli.listings import as_command, backends, models, plugins
 from phicore.cli.new_backend import new_backend
 from phicore.cli.parity import EXAMPLES as PARITY
@@ -104,6 +106,7 @@ def root(
 
 app.command(epilog=GENERATE)(generate)
 app.command(epilog=SERVE)(serve)
+app.command(epilog=JOIN)(join)
 app.command(epilog=CHAT)(chat)
 app.command(epilog=BENCH)(bench)
 app.command()(inspect)

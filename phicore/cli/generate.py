@@ -34,6 +34,7 @@ from phicore.cli.stdin import read_file, read_text
 from phicore.errors import ArgumentError, PhicoreError
 from phicore.lab.interrupts import swallowed_interrupts
 from phicore.network.sampling import Sampling
+from phicore.team.options import TeamOptions
 
 if TYPE_CHECKING:
     from phicore.cli.batch import Batch
@@ -57,6 +58,7 @@ Examples:
 
 @takes("sampling", Sampling, else_of="the file's")
 @takes("backend_options", BackendOptions)
+@takes("team_options", TeamOptions)
 def generate(
     *,
     prompt: Annotated[
@@ -159,6 +161,7 @@ def generate(
     speculation: SpeculationOption = None,
     draft_model: DraftModelOption = None,
     backend_options: dict[str, Any],
+    team_options: dict[str, Any],
     as_json: JsonOption = False,
     stats: Annotated[
         bool,
@@ -232,6 +235,7 @@ def generate(
             prefix_cache_bytes=None if session is None else 2**62,
             **guesses,
             **backend_options,
+            **team_options,
         ) as loaded,
     ):
         if requests is not None:

@@ -29,6 +29,7 @@ from phicore.cli.options import (
 )
 from phicore.errors import ArgumentError, PhicoreError
 from phicore.server.settings import Settings
+from phicore.team.options import TeamOptions
 
 if TYPE_CHECKING:
     from phicore.model import Model
@@ -48,6 +49,7 @@ Examples:
 
 @takes("settings", Settings)
 @takes("backend_options", BackendOptions)
+@takes("team_options", TeamOptions)
 def serve(
     *,
     model: ModelOption = None,
@@ -120,6 +122,7 @@ def serve(
     tokenizer: TokenizerOption = None,
     backend: BackendOption = None,
     backend_options: dict[str, Any],
+    team_options: dict[str, Any],
     log_format: Annotated[
         str, typer.Option(metavar="text|json", help="How logs are written on standard error.")
     ] = "text",
@@ -135,6 +138,7 @@ def serve(
     # Check the options before a long load.
     chosen = Settings(**settings)
     BackendOptions(**backend_options)
+    TeamOptions(**team_options)
     kv_bytes = None if kv_memory is None else bytes_of(kv_memory)
     guesses = guessing(speculation, draft_model)
     prefix_bytes = None if prefix_cache is None else _prefix_bytes(prefix_cache)
@@ -183,6 +187,7 @@ def serve(
             prefix_cache_bytes=prefix_bytes,
             **guesses,
             **backend_options,
+            **team_options,
         )
 
     hosts = list(allowed_host or ())

@@ -31,6 +31,7 @@ from phicore.engine.runner import Runner
 from phicore.engine.scheduler import Scheduler
 from phicore.engine.sequence import Output, Sequence
 from phicore.engine.speculation import Speculation
+from phicore.engine.team import Team
 from phicore.engine.warming import decode_each_size
 from phicore.errors import ArgumentError, ContextError, PhicoreError, SessionError
 from phicore.gguf.reader import GGUFFile
@@ -179,6 +180,15 @@ class Engine:
     def drafter(self, drafter: Drafter | None) -> None:
         self._speculation.drafter = drafter
 
+    @property
+    def team(self) -> Team:
+        """Return what the engine tells those that compute the same model. It can be set."""
+        return self._places.team
+
+    @team.setter
+    def team(self, team: Team) -> None:
+        self._places.team = team
+
     # ---- requests --------------------------------------------------------------------------
 
     def add(self, request: Request) -> Sequence:
@@ -186,7 +196,7 @@ class Engine:
 
         Raises:
             ArgumentError: If the prompt has a token outside of the vocabulary, or the request asks
-                for rotary factors that the model does not have.
+                for rotary factors that the model does not have, or cannot be told to the team.
             ContextError: If the prompt leaves no room for an answer.
             BusyError: If too many requests wait already.
         """
@@ -205,6 +215,11 @@ class Engine:
         sequence = Sequence(request, limit, at_limit, is_long)
         with self._lock:
             self.scheduler.add(sequence)
+            try:
+                self.team.added(sequence)
+            except ArgumentError:
+                self._places.end(sequence, "abort")
+                raise
         return sequence
 
     def abort(self, sequence: Sequence) -> None:
@@ -228,6 +243,7 @@ class Engine:
         while self._aborted:
             sequence = self._aborted.popleft()
             if sequence.finish_reason is None:
+                self.team.aborted(sequence)
                 self._places.end(sequence, "abort")
 
     def step(self) -> list[Output]:
@@ -242,9 +258,12 @@ class Engine:
         """
         with self._lock:
             self._end_aborted()
-            outputs = [*self._batches.advance(), *self._prompts.read()]
+            outputs = self.team.step(self._advance)
         self._end_aborted_if_free()
         return outputs
+
+    def _advance(self) -> list[Output]:
+        return [*self._batches.advance(), *self._prompts.read()]
 
     def outputs(self, sequence: Sequence) -> Generator[Output]:
         """Run steps, and yield the outputs of a sequence until it ends.
@@ -295,6 +314,15 @@ class Engine:
             processors: Logits processors that sequences have, one at a time. The steps with each of
                 them are compiled beside the others.
         """
+        args = samplings, has_logprobs, processors
+        self.team.call("_warm_up", args, lambda: self._warm_up(*args))
+
+    def _warm_up(
+        self,
+        samplings: Tokens[Sampling],
+        has_logprobs: bool,
+        processors: Tokens[LogitsProcessor],
+    ) -> None:
         requests = [Request([0], sampling, max_tokens=2) for sampling in samplings]
         requests += [
             *(replace(request, logprobs=0) for request in requests if has_logprobs),
@@ -334,6 +362,7 @@ class Engine:
         """
         from phicore.engine import sessions  # safetensors is seldom needed
 
+        self._check_alone()
         with self._lock:  # nobody may go on with this cache meanwhile
             known = self.prefixes.longest(tokens)
             if known is None:
@@ -349,6 +378,7 @@ class Engine:
         """
         from phicore.engine import sessions
 
+        self._check_alone()
         known = sessions.load(path, self.runner, model)
         with self._lock:
             self.prefixes.add(known)
@@ -357,6 +387,10 @@ class Engine:
                     f"{path}: {known.cache.bytes} bytes, more than the prefix cache may have"
                 )
         return list(map(int, known.tokens))
+
+    def _check_alone(self) -> None:
+        if not self.team.is_alone:
+            raise SessionError("several processes compute this model; they keep no sessions")
 
     # ---- who runs --------------------------------------------------------------------------
 
@@ -386,7 +420,9 @@ class Engine:
             PhicoreError: If a score is not a finite number.
         """
         self._check_scored(tokens)
-        scores = self.runner.scores(tokens)
+        with self._lock:
+            args = (list(tokens),)
+            scores = self.team.call("logits", args, lambda: self.runner.scores(tokens))
         if not np.isfinite(scores).all():
             raise PhicoreError(NOT_FINITE)
         return scores
@@ -408,7 +444,9 @@ class Engine:
         """
         self._check_scored(tokens)
         check_logprobs(count)
-        found = self.runner.logprobs(tokens)
+        with self._lock:
+            args = (list(tokens),)
+            found = self.team.call("score", args, lambda: self.runner.logprobs(tokens))
         if not all(np.isfinite(found[name]).all() for name in ("chosen", "likeliest")):
             raise PhicoreError(NOT_FINITE)
         return [None, *logprobs.of_tokens(tokens[1:], found, count)]

@@ -10,6 +10,7 @@ from phicore.engine.rows import Rows, first_states
 from phicore.engine.scheduler import Scheduler
 from phicore.engine.sequence import Output, Sequence
 from phicore.engine.steps import States
+from phicore.engine.team import ALONE, Team
 from phicore.progress import AGAIN, Progress
 
 
@@ -20,6 +21,7 @@ class Places:
         memory: Says who has room, and gives the caches.
         scheduler: The queue of the sequences that wait.
         progress: Called while prompts are read.
+        team: The engines that compute the same model.
         again: The sequences that wait to be read again, and the states of their processors.
         reading: The rows of sequences that are read, the oldest first.
         ready: The rows of sequences that are read, and in no batch yet.
@@ -30,6 +32,7 @@ class Places:
         self.memory = memory
         self.scheduler = scheduler
         self.progress = progress
+        self.team: Team = ALONE
         self.again: deque[tuple[Sequence, States]] = deque()
         self.reading: list[Rows] = []
         self.ready: list[Rows] = []

@@ -58,7 +58,7 @@ class Prompts:
         """
         scheduler, ops = self._places.scheduler, self._runner.ops
         others = self._places.decoding + len(self._places.reading) - 1
-        most = scheduler.most_tokens(others)
+        most = self._places.team.agreed(scheduler.most_tokens(others))  # it depends on times
         given = sequence.tokens[: sequence.given]
         chunk = self._runner.chunk_at(given, sequence.computed, most)
         if not others and not sequence.computed:

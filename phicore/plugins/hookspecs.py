@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import pluggy
 
 if TYPE_CHECKING:
-    from phicore.backend import Backend, BackendOptions
+    from phicore.backend import Backend, BackendOptions, ProcessGroup
     from phicore.engine.timings import Timings
     from phicore.network.architectures import Architecture
     from phicore.network.config import Phi3Config
@@ -60,6 +60,7 @@ class RegisterBackend(Protocol):
         devices: Callable[[], list[str]],
         protocol: int,
         notes: Callable[[], str] | None = None,
+        join: Callable[[ProcessGroup], Callable[[], None]] | None = None,
     ) -> None:
         """
         Args:
@@ -73,6 +74,9 @@ class RegisterBackend(Protocol):
                 backend only if it has the same version.
             notes: Returns what `phicore backends` prints after "usable", such as the kernels in
                 use.
+            join: Joins this process with others, so that a backend that is made later can use the
+                devices of all of them, and returns a function that leaves them. Leave it out if
+                the backend cannot do this.
         """
 
 

@@ -20,7 +20,7 @@ from phicore.plugins import builtin, hookspecs
 from phicore.plugins.observers import Observers
 
 if TYPE_CHECKING:
-    from phicore.backend import Backend, BackendOptions
+    from phicore.backend import Backend, BackendOptions, ProcessGroup
     from phicore.network.architectures import Architecture
     from phicore.plugins.hookspecs import CreateProcessor
     from phicore.sources import ModelFiles
@@ -74,6 +74,7 @@ class BackendInfo:
     _create: Callable[[BackendOptions], Backend] = field(repr=False)
     _devices: Callable[[], list[str]] = field(repr=False)
     _notes: Callable[[], str] | None = field(repr=False, default=None)
+    _join: Callable[[ProcessGroup], Callable[[], None]] | None = field(repr=False, default=None)
 
     def devices(self) -> list[str]:
         """Return the devices that the backend can use here. This imports its library.
@@ -90,6 +91,22 @@ class BackendInfo:
             BackendError: If the backend cannot be used. The message has the reason.
         """
         return self._guarded(self._notes) if self._notes is not None else ""
+
+    @property
+    def can_join(self) -> bool:
+        """Return whether several processes can compute a model with it."""
+        return self._join is not None
+
+    def join(self, group: ProcessGroup) -> Callable[[], None]:
+        """Join this process with others; return a function that leaves them.
+
+        Raises:
+            BackendError: If the backend cannot do this, or the others do not come.
+        """
+        if self._join is None:
+            raise BackendError(f"backend {self.name}: a model is computed by one process")
+        leave: Callable[[], None] = self._guarded(self._join, group)
+        return leave
 
     def create(self, options: BackendOptions | None = None) -> Backend:
         """Make the backend. None takes the default options.
@@ -191,6 +208,7 @@ class Plugins:
                 devices: Callable[[], list[str]],
                 protocol: int,
                 notes: Callable[[], str] | None = None,
+                join: Callable[[ProcessGroup], Callable[[], None]] | None = None,
                 owner: Owner = owner,
             ) -> None:
                 if protocol != VERSION:
@@ -200,7 +218,7 @@ class Plugins:
                     return
                 claims.setdefault(name, []).append(owner.distribution)
                 found[name] = BackendInfo(
-                    name, owner.distribution, owner.version, create, devices, notes
+                    name, owner.distribution, owner.version, create, devices, notes, join
                 )
 
             self._call(plugin, owner, "phicore_register_backends", register)

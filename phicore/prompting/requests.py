@@ -86,7 +86,7 @@ class Requests:
         if constraint is not None:
             if ignore_eos:
                 raise ArgumentError("not together with ignore_eos", parameter=constraint.name)
-            all_processors.append(AllowedTokens(self._grammar_vocabulary, constraint))
+            all_processors.append(AllowedTokens(self.grammar_vocabulary, constraint))
         return Request(
             self._prompts.encode(
                 prompt,
@@ -139,10 +139,11 @@ class Requests:
         elif not is_there:
             problem = "forced and strict calls need llguidance; install phicore[grammar]"
             raise ArgumentError(problem, parameter="tools")
-        return constrained(use, self._grammar_vocabulary, self._tokenizer.control_id)
+        return constrained(use, self.grammar_vocabulary, self._tokenizer.control_id)
 
     @cached_property
-    def _grammar_vocabulary(self) -> Vocabulary:
+    def grammar_vocabulary(self) -> Vocabulary:
+        """Return the tokens as constraints need them."""
         return Vocabulary(self._tokenizer)
 
     def _stop_tokens(self, stops: Sequence[str]) -> frozenset[int]:

@@ -26,4 +26,9 @@ def phicore_register_backends(register):  # type: ignore[no-untyped-def]
             said += f"; CUDA kernels: {about}" if on_gpu else f"; no CUDA kernels ({about})"
         return said
 
-    register("jax", create=create, devices=devices, notes=notes, protocol=2)
+    def join(group):  # type: ignore[no-untyped-def]
+        from phicore_jax import processes
+
+        return processes.join(group)
+
+    register("jax", create=create, devices=devices, notes=notes, join=join, protocol=2)
