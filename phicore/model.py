@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from importlib.metadata import distributions
 from pathlib import Path
@@ -111,7 +112,8 @@ class Model:
             architecture = architecture_of(self.metadata, architectures, tensors=file.tensors)
             self.config = read_config(file, architecture)
             self.vocab_size = self.config.vocab_size
-            self._fingerprint = file.fingerprint()
+            told = f"{file.fingerprint()} {self.config!r}"  # the same tensors can be two models
+            self._fingerprint = hashlib.sha256(told.encode()).hexdigest()[:32]
             if team.agreed(self._fingerprint) != self._fingerprint:
                 raise GGUFError(f"{name}: not the file that the process has which leads the team")
             programs = ops.kept_programs(self._fingerprint)  # loads them while the rest is made
@@ -511,6 +513,7 @@ def load(
         assert coordinator is not None
         if speculation or draft_model is not None:
             raise ArgumentError("not with several processes", parameter="speculation")
+        info.check_can_join()
         settings = {
             "ref": reference,
             "backend": info.name,
@@ -521,31 +524,30 @@ def load(
             **options,
         }
         team = Leader(coordinator, processes, settings, progress or silent)
-    if team is not None:
-        team.join(info)
-    ops = info.create(chosen)
-    shared: dict[str, Any] = {
-        "backend": info.name,
-        "progress": progress or silent,
-        "architectures": plugins.architectures(),
-    }
-    draft = draft_model if isinstance(draft_model, Model) else None
-    if draft_files is not None:
-        draft = Model(draft_files, ops, context=None, prefix_cache_bytes=0, **shared)
-    return Model(
-        files,
-        ops,
-        context=ctx,
-        observers=plugins.observers(),
-        processors=plugins.logits_processors(),
-        max_sequences=max_sequences,
-        prefix_cache_bytes=prefix_cache_bytes,
-        kv_memory=kv_memory,
-        speculation=speculation,
-        draft_model=draft,
-        team=team or ALONE,
-        **shared,
-    )
+    with nullcontext() if team is None else team.joined(info):
+        ops = info.create(chosen)
+        shared: dict[str, Any] = {
+            "backend": info.name,
+            "progress": progress or silent,
+            "architectures": plugins.architectures(),
+        }
+        draft = draft_model if isinstance(draft_model, Model) else None
+        if draft_files is not None:
+            draft = Model(draft_files, ops, context=None, prefix_cache_bytes=0, **shared)
+        return Model(
+            files,
+            ops,
+            context=ctx,
+            observers=plugins.observers(),
+            processors=plugins.logits_processors(),
+            max_sequences=max_sequences,
+            prefix_cache_bytes=prefix_cache_bytes,
+            kv_memory=kv_memory,
+            speculation=speculation,
+            draft_model=draft,
+            team=team or ALONE,
+            **shared,
+        )
 
 
 def join(

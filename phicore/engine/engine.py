@@ -323,7 +323,7 @@ class Engine:
         has_logprobs: bool,
         processors: Tokens[LogitsProcessor],
     ) -> None:
-        requests = [Request([0], sampling, max_tokens=2) for sampling in samplings]
+        requests = [Request([0], sampling, max_tokens=2, seed=0) for sampling in samplings]
         requests += [
             *(replace(request, logprobs=0) for request in requests if has_logprobs),
             *(replace(request, processors=[p]) for p in processors for request in requests),

@@ -97,14 +97,23 @@ class BackendInfo:
         """Return whether several processes can compute a model with it."""
         return self._join is not None
 
+    def check_can_join(self) -> None:
+        """Check `can_join`.
+
+        Raises:
+            BackendError: If it cannot.
+        """
+        if not self.can_join:
+            raise BackendError(f"backend {self.name}: one process computes a model")
+
     def join(self, group: ProcessGroup) -> Callable[[], None]:
         """Join this process with others; return a function that leaves them.
 
         Raises:
             BackendError: If the backend cannot do this, or the others do not come.
         """
-        if self._join is None:
-            raise BackendError(f"backend {self.name}: a model is computed by one process")
+        self.check_can_join()
+        assert self._join is not None
         leave: Callable[[], None] = self._guarded(self._join, group)
         return leave
 

@@ -21,7 +21,15 @@ from phicore.grammar.vocabulary import Vocabulary
 from phicore.team import ending
 from phicore.team.leader import checksum
 from phicore.team.member import Member
-from phicore.team.protocol import Hello, at_once, checked_address, key, library_address, unpacked
+from phicore.team.protocol import (
+    END,
+    Hello,
+    at_once,
+    checked_address,
+    key,
+    library_address,
+    unpacked,
+)
 
 T = TypeVar("T")
 ASK_S = 0.5
@@ -77,17 +85,22 @@ class Follower(Member):
     def _receive(self) -> None:
         """Receive what the leader says, so that its end is noticed whatever happens here."""
         try:
-            while True:
-                self._messages.put(self._leader.recv_bytes())
+            while not self._is_ending:
+                data = self._leader.recv_bytes()
+                if data == END:
+                    self._is_ending = True
+                self._messages.put(data)
         except (EOFError, OSError):
             if not self._is_ending:
                 ending.end("the process that leads the team is gone")
 
     def fail(self, problem: str) -> None:
-        """Tell the leader why this process ends."""
+        """Tell the leader why this process ends; end it if it has joined the others' devices."""
         self._is_ending = True
         with suppress(OSError):  # it may be gone, too
             self._leader.send_bytes(problem.encode())
+        if self.has_joined:
+            ending.end(problem)
         self._leader.close()
 
     def close(self) -> None:
@@ -125,9 +138,7 @@ class Follower(Member):
                 running = {n: s for n, s in running.items() if s.finish_reason is None}
             elif kind == "stepped":
                 if args[0] != done:
-                    problem = "its devices have computed other tokens than the leader's"
-                    self.fail(problem)
-                    ending.end(f"the team cannot go on: {problem}")
+                    self.fail("its devices have computed other tokens than the leader's")
             elif kind == "call":
                 name, arguments = args
                 getattr(engine, name)(*arguments)

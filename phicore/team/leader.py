@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 GONE = "it is gone"
 REASON_S = 2.0
-"""What a process says before it ends arrives within this time."""
+"""A process ends within this time after it has said why."""
 
 
 class Leader(Member):
@@ -86,12 +86,19 @@ class Leader(Member):
 
     def _watch(self, number: int, other: Connection) -> None:
         """Wait for what a process says, which is why it must end, or until it is gone."""
+        problem = ""
         try:
             problem = other.recv_bytes().decode(errors="replace")
+            other.poll(REASON_S)  # it ends, and should do so before this process
         except (EOFError, OSError):
-            problem = GONE
+            problem = problem or GONE
         if not self._is_closed:
             ending.end(f"process {number} of the team: {problem}")
+
+    def abandon(self) -> None:
+        self._is_closed = True
+        for other in self._others:
+            other.close()
 
     def close(self) -> None:
         if not self._is_closed:
@@ -145,9 +152,7 @@ class Leader(Member):
         try:
             return run()
         except (KeyboardInterrupt, SystemExit):
-            self._is_closed = True
-            for other in self._others:
-                other.close()
+            self.abandon()
             raise
 
     def agreed(self, value: T) -> T:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import atexit
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from phicore.backend import ProcessGroup
@@ -28,15 +30,35 @@ class Member(Team):
     group: ProcessGroup
 
     def __init__(self) -> None:
-        self._leave: Callable[[], None] = lambda: None
+        self._leave: Callable[[], None] | None = None
 
-    def join(self, backend: CanJoin) -> None:
+    @property
+    def has_joined(self) -> bool:
+        """Return whether the tensor library has joined the processes."""
+        return self._leave is not None
+
+    @contextmanager
+    def joined(self, backend: CanJoin) -> Iterator[None]:
         """Let the tensor library join the processes, before it looks for devices.
+
+        If the block fails, the others cannot go on, either.
 
         Raises:
             BackendError: If it cannot.
         """
-        self._leave = backend.join(self.group)
+        try:
+            self._leave = backend.join(self.group)
+            atexit.register(self.close)  # the library would wait for the others to leave
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Let the others end, since this process cannot go on."""
 
     def close(self) -> None:
-        self._leave()
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            atexit.unregister(self.close)
+            leave()

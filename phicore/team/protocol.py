@@ -102,6 +102,10 @@ def unpacked(data: bytes, vocabulary: Callable[[], Vocabulary]) -> Any:
     return _Unpickler(data, vocabulary).load()
 
 
+END = pickle.dumps(("end",), pickle.HIGHEST_PROTOCOL)
+"""The last message."""
+
+
 class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> str | None:
         return VOCABULARY if isinstance(obj, Vocabulary) else None

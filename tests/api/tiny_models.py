@@ -42,6 +42,18 @@ def write_tiny(path: Path, edit: Edit | None = None, **changes: Any) -> Path:
         return write_model(path, replace(TINY, **changes), Type.F32)
 
 
+def write_endless(path: Path) -> Path:
+    """Write a model that, greedily and without a penalty, generates for longer than tests wait."""
+
+    def never_end(writer: gguf.GGUFWriter) -> None:
+        tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+        for end in ("<|end|>", "<|endoftext|>"):
+            tokens[tokens.index(end)] = f"not-{end}"
+        writer.kv_data[0]["tokenizer.ggml.eos_token_id"].value = tokens.index("</s>")
+
+    return write_tiny(path, never_end, max_position_embeddings=20000)
+
+
 def spoilt(path: Path, tensor: str, value: float) -> Path:
     """Overwrite the fourth number of a float32 tensor in a file; return the file's path."""
     reader = gguf.GGUFReader(path, "r+")

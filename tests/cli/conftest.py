@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from api.tiny_models import write_tiny
+from api.tiny_models import write_endless, write_tiny
 
 from phicore.__main__ import main
 
@@ -32,15 +32,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a model that, greedily and without a penalty, generates for longer than tests wait."""
-
-    def never_end(writer) -> None:
-        tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
-        for end in ("<|end|>", "<|endoftext|>"):
-            tokens[tokens.index(end)] = f"not-{end}"
-        writer.kv_data[0]["tokenizer.ggml.eos_token_id"].value = tokens.index("</s>")
-
-    path = tmp_path_factory.mktemp("models") / "endless.gguf"
-    return write_tiny(path, never_end, max_position_embeddings=20000)
+    return write_endless(tmp_path_factory.mktemp("models") / "endless.gguf")
 
 
 @pytest.fixture(autouse=True)

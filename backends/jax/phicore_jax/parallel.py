@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from phicore.errors import BackendError
 from phicore_jax.cache import zeros
+from phicore_jax.processes import meet
 
 Array = Any
 
@@ -90,6 +91,8 @@ class Devices:
             raise BackendError(
                 f"devices: none of the first {count} belongs to this process; use all of them"
             )
+        if len(self.mine) < count:
+            meet(self.mesh)
 
     def put(self, x: np.ndarray) -> Array:
         """Replicate an array: copy it to every device."""
