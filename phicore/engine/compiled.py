@@ -133,11 +133,19 @@ class Compiled:
             args: Arguments of `run`, of the form that a later call has.
         """
         key = self._key(function, cache, tables, args)
-        if key is None or key in self._called or key in self._prepared or self._programs is None:
+        self._prepare(key, function, (self._params, cache.layers, tables, cache.place, *args))
+
+    def prepare_pick(self, kinds: Kinds, args: tuple[Any, ...], *, has_logprobs: bool) -> None:
+        """Begin to compile `Steps.pick` in a thread; see `prepare` and `pick`."""
+        function = self._function("pick", kinds, has_logprobs, donate=())
+        self._prepare(self._plain_key(function, args), function, args)
+
+    def _prepare(self, key: Any, function: Function, args: tuple[Any, ...]) -> None:
+        if key is None or key in self._called or key in self._prepared or not self.keeps:
             return
         program = function()
         if isinstance(program, KeptProgram):
-            program.prepare(self._params, cache.layers, tables, cache.place, *args)
+            program.prepare(*args)
             self._prepared[key] = program
 
     def _key(self, function: Function, cache: Cache, tables: Tables, args: tuple[Any, ...]) -> Any:
@@ -153,8 +161,11 @@ class Compiled:
     ) -> Any:
         """Call the compiled `Steps.pick`."""
         function = self._function("pick", kinds, has_logprobs, donate=())
-        key = (function, *map(_shapes, args)) if self._ops.capabilities.compiles else None
-        return self._call(key, function, args, timings)
+        return self._call(self._plain_key(function, args), function, args, timings)
+
+    def _plain_key(self, function: Function, args: tuple[Any, ...]) -> Any:
+        """Return `_key` for a function that takes neither weights nor tables."""
+        return (function, *map(_shapes, args)) if self._ops.capabilities.compiles else None
 
     def _call(
         self,
@@ -205,8 +216,7 @@ class Compiled:
         Layers are moved one by one, so that little is compiled.
         """
         function = self._function(name, None, donate=donate)
-        key = (function, *map(_shapes, args)) if self._ops.capabilities.compiles else None
-        return self._call(key, function, args)
+        return self._call(self._plain_key(function, args), function, args)
 
 
 def _shapes(arg: Any) -> Any:

@@ -300,10 +300,11 @@ class Engine:
             *(replace(request, logprobs=0) for request in requests if has_logprobs),
             *(replace(request, processors=[p]) for p in processors for request in requests),
         ]
-        for request in requests:
-            for size in self.runner.ops.capabilities.prompt_chunks:
-                if size < self.context:
-                    list(self.generate(replace(request, prompt_ids=[0] * size, max_tokens=1)))
+        sizes = [n for n in self.runner.ops.capabilities.prompt_chunks if n < self.context]
+        for number, request in enumerate(requests):
+            # Chunks of all sizes are read by the same steps for all requests.
+            for size in sizes if number == 0 else sizes[:2]:
+                list(self.generate(replace(request, prompt_ids=[0] * size, max_tokens=1)))
         decode_each_size(requests, self._memory, self.scheduler, self._speculation)
 
     def _check_fits(self, prompt: Tokens[int], answer: int) -> None:
