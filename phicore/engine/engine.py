@@ -17,11 +17,12 @@ from typing import Self
 
 import numpy as np
 
-from phicore.backend import Backend, ProgramStore
+from phicore.backend import Backend, Params, ProgramStore
 from phicore.engine import logprobs
 from phicore.engine.batches import Batches
 from phicore.engine.calls import NOT_FINITE, Calls
 from phicore.engine.drafts import Drafter
+from phicore.engine.loading import Weights
 from phicore.engine.memory import Memory
 from phicore.engine.places import Places
 from phicore.engine.prefixes import Prefixes
@@ -101,6 +102,9 @@ class Engine:
     ) -> Self:
         """Load the model of a file.
 
+        If compiled steps are kept, this returns while a thread still loads the weights, and the
+        first step waits for them. So steps are compiled meanwhile.
+
         Args:
             architecture: The file's architecture. None takes the built-in one that the file names.
             config: The result of `read_config` for the file. None calls it.
@@ -118,9 +122,9 @@ class Engine:
         share = config.share(ops.options.devices)
         ops.new_cache(1, 1, 1, config.head_dim)  # not every cache type supports every head size
         factors = architecture.rope_factors(config, file)
-        params = load_params(ops, architecture, config, file, progress)
+        weights = _weights(ops, architecture, config, file, progress, programs)
         return cls(
-            Runner(ops, share, params, factors, progress, programs),
+            Runner(ops, share, weights, factors, progress, programs),
             context=config.max_position_embeddings if context is None else context,
             progress=progress,
             scheduler=scheduler,
@@ -418,3 +422,28 @@ class Engine:
         if not len(tokens):
             raise ArgumentError("expected at least one token, got none", parameter="prompt")
         self._check_fits(tokens, 0)
+
+
+def _weights(
+    ops: Backend,
+    architecture: Architecture,
+    config: Phi3Config,
+    file: GGUFFile,
+    progress: Progress,
+    programs: ProgramStore | None,
+) -> Weights:
+    """Load the weights of a file, or begin to load them if programs can be compiled meanwhile.
+
+    Raises:
+        GGUFError: If a tensor is missing, unknown or misshapen, or has a type that cannot be read.
+    """
+    if programs is None:
+        return Weights(load_params(ops, architecture, config, file, progress))
+    forms = load_params(programs.outline, architecture, config, file.outline(), silent)
+    kept = file.again()  # the caller may close its own
+
+    def load(report: Progress) -> Params:
+        with kept:
+            return load_params(ops, architecture, config, kept, report)
+
+    return Weights(forms, load)

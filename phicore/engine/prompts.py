@@ -64,6 +64,8 @@ class Prompts:
         is_last = chunk.end == sequence.given
         if not others and not sequence.computed:
             self._foresee(rows, given)
+            if not self._runner.weights.are_loaded:
+                self._runner.foresee_decoding(rows)
         if sequence.computed:
             self._wait(rows)
             self._places.report(sequence, sequence.computed)

@@ -21,6 +21,7 @@ from phicore.engine.chunks import (
     chunks,
 )
 from phicore.engine.compiled import Compiled, Function
+from phicore.engine.loading import Weights
 from phicore.engine.rope_tables import RopeTables
 from phicore.engine.rows import Ahead, Rows
 from phicore.engine.steps import Logprobs, Steps
@@ -36,7 +37,7 @@ class Runner:
     Attributes:
         ops: The backend.
         config: The hyperparameters of the part of the network that one device computes.
-        params: The weights.
+        weights: The weights, which may still be on their way to the device.
         steps: The compiled steps.
         tables: The rotary tables.
     """
@@ -45,16 +46,21 @@ class Runner:
         self,
         ops: Backend,
         config: Phi3Config,
-        params: Params,
+        weights: Weights,
         factors: RopeFactors | None = None,
         progress: Progress = silent,
         programs: ProgramStore | None = None,
     ) -> None:
         self.ops = ops
         self.config = config
-        self.params = params
-        self.steps = Compiled(ops, Steps(ops, config), params, progress, programs)
+        self.weights = weights
+        self.steps = Compiled(ops, Steps(ops, config), weights, progress, programs)
         self.tables = RopeTables(ops, config, factors)
+
+    @property
+    def params(self) -> Params:
+        """Return the weights, and wait for them before."""
+        return self.weights.get(self.steps.progress)
 
     # ---- steps -----------------------------------------------------------------------------
 
@@ -95,7 +101,7 @@ class Runner:
     def foresee_reading(self, rows: Rows, sizes: Tokens[int]) -> None:
         """Begin to compile what reads the only row's prompt.
 
-        The first chunk is left to the call that comes next.
+        The first chunk is left to the call that comes next, unless this waits for the weights.
 
         Args:
             sizes: The sizes of the chunks, in order.
@@ -103,13 +109,14 @@ class Runner:
         if not self.steps.keeps:
             return
         decodes = self._decodes(sizes[-1])
-        for size in sizes[1 : -1 if decodes else None]:
+        first = 1 if self.weights.are_loaded else 0
+        for size in sizes[first : -1 if decodes else None]:
             self._foresee_logits(rows, size)
         if not decodes:
             scores = self.ops.asarray(np.zeros((1, self.config.vocab_size), np.float32))
             args = scores, rows.penalty, self._draw(rows), rows.states
             self.steps.prepare_pick(rows.kinds, args, has_logprobs=rows.has_logprobs)
-        elif len(sizes) > 1:
+        elif len(sizes) > first:
             self._foresee_step(rows)
 
     def foresee_decoding(self, rows: Rows) -> None:
