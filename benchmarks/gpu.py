@@ -54,6 +54,7 @@ try:
 
     from phicore.backend import Array, Backend, BackendOptions
     from phicore.engine import Engine, Request, Runner, Timings
+    from phicore.engine.loading import Weights
     from phicore.errors import BackendError
     from phicore.gguf.matrix import Matrix
     from phicore.gguf.quants import AFFINE_TYPES
@@ -381,7 +382,7 @@ class Benchmark:
                 continue
             ops = JaxBackend(BackendOptions(device=self.device, fast_prefill=is_fast))
             old = engine.runner
-            runner = Runner(ops, old.config, old.params)
+            runner = Runner(ops, old.config, Weights(old.params))
             engine = Engine(runner, context=engine.context)
             for length in lengths:
                 ids = self._rng.integers(3, engine.vocab_size, length).tolist()

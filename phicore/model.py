@@ -81,7 +81,6 @@ class Model:
         sampling: The sampling parameters that `generate` uses by default: the file's
             recommendations, and the defaults of `Sampling` for the rest.
         context: The largest number of tokens that a prompt and its answer may have together.
-        load_s: The time that loading took, in seconds.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class Model:
         draft_model: Model | None = None,
         team: Team = ALONE,
     ) -> None:
-        started = time.perf_counter()
+        self._started_s, self._load_s = time.perf_counter(), 0.0
         self.reference = files.reference
         self.path = files.path
         self.backend = backend
@@ -156,7 +155,7 @@ class Model:
         self._ops = ops
         self._observers = observers
         self._processors = processors or {}
-        self.load_s = time.perf_counter() - started
+        self._made_s = time.perf_counter()
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -412,12 +411,29 @@ class Model:
         """Return the name of the backend's device."""
         return self._ops.capabilities.device
 
+    @property
+    def load_s(self) -> float:
+        """Return the time that loading took, in seconds; the time so far if it goes on."""
+        if self._engine is not None:
+            ready_s = max(self._engine.runner.weights.ready_s, self._made_s)
+            self._load_s = ready_s - self._started_s
+        return self._load_s
+
+    def wait_until_loaded(self) -> None:
+        """Wait for the weights. Whatever needs them does so by itself.
+
+        Raises:
+            PhicoreError: If they cannot be loaded.
+        """
+        _ = self.engine.runner.params
+
     def peak_memory_bytes(self) -> int | None:
         """Return the peak memory of the process or the device so far in bytes, None if unknown."""
         return self._ops.peak_memory_bytes()
 
     def close(self) -> None:
         """Release the weights. They stay in memory as long as a `Generation` still uses them."""
+        self._load_s = self.load_s
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.team.close()
@@ -452,6 +468,9 @@ def load(
     **options: Any,
 ) -> Model:
     """Load a model.
+
+    With JAX on a CPU this returns while a thread still packs the weights. What needs them waits,
+    and its steps are compiled meanwhile; `Model.wait_until_loaded` only waits.
 
     Args:
         ref: A path, `hf:owner/repo[:Q4_K_M]`, `package:NAME`, a short name such as `phi-3-mini`, or

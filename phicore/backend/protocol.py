@@ -101,12 +101,22 @@ class KeptProgram(ABC):
         An error is raised by the first call.
 
         Args:
-            args: Arguments of the form that a later call has.
+            args: Arguments of the form that a later call has. Arrays may be the forms that
+                `ProgramStore.outline` loads.
         """
 
 
 class ProgramStore(ABC):
     """Compiles functions, and keeps the results for later processes."""
+
+    @property
+    @abstractmethod
+    def outline(self) -> Backend:
+        """Return a backend that loads the forms of arrays in place of arrays.
+
+        `KeptProgram.prepare` takes forms, so functions of the weights are compiled while the
+        weights are loaded. To load their forms takes no time, and does not read the matrices.
+        """
 
     @abstractmethod
     def compile(self, fn: Callable[..., Any], donate: Sequence[int], identity: str) -> KeptProgram:

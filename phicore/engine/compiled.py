@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from phicore.backend import Backend, KeptProgram, LayerCache, Params, ProgramStore
+from phicore.backend import Backend, KeptProgram, LayerCache, ProgramStore
 from phicore.engine.cache import Cache
 from phicore.engine.identities import identity_of
+from phicore.engine.loading import Weights
 from phicore.engine.steps import States, Steps
 from phicore.engine.timings import Timings
 from phicore.network.processors import Kinds
@@ -34,7 +35,7 @@ class Compiled:
         self,
         ops: Backend,
         pure: Steps,
-        params: Params,
+        weights: Weights,
         progress: Progress,
         programs: ProgramStore | None = None,
     ) -> None:
@@ -46,7 +47,7 @@ class Compiled:
         self.pure = pure
         self._programs = programs
         self._ops = ops
-        self._params = params
+        self._weights = weights
         self.progress = progress
         self._functions: dict[tuple[str, Kinds, bool], Function] = {}
         self._called: dict[Any, Callable[..., Any]] = {}
@@ -106,7 +107,7 @@ class Compiled:
         args: tuple[Any, ...],
         timings: Sequence[Timings] = (),
     ) -> Any:
-        """Call a compiled function.
+        """Call a compiled function. The weights are waited for while it is compiled.
 
         On a backend that compiles, the time of the first call with new shapes is counted as
         compile time.
@@ -115,9 +116,11 @@ class Compiled:
             args: The function's arguments after `place`. The first must be the tokens (B, T).
             timings: The times of the sequences that wait for it.
         """
-        key = self._key(function, cache, tables, args)
-        args = (self._params, cache.layers, tables, cache.place, *args)
-        return self._call(key, function, args, timings)
+        key, weights = self._key(function, cache, tables, args), self._weights
+        args = (cache.layers, tables, cache.place, *args)
+        if not weights.are_loaded:
+            self._prepare(key, function, (weights.forms, *args))
+        return self._call(key, function, (weights.get(self.progress), *args), timings)
 
     @property
     def keeps(self) -> bool:
@@ -133,11 +136,20 @@ class Compiled:
             args: Arguments of `run`, of the form that a later call has.
         """
         key = self._key(function, cache, tables, args)
-        if key is None or key in self._called or key in self._prepared or self._programs is None:
+        args = (self._weights.forms, cache.layers, tables, cache.place, *args)
+        self._prepare(key, function, args)
+
+    def prepare_pick(self, kinds: Kinds, args: tuple[Any, ...], *, has_logprobs: bool) -> None:
+        """Begin to compile `Steps.pick` in a thread; see `prepare` and `pick`."""
+        function = self._function("pick", kinds, has_logprobs, donate=())
+        self._prepare(self._plain_key(function, args), function, args)
+
+    def _prepare(self, key: Any, function: Function, args: tuple[Any, ...]) -> None:
+        if key is None or key in self._called or key in self._prepared or not self.keeps:
             return
         program = function()
         if isinstance(program, KeptProgram):
-            program.prepare(self._params, cache.layers, tables, cache.place, *args)
+            program.prepare(*args)
             self._prepared[key] = program
 
     def _key(self, function: Function, cache: Cache, tables: Tables, args: tuple[Any, ...]) -> Any:
@@ -153,8 +165,11 @@ class Compiled:
     ) -> Any:
         """Call the compiled `Steps.pick`."""
         function = self._function("pick", kinds, has_logprobs, donate=())
-        key = (function, *map(_shapes, args)) if self._ops.capabilities.compiles else None
-        return self._call(key, function, args, timings)
+        return self._call(self._plain_key(function, args), function, args, timings)
+
+    def _plain_key(self, function: Function, args: tuple[Any, ...]) -> Any:
+        """Return `_key` for a function that takes neither weights nor tables."""
+        return (function, *map(_shapes, args)) if self._ops.capabilities.compiles else None
 
     def _call(
         self,
@@ -205,8 +220,7 @@ class Compiled:
         Layers are moved one by one, so that little is compiled.
         """
         function = self._function(name, None, donate=donate)
-        key = (function, *map(_shapes, args)) if self._ops.capabilities.compiles else None
-        return self._call(key, function, args)
+        return self._call(self._plain_key(function, args), function, args)
 
 
 def _shapes(arg: Any) -> Any:

@@ -17,11 +17,12 @@ from typing import Self
 
 import numpy as np
 
-from phicore.backend import Backend, ProgramStore
+from phicore.backend import Backend, Params, ProgramStore
 from phicore.engine import logprobs
 from phicore.engine.batches import Batches
 from phicore.engine.calls import NOT_FINITE, Calls
 from phicore.engine.drafts import Drafter
+from phicore.engine.loading import Weights
 from phicore.engine.memory import Memory
 from phicore.engine.places import Places
 from phicore.engine.prefixes import Prefixes
@@ -102,6 +103,9 @@ class Engine:
     ) -> Self:
         """Load the model of a file.
 
+        If compiled steps are kept, this returns while a thread still loads the weights, and the
+        first step waits for them. So steps are compiled meanwhile.
+
         Args:
             architecture: The file's architecture. None takes the built-in one that the file names.
             config: The result of `read_config` for the file. None calls it.
@@ -119,9 +123,9 @@ class Engine:
         share = config.share(ops.options.devices)
         ops.new_cache(1, 1, 1, config.head_dim)  # not every cache type supports every head size
         factors = architecture.rope_factors(config, file)
-        params = load_params(ops, architecture, config, file, progress)
+        weights = _weights(ops, architecture, config, file, progress, programs)
         return cls(
-            Runner(ops, share, params, factors, progress, programs),
+            Runner(ops, share, weights, factors, progress, programs),
             context=config.max_position_embeddings if context is None else context,
             progress=progress,
             scheduler=scheduler,
@@ -328,10 +332,11 @@ class Engine:
             *(replace(request, logprobs=0) for request in requests if has_logprobs),
             *(replace(request, processors=[p]) for p in processors for request in requests),
         ]
-        for request in requests:
-            for size in self.runner.ops.capabilities.prompt_chunks:
-                if size < self.context:
-                    list(self.generate(replace(request, prompt_ids=[0] * size, max_tokens=1)))
+        sizes = [n for n in self.runner.ops.capabilities.prompt_chunks if n < self.context]
+        for number, request in enumerate(requests):
+            # Chunks of all sizes are read by the same steps for all requests.
+            for size in sizes if number == 0 else sizes[:2]:
+                list(self.generate(replace(request, prompt_ids=[0] * size, max_tokens=1)))
         decode_each_size(requests, self._memory, self.scheduler, self._speculation)
 
     def _check_fits(self, prompt: Tokens[int], answer: int) -> None:
@@ -455,3 +460,28 @@ class Engine:
         if not len(tokens):
             raise ArgumentError("expected at least one token, got none", parameter="prompt")
         self._check_fits(tokens, 0)
+
+
+def _weights(
+    ops: Backend,
+    architecture: Architecture,
+    config: Phi3Config,
+    file: GGUFFile,
+    progress: Progress,
+    programs: ProgramStore | None,
+) -> Weights:
+    """Load the weights of a file, or begin to load them if programs can be compiled meanwhile.
+
+    Raises:
+        GGUFError: If a tensor is missing, unknown or misshapen, or has a type that cannot be read.
+    """
+    if programs is None:
+        return Weights(load_params(ops, architecture, config, file, progress))
+    forms = load_params(programs.outline, architecture, config, file.outline(), silent)
+    kept = file.again()  # the caller may close its own
+
+    def load(report: Progress) -> Params:
+        with kept:
+            return load_params(ops, architecture, config, kept, report)
+
+    return Weights(forms, load)

@@ -41,43 +41,48 @@ class Prompts:
             places.ready.append(rows)
         return outputs
 
-    def _foresee(self, rows: Rows, rest: Tokens[int]) -> None:
-        """Begin to compile the steps for the rest of a prompt."""
-        sizes: dict[int, None] = {}
-        while rest:
-            chunk = self._runner.chunk_at(rest, 0)
-            sizes[chunk.size] = None
-            rest = rest[chunk.end :]
-        self._runner.foresee(rows, sizes)
+    def _foresee(self, rows: Rows, given: Tokens[int]) -> None:
+        """Begin to compile what reads a prompt, in the order in which it is needed."""
+        sizes = []
+        while given:
+            chunk = self._runner.chunk_at(given, 0)
+            sizes.append(chunk.size)
+            given = given[chunk.end :]
+        self._runner.foresee_reading(rows, sizes)
 
     def _read_chunk(self, rows: Rows, sequence: Sequence) -> None:
-        """Read a chunk of the given tokens.
+        """Read a chunk of the given tokens; after the last chunk, a token is sampled.
 
-        Every chunk samples a token. Only the token that the last chunk samples is used. The chunk
-        before is waited for, so that nobody waits long for an abort, and its time is measured.
+        The chunk before is waited for, so that nobody waits long for an abort, and its time is
+        measured.
         """
-        scheduler, ops = self._places.scheduler, self._runner.ops
+        scheduler = self._places.scheduler
         others = self._places.decoding + len(self._places.reading) - 1
         most = self._places.team.agreed(scheduler.most_tokens(others))  # it depends on times
         given = sequence.tokens[: sequence.given]
         chunk = self._runner.chunk_at(given, sequence.computed, most)
+        is_last = chunk.end == sequence.given
         if not others and not sequence.computed:
-            self._foresee(rows, given[chunk.end :])
+            self._foresee(rows, given)
+            if not self._runner.weights.are_loaded:
+                self._runner.foresee_decoding(rows)
         if sequence.computed:
-            ops.to_numpy(rows.token)
+            self._wait(rows)
             self._places.report(sequence, sequence.computed)
-        state, compile_s = (rows.penalty, rows.states), sequence.timings.compile_s
+        compile_s = sequence.timings.compile_s
         started = time.perf_counter()
-        self._runner.read(rows, chunk)
-        if not others and chunk.end == sequence.given and ops.capabilities.steps == 1:
-            self._runner.foresee(rows, [1])  # while the device reads, the step that decodes
+        self._runner.read(rows, chunk, is_last=is_last)
+        if not others and is_last:
+            self._runner.foresee_decoding(rows)  # while the device reads
         if others or scheduler.chunk_s is not None:
-            ops.to_numpy(rows.token)
+            self._wait(rows)
             took_s = time.perf_counter() - started
             scheduler.measured(chunk.size, took_s - (sequence.timings.compile_s - compile_s))
         sequence.computed = chunk.end
         if sequence.is_read:
             sequence.sampled += 1
             rows.pending.append(Call(rows.token, 1, (sequence,), rows.logprobs))
-        else:
-            rows.penalty, rows.states = state
+
+    def _wait(self, rows: Rows) -> None:
+        """Wait until the device has read the last chunk."""
+        self._runner.ops.to_numpy(rows.token if rows.scores is None else rows.scores)

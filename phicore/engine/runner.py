@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from phicore.engine.chunks import (
     chunks,
 )
 from phicore.engine.compiled import Compiled, Function
+from phicore.engine.loading import Weights
 from phicore.engine.rope_tables import RopeTables
 from phicore.engine.rows import Ahead, Rows
 from phicore.engine.steps import Logprobs, Steps
@@ -36,7 +37,7 @@ class Runner:
     Attributes:
         ops: The backend.
         config: The hyperparameters of the part of the network that one device computes.
-        params: The weights.
+        weights: The weights, which may still be on their way to the device.
         steps: The compiled steps.
         tables: The rotary tables.
     """
@@ -45,16 +46,21 @@ class Runner:
         self,
         ops: Backend,
         config: Phi3Config,
-        params: Params,
+        weights: Weights,
         factors: RopeFactors | None = None,
         progress: Progress = silent,
         programs: ProgramStore | None = None,
     ) -> None:
         self.ops = ops
         self.config = config
-        self.params = params
-        self.steps = Compiled(ops, Steps(ops, config), params, progress, programs)
+        self.weights = weights
+        self.steps = Compiled(ops, Steps(ops, config), weights, progress, programs)
         self.tables = RopeTables(ops, config, factors)
+
+    @property
+    def params(self) -> Params:
+        """Return the weights, and wait for them before."""
+        return self.weights.get(self.steps.progress)
 
     # ---- steps -----------------------------------------------------------------------------
 
@@ -70,28 +76,71 @@ class Runner:
             sizes = sizes if len(sizes) > 1 else self.ops.capabilities.prompt_chunks[:2]
         return chunk_at(tokens, start, sizes, is_padded=self._is_padded)
 
-    def read(self, rows: Rows, chunk: Chunk) -> None:
-        """Run a chunk of the only row's tokens, and sample the token after it."""
+    def read(self, rows: Rows, chunk: Chunk, *, is_last: bool) -> None:
+        """Run a chunk of the only row's tokens; after the last chunk, sample the next token.
+
+        Before the last chunk, the logits stay in `rows.scores`. So the chunks are computed by the
+        same compiled functions for all processors and sampling parameters. A chunk of one token is
+        the step that decodes.
+        """
         asarray = self.ops.asarray
         inputs = asarray(chunk.tokens), asarray(chunk.positions), asarray(chunk.last)
-        self._step(rows, inputs, chunk.size)
-
-    def foresee(self, rows: Rows, sizes: Iterable[int]) -> None:
-        """Begin to compile the steps that read chunks of these sizes for the only row.
-
-        Size 1 is also the step that decodes.
-        """
-        if not self.steps.keeps or rows.needs_tokens:
+        if is_last and self._decodes(chunk.size):
+            self._step(rows, inputs, 1)
             return
-        end = rows.positions(1)
-        for size in sizes:
-            tokens = self.ops.asarray(np.zeros((1, size), np.int32))
-            self.steps.prepare(
-                self.steps.step(rows.kinds, has_logprobs=rows.has_logprobs),
-                rows.cache,
-                self._tables(rows, end),
-                (tokens, tokens, rows.only, rows.penalty, self._draw(rows), rows.states),
-            )
+        starts = rows.positions(chunk.size)
+        self.make_room(rows.cache, starts, chunk.size)
+        self._run_logits(rows, starts + chunk.size, inputs)
+        if is_last:
+            self._pick(rows)
+
+    def _decodes(self, size: int) -> bool:
+        """Return whether the last chunk of a prompt, of this size, is the step that decodes."""
+        return size == 1 and self.ops.capabilities.steps == 1
+
+    def foresee_reading(self, rows: Rows, sizes: Tokens[int]) -> None:
+        """Begin to compile what reads the only row's prompt.
+
+        The first chunk is left to the call that comes next, unless this waits for the weights.
+
+        Args:
+            sizes: The sizes of the chunks, in order.
+        """
+        if not self.steps.keeps:
+            return
+        decodes = self._decodes(sizes[-1])
+        first = 1 if self.weights.are_loaded else 0
+        for size in sizes[first : -1 if decodes else None]:
+            self._foresee_logits(rows, size)
+        if not decodes:
+            scores = self.ops.asarray(np.zeros((1, self.config.vocab_size), np.float32))
+            args = scores, rows.penalty, self._draw(rows), rows.states
+            self.steps.prepare_pick(rows.kinds, args, has_logprobs=rows.has_logprobs)
+        elif len(sizes) > first:
+            self._foresee_step(rows)
+
+    def foresee_decoding(self, rows: Rows) -> None:
+        """Begin to compile what decodes the only row, if a call runs one step."""
+        if not self.steps.keeps or self.ops.capabilities.steps > 1:
+            return
+        if rows.needs_tokens:
+            self._foresee_logits(rows, 1)
+        else:
+            self._foresee_step(rows)
+
+    def _foresee_logits(self, rows: Rows, size: int) -> None:
+        tokens = self.ops.asarray(np.zeros((1, size), np.int32))
+        tables = self._tables(rows, rows.positions(1))
+        self.steps.prepare(self.steps.logits(), rows.cache, tables, (tokens, tokens, rows.only))
+
+    def _foresee_step(self, rows: Rows) -> None:
+        tokens = self.ops.asarray(np.zeros((1, 1), np.int32))
+        self.steps.prepare(
+            self.steps.step(rows.kinds, has_logprobs=rows.has_logprobs),
+            rows.cache,
+            self._tables(rows, rows.positions(1)),
+            (tokens, tokens, rows.only, rows.penalty, self._draw(rows), rows.states),
+        )
 
     def decode(self, rows: Rows, count: int) -> Array:
         """Run the last token of each row and sample `count` tokens in one call: (B, N) int32.
@@ -134,16 +183,26 @@ class Runner:
             return
         starts = rows.positions(1)
         self.make_room(rows.cache, starts, 1)
+        inputs = rows.token, self.ops.asarray(starts[:, None]), rows.only
+        self._run_logits(rows, starts + 1, inputs)
+
+    def _run_logits(self, rows: Rows, ends: np.ndarray, inputs: tuple[Array, Array, Array]) -> None:
+        """Run tokens, and keep the logits of what follows the last one of each row.
+
+        Args:
+            ends: The position after the last token of each row, (B,) int32.
+            inputs: Tokens and positions (B, T), and the index of the last token (B,).
+        """
         rows.cache.layers, rows.scores = self.steps.run(
             self.steps.logits(),
             rows.cache,
-            self._tables(rows, starts + 1),
-            (rows.token, self.ops.asarray(starts[:, None]), rows.only),
+            self._tables(rows, ends),
+            inputs,
             [sequence.timings for sequence in rows.live],
         )
 
     def _pick(self, rows: Rows) -> None:
-        """Sample the next token of each row from the logits that `look_ahead` has computed."""
+        """Sample the next token of each row from the logits in `rows.scores`."""
         args = (rows.scores, rows.penalty, self._draw(rows), rows.states)
         timings = [sequence.timings for sequence in rows.live]
         rows.token, recent, rows.states, rows.logprobs = self.steps.pick(

@@ -10,7 +10,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -129,6 +129,24 @@ class GGUFFile:
         copy has another one, too.
         """
         return [self.fingerprint(), self.versions]
+
+    def again(self) -> Self:
+        """Return another object of this file, which is closed apart from this one."""
+        return replace(self, tensors=dict(self.tensors), _maps=list(self._maps))
+
+    def outline(self) -> Self:
+        """Return this file with matrices that are all zeros and take no memory.
+
+        Vectors are as they are.
+        """
+        zero = np.zeros((), np.uint8)
+        tensors = {
+            name: replace(tensor, data=np.broadcast_to(zero, tensor.data.shape))
+            if len(tensor.shape) > 1
+            else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return replace(self, tensors=tensors, _maps=[])
 
     def close(self) -> None:
         """Release the memory maps. A map that arrays still view is released with the last view."""

@@ -109,6 +109,7 @@ class Service:
             )
             if self.settings.warmup:
                 warm_up(model)
+            model.wait_until_loaded()
             model.engine.scheduler.chunk_s = CHUNK_S  # after the warm-up, which reads whole chunks
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is told
             self._has_failed(error)

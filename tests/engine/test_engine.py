@@ -6,15 +6,18 @@ import gc
 import threading
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from api.tiny_models import write_tiny
+from conftest import make_backend
 
 import phicore
 from phicore import ArgumentError, ContextError, PhicoreError
 from phicore.backend import Backend
 from phicore.engine import Engine, Output, Request
+from phicore.network import graph
 from phicore.network.processors import LogitBias
 from phicore.network.sampling import Sampling
 from phicore.testing import tiny_models
@@ -58,6 +61,31 @@ def test_step_reads_the_prompt_then_gives_tokens(engine: Engine):
     assert (outputs[-1].finish_reason, len(sequence.answer)) == ("length", 3)
     assert engine.is_idle
     assert engine.step() == []
+
+
+def test_prompt_is_read_by_the_same_functions_for_all_samplings(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A sampler of its own for each chunk was compiled for each size and each kind of sampling."""
+    engine = engine_of(make_backend("jax"), path)
+    forward, traced = graph.forward, []
+
+    def counted(*args: Any) -> Any:
+        traced.append(args[4].shape)
+        return forward(*args)
+
+    monkeypatch.setattr(graph, "forward", counted)
+    prompt = PROMPT * 8  # chunks of 32 and of 8 tokens, the latter padded to 16
+    texts = {}
+    for sampling in (GREEDY, DRAWN):
+        request = Request(prompt, sampling, max_tokens=2, seed=1)
+        texts[sampling], _ = run(engine, request)
+    assert traced == [(1, 32), (1, 16), (1, 1), (1, 1)]
+    alone = engine_of(make_backend("numpy"), path)
+    assert texts == {
+        sampling: run(alone, Request(prompt, sampling, max_tokens=2, seed=1))[0]
+        for sampling in texts
+    }
 
 
 def test_finish_reasons(engine: Engine):

@@ -15,6 +15,7 @@ from gguf import GGUFValueType as V
 
 from phicore.errors import GGUFError
 from phicore.gguf import GGUFFile, open_gguf
+from phicore.testing.tiny_models import Tiny, write_model
 
 SCALARS = {
     V.UINT8: [0, 255],
@@ -367,3 +368,32 @@ def test_smollm2_opens_with_its_tensors_and_vocabulary() -> None:
         assert last.shape == (576,)
         assert np.isfinite(last).all()
         assert file.size_bytes == path.stat().st_size
+
+
+def test_outline_has_the_shapes_of_matrices_and_takes_no_memory(tmp_path: Path):
+    path = write_model(tmp_path / "m.gguf", Tiny(), T.Q8_0, tokenizer=False)
+    with open_gguf(path) as file:
+        outline = file.outline()
+        assert outline.tensors.keys() == file.tensors.keys()
+        for name, tensor in file.tensors.items():
+            found = outline.tensors[name]
+            assert (found.type, found.shape) == (tensor.type, tensor.shape)
+            assert found.data.shape == tensor.data.shape
+            if len(tensor.shape) == 1:
+                np.testing.assert_array_equal(found.data, tensor.data)
+            else:
+                assert not any(found.data.strides)
+            outline.forget(name)
+
+
+def test_file_that_is_opened_again_outlives_the_first(tmp_path: Path):
+    path = write_model(tmp_path / "m.gguf", Tiny(), T.Q8_0, tokenizer=False)
+    with open_gguf(path) as file:
+        expected = {name: tensor.data.copy() for name, tensor in file.tensors.items()}
+        again = file.again()
+    assert file.tensors == {}
+    with again:
+        for name, data in expected.items():
+            again.forget(name)
+            np.testing.assert_array_equal(again.tensors[name].data, data)
+    assert again.tensors == {}

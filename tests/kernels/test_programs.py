@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +72,8 @@ def programs(cache: Path) -> list[Path]:
 
 def test_second_process_traces_nothing(run: Run, tmp_path: Path):
     count, tokens = run()
-    assert count == len(programs(tmp_path)) == 2  # the prompt's step, and the other tokens'
+    assert count == 2  # the prompt's step, and the other tokens'
+    assert len(programs(tmp_path)) == 3  # these, and the sampler after the prompt
     assert run() == (0, tokens)
 
 
@@ -85,7 +89,7 @@ def test_programs_that_were_removed_are_compiled_and_kept_again(run: Run, tmp_pa
 @pytest.mark.complete
 def test_damaged_programs_are_compiled_again(run: Run, tmp_path: Path):
     count, tokens = run()
-    first, second = programs(tmp_path)
+    first, second, _ = programs(tmp_path)
     first.write_bytes(first.read_bytes()[:-9])
     code = second.read_bytes()
     second.write_bytes(code[:1000] + bytes([code[1000] ^ 1]) + code[1001:])
@@ -106,10 +110,10 @@ def test_programs_whose_kernels_were_removed_are_compiled_again(run: Run, tmp_pa
 def test_damaged_list_of_programs_does_no_harm(run: Run, tmp_path: Path, lists: str):
     _, tokens = run()
     (path,) = tmp_path.glob("phicore/programs-*/*.json")
-    kept = path.read_text()
+    kept = json.loads(path.read_text())
     path.write_text(lists)
     assert run() == (0, tokens)
-    assert path.read_text() == kept
+    assert sorted(json.loads(path.read_text())) == sorted(kept)  # two threads add to it
 
 
 @pytest.mark.complete
@@ -148,3 +152,99 @@ def test_nothing_is_kept_where_the_user_chose_jaxs_cache(run: Run, tmp_path: Pat
     count, tokens = run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
     assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")) == (count, tokens)
     assert programs(tmp_path) == []
+
+
+BEGIN = """
+import signal, sys, threading, time
+from pathlib import Path
+from phicore_jax.kernels.runtime import Kernels
+from phicore_jax.programs import folder
+
+pack, begun = Kernels._strips, threading.Event()
+def strips(self, tensors):
+    begun.set()
+    AT_PACKING
+    return pack(self, tensors)
+Kernels._strips = strips
+"""
+"""What a program begins with to do something whenever matrices are packed."""
+
+MAIN = """
+import phicore.__main__ as program
+sys.argv = ["phicore", "generate", "-m", "MODEL", "-b", "jax", "--raw", "-n", "2", "ab"]
+program.main()
+"""
+
+
+def test_steps_are_compiled_while_weights_are_packed(run: Run, model: Path, tmp_path: Path):
+    """Packing waits until the programs are there, which would never be if these waited for it."""
+    wait = """
+    ends = time.monotonic() + 120
+    while sum(p.suffix == "" for p in folder().glob("*")) < 3:
+        assert time.monotonic() < ends, "the steps wait for the weights"
+        time.sleep(0.05)
+"""
+    first = tmp_path / "first"
+    caches = {"XDG_CACHE_HOME": str(first), "HOME": str(first)}
+    program = BEGIN.replace("    AT_PACKING", wait) + RUN
+    program = program.replace("MODEL", str(model)).replace("OPTIONS", "")
+    count, tokens = json.loads(run_python(program, **caches))
+    assert count == 2
+    assert run() == (count, tokens)
+
+
+def packing(model: Path, tmp_path: Path, at_packing: str, before: str = "") -> tuple[int, str]:
+    """Run `phicore generate` with something done at packing; return status and error output."""
+    program = BEGIN.replace("AT_PACKING", at_packing) + before + MAIN.replace("MODEL", str(model))
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return found.returncode, found.stderr
+
+
+@pytest.mark.usefixtures("run")
+def test_error_while_weights_are_packed_is_one_line(model: Path, tmp_path: Path):
+    status, errors = packing(model, tmp_path, "raise MemoryError")
+    lines = [line for line in errors.splitlines() if not line.startswith(("loading", "compiling"))]
+    assert status == 1
+    assert lines == ["phicore: not enough memory; a smaller quantization or --ctx needs less"]
+
+
+@pytest.mark.usefixtures("run")
+def test_interrupt_while_weights_are_packed_ends_at_once(model: Path, tmp_path: Path):
+    """The process does not wait for the thread: packing takes longer than the test may take."""
+    press = """
+def press():
+    begun.wait()
+    time.sleep(0.5)
+    signal.raise_signal(signal.SIGINT)
+threading.Thread(target=press, daemon=True).start()
+"""
+    status, errors = packing(model, tmp_path, "time.sleep(600)", press)
+    assert (status, errors) == (130, "")
+
+
+@pytest.mark.usefixtures("run")
+def test_python_ends_without_packing_the_rest(model: Path, tmp_path: Path):
+    """A program that loads a model and gives it up does not wait until all weights are packed."""
+    program = (
+        BEGIN.replace("AT_PACKING", "packed.append(tensors); time.sleep(1)")
+        + """
+import phicore
+packed = []
+model = phicore.load("MODEL", "jax")
+begun.wait()
+KEEP
+import atexit
+atexit.register(lambda: print(len(packed)))
+""".replace("MODEL", str(model))
+    )
+    caches = {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    for keep in ("", "model.close(); del model"):
+        packed = int(run_python(program.replace("KEEP", keep), **caches))
+        assert packed <= 3

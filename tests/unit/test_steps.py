@@ -95,7 +95,7 @@ def test_steps_after_an_end_are_not_run(path: Path):
     end = all_tokens[5]
     ran.clear()
     found = tokens(engine, ends={end})
-    assert len(ran) == len(found)
+    assert len(ran) == len(found) - 1  # the prompt gives the first token
 
 
 @pytest.mark.complete

@@ -13,6 +13,7 @@ buffer donation.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,11 +41,12 @@ from phicore.backend import (
 )
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
-from phicore.gguf.reader import GGUFFile, GGUFTensor
+from phicore.gguf.reader import GGUFFile
 from phicore_jax import cuda, expanded
 from phicore_jax.cache import as_numbers, as_stored, names, put, rows_of_cache, width, zeros
-from phicore_jax.kernels import ROWS_OF_STRIP, find_kernels
-from phicore_jax.own import OwnKernels, Pack, Source, no_pack
+from phicore_jax.kernels import find_kernels
+from phicore_jax.outline import Outline, joined
+from phicore_jax.own import OwnKernels, Pack, Source
 from phicore_jax.parallel import Devices, ShardedCache, Share
 from phicore_jax.programs import KeptKernels, Programs, conditions
 
@@ -140,18 +142,6 @@ def memory_errors() -> Iterator[None]:
         ) from error
 
 
-def joined(parts: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:
-    """Group consecutive parts of the same type, so that one product can take a whole group."""
-    groups: list[list[GGUFTensor]] = []
-    for part in parts:
-        last = groups[-1] if groups else []
-        if last and last[-1].type == part.type and last[-1].shape[0] % ROWS_OF_STRIP == 0:
-            last.append(part)
-        else:
-            groups.append([part])
-    return groups
-
-
 def rows_of(part: Any) -> int:
     """Return the number of rows of a part of a weight."""
     return part.rows if hasattr(part, "rows") else int(jax.tree.leaves(part)[0].shape[0])
@@ -214,7 +204,7 @@ class JaxBackend(Backend):
         self._packing_device = self.device
         self._copy: dict[int, Callable[..., LayerCache]] = {}
         self._shared: Devices | None = None
-        self._pack: Pack = no_pack if kernels is None else kernels.pack
+        self._loading = threading.local()  # several threads may each load a model
         self._calls, self._called_s = 0, time.monotonic()
         if options.devices != 1:
             self._shared = Devices(self.device, options.devices)
@@ -238,7 +228,7 @@ class JaxBackend(Backend):
         return np.split(vector, self.options.devices)
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        with memory_errors():
+        with self._busy(), memory_errors():  # somebody waits for the device
             return np.asarray(x)
 
     @contextmanager
@@ -246,11 +236,26 @@ class JaxBackend(Backend):
         if self._kernels is None or self._shared or not self.options.packed_cache:
             yield
             return
-        try:
-            with self._kernels.loading(file, self._is_busy) as self._pack:
+        with self._kernels.loading(file, self._is_busy) as self._loading.pack:
+            try:
                 yield
+            finally:
+                del self._loading.pack
+
+    def _pack(self, *args: Any) -> Any:
+        """Pack tensors for the kernels, which may reuse those of the file that is loaded."""
+        assert self._kernels is not None
+        pack: Pack = getattr(self._loading, "pack", self._kernels.pack)
+        return pack(*args)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._calls += 1
+        try:
+            yield
         finally:
-            self._pack = self._kernels.pack
+            self._calls -= 1
+            self._called_s = time.monotonic()
 
     def _is_busy(self) -> bool:
         return self._calls > 0 or time.monotonic() - self._called_s < IDLE_S
@@ -309,17 +314,13 @@ class JaxBackend(Backend):
         found = conditions(self._kernels, self.options)
         if found is None:
             return None
-        return Programs(self._kernels, found, model, self.device, self._jit, self._guarded)
+        outline = Outline(self._kernels, self.device, self.options, self.capabilities)
+        return Programs(self._kernels, found, model, outline, self.device, self._jit, self._guarded)
 
     def _guarded(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            self._calls += 1
-            try:
-                with memory_errors():
-                    return compiled(*args)
-            finally:
-                self._calls -= 1
-                self._called_s = time.monotonic()
+            with self._busy(), memory_errors():
+                return compiled(*args)
 
         return call
 

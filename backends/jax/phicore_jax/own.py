@@ -17,11 +17,6 @@ Pack = Callable[..., Any]
 """A function with the arguments of `OwnKernels.pack`."""
 
 
-def no_pack(*args: Any) -> Any:
-    """Stand for the function that packs where there are no kernels."""
-    raise NotImplementedError
-
-
 @dataclass(frozen=True)
 class Source:
     """The operation of the protocol that computed activations (M, K), and its arguments.

@@ -30,13 +30,15 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jaxlib
 import platformdirs
+from gguf import GGMLQuantizationType
 from jax.experimental import serialize_executable
 
 import phicore.backend
 import phicore_jax
-from phicore.backend import KeptProgram, ProgramStore
+from phicore.backend import Backend, KeptProgram, ProgramStore
 from phicore.backend.host import cpu_count
 from phicore.backend.sources import sources_digest
+from phicore.gguf.reader import GGUFTensor
 from phicore_jax.code_files import read, write
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,12 @@ class KeptKernels(Protocol):
     @property
     def identity(self) -> str | None:
         """Return a text that tells what the kernels compute; None if programs cannot be kept."""
+
+    def has_type(self, ggml_type: GGMLQuantizationType) -> bool:
+        """Return whether matrices of this type can be packed."""
+
+    def form(self, tensors: Sequence[GGUFTensor], count: int) -> Any:
+        """Return what `OwnKernels.pack` would return, with forms in place of arrays."""
 
     def handlers(self, text: str) -> list[tuple[str, str]]:
         """Return the kernels that the text of a program names."""
@@ -95,6 +103,7 @@ class Programs(ProgramStore):
         kernels: The kernels that programs call.
         conditions: The result of `conditions`.
         model: A text that tells this model from others.
+        outline: See `ProgramStore.outline`.
         device: The device that runs them.
         jit: Compiles a function; further arguments are `donate` and a name.
         guarded: Wraps what is called, so that XLA's errors are those of the backend.
@@ -105,12 +114,14 @@ class Programs(ProgramStore):
         kernels: KeptKernels,
         conditions: str,
         model: str,
+        outline: Backend,
         device: Any,
         jit: Jit,
         guarded: Callable[[Callable[..., Any]], Callable[..., Any]],
     ) -> None:
         self._kernels = kernels
         self._conditions = conditions
+        self._outline = outline
         self._device = device
         self._jit = jit
         self._guarded = guarded
@@ -121,6 +132,10 @@ class Programs(ProgramStore):
         # The process waits at its end for a thread that compiles: XLA must not lose its memory.
         self._workers = ThreadPoolExecutor(max(1, cpu_count() - 1), "phicore-programs")
         self._early = self._load_early()
+
+    @property
+    def outline(self) -> Backend:
+        return self._outline
 
     def compile(self, fn: Callable[..., Any], donate: Sequence[int], identity: str) -> KeptProgram:
         make = partial(self._program, fn, donate, identity)

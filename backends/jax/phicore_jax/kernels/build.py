@@ -95,6 +95,9 @@ class Compiler:
             emit: Writes the module's functions.
             exports: Names of the functions and variables whose addresses are needed.
         """
+        found = self._libraries.get(name)  # without the lock, which is held while others compile
+        if found is not None:
+            return found
         with self._lock:
             if name not in self._libraries:
                 path = self.folder / f"{name}.o"

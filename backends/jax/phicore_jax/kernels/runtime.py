@@ -11,6 +11,7 @@ import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from math import ceil, prod
 from typing import Any
@@ -125,12 +126,16 @@ class Kernels(OwnKernels):
             count: Number of matrices; each consists of `len(tensors) / count` tensors.
             kept: Matrices that need not be packed again.
         """
-        ggml_type, columns = tensors[0].type, tensors[0].shape[1]
+        form = self.form(tensors, count)
         if kept is None:
-            strips = self._strips(tensors)
-        else:
-            strips = kept.strips(tensors, count, _strips_shape(tensors), self._strips)
-        return Packed(strips, ggml_type, sum(t.shape[0] for t in tensors) // count, columns)
+            return replace(form, strips=self._strips(tensors))
+        return replace(form, strips=kept.strips(tensors, count, form.strips.shape, self._strips))
+
+    def form(self, tensors: Sequence[GGUFTensor], count: int = 1) -> Packed:
+        """Return what `pack` returns, with the form of the strips in place of an array."""
+        rows = sum(tensor.shape[0] for tensor in tensors) // count
+        strips = jax.ShapeDtypeStruct(_strips_shape(tensors), jnp.uint8)
+        return Packed(strips, tensors[0].type, rows, tensors[0].shape[1])
 
     def _strips(self, tensors: Sequence[GGUFTensor]) -> np.ndarray:
         ggml_type, columns = tensors[0].type, tensors[0].shape[1]
