@@ -15,7 +15,7 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from phicore.backend import DEFAULTS, Backend, BackendOptions
 from phicore.errors import BackendError
@@ -50,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         deadline=None,
         derandomize=True,
         database=None,
+        suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("phicore")
 
