@@ -7,13 +7,15 @@ import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 # NumPy reads this when it is imported. One thread, since each test process has its own processor.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from phicore.backend import DEFAULTS, Backend, BackendOptions
 from phicore.errors import BackendError
@@ -41,15 +43,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.pluginmanager.hasplugin("cacheprovider"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
         os.environ["TMPDIR"] = str(config.cache.mkdir("tmp"))
-
-
-# The same examples in every run, and no time limit: a first example may have to be compiled.
-settings.register_profile("phicore", deadline=None, derandomize=True, database=None)
-settings.load_profile("phicore")
+    # The same examples in every run, and no time limit: a first example may have to be compiled.
+    settings.register_profile(
+        "phicore",
+        max_examples=25 if config.option.markexpr == "not complete" else 100,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("phicore")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests as `complete` that `each_value` leaves out of the default run.
 
     `@pytest.mark.each_value("data_type", "backend")` stands for the product of these parameters.
@@ -57,12 +64,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     of every other parameter, in turn. So it tests every value of every parameter. The complete run
     tests the rest of the product. `@pytest.mark.complete_where(backend_name="jax")` leaves tests
     with this value of a parameter to the complete run: those that compile for long.
+
+    Hypothesis tries fewer examples in the default run, so the complete run has its tests, too.
     """
     products: dict[Any, list[tuple[pytest.Item, dict[str, int]]]] = defaultdict(list)
     places: dict[Any, dict[int, int]] = defaultdict(dict)  # indices of a parameter's values
     for item in items:
         callspec = getattr(item, "callspec", None)
         values = {} if callspec is None else callspec.params
+        test = getattr(item, "obj", None)
+        is_law = getattr(test, "is_hypothesis_test", False)
+        chooses_number = is_law and test.__module__.startswith("phicore.")  # the conformance kit
+        if is_law and not chooses_number and config.option.markexpr == "complete":
+            item.add_marker(pytest.mark.complete)
         for marker in item.iter_markers("complete_where"):
             if all(values.get(name) == value for name, value in marker.kwargs.items()):
                 item.add_marker(pytest.mark.complete)
@@ -82,6 +96,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             turn = indices[longest]
             if any(index != turn % counts[name] for name, index in indices.items()):
                 item.add_marker(pytest.mark.complete)
+
+
+ABOUT_LOGIC = ("api", "chat", "cli", "engine", "grammar", "server", "testing", "unit")
+"""Folders with tests of phicore's own logic, whatever a tensor library computes."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Spare compilers most of their work in tests of logic, which run each program a few times.
+
+    There XLA does not optimize, which takes a quarter of the time, and MLX does not have operations
+    fused by a C++ compiler. The numbers that users get are tested in the other folders, and in
+    modules with the mark `as_for_users`, such as those of sums that must be equal to the last bit.
+    """
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    if folder not in ABOUT_LOGIC or request.node.get_closest_marker("as_for_users"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as at_end:
+        with suppress(ImportError):
+            from phicore_jax.backend import CPU_OPTIONS
+
+            patch.setitem(CPU_OPTIONS, "xla_backend_optimization_level", 0)
+            patch.setitem(CPU_OPTIONS, "xla_cpu_use_fusion_emitters", False)
+        with suppress(ImportError):
+            import mlx.core as mx
+
+            mx.disable_compile()
+            at_end.callback(mx.enable_compile)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

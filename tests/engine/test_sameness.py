@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import BACKENDS, make_backend
+from engine import test_speculation as speculation
 
 from phicore.backend import Backend
 from phicore.engine import Engine, Request, Sequence
@@ -28,6 +29,7 @@ from phicore.testing import tiny_models
 from phicore.testing.conformance.models import PHI3, engine_of
 from phicore.testing.tiny_models import Type, write_model
 
+pytestmark = pytest.mark.as_for_users
 VOCABULARY = 80
 
 
@@ -139,6 +141,21 @@ def test_text_is_the_same_where_rows_shift_and_switch_at_other_times(
     expected = alone(engine, made)
     for seed in (None, 1):
         assert together(engine, made, seed) == expected
+
+
+@pytest.mark.complete
+def test_text_and_log_probabilities_are_the_same_with_drafts(
+    ops: Backend, backend_name: str, path: Path
+):
+    """Check with optimized steps what test_speculation.py checks with quickly compiled ones."""
+    engine = engine_of(ops, path)
+    made = speculation.alike(speculation.requests(4, seed=4, longest=16), logprobs=3)
+    expected = speculation.alone(engine, made)
+    engine.scheduler = speculation.Eager(max_sequences=2)
+    engine.drafter = speculation.Told(speculation.told(made, expected), 0.7)
+    for seed in (None, 1):
+        found = speculation.together(engine, made, seed)
+        speculation.assert_same(found, expected, exact=backend_name == "jax")
 
 
 @pytest.mark.each_value("sizes", "backend_name")

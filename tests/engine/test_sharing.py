@@ -225,6 +225,7 @@ def crowd(count: int, seed: int) -> list[Request]:
     ]
 
 
+@pytest.mark.each_value("most", "seed")
 @pytest.mark.parametrize("most", [3, 8, 16])
 @pytest.mark.parametrize("seed", range(3))
 def test_batches_widen_narrow_and_merge(path: Path, most: int, seed: int):

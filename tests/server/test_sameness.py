@@ -12,6 +12,7 @@ from server.conftest import Served, ready
 
 import phicore
 
+pytestmark = pytest.mark.as_for_users
 COUNT = 12
 
 
