@@ -100,8 +100,8 @@ def session_of(body: bytes) -> str | None:
         end = roles.index("user") + 1 if "user" in roles else len(roles)
         beginning = messages[:end]
     elif isinstance(prompt, (str, list)) and prompt:
-        first = prompt[0] if isinstance(prompt[0], (str, list)) and len(prompt) > 0 else prompt
-        beginning = prompt[:BEGINNING] if isinstance(prompt, str) else first[:BEGINNING]
+        first = prompt[0] if isinstance(prompt[0], (str, list)) else prompt  # of several
+        beginning = (prompt if isinstance(prompt, str) else first)[:BEGINNING]
     else:
         return None
     text = json.dumps(beginning, sort_keys=True)

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RaySystemError
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from phicore.cli.serve import Serving, listening
 from phicore.errors import PhicoreError
@@ -163,19 +163,19 @@ def _wait_until_running(signals: _Signals) -> None:
         if found is not None:
             if found.status == ApplicationStatus.RUNNING:
                 return
-            said = [found.message, *(each.message for each in found.deployments.values())]
-            reason = next(filter(None, map(reason_in, said)), None)
-            if reason is not None:
+            if (reason := reason_of(found)) is not None:
                 raise PhicoreError(reason)
             if found.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise PhicoreError(f"Ray cannot serve: {' '.join(found.message.split())[-300:]}")
         signals.wait(LOOK_S)
 
 
-def reason_in(text: str) -> str | None:
-    """Return why a replica could not start, as it says in a message of Ray; None if it does not."""
-    found = re.findall(re.escape(MARK) + r"(.+)", text)
-    return found[-1].strip() if found else None
+def reason_of(found: ApplicationStatusOverview) -> str | None:
+    """Return why a replica of an application could not start; None if none has told a reason."""
+    for text in (found.message, *(each.message for each in found.deployments.values())):
+        if reasons := re.findall(re.escape(MARK) + r"(.+)", text):
+            return str(reasons[-1]).strip()
+    return None
 
 
 def _end(signals: _Signals) -> None:

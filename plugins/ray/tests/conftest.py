@@ -34,7 +34,6 @@ def cluster() -> Iterator[Cluster]:
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         yield Cluster(f"http://127.0.0.1:{port}")
-        serve.shutdown()
     finally:
         ray.shutdown()
 

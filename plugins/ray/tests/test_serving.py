@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import phicore_ray
 import pytest
-from phicore_ray.running import reason_in
+from phicore_ray.running import reason_of
 from ray import serve
 from ray_clusters import ENDLESS, HI, Cluster, wait_until
 
@@ -221,11 +221,11 @@ def test_model_that_cannot_be_loaded_is_told_in_a_line(cluster: Cluster, tmp_pat
         wait_for_applications_running=False,
     )
 
-    def message() -> str | None:
+    def failed() -> Any:
         found = serve.status().applications["broken"]
-        return found.message if found.status == "DEPLOY_FAILED" else None
+        return found if found.status == "DEPLOY_FAILED" else None
 
-    reason = reason_in(wait_until(message, "the failure"))
+    reason = reason_of(wait_until(failed, "the failure"))
     assert reason is not None
     assert reason.startswith("broken.gguf: ")
     serve.delete("broken")
