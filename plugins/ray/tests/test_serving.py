@@ -83,21 +83,23 @@ def texts(cluster: Cluster) -> tuple[list[str], set[str]]:
         return list(pool.map(ask, range(32))), by
 
 
+@pytest.mark.parametrize("name", ["tiny", pytest.param("smollm2", marks=pytest.mark.complete)])
 def test_seeded_requests_give_the_texts_of_one_process_from_one_replica_and_from_two(
-    cluster: Cluster, tiny_path: Path
+    cluster: Cluster, tiny_path: Path, name: str
 ):
-    with phicore.load(tiny_path, "jax") as model:
+    reference = tiny_path if name == "tiny" else name
+    with phicore.load(reference, "jax") as model:
         requests = [
-            model.request(e["messages"], **{k: v for k, v in e.items() if k != "messages"})
-            for e in REQUESTS
+            model.request(each["messages"], **{k: v for k, v in each.items() if k != "messages"})
+            for each in REQUESTS
         ]
         expected = {answer.index: answer.text for answer in model.generate_many(requests)}
-    options: dict[str, Any] = {"names": ["tiny"], "backend": "jax", "num_cpus": 1}
-    cluster.deploy(phicore_ray.app(tiny_path, replicas=1, **options))
+    options: dict[str, Any] = {"names": ["tiny"], "backend": "jax", "num_cpus": 0.75}
+    cluster.deploy(phicore_ray.app(reference, replicas=1, **options))
     one, by = texts(cluster)
     assert one == [expected[i] for i in range(32)]
     assert len(by) == 1
-    cluster.deploy(phicore_ray.app(tiny_path, replicas=2, **options))
+    cluster.deploy(phicore_ray.app(reference, replicas=2, **options))
     two, by = texts(cluster)
     assert two == one
     assert len(by) == 2
