@@ -41,7 +41,8 @@ def main() -> NoReturn:
         code = cli.app(standalone_mode=False, prog_name="phicore")
         sys.stdout.flush()
     except ArgumentError as error:
-        code = _fail(error.worded(str if _fault(error) else _as_option), 2)
+        is_foreign = _fault(error) is not None and not _is_of_a_plugin()
+        code = _fail(error.worded(str if is_foreign else _as_option), 2)
     except PhicoreError as error:
         is_option = error.parameter is not None and _as_option(error.parameter) != error.parameter
         code = _fail(error.worded(_as_option), 2 if is_option else error.exit_code)
@@ -107,13 +108,21 @@ def _fail_usage(error: typer.TyperException) -> int:
 
 def _as_option(parameter: str) -> str:
     """Return a parameter's option, such as --top-k, or its name if there is no such option."""
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    # The command is the first argument without a dash, since options before it take no values.
-    name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
-    for each in commands[name].params if name in commands else ():
+    command = typer.main.get_command(cli.app).get_command(None, _command())  # type: ignore[attr-defined]
+    for each in command.params if command is not None else ():
         if each.name == parameter and each.opts[0].startswith("--"):
             return each.opts[0]
     return parameter
+
+
+def _is_of_a_plugin() -> bool:
+    """Return whether the command is a plugin's, whose errors are about its own options."""
+    return _command() not in typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+def _command() -> str:
+    """Return the command, the first argument without a dash: options before it take no values."""
+    return next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
 
 
 def _discard_stdout() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from functools import wraps
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from phicore import settings
 from phicore.errors import ArgumentError
+
+T = TypeVar("T")
 
 MODEL_HELP = (
     "The model: a GGUF file, hf:owner/repo[:Q4_K_M] on the Hugging Face Hub, package:NAME, or a "
@@ -83,7 +85,7 @@ def guessing(speculation: bool | None, draft_model: str | None) -> dict[str, Any
 
 def takes(
     parameter: str, settings: type, *, else_of: str = ""
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Return a decorator that replaces a command's parameter by options, one for each setting.
 
     Args:
@@ -94,24 +96,56 @@ def takes(
             value is the field's default.
     """
 
-    def decorated(function: Callable[..., None]) -> Callable[..., None]:
+    def decorated(function: Callable[..., T]) -> Callable[..., T]:
         @wraps(function)
-        def command(**arguments: Any) -> None:
+        def command(**arguments: Any) -> T:
             values = {each.name: arguments.pop(each.name) for each in fields(settings)}
-            function(**arguments, **{parameter: values})
+            return function(**arguments, **{parameter: values})
 
-        signature = inspect.signature(function, eval_str=True)
-        found: list[inspect.Parameter] = []
-        for each in signature.parameters.values():
-            if each.name == parameter:
-                found += [_option(field, else_of) for field in fields(settings)]
-            else:
-                found.append(each)
-        command.__signature__ = signature.replace(parameters=found)  # type: ignore[attr-defined]
-        command.__annotations__ = {each.name: each.annotation for each in found}
+        _replace(
+            command, function, parameter, [_option(field, else_of) for field in fields(settings)]
+        )
         return command
 
     return decorated
+
+
+def takes_those_of(
+    made: Callable[..., Any], parameter: str
+) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Return a decorator that replaces a command's parameter by the options of a function.
+
+    Args:
+        made: The function. It is called with its options before the command.
+        parameter: The parameter to replace. It gets what the function returns.
+    """
+    options = list(inspect.signature(made, eval_str=True).parameters.values())
+
+    def decorated(function: Callable[..., T]) -> Callable[..., T]:
+        @wraps(function)
+        def command(**arguments: Any) -> T:
+            values = {each.name: arguments.pop(each.name) for each in options}
+            return function(**arguments, **{parameter: made(**values)})
+
+        _replace(command, function, parameter, options)
+        return command
+
+    return decorated
+
+
+def _replace(
+    command: Callable[..., Any],
+    function: Callable[..., Any],
+    parameter: str,
+    options: Sequence[inspect.Parameter],
+) -> None:
+    """Give a command the signature of a function, with options in the place of a parameter."""
+    signature = inspect.signature(function, eval_str=True)
+    found: list[inspect.Parameter] = []
+    for each in signature.parameters.values():
+        found += options if each.name == parameter else [each]
+    command.__signature__ = signature.replace(parameters=found)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in found}
 
 
 def _option(field: Field[Any], else_of: str) -> inspect.Parameter:

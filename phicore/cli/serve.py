@@ -1,14 +1,12 @@
-"""The command `phicore serve`."""
+"""The command `phicore serve`, and its options, which commands of plugins may have, too."""
 
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
 import socket
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -26,13 +24,12 @@ from phicore.cli.options import (
     guessing,
     model_or_default,
     takes,
+    takes_those_of,
 )
-from phicore.errors import ArgumentError, PhicoreError
+from phicore.errors import ArgumentError
+from phicore.server.plan import Plan, check_packages
 from phicore.server.settings import Settings
 from phicore.team.options import TeamOptions
-
-if TYPE_CHECKING:
-    from phicore.model import Model
 
 BACKLOG = 512
 """Number of clients that may wait to be accepted."""
@@ -47,10 +44,18 @@ Examples:
 """
 
 
+class Serving(NamedTuple):
+    """What to serve, and where."""
+
+    plan: Plan
+    host: str
+    port: int
+
+
 @takes("settings", Settings)
 @takes("backend_options", BackendOptions)
 @takes("team_options", TeamOptions)
-def serve(
+def chosen(
     *,
     model: ModelOption = None,
     host: Annotated[
@@ -129,14 +134,13 @@ def serve(
     log_level: Annotated[
         str, typer.Option(metavar="debug|info|warning|error", help="What is logged.")
     ] = "info",
-) -> None:
-    """Serve a model to programs, with OpenAI's API, and to people, with a page.
+) -> Serving:
+    """Return what the options of a server say, after all of them are checked.
 
-    The server listens at once and tells at /health when the model is loaded. SIGTERM and Ctrl-C
-    let it finish what is under way.
+    Raises:
+        PhicoreError: If an option is wrong, or a package that the server needs is not installed.
     """
-    # Check the options before a long load.
-    chosen = Settings(**settings)
+    checked = Settings(**settings)
     BackendOptions(**backend_options)
     TeamOptions(**team_options)
     kv_bytes = None if kv_memory is None else bytes_of(kv_memory)
@@ -156,53 +160,49 @@ def serve(
             "everybody",
             parameter="host",
         )
-    try:
-        from phicore.cli.serving import run
-    except ImportError as error:
-        raise PhicoreError(
-            f"the server needs the package {error.name}; install it with: pip install "
-            "'phicore[serve]'"
-        ) from error
-
+    check_packages()
     from phicore.cli.terminal import Console
-    from phicore.server.logs import Lines
-
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines(as_json=log_format == "json"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("phicore").setLevel(log_level.upper())
-
-    reference = model_or_default(model, Console().say)
-
-    def load() -> Model:
-        from phicore.model import load
-
-        return load(
-            reference,
-            backend,
-            ctx=ctx,
-            tokenizer=tokenizer,
-            max_sequences=parallel,
-            kv_memory=kv_bytes,
-            prefix_cache_bytes=prefix_bytes,
-            **guesses,
-            **backend_options,
-            **team_options,
-        )
 
     hosts = list(allowed_host or ())
     if not _is_local(host):
         # With a key, a page that lets its name point here has nothing to send.
         hosts += ["*"] if keys and not allowed_host else [host]
-    run(
-        _listening(host, port),
-        load,
-        names=[_name_of(reference), *(alias or ())],
-        settings=chosen,
-        api_keys=keys,
-        allowed_hosts=hosts,
-        cors_origins=list(cors_origin or ()),
+    reference = model_or_default(model, Console().say)
+    plan = Plan(
+        reference,
+        loading={
+            "backend": backend,
+            "ctx": ctx,
+            "tokenizer": tokenizer,
+            "max_sequences": parallel,
+            "kv_memory": kv_bytes,
+            "prefix_cache_bytes": prefix_bytes,
+            **guesses,
+            **backend_options,
+            **team_options,
+        },
+        names=(name_of(reference), *(alias or ())),
+        settings=checked,
+        api_keys=tuple(keys),
+        allowed_hosts=tuple(hosts),
+        cors_origins=tuple(cors_origin or ()),
+        log_format=log_format,
+        log_level=log_level,
     )
+    return Serving(plan, host, port)
+
+
+@takes_those_of(chosen, "serving")
+def serve(*, serving: Serving) -> None:
+    """Serve a model to programs, with OpenAI's API, and to people, with a page.
+
+    The server listens at once and tells at /health when the model is loaded. SIGTERM and Ctrl-C
+    let it finish what is under way.
+    """
+    from phicore.cli.serving import run
+
+    serving.plan.start_logging()
+    run(listening(serving.host, serving.port), serving.plan)
 
 
 def _prefix_bytes(text: str) -> int:
@@ -236,13 +236,13 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def _name_of(reference: str) -> str:
+def name_of(reference: str) -> str:
     """Return the name of a model for clients: that of its file, or the reference."""
     is_path = reference.endswith(".gguf") and ":" not in reference
     return Path(reference).stem if is_path or os.path.sep in reference[:2] else reference
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
     """Return a socket that listens. Clients may connect at once; they wait until it accepts."""
     try:
         family, _, _, _, address = socket.getaddrinfo(

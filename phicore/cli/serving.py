@@ -8,15 +8,14 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from phicore.model import Model
-from phicore.server import app
 from phicore.server.errors import stopping
+from phicore.server.plan import Plan
 from phicore.server.service import Service
 from phicore.server.settings import Settings
 
@@ -92,23 +91,14 @@ class Server(uvicorn.Server):
         loop.call_later(self._grace_s, self._service.end_all, stopping())
 
 
-def run(
-    listening: socket.socket,
-    load: Callable[[], Model],
-    *,
-    names: Sequence[str],
-    settings: Settings,
-    api_keys: Sequence[str],
-    allowed_hosts: Sequence[str],
-    cors_origins: Sequence[str],
-) -> None:
+def run(listening: socket.socket, plan: Plan) -> None:
     """Serve until a signal comes.
 
     Raises:
         KeyboardInterrupt: If the signal was Ctrl-C.
         BaseException: The error because of which the model cannot be loaded or used.
     """
-    _let_the_system_end_dead_connections(listening, settings.patience)
+    _let_the_system_end_dead_connections(listening, plan.settings.patience)
     failures: list[BaseException] = []
 
     def failed(error: BaseException) -> None:
@@ -116,15 +106,8 @@ def run(
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(server.stop)
 
-    application = app(
-        load,
-        names=names,
-        settings=settings,
-        api_keys=api_keys,
-        allowed_hosts=allowed_hosts,
-        cors_origins=cors_origins,
-        failed=failed,
-    )
+    settings = plan.settings
+    application = plan.application(failed)
     service: Service = application.state.service
     server = Server(_config(application, settings), service, settings.grace)
     with asyncio.Runner() as runner:

@@ -34,6 +34,7 @@ NOT_HERE = (
     "benchmarks/",
     "--processor shout",
     "phicore serve",
+    "ray-serve",
     "phicore cache",  # it would remove the user's, and a new machine has none
 )
 
