@@ -302,6 +302,6 @@ def test_scores_that_are_no_numbers_are_an_error(ops: Backend, path: Path):
     params = dict(engine.runner.params)
     norm = next(name for name in params if "norm" in name)
     broken = np.full(engine.runner.config.hidden_size, np.nan, np.float32)
-    engine.runner.steps._params = {**params, norm: ops.asarray(broken)}
+    engine.runner.weights.forms = {**params, norm: ops.asarray(broken)}
     with pytest.raises(PhicoreError, match="scores are not finite numbers: the file"):
         engine.score([5, 6, 7])
