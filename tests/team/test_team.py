@@ -37,9 +37,9 @@ def noted(engine: Engine) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
 
     def note(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any) -> Any:
-            calls.append((name, [_about(arg) for arg in args]))
-            return function(*args)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, [_about(arg) for arg in (*args, *kwargs.values())]))
+            return function(*args, **kwargs)
 
         return called
 

@@ -24,6 +24,7 @@ BREAKS = {
     "circles": ("phicore/gguf/parser.py", "from phicore.gguf.reader import open_gguf"),
     "libraries": ("phicore/lab/tracing.py", "import jax"),
     "backends": ("phicore_numpy/backend.py", "from phicore.network import graph"),
+    "replicas": ("phicore_ray/replica.py", "from phicore.network import graph"),
 }
 
 pytest.importorskip("importlinter", reason="install import-linter (uv sync --group test)")
@@ -48,7 +49,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copy all packages into one folder."""
     folder = tmp_path_factory.mktemp("house")
     shutil.copy(ROOT / "pyproject.toml", folder)
-    for parent in (*PARENTS, "plugins/torch"):
+    for parent in (*PARENTS, "plugins/ray", "plugins/torch"):
         for package in (ROOT / parent).glob("phicore*/__init__.py"):
             name = package.parent.name
             shutil.copytree(
