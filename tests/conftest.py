@@ -40,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # A shell that starts pytest in the background ignores the interrupt key for it. Programs
         # that tests start and interrupt would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and `nohup` ignores this
     if config.pluginmanager.hasplugin("cacheprovider"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
         os.environ["TMPDIR"] = str(config.cache.mkdir("tmp"))
