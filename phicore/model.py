@@ -596,4 +596,8 @@ def join(
         team.fail(str(error))
         raise
     with model:
-        team.follow(model.engine, lambda: model.grammar_vocabulary)
+        try:
+            team.follow(model.engine, lambda: model.grammar_vocabulary)
+        except BaseException:  # the leader's devices would wait for ever
+            team.give_up()
+            raise

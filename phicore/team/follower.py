@@ -26,6 +26,7 @@ from phicore.team.protocol import (
     Hello,
     at_once,
     checked_address,
+    hang_up,
     key,
     library_address,
     unpacked,
@@ -102,6 +103,12 @@ class Follower(Member):
         if self.has_joined:
             ending.end(problem)
         self._leader.close()
+
+    def give_up(self) -> None:
+        """End the team, since this process was interrupted, or has a fault."""
+        self.abandon()
+        self._leave, self._is_ending = None, True
+        hang_up(self._leader)
 
     def close(self) -> None:
         self._is_ending = True

@@ -22,7 +22,15 @@ from phicore.errors import ArgumentError
 from phicore.progress import Progress
 from phicore.team import ending
 from phicore.team.member import Member
-from phicore.team.protocol import Hello, at_once, checked_address, key, library_address, packed
+from phicore.team.protocol import (
+    Hello,
+    at_once,
+    checked_address,
+    hang_up,
+    key,
+    library_address,
+    packed,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -96,9 +104,10 @@ class Leader(Member):
             ending.end(f"process {number} of the team: {problem}")
 
     def abandon(self) -> None:
+        super().abandon()
         self._is_closed = True
         for other in self._others:
-            other.close()
+            hang_up(other)
 
     def close(self) -> None:
         if not self._is_closed:

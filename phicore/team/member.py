@@ -9,6 +9,7 @@ from typing import Protocol
 
 from phicore.backend import ProcessGroup
 from phicore.engine.team import Team
+from phicore.team import ending
 
 
 class CanJoin(Protocol):
@@ -56,6 +57,7 @@ class Member(Team):
 
     def abandon(self) -> None:
         """Let the others end, since this process cannot go on."""
+        atexit.register(ending.end_at_exit)
 
     def close(self) -> None:
         leave, self._leave = self._leave, None

@@ -75,8 +75,18 @@ def library_address(host: str, port: int) -> str:
 
 def at_once(connection: Connection) -> None:
     """Let a connection send each message at once, since the others wait for it."""
-    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as found:
+    with suppress(OSError), _socket_of(connection) as found:
         found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def hang_up(connection: Connection) -> None:
+    """End a connection, also for a thread of this process that waits for a message."""
+    with suppress(OSError), _socket_of(connection) as found:
+        found.shutdown(socket.SHUT_RDWR)
+
+
+def _socket_of(connection: Connection) -> socket.socket:
+    return socket.socket(fileno=os.dup(connection.fileno()))
 
 
 def packed(message: Any) -> bytes:

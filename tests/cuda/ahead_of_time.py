@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ class AheadOfTime(JaxBackend):
             self._shared = AbsentDevices(mesh)
         kernels, about = cuda.find_kernels()
         assert kernels is not None, about
-        self._kernels, self._pack = kernels, kernels.pack
+        self._kernels, self._loading = kernels, threading.local()
         capabilities = capabilities_of("cuda", kernels, steps)
         Backend.__init__(self, BackendOptions(devices=devices), capabilities)
 

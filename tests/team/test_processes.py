@@ -179,6 +179,16 @@ def test_generate_with_two_processes(tiny: Path, address: str) -> None:
             assert json.loads(leader.out)["text"] == alone.text()
 
 
+def test_model_that_cannot_be_shared_is_told_by_both(tiny: Path, address: str) -> None:
+    with processes() as start:
+        leader = start("generate", "-m", tiny, *team_of(3, address), "x")
+        followers = [start("join", address, "-m", tiny) for _ in range(2)]
+        assert leader.end() == 1
+        assert "devices: 3 cannot share" in leader.reason()
+        for follower in followers:
+            assert follower.end() != 0
+
+
 @pytest.mark.complete
 def test_other_file_is_told_to_both(tiny: Path, endless: Path, address: str) -> None:
     with processes() as start:
