@@ -42,8 +42,8 @@ def write_tiny(path: Path, edit: Edit | None = None, **changes: Any) -> Path:
         return write_model(path, replace(TINY, **changes), Type.F32)
 
 
-def write_endless(path: Path) -> Path:
-    """Write a model that, greedily and without a penalty, generates for longer than tests wait."""
+def write_endless(path: Path, context: int = 20000) -> Path:
+    """Write a model that, greedily and without a penalty, generates until its context is full."""
 
     def never_end(writer: gguf.GGUFWriter) -> None:
         tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
@@ -51,7 +51,7 @@ def write_endless(path: Path) -> Path:
             tokens[tokens.index(end)] = f"not-{end}"
         writer.kv_data[0]["tokenizer.ggml.eos_token_id"].value = tokens.index("</s>")
 
-    return write_tiny(path, never_end, max_position_embeddings=20000)
+    return write_tiny(path, never_end, max_position_embeddings=context)
 
 
 def spoilt(path: Path, tensor: str, value: float) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 import uvicorn
-from api.tiny_models import write_tiny
+from api.tiny_models import write_endless, write_tiny
 
 import phicore
 from phicore import Model
@@ -136,19 +136,11 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny.gguf")
 
 
-def never_end(writer: Any) -> None:
-    """Take the end tokens out of a vocabulary."""
-    tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
-    for end in ("<|end|>", "<|endoftext|>"):
-        tokens[tokens.index(end)] = f"not-{end}"
-    writer.kv_data[0]["tokenizer.ggml.eos_token_id"].value = tokens.index("</s>")
-
-
 @pytest.fixture(scope="session")
 def endless_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a model whose answers are longer than any test waits."""
     path = tmp_path_factory.mktemp("models") / "endless.gguf"
-    return write_tiny(path, never_end, max_position_embeddings=80000)
+    return write_endless(path, context=80000)
 
 
 ENDLESS = {"max_tokens": 15000, "temperature": 0, "repetition_penalty": 1}

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from api.tiny_models import write_tiny
+from api.tiny_models import write_endless, write_tiny
 from ray_clusters import Cluster, ray, serve
-from server.conftest import never_end
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,4 +46,4 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def endless_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a model whose answers are longer than any test waits."""
     path = tmp_path_factory.mktemp("models") / "endless.gguf"
-    return write_tiny(path, never_end, max_position_embeddings=80000)
+    return write_endless(path, context=80000)
