@@ -83,7 +83,7 @@ def _compiled(emit: Any, constants: tuple[Any, ...], pointers: int) -> tuple[Any
     Host.emit_functions(module)
     module.function("kernel", [I64] + [PTR] * pointers, warps)
     code = optimized(module, target_machine(target), lambda m, ir: m.emit_object(ir))
-    jit = llvm.create_lljit_compiler(target_machine(target))
+    jit = llvm.create_lljit_compiler(target_machine(target), use_jit_link=True)
     builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
     builder.export_symbol("kernel")
     library = builder.link(jit, "kernel")

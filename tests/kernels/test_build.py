@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,42 @@ def test_library_second_process_compiles_nothing(tmp_path: Path):
     assert run_python(PACK, **environment) == "0\n"
     assert files(tmp_path) == kept
     assert [p.suffix for p in tmp_path.rglob("kernels/*/*")] == [".o", ".o"]  # and nothing else
+
+
+FAR = """
+import ctypes
+from phicore_jax.kernels import build, rowwise
+from phicore_jax.kernels.lang import Target
+
+compiler = build.Compiler(Target(build.supported_targets()[0]))
+compiler.library("swiglu", rowwise.emit_swiglu, ["swiglu"])
+code = build.code_files.read(compiler.folder / "swiglu.o")
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+def reserve(size):  # private, anonymous, and without memory behind it
+    found = libc.mmap(None, size, 0, 0x4022, -1, 0)
+    assert found not in (None, ctypes.c_void_p(-1).value)
+    return found
+
+whole = reserve(800 << 30)
+for size in (1 << 30, 1 << 26, 1 << 22, 1 << 18, 1 << 14, 1 << 12):
+    while reserve(size) > whole:
+        pass  # this fills the holes that there are
+for i in range(1, 100):
+    assert libc.munmap(whole + i * (8 << 30), 4096) == 0
+again = build.Library(compiler._jit, "again", code, ["swiglu"])
+print(again.address("swiglu") > 0)
+"""
+"""A program that links where the only holes lie further apart than 32 bits reach."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the numbers of mmap are those of Linux")
+def test_parts_of_a_module_lie_together_in_any_space_of_addresses(tmp_path: Path):
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    assert run_python(FAR, **environment) == "True\n"
 
 
 DAMAGED = """

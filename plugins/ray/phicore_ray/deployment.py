@@ -141,7 +141,6 @@ def planned(plan: Plan, scaling: Scaling) -> Application:
         )
     if scaling.sticky:
         options["request_router_config"] = RequestRouterConfig(
-            request_router_class="phicore_ray.router.StickyRouter",
-            request_router_kwargs={"slots": slots},
+            request_router_class="phicore_ray.router.StickyRouter"
         )
     return DEPLOYMENT.options(**options).bind(plan)

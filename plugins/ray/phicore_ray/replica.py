@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ray import serve
+from ray.exceptions import TaskCancelledError
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,6 +27,9 @@ HEADER = "x-phicore-replica"
 """The header of answers that names the replica."""
 MARK = "phicore cannot serve: "
 """Begins the line with the reason why a replica cannot start. The command looks for it."""
+
+SLOTS = "slots"
+"""The name under which a replica tells the router how many answers it computes together."""
 
 
 class ReplicaError(RuntimeError):
@@ -50,7 +54,7 @@ class ThreadedPlan(Plan):
 
 
 class Named:
-    """Tells clients in a header which replica has answered.
+    """Tells clients in a header which replica has answered, and the application when they leave.
 
     Args:
         app: The application.
@@ -66,10 +70,18 @@ class Named:
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[HEADER] = self._name
+                headers = MutableHeaders(scope=message)
+                headers[HEADER] = self._name
+                del headers["x-request-id"]  # Ray's proxy adds it
             await send(message)
 
-        await self._app(scope, receive, named)
+        async def received() -> Message:
+            try:
+                return await receive()
+            except TaskCancelledError:  # with this, Ray's proxy tells that the client is gone
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, received, named)
 
 
 class Replica:
@@ -97,6 +109,10 @@ class Replica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application. Ray calls this when the replica is ready."""
         return Named(self._application, serve.get_replica_context().replica_id.unique_id)
+
+    def record_replica_metadata(self) -> dict[str, int]:
+        """Return what the router knows of this replica. Ray calls this when it is ready."""
+        return {SLOTS: self._service.model.engine.scheduler.max_sequences}
 
     async def check_health(self) -> None:
         """Check that the model computes.

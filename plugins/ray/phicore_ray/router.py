@@ -9,6 +9,8 @@ from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
+from phicore_ray.replica import SLOTS
+
 
 class StickyRouter(ConsistentHashRouter):
     """Chooses a replica by the session of a request, as long as it has a free slot.
@@ -19,15 +21,12 @@ class StickyRouter(ConsistentHashRouter):
     session, the request goes where the fewest are under way, of two replicas chosen at random.
     """
 
-    def initialize_state(self, slots: int = 1, **kwargs: Any) -> None:
-        """Take the settings.
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Take the settings, which are those of `ConsistentHashRouter`.
 
-        Args:
-            slots: The number of answers that a replica computes together.
-            kwargs: Those of `ConsistentHashRouter`.
+        Ray calls this once: what a later deployment changes, it tells with the replicas.
         """
-        super().initialize_state(num_fallback_replicas=kwargs.pop("num_fallback_replicas", 100))
-        self._slots = slots
+        super().initialize_state(**{"num_fallback_replicas": 100, **kwargs})
 
     async def choose_replicas(
         self,
@@ -50,8 +49,13 @@ class StickyRouter(ConsistentHashRouter):
         return [any_two, candidate_replicas]
 
     async def _is_free(self, replica: RunningReplica) -> bool:
-        """Return whether a replica has a free slot. It is asked if that is not known here."""
-        count = self.replica_queue_len_cache.get(replica.replica_id)
-        if count is None:
-            ((_, count),) = await self._probe_queue_lens([replica], 0)
-        return count is not None and count < self._slots
+        """Return whether a replica has a free slot.
+
+        The replica is asked, which takes about a millisecond: Ray's own count, which is kept here, is
+        too small for a while after answers have ended while others began, and a request that waits
+        behind a whole answer loses seconds.
+        """
+        known = self.replica_queue_len_cache.get(replica.replica_id)
+        ((_, count),) = await self._probe_queue_lens([replica], 0)
+        slots = replica.replica_metadata.get(SLOTS, 1)
+        return count is not None and max(count, known or 0) < slots

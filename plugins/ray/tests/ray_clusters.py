@@ -97,9 +97,19 @@ class Cluster:
     @property
     def replicas(self) -> dict[str, int]:
         """Return the process of each replica that runs, by the replica's name."""
+        return {each["replica_id"]: each["pid"] for each in self._running}
+
+    @property
+    def _running(self) -> list[dict[str, Any]]:
         details = _get_global_client().get_serve_details()
         found = details["applications"]["phicore"]["deployments"]["phicore"]["replicas"]
-        return {each["replica_id"]: each["pid"] for each in found if each["state"] == "RUNNING"}
+        return [each for each in found if each["state"] == "RUNNING"]
+
+    @property
+    def under_way(self) -> int:
+        """Return the number of requests that the replicas compute."""
+        found = [ray.get_actor(each["actor_name"], "serve") for each in self._running]
+        return sum(ray.get([each.get_num_ongoing_requests.remote() for each in found]))
 
     def client(self, session: str | None = None) -> openai.OpenAI:
         """Return OpenAI's client, with a session or without."""

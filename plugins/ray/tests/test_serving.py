@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,20 @@ class Reader:
         before = self.count
         wait_until(lambda: self.count > before + 3 or self.error, "more of the answer")
         return self.error is None
+
+
+@contextmanager
+def reading(cluster: Cluster, count: int, session: str | None = None) -> Iterator[list[Reader]]:
+    """Begin to read some streams, and leave them at the end."""
+    readers: list[Reader] = []
+    try:
+        for _ in range(count):
+            readers.append(Reader(cluster, session))
+        yield readers
+    finally:
+        for reader in readers:
+            reader.close()
+    wait_until(lambda: cluster.under_way == 0, "the end of the streams")
 
 
 REQUESTS = [
@@ -118,10 +134,8 @@ def two(cluster: Cluster, endless_path: Path) -> Cluster:
 def test_session_stays_and_goes_elsewhere_when_its_replica_is_full(two: Cluster):
     names = {two.ask("a session", **SHORT)[1] for _ in range(6)}
     assert len(names) == 1
-    readers = [Reader(two, "a session") for _ in range(4)]
-    assert [reader.replica in names for reader in readers] == [True, True, False, False]
-    for reader in readers:
-        reader.close()
+    with reading(two, 4, "a session") as readers:
+        assert [reader.replica in names for reader in readers] == [True, True, False, False]
 
 
 def test_turns_of_a_conversation_without_a_session_stay(two: Cluster):
@@ -141,10 +155,8 @@ def test_turns_of_a_conversation_without_a_session_stay(two: Cluster):
 
 def test_client_that_leaves_frees_its_slot(two: Cluster):
     for _ in range(3):  # all slots, three times over
-        readers = [Reader(two) for _ in range(4)]
-        assert all(reader.goes_on() for reader in readers)
-        for reader in readers:
-            reader.close()
+        with reading(two, 4) as readers:
+            assert all(reader.goes_on() for reader in readers)
     answer, _ = two.ask(**SHORT)
     assert answer.usage.completion_tokens == 12
 
@@ -161,20 +173,18 @@ def test_replica_that_is_killed_ends_its_answers_with_an_error_and_comes_back(tw
     }
     assert len(texts) == 2
     assert len(set(texts.values())) == 1
-    readers = [Reader(two) for _ in range(4)]
-    assert all(reader.goes_on() for reader in readers)
-    killed = readers[0].replica
-    os.kill(before[killed], signal.SIGKILL)
-    for reader in readers:
-        if reader.replica == killed:
-            wait_until(lambda reader=reader: reader.error, "the error")
-            assert isinstance(reader.error, openai.APIError)
-            assert "the replica that computed the answer is gone" in str(reader.error)
-        else:
-            assert reader.goes_on()
-    assert {reader.replica for reader in readers} == set(before)
-    for reader in readers:
-        reader.close()
+    with reading(two, 4) as readers:
+        assert all(reader.goes_on() for reader in readers)
+        killed = readers[0].replica
+        os.kill(before[killed], signal.SIGKILL)
+        for reader in readers:
+            if reader.replica == killed:
+                wait_until(lambda reader=reader: reader.error, "the error")
+                assert isinstance(reader.error, openai.APIError)
+                assert "the replica that computed the answer is gone" in str(reader.error)
+            else:
+                assert reader.goes_on()
+        assert {reader.replica for reader in readers} == set(before)
     wait_until(lambda: len(two.replicas) == 2 and killed not in two.replicas, "a new replica")
     again = {}
     for i in range(24):
@@ -196,15 +206,23 @@ def test_killed_replica_is_an_error_for_whole_answers(two: Cluster):
     _, replica = two.ask("whole", **SHORT)
     thread = threading.Thread(target=ask)
     thread.start()
-    reader = Reader(two, "whole")  # computed beside it
-    assert reader.replica == replica
-    assert reader.goes_on()
-    os.kill(two.replicas[replica], signal.SIGKILL)
-    thread.join()
+    with reading(two, 1, "whole") as (reader,):  # computed beside it
+        assert reader.replica == replica
+        assert reader.goes_on()
+        os.kill(two.replicas[replica], signal.SIGKILL)
+        thread.join()
     assert isinstance(results[0], openai.InternalServerError)
     assert results[0].status_code == 503
     assert results[0].code == "replica_gone"
     wait_until(lambda: len(two.replicas) == 2 and replica not in two.replicas, "a new replica")
+
+
+def test_answer_has_the_id_of_its_request_once(two: Cluster):
+    client = two.client()
+    body: dict[str, Any] = {"model": "endless", "messages": HI, **SHORT}
+    found = client.chat.completions.create(**body, extra_headers={"X-Request-Id": "an-id"})
+    assert found._request_id == "an-id"
+    assert client.chat.completions.create(**body)._request_id.count("-") == 4  # a UUID
 
 
 def test_errors_of_requests_are_those_of_phicore_serve(two: Cluster):
@@ -247,12 +265,10 @@ def test_replicas_follow_the_answers_under_way(cluster: Cluster, endless_path: P
         )
     )
     wait_until(lambda: len(cluster.replicas) == 1, "one replica")
-    readers = [Reader(cluster) for _ in range(2)]  # all slots of one replica
-    wait_until(lambda: len(cluster.replicas) == 2, "two replicas")
-    by = {cluster.ask(f"session {i}", **SHORT)[1] for i in range(6)}
-    for reader in readers:
-        reader.close()
-    assert by & set(cluster.replicas)
+    with reading(cluster, 2):  # all slots of one replica
+        wait_until(lambda: len(cluster.replicas) == 2, "two replicas")
+        by = {cluster.ask(f"session {i}", **SHORT)[1] for i in range(6)}
+        assert by & set(cluster.replicas)
     wait_until(lambda: len(cluster.replicas) == 1, "one replica again")
     answer, _ = cluster.ask(messages=HI, **SHORT)
     assert answer.usage.completion_tokens == 12

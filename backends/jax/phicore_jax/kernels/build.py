@@ -64,7 +64,8 @@ class Compiler:
 
     @cached_property
     def _jit(self) -> Any:
-        return llvm.create_lljit_compiler(target_machine(self.target))
+        # LLVM's older linker may lay code and its constants further apart than 32 bits reach.
+        return llvm.create_lljit_compiler(target_machine(self.target), use_jit_link=True)
 
     @cached_property
     def digest(self) -> str:
