@@ -51,9 +51,9 @@ class StickyRouter(ConsistentHashRouter):
     async def _is_free(self, replica: RunningReplica) -> bool:
         """Return whether a replica has a free slot.
 
-        The replica is asked, which takes about a millisecond: Ray's own count, which is kept here, is
-        too small for a while after answers have ended while others began, and a request that waits
-        behind a whole answer loses seconds.
+        The replica is asked, which takes about a millisecond. Ray's own count, which is kept here,
+        is too small for a while after answers have ended while others began, and a request that
+        waits behind a whole answer loses seconds.
         """
         known = self.replica_queue_len_cache.get(replica.replica_id)
         ((_, count),) = await self._probe_queue_lens([replica], 0)
