@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     from phicore_ray.front import LAYERS, VARIABLE
     from phicore_ray.replica import HEADER
     from ray import data, serve
+    from ray.exceptions import RayActorError
     from ray.serve.context import _get_global_client
 
 os.environ[VARIABLE] = LAYERS
@@ -106,10 +107,13 @@ class Cluster:
         return [each for each in found if each["state"] == "RUNNING"]
 
     @property
-    def under_way(self) -> int:
-        """Return the number of requests that the replicas compute."""
-        found = [ray.get_actor(each["actor_name"], "serve") for each in self._running]
-        return sum(ray.get([each.get_num_ongoing_requests.remote() for each in found]))
+    def is_idle(self) -> bool:
+        """Return whether no replica computes a request; a replica that dies may still be listed."""
+        try:
+            found = [ray.get_actor(each["actor_name"], "serve") for each in self._running]
+            return not any(ray.get([each.get_num_ongoing_requests.remote() for each in found]))
+        except (ValueError, RayActorError):
+            return False
 
     def client(self, session: str | None = None) -> openai.OpenAI:
         """Return OpenAI's client, with a session or without."""

@@ -68,7 +68,7 @@ def reading(cluster: Cluster, count: int, session: str | None = None) -> Iterato
     finally:
         for reader in readers:
             reader.close()
-    wait_until(lambda: cluster.under_way == 0, "the end of the streams")
+    wait_until(lambda: cluster.is_idle, "the end of the streams")
 
 
 REQUESTS = [
