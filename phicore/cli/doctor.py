@@ -126,13 +126,14 @@ def _print_settings(report: dict[str, Any]) -> None:
 
 def _print_tests(report: dict[str, Any]) -> None:
     from phicore.cli.terminal import printable, table
+    from phicore.plugins import NONE_INSTALLED
 
     _title("self-test")
     if report["tests"]:
         columns = ["backend", "device", "result", "relative error", "load", "text", "in all"]
         table(columns, _cells([_test(test) for test in report["tests"]]))
     else:
-        print("no backend is installed; install one, such as phicore[jax] or phicore[numpy]")
+        print(NONE_INSTALLED)
     for test in report["tests"]:
         if test["reason"] is not None:
             on = f" on {test['device']}" if test["device"] else ""
