@@ -6,6 +6,8 @@ import email
 import json
 import subprocess
 import tarfile
+import time
+import urllib.error
 import urllib.request
 import zipfile
 from email.message import Message
@@ -168,6 +170,17 @@ def test_everything_but_torch_and_ray_from_wheels(wheels: dict[str, Path], tmp_p
     check_server(found)
 
 
+def wait_until_loaded(url: str) -> None:
+    """Wait until the server at a URL can answer."""
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=60):
+                return
+        except urllib.error.HTTPError:  # it says that it loads the model
+            time.sleep(0.1)
+    pytest.fail("the server does not load its model")
+
+
 def check_server(found: Environment) -> None:
     """Start `phicore serve`, ask it something, and look at its page."""
     program = str(found.folder / "bin" / "phicore")
@@ -182,6 +195,7 @@ def check_server(found: Environment) -> None:
                 if "listening at " in line:
                     url = line.rpartition("listening at ")[2].strip()
                     break
+            wait_until_loaded(url)
             question = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
             request = urllib.request.Request(
                 f"{url}/v1/chat/completions",
