@@ -113,7 +113,7 @@ def _print_settings(report: dict[str, Any]) -> None:
 
     _title("folders")
     folders = [
-        (f["kind"], f["path"], str(f["files"]), size(f["size_bytes"]), _yes(f["is_writable"]))
+        (f["kind"], f["path"], str(f["files"]), size(f["size_bytes"]), _writable(f))
         for f in report["folders"]
     ]
     table(["kind", "folder", "files", "size", "writable"], _cells(folders))
@@ -143,8 +143,10 @@ def _print_tests(report: dict[str, Any]) -> None:
             print(f"BROKEN {plugin['distribution']}: {printable(plugin['status'])}")
 
 
-def _yes(is_so: bool) -> str:
-    return "yes" if is_so else "no"
+def _writable(folder: dict[str, Any]) -> str:
+    if folder["is_shared"]:
+        return "by EVERYBODY, who can so run code as you; chmod o-w"
+    return "yes" if folder["is_writable"] else "no"
 
 
 def _title(title: str) -> None:

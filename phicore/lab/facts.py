@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import stat
 import tempfile
 from collections.abc import Mapping
 from importlib import metadata
@@ -119,6 +120,7 @@ def _version(name: str) -> str | None:
 def folders(others: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Return the folders that phicore writes to: kind, path, size and whether that is possible.
 
+    `is_shared` tells that everybody may write there, which lets others run code as this user.
     No names of files are in it.
 
     Args:
@@ -142,6 +144,7 @@ def _folder(kind: str, path: Path, size_bytes: int, files: int) -> dict[str, Any
         "size_bytes": size_bytes,
         "files": files,
         "is_writable": _is_writable(path),
+        "is_shared": path.is_dir() and bool(path.stat().st_mode & stat.S_IWOTH),
     }
 
 

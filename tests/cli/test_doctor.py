@@ -52,21 +52,17 @@ FAULTY = """
             os.write(2, b"illegal instruction in libfoo\\n")
             os.kill(os.getpid(), signal.SIGILL)
 
-        def leaves():
-            os._exit(0)
-
         cpu = {"devices": lambda: ["cpu"], "protocol": 2}
         register("raises", create=raises, **cpu)
         register("turned", create=turned, **cpu)
         register("hangs", create=hangs, **cpu)
         register("kills", create=raises, devices=devices, protocol=2)
-        register("leaves", create=raises, devices=leaves, protocol=2)
 """
 
 
 def test_each_way_to_fail_is_a_line(phicore: Callable, install: Install) -> None:
     install("faulty", "faulty", FAULTY)
-    result = phicore("doctor", "-b", "raises", "-b", "turned", "-b", "kills", "-b", "leaves")
+    result = phicore("doctor", "-b", "raises", "-b", "turned", "-b", "kills")
     lines = [line for line in result.out.splitlines() if line.startswith("FAILED")]
     assert result.code == 1
     assert "Traceback" not in result.out + result.err
@@ -78,7 +74,6 @@ def test_each_way_to_fail_is_a_line(phicore: Callable, install: Install) -> None
     assert lines[2] == (
         "FAILED kills: it ends the process with SIGILL: illegal instruction in libfoo"
     )
-    assert lines[3] == "FAILED leaves: it ends the process with exit code 0"
     assert result.out.endswith("\nnot all is well\n")
 
 
@@ -110,6 +105,7 @@ def test_good_backend_passes_and_nothing_private_is_told(
         "size_bytes": 0,
         "files": 0,
         "is_writable": True,
+        "is_shared": False,
     }
     for private in ("secret", "diary", str(tmp_path)):
         assert private not in result.out
@@ -150,6 +146,22 @@ def test_backend_that_is_not_installed_is_told(phicore: Callable) -> None:
     result = phicore("doctor", "-b", "nosuch")
     assert result.code == 1
     assert "FAILED nosuch: no backend 'nosuch'; installed: " in result.out
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os; os._exit(0)", "exit code 0"),
+        ("import sys; print('no\\n room\\n', file=sys.stderr); sys.exit(3)", "exit code 3: room"),
+    ],
+)
+def test_process_that_writes_nothing_says_how_it_ended(
+    code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaving.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ended = children.run("leaving", (), timeout_s=60)
+    assert (ended.result, ended.reason) == (None, f"it ends the process with {reason}")
 
 
 @posix
@@ -236,3 +248,10 @@ def test_folder_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
     finally:
         tmp_path.chmod(0o700)
     assert [row["is_writable"] for row in rows if row["kind"] == "mine"] == [False]
+
+
+@posix
+def test_folder_that_everybody_can_write_to_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    rows = facts.folders({"mine": tmp_path})
+    assert [row["is_shared"] for row in rows if row["kind"] == "mine"] == [True]
