@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from phicore import cli
+from phicore.cli.terminal import printable
 from phicore.errors import ArgumentError, PhicoreError
 
 COLLECT_AFTER = 50_000
@@ -94,7 +95,8 @@ def _fault(error: Exception) -> str | None:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"phicore: {' '.join(message.split())}\n")
+    # A message may quote a file, and a terminal must not obey it.
+    sys.stderr.write(f"phicore: {printable(' '.join(message.split()))}\n")
     return code
 
 

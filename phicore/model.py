@@ -521,7 +521,9 @@ def load(
     plugins = Plugins()
     if (team or processes > 1) and backend is None:  # a look for devices would come too early
         backend = next((b.name for b in plugins.backends().values() if b.can_join), None)
-    info = choose_backend(backend, plugins) if backend is not None else None
+    # Without any, this raises an error before a model is downloaded.
+    is_early = backend is not None or not plugins.backends()
+    info = choose_backend(backend, plugins) if is_early else None
     reference = default_reference()[0] if ref is None else os.fspath(ref)
     files = resolve(reference, tokenizer=tokenizer, schemes=plugins.sources())
     draft_files = None

@@ -20,6 +20,8 @@ from phicore.cli.chat import EXAMPLES as CHAT
 from phicore.cli.chat import chat
 from phicore.cli.conformance import EXAMPLES as CONFORMANCE
 from phicore.cli.conformance import conformance
+from phicore.cli.doctor import EXAMPLES as DOCTOR
+from phicore.cli.doctor import doctor
 from phicore.cli.generate import EXAMPLES as GENERATE
 from phicore.cli.generate import generate
 from phicore.cli.inspect import inspect, tokenize
@@ -118,3 +120,4 @@ app.command()(plugins)
 app.command()(backends)
 app.command()(models)
 app.add_typer(cache, name="cache")
+app.command(epilog=DOCTOR)(doctor)

@@ -49,7 +49,7 @@ def plugins(context: typer.Context, as_json: JsonOption = False) -> None:
 def backends(as_json: JsonOption = False) -> None:
     """List the installed backends and whether they work here."""
     from phicore.cli.terminal import table
-    from phicore.plugins import Plugins
+    from phicore.plugins import NONE_INSTALLED, Plugins
 
     plugins = Plugins()
     rows: list[dict[str, Any]] = []
@@ -80,6 +80,9 @@ def backends(as_json: JsonOption = False) -> None:
         )
     if as_json:
         print(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    if not rows:
+        print(NONE_INSTALLED)
         return
     table(
         ["backend", "distribution", "devices", "status"],

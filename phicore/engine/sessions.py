@@ -78,18 +78,48 @@ def load(path: Path, runner: Runner, model: str) -> Prefix:
         raise SessionError(f"{path}: not a session file, or damaged: {error}") from error
     if _checksum(arrays, metadata) != metadata.get("checksum"):
         raise SessionError(f"{path}: damaged: its checksum is wrong; delete it")
-    tokens = arrays.pop(_TOKENS)
-    first, is_long = int(metadata["first"]), metadata["is_long"] == "True"
-    cache = runner.new_cache(len(tokens) - first, is_long)
+    tokens, first = _checked_text(path, arrays.get(_TOKENS), metadata.get("first", ""), runner)
+    is_long, used = metadata.get("is_long") == "True", len(tokens) - first
+    cache = runner.new_cache(used, is_long)
     for number, layer in enumerate(cache.layers):
         for name, empty in layer.items():
-            whole = np.zeros(empty.shape, arrays[f"{number}.{name}"].dtype)
-            whole[:, :, : len(tokens) - first] = arrays[f"{number}.{name}"]
+            saved, whole = arrays.get(f"{number}.{name}"), np.zeros_like(_host(runner, empty))
+            # A checksum finds damage. A file that somebody has made may hold anything.
+            shape = (*whole.shape[:2], used, *whole.shape[3:])
+            if saved is None or (saved.dtype, saved.shape) != (whole.dtype, shape):
+                raise SessionError(f"{path}: not a session of this model: layer {number} differs")
+            whole[:, :, :used] = saved
             layer[name] = runner.ops.asarray(whole)
     cache = Cache(
         cache.ops, cache.layers, cache.capacity, cache.rope_start, np.array([first], np.int32)
     )
     return Prefix(tokens, is_long, cache)
+
+
+def _checked_text(
+    path: Path, tokens: np.ndarray | None, first: str, runner: Runner
+) -> tuple[np.ndarray, int]:
+    """Return a session's tokens, and the number of those whose slots were freed.
+
+    Raises:
+        SessionError: If the model cannot have computed such tokens.
+    """
+    config = runner.config
+    if (
+        tokens is None
+        or tokens.dtype != np.int32
+        or tokens.ndim != 1
+        or not 0 < len(tokens) <= config.max_position_embeddings
+        or tokens.min() < 0
+        or tokens.max() >= config.vocab_size
+    ):
+        raise SessionError(f"{path}: not a session of this model: its tokens cannot be")
+    freed = int(first) if first.isascii() and first.isdecimal() and len(first) < 10 else -1
+    used = len(tokens) - freed
+    has_room = config.sliding_window is not None or freed == 0
+    if freed < 0 or used < 1 or not has_room or used > runner.capacity_for(used):
+        raise SessionError(f"{path}: not a session of this model: its slots cannot be")
+    return tokens, freed
 
 
 def _check(path: Path, metadata: dict[str, str], runner: Runner, model: str) -> None:

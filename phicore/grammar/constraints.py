@@ -63,7 +63,7 @@ def matcher_class() -> Any:
     Raises:
         PhicoreError: If the library is not installed.
     """
-    return library("llguidance", "grammar", "json_schema, regex and grammar").LLMatcher
+    return library("llguidance", "json_schema, regex and grammar").LLMatcher
 
 
 def _json(schema: Any) -> str:

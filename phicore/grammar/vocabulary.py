@@ -27,7 +27,7 @@ class Vocabulary:
         Raises:
             ArgumentError: If the tokenizer has no token that ends an answer.
         """
-        llguidance = library("llguidance", "grammar", "json_schema, regex and grammar")
+        llguidance = library("llguidance", "json_schema, regex and grammar")
         self.ends = tokenizer.end_token_ids
         if not self.ends:
             raise ArgumentError("the model has no end token, so no grammar could end an answer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -28,6 +29,7 @@ def write_backend(name: str, into: Path) -> list[Path]:
         "NAME": name,
         "CLASS": "".join(part.capitalize() for part in name.split("_")),
         "VERSION": str(VERSION),
+        "RELEASE": f"{'.'.join(version('phicore').split('.')[:2])}.0",  # the API of this release
     }
     written = []
     try:

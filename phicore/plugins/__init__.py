@@ -4,6 +4,7 @@ from phicore.plugins.hookspecs import hookimpl
 from phicore.plugins.manager import (
     DISABLE,
     GROUP,
+    NONE_INSTALLED,
     BackendInfo,
     BrokenPlugin,
     PluginInfo,
@@ -15,6 +16,7 @@ from phicore.plugins.manager import (
 __all__ = [
     "DISABLE",
     "GROUP",
+    "NONE_INSTALLED",
     "BackendInfo",
     "BrokenPlugin",
     "PluginInfo",

@@ -39,6 +39,10 @@ DEVICES = ("cpu", "cuda", "gpu", "metal", "mps")  # names that people give as a 
 PREFERRED_BACKENDS = (
     ("mlx", "jax", "numpy") if sys.platform == "darwin" else ("jax", "mlx", "numpy")
 )
+NONE_INSTALLED = (
+    "no backend is installed; install one with: "
+    f"pip install 'phicore[{PREFERRED_BACKENDS[0]}]', or phicore[numpy] for tiny models"
+)
 
 
 T = TypeVar("T")
@@ -458,7 +462,7 @@ def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:
             )
         raise BackendError(
             f"no backend {name!r}; installed: {', '.join(backends) or 'none'}"
-            + (f"; {name} is a device: --device {name}" if name in DEVICES else "")
+            + _hint(name, plugins)
         )
     reasons = []
     for info in backends.values():
@@ -470,7 +474,18 @@ def choose_backend(name: str | None, plugins: Plugins) -> BackendInfo:
             return info
     if reasons:
         raise BackendError(f"no usable backend: {'; '.join(reasons)}")
-    raise BackendError("no backend is installed; install one, such as phicore-jax")
+    raise BackendError(NONE_INSTALLED)
+
+
+def _hint(name: str, plugins: Plugins) -> str:
+    """Return what to do about the name of a backend that is not there, to append to a message."""
+    if name in DEVICES:
+        return f"; {name} is a device: --device {name}"
+    if any(name == point for point, _ in plugins.disabled):
+        return f"; {name} is switched off by {DISABLE}"
+    if name in PREFERRED_BACKENDS:
+        return f"; install it with: pip install 'phicore[{name}]'"
+    return ""
 
 
 def _guarded_source(

@@ -11,6 +11,7 @@ from typing import Any
 from phicore.engine import Request
 from phicore.engine.request import ROPE_FACTORS
 from phicore.errors import ArgumentError, TokenizerError
+from phicore.extras import missing
 from phicore.grammar import AllowedTokens, Constraint, Vocabulary, constrained, constraint_of
 from phicore.network.processors import LogitsProcessor
 from phicore.network.sampling import Sampling
@@ -137,7 +138,7 @@ class Requests:
             if ignore_eos or not is_there or not self._tokenizer.end_token_ids:
                 return use, None
         elif not is_there:
-            problem = "forced and strict calls need llguidance; install phicore[grammar]"
+            problem = missing("llguidance", "forced and strict calls")
             raise ArgumentError(problem, parameter="tools")
         return constrained(use, self.grammar_vocabulary, self._tokenizer.control_id)
 

@@ -114,4 +114,5 @@ class Lines(logging.Formatter):
 
 def _shown(value: Any) -> str:
     shown = value if isinstance(value, str) else json.dumps(value, default=str)
-    return shown if re.fullmatch(r"[^\s\"=]+", shown) else json.dumps(shown)
+    # Paths come from clients: a terminal must not obey the characters in them.
+    return shown if re.fullmatch(r"[!-~]+", shown) and not {*'"='} & {*shown} else json.dumps(shown)

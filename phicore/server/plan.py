@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from phicore.errors import PhicoreError
+from phicore.extras import check
 from phicore.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -98,12 +98,4 @@ def check_packages() -> None:
     Raises:
         PhicoreError: If one is not.
     """
-    try:
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise PhicoreError(
-            f"the server needs the package {error.name}; install it with: pip install "
-            "'phicore[serve]'"
-        ) from error
+    check("serve", "the server")

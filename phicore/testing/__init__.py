@@ -9,8 +9,9 @@
 
 The kit compares every operation with float64 over many shapes, every quantization type with the
 gguf package, and whole models with the protocol's default operations on NumPy. It also tests the
-laws that the engine relies on, with examples that hypothesis generates. The kit needs
-`phicore[testing]`; the module `tiny_models` alone does not.
+laws that the engine relies on, with examples that hypothesis generates, and that a text is the same
+alone and in a crowd, after a saved session, and with guesses that one step checks. The kit needs
+`phicore[testing]`; the modules `tiny_models` and `reference` alone do not.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 from phicore.backend import Backend, BackendOptions
 from phicore.errors import PhicoreError
+from phicore.extras import check
 from phicore.progress import Progress
 
 
@@ -50,13 +51,9 @@ def run(
         PhicoreError: If pytest or hypothesis is missing, or if the expression is malformed or
             selects no test.
     """
-    try:
-        import hypothesis  # noqa: F401
-        import pytest
-    except ImportError as error:
-        raise PhicoreError(
-            f"conformance: {error.name} is missing; install phicore[testing]"
-        ) from error
+    check("testing", "the conformance kit")
+    import pytest
+
     from phicore.testing import installed
 
     collector = _Collector(progress, failed)

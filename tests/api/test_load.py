@@ -11,6 +11,7 @@ from api.tiny_models import with_number, with_value, write_tiny
 
 import phicore
 from phicore import ArgumentError, BackendError, GGUFError, PhicoreError, Sampling, SourceError
+from phicore.plugins import Plugins
 
 
 def test_backends_lists_the_installed_ones() -> None:
@@ -195,3 +196,14 @@ def test_template_variables_that_are_none_are_refused(tmp_path: Path, variables:
         pytest.raises(ArgumentError, match=r"^chat_template_kwargs: "),
     ):
         model.encode("Hi", chat_template_kwargs=variables)
+
+
+def test_load_without_a_backend_says_so_before_a_model_is_downloaded(monkeypatch) -> None:
+    class Nothing(Plugins):
+        def __init__(self) -> None:
+            super().__init__([])
+
+    monkeypatch.setattr("phicore.model.Plugins", Nothing)
+    monkeypatch.setattr("phicore.model.resolve", lambda *a, **k: pytest.fail("it was downloaded"))
+    with pytest.raises(BackendError, match="no backend is installed; install one with: pip "):
+        phicore.load("phi-3-mini")

@@ -237,3 +237,10 @@ def test_device_that_does_not_exist(fails) -> None:
     pytest.importorskip("phicore_jax", reason="install phicore-jax")
     message = fails("-b", "jax", "--device", "cuda:99", "Hello")
     assert message.startswith("backend jax: no device 'cuda:99' (available: ")
+
+
+def test_control_characters_in_a_message_do_not_reach_the_terminal(phicore) -> None:
+    result = phicore("generate", "-m", "no\x1b[2Jsuch.gguf", "-b", "numpy", "Hi")
+    assert result.code == 1
+    assert result.err.splitlines()[-1].startswith("phicore: no␛[2Jsuch.gguf: no such file")
+    assert "\x1b" not in result.err

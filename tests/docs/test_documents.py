@@ -22,7 +22,11 @@ from phicore.sources import resolve
 __all__ = ["install"]
 
 ROOT = Path(__file__).parent.parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md")), *sorted(ROOT.glob("*/*/README.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted(ROOT.glob("*/*.md")),
+    *sorted(ROOT.glob("*/*/README.md")),
+]
 # Parts of commands that install, download or take long; such commands are checked by other means.
 NOT_HERE = (
     "pip install",
@@ -35,6 +39,9 @@ NOT_HERE = (
     "--processor shout",
     "phicore serve",
     "ray-serve",
+    "uv run ruff",  # these are checked by .ci/run itself
+    "uv run mypy",
+    "lint-imports",
     "phicore cache",  # it would remove the user's, and a new machine has none
 )
 
@@ -58,7 +65,17 @@ def is_long(command: str) -> bool:
     """Return whether a command takes long and therefore runs only in the complete run."""
     return any(
         name in command
-        for name in ("bench", "parity", "conformance", "mlx", "jax", "--raw", "--system", "-n 50")
+        for name in (
+            "bench",
+            "parity",
+            "conformance",
+            "doctor",
+            "mlx",
+            "jax",
+            "--raw",
+            "--system",
+            "-n 50",
+        )
     )
 
 

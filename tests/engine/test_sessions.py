@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 
 import phicore
 from phicore.backend import Backend
-from phicore.engine import Engine, Request
+from phicore.engine import Engine, Request, sessions
 from phicore.errors import SessionError
 from phicore.network.sampling import Sampling
 from phicore.testing import tiny_models
@@ -117,6 +118,61 @@ def test_file_that_is_damaged_or_does_not_fit_is_refused(
     assert str(caught.value).startswith(f"{session}: ")
     assert "\n" not in str(caught.value)
     assert len(engine.prefixes) == 0
+
+
+def made_by_hand(
+    session: Path, change: Callable[[dict[str, np.ndarray], dict[str, str]], None]
+) -> None:
+    """Change a session as somebody would who means it: the checksum is right."""
+
+    def with_checksum(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+        change(arrays, metadata)
+        metadata["checksum"] = sessions._checksum(arrays, metadata)
+
+    changed(session, with_checksum)
+
+
+def put(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Any:
+    def changing(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+        arrays[name] = np.ascontiguousarray(change(arrays[name]))
+
+    return changing
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a, m: a.pop("tokens"),
+        lambda a, m: a.pop("1.v"),
+        lambda a, m: m.pop("first"),
+        lambda a, m: m.update(first="-1"),
+        lambda a, m: m.update(first="1"),
+        lambda a, m: m.update(first="9" * 30),
+        lambda a, m: m.update(first="²"),
+        put("tokens", lambda x: x[:0]),
+        put("tokens", lambda x: x[:-1]),
+        put("tokens", lambda x: x[None]),
+        put("tokens", lambda x: x.astype(np.float32)),
+        put("tokens", lambda x: x + 80),
+        put("tokens", lambda x: x - 100),
+        put("tokens", lambda x: np.resize(x, 10**6)),
+        put("0.k", lambda x: x[:, :, :-1]),
+        put("0.k", lambda x: x[:, :1]),
+        put("0.k", lambda x: x.astype(np.float64)),
+    ],
+)
+def test_file_that_somebody_has_made_is_refused(change: Any, session: Path, path: Path):
+    made_by_hand(session, change)
+    engine = remembering(make_backend("numpy"), path)
+    with pytest.raises(SessionError, match="not a session of this model: ") as caught:
+        engine.load_session(session, "a model")
+    assert "\n" not in str(caught.value)
+    assert len(engine.prefixes) == 0
+
+
+def test_file_with_a_new_checksum_and_no_change_is_read(session: Path, path: Path):
+    made_by_hand(session, lambda a, m: None)
+    assert remembering(make_backend("numpy"), path).load_session(session, "a model")
 
 
 def test_file_that_cannot_be_written_leaves_the_old_one(session: Path, path: Path, tmp_path: Path):

@@ -123,3 +123,15 @@ def test_program_without_llvmlite_says_so_and_generates(tmp_path: Path):
     with phicore.load(model, backend="numpy") as numpy:
         expected = numpy.generate("Hello", max_tokens=8, temperature=0).text()
     assert text.strip() == expected.strip()
+
+
+def test_kernels_that_are_passed_over_are_told_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+    missing = {"avx512vnni": ["avx512f", "avx512vnni"], "avxvnni": [], "avx2": []}
+    monkeypatch.setattr(build, "lacking", lambda name: missing[name])
+    monkeypatch.setattr(build, "supported_targets", lambda: ["avxvnni", "avx2", "generic"])
+    assert build.passed_over("avx512vnni") == ""
+    assert build.passed_over("avx2") == (
+        "not avx512vnni: the processor lacks avx512f avx512vnni; not avxvnni: PHICORE_CPU=avx2"
+    )
+    monkeypatch.setattr(build, "supported_targets", lambda: ["neon", "generic"])
+    assert build.passed_over("neon") == ""

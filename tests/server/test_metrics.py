@@ -123,6 +123,14 @@ def test_texts_are_logged_on_request(model: Model, caplog: pytest.LogCaptureFixt
     assert any("swordfish" in line for line in lines)
 
 
+@pytest.mark.parametrize("path", ["/\x1b[2J", "/a b", "/x\nlevel=error", "/\x9b31m", '/"=', "/é"])
+def test_path_of_a_client_cannot_write_into_the_log_as_it_likes(path: str):
+    record = logging.makeLogRecord({"msg": "request", "fields": {"path": path}})
+    line = Lines(as_json=False).format(record)
+    assert re.fullmatch(r"[ -~]+", line)
+    assert json.loads(line.partition(" path=")[2]) == path
+
+
 def test_after_the_warm_up_requests_compile_nothing(tiny_path: Path):
     with (
         phicore.load(tiny_path, "jax", max_sequences=3) as model,

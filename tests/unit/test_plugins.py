@@ -263,8 +263,17 @@ def test_choose_backend_unknown_name_lists_those_installed():
 
 def test_choose_backend_nothing_installed_says_what_to_install():
     plugins = Plugins([])
-    assert refusal(None, plugins) == "no backend is installed; install one, such as phicore-jax"
-    assert refusal("jax", plugins) == "no backend 'jax'; installed: none"
+    assert refusal(None, plugins).startswith("no backend is installed; install one with: pip ")
+    assert refusal("jax", plugins) == (
+        "no backend 'jax'; installed: none; install it with: pip install 'phicore[jax]'"
+    )
+
+
+def test_choose_backend_switched_off_says_so(monkeypatch):
+    monkeypatch.setenv("PHICORE_DISABLE_PLUGINS", "numpy")
+    assert refusal("numpy", Plugins()).endswith(
+        "; numpy is switched off by PHICORE_DISABLE_PLUGINS"
+    )
 
 
 @pytest.mark.usefixtures("only_throwaways")

@@ -21,6 +21,11 @@ def phicore_register_backends(register):  # type: ignore[no-untyped-def]
 
         found, about = kernels.find_kernels()
         said = f"CPU kernels: {about}" if found else f"no CPU kernels, XLA alone ({about})"
+        if found is not None:
+            from phicore_jax.kernels import build
+
+            others = build.passed_over(found.target)
+            said += f" ({others})" if others else ""
         if len(device_names()) > 1:
             on_gpu, about = cuda.working_kernels(find_device(None))
             said += f"; CUDA kernels: {about}" if on_gpu else f"; no CUDA kernels ({about})"

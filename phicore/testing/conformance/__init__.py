@@ -2,6 +2,7 @@
 
 from phicore.testing.conformance.attention import AttentionConformance
 from phicore.testing.conformance.cache_types import CacheTypesConformance
+from phicore.testing.conformance.engines import EnginesConformance
 from phicore.testing.conformance.experts import ExpertsConformance
 from phicore.testing.conformance.laws import LawsConformance
 from phicore.testing.conformance.logprobs import LogprobsConformance
@@ -14,6 +15,7 @@ from phicore.testing.conformance.uniforms import UniformsConformance
 
 
 class BackendConformance(
+    EnginesConformance,
     ModelsConformance,
     LawsConformance,
     LogprobsConformance,
@@ -37,6 +39,7 @@ __all__ = [
     "AttentionConformance",
     "BackendConformance",
     "CacheTypesConformance",
+    "EnginesConformance",
     "ExpertsConformance",
     "LawsConformance",
     "LogprobsConformance",

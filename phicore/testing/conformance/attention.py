@@ -114,6 +114,22 @@ class AttentionConformance(Conformance):
                 assert np.array_equal(copied[:, :count], before[row, :, :count])
             assert np.array_equal(kept, before)
 
+    def test_copy_rows_shares_no_memory_with_the_old_cache(
+        self, ops: Backend, rng: np.random.Generator
+    ) -> None:
+        """Write into a copy, and into what was copied: neither changes the other."""
+        k, v = normal(rng, 1, K, S, D), normal(rng, 1, K, S, D)
+        row, count = (ops.asarray(np.array([n], np.int32)) for n in (0, S))
+        update = ops.compile(ops.update_cache, donate=(0,))
+        for is_copy_written in (True, False):
+            cache = made_of(ops, k, v)
+            copy = ops.copy_rows(cache, row, count, S)
+            written, other = (copy, cache) if is_copy_written else (cache, copy)
+            new = ops.asarray(normal(rng, 1, K, 1, D))
+            update(written, new, new, ops.asarray(np.array([[3]], np.int32)))
+            for before, after in zip((k, v), host(ops, other), strict=True):
+                assert np.array_equal(after, before)
+
     @pytest.mark.parametrize("capacity", [S, S - 2], ids=["same", "fewer"])
     @pytest.mark.parametrize("index", [0, 2])
     def test_insert_row_replaces_one_row(

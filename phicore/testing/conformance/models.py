@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from phicore.backend import Array, Backend
+from phicore.backend import Backend
 from phicore.engine import Engine, Request
 from phicore.gguf.reader import open_gguf
 from phicore.network.sampling import Sampling
 from phicore.testing import tolerances
 from phicore.testing.compare import assert_close
 from phicore.testing.conformance.base import EXACT, Conformance, Make
+from phicore.testing.reference import Reference
 from phicore.testing.tiny_models import Q4_K_M, Tiny, Types, write_model
 
 PHI3 = Tiny(vocab_size=80, max_position_embeddings=400)
@@ -35,18 +36,6 @@ MODELS: dict[str, tuple[Tiny, Types]] = {
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
 GREEDY = Sampling(temperature=0.0)
 DRAWN = Sampling(temperature=0.9, top_k=30, top_p=0.9, min_p=0.02, repeat_penalty=1.1)
-
-
-class Reference(Backend):
-    """The protocol's default operations on NumPy, which define what every operation means."""
-
-    xp = np
-
-    def asarray(self, x: np.ndarray) -> Array:
-        return np.array(x)
-
-    def to_numpy(self, x: Array) -> np.ndarray:
-        return np.array(x)
 
 
 def engine_of(ops: Backend, path: Path) -> Engine:

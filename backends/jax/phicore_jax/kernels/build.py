@@ -121,11 +121,35 @@ def _initialize() -> None:
 @cache
 def supported_targets() -> list[str]:
     """Return the names of the targets that this processor supports, fastest first."""
-    features = llvm.get_host_cpu_features()
-    names = [n for n, needed in X86_FEATURES.items() if all(features.get(f) for f in needed)]
+    names = [name for name in X86_FEATURES if not lacking(name)]
     if llvm.get_process_triple().split("-")[0] in ("aarch64", "arm64"):
         names.append("neon")
     return [*names, "generic"]
+
+
+def lacking(name: str) -> list[str]:
+    """Return the features that a target of x86 needs and this processor does not have."""
+    features = llvm.get_host_cpu_features()
+    return [feature for feature in X86_FEATURES[name] if not features.get(feature)]
+
+
+def passed_over(used: str) -> str:
+    """Say why the targets of x86 that are faster than the one that is used are not.
+
+    Returns:
+        A text such as "not avx512vnni: the processor lacks avx512vnni", or "" on other processors
+        and where none is faster.
+    """
+    if "neon" in supported_targets():
+        return ""
+    said = []
+    for name in X86_FEATURES:
+        if name == used:
+            break
+        missing = " ".join(lacking(name))
+        reason = f"the processor lacks {missing}" if missing else f"PHICORE_CPU={used}"
+        said.append(f"not {name}: {reason}")
+    return "; ".join(said)
 
 
 def target_machine(target: Target, triple: str | None = None) -> Any:

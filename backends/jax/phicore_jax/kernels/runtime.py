@@ -63,6 +63,7 @@ class Kernels(OwnKernels):
 
     def __init__(self, target: str) -> None:
         kind = Target(target)
+        self.target = target
         self._compiler = Compiler(kind)
         self.has_fast_products = kind.has_byte_dot or kind.has_byte_pairs
         self._worker = self._compiler.library("worker", emit_worker, ["pool_worker"])
