@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import tempfile
 from pathlib import Path
+
+from phicore.disk.replacing import replacing
 
 DIGEST_BYTES = 32
 
@@ -24,7 +25,5 @@ def write(path: Path, content: bytes) -> None:
     """Write a file and its hash, atomically; do nothing if the folder is not writable."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            file = Path(folder) / path.name
-            file.write_bytes(hashlib.sha256(content).digest() + content)
-            file.replace(path)
+        with replacing(path, is_synced=False) as new:
+            new.write_bytes(hashlib.sha256(content).digest() + content)
