@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CLOSE = 1e-5
+"""By how much a log probability may differ."""
 
 _WORDS = ("sea", "wind", "é", "🦖", "ship", "sail", "harbour", "the", "and", "12")
 _SHARED = (
@@ -115,16 +117,30 @@ def told(answer: dict[str, Any]) -> list[Any]:
 
 
 def _logprobs(choice: dict[str, Any]) -> list[Any]:
-    """Return the tokens and log probabilities of a choice, the latter to four places.
-
-    Texts are the same to the last bit. The sum of all V probabilities is XLA's, whose order of
-    summation differs with the number of rows, so a log probability may differ by 1e-7.
-    """
+    """Return the bytes and log probability of each token of a choice, and of its alternatives."""
     content = (choice.get("logprobs") or {}).get("content") or []
     return [
-        [[one["bytes"], round(one["logprob"], 4)] for one in (token, *token["top_logprobs"])]
+        [[one["bytes"], one["logprob"]] for one in (token, *token["top_logprobs"])]
         for token in content
     ]
+
+
+def are_same(found: list[Any], expected: list[Any]) -> bool:
+    """Return whether answers are the same: all but log probabilities to the last bit.
+
+    The sum over the vocabulary in a log probability is XLA's, whose order of summation differs with
+    the number of rows, so it may differ by a few units in the last place.
+    """
+    if [choice[:3] for choice in found] != [choice[:3] for choice in expected]:
+        return False
+    ours, theirs = (
+        [one for choice in answer for token in choice[3] for one in token]
+        for answer in (found, expected)
+    )
+    return len(ours) == len(theirs) and all(
+        one[0] == other[0] and abs(one[1] - other[1]) <= CLOSE
+        for one, other in zip(ours, theirs, strict=True)
+    )
 
 
 class Joined:

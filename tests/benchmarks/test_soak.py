@@ -43,4 +43,11 @@ def test_streams_are_put_together_to_what_whole_answers_tell():
         ({}, {"finish_reason": "stop"}),
     ):
         joined.add({"choices": [{"index": 0, "delta": delta, **more}]})
-    assert joined.choices == soak_requests.told({"choices": [whole]})
+    told = soak_requests.told({"choices": [whole]})
+    assert joined.choices == told
+    assert soak_requests.are_same(told, told)
+    for change, is_same in ((1e-6, True), (1e-3, False)):
+        token["logprob"] = -1.00001 - change
+        assert soak_requests.are_same(soak_requests.told({"choices": [whole]}), told) == is_same
+    token["logprob"], message["content"] = -1.00001, "aB"
+    assert not soak_requests.are_same(soak_requests.told({"choices": [whole]}), told)
