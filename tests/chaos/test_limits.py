@@ -118,7 +118,7 @@ def test_caches_and_data_on_a_disk_that_takes_nothing(
     assert {each.name for each in bad_disk.iterdir()} <= {"filling", "phicore", "chats"}
 
 
-@pytest.mark.parametrize("megabytes", [600, 1000])
+@pytest.mark.parametrize("megabytes", [600])
 def test_too_few_addresses_for_jax_are_one_line(tiny: Path, megabytes: int):
     limit = (resource.RLIMIT_AS, megabytes << 20)
     code, _, lines = run("generate", "-b", "jax", "-m", tiny, "-n", "3", "Hi", limit=limit)
