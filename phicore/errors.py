@@ -101,3 +101,15 @@ class ContextError(PhicoreError):
 
 class BusyError(PhicoreError):
     """Too many requests wait already."""
+
+
+FAULTS = (Exception, SystemExit)
+"""What the code of others may raise. A plugin that calls `sys.exit` must not end the server."""
+
+
+def as_error(fault: BaseException) -> Exception:
+    """Return an error for what the code of others has raised: itself, or what says the same."""
+    if isinstance(fault, Exception):
+        return fault
+    found = PhicoreError(f"a plugin or a library wanted to end the program ({fault!r:.60})")
+    return found.with_traceback(fault.__traceback__)

@@ -35,7 +35,7 @@ from phicore.network.architectures import BUILT_IN, Architecture, architecture_o
 from phicore.network.processors import LogitsProcessor
 from phicore.network.sampling import recommended
 from phicore.network.weights import read_config
-from phicore.plugins import Plugins, choose_backend
+from phicore.plugins import BrokenPlugin, Plugins, choose_backend
 from phicore.plugins.observers import Observers
 from phicore.progress import Progress, silent
 from phicore.prompting.arguments import (
@@ -81,6 +81,7 @@ class Model:
         sampling: The sampling parameters that `generate` uses by default: the file's
             recommendations, and the defaults of `Sampling` for the rest.
         context: The largest number of tokens that a prompt and its answer may have together.
+        broken_plugins: The installed plugins that could not be used.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class Model:
         speculation: bool | Drafter = SPECULATION,
         draft_model: Model | None = None,
         team: Team = ALONE,
+        broken_plugins: Sequence[BrokenPlugin] = (),
     ) -> None:
+        self.broken_plugins = tuple(broken_plugins)
         self._started_s, self._load_s = time.perf_counter(), 0.0
         self.reference = files.reference
         self.path = files.path
@@ -561,6 +564,7 @@ def load(
             context=ctx,
             observers=plugins.observers(),
             processors=plugins.logits_processors(),
+            broken_plugins=plugins.broken,
             max_sequences=max_sequences,
             prefix_cache_bytes=prefix_cache_bytes,
             kv_memory=kv_memory,

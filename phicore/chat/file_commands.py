@@ -8,6 +8,7 @@ from pathlib import Path
 from phicore.chat import files
 from phicore.chat.chat import Chat
 from phicore.chat.replies import Reply, count_of, short
+from phicore.disk.replacing import replacing
 from phicore.errors import ArgumentError, ConversationError, PhicoreError
 
 
@@ -38,11 +39,11 @@ def save(chat: Chat, argument: str) -> Reply:
 
 def _export(chat: Chat, path: Path) -> Reply:
     as_text = files.to_markdown if path.suffix == ".md" else files.to_messages
+    if path.exists():
+        raise ArgumentError(f"{path} exists already; take another name")
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(as_text(chat.conversation))
-    except FileExistsError:
-        raise ArgumentError(f"{path} exists already; take another name") from None
+        with replacing(path) as new:
+            new.write_text(as_text(chat.conversation), encoding="utf-8")
     except OSError as error:
         raise ConversationError(f"{path}: cannot be written: {error.strerror}") from None
     return Reply([f"saved: {path}"])

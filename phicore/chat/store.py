@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from phicore.chat.conversation import Conversation
 from phicore.chat.files import from_json, to_json
+from phicore.disk.replacing import remove_left, replacing
 from phicore.errors import ArgumentError, ConversationError
 
 DATA = "PHICORE_DATA"
@@ -48,7 +48,7 @@ class Store:
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self.folder = folder
         self.most_bytes = most_bytes
-        self._seen: dict[str, tuple[int, int]] = {}
+        self._seen: dict[str, tuple[int, int, int]] = {}
 
     def path(self, name: str) -> Path:
         """Return the file of a conversation."""
@@ -216,16 +216,16 @@ def _name_for(conversation: Conversation) -> str:
     return time.strftime("%Y-%m-%d-%H%M") + start
 
 
-_GONE = (0, 0)
+_GONE = (0, 0, 0)
 
 
-def _state(path: Path) -> tuple[int, int]:
-    """Return what tells whether a file was changed."""
+def _state(path: Path) -> tuple[int, int, int]:
+    """Return what tells whether a file was changed, also if the clock was set back meanwhile."""
     try:
         state = path.stat()
     except OSError:
         return _GONE
-    return state.st_mtime_ns, state.st_size
+    return state.st_ino, state.st_mtime_ns, state.st_size
 
 
 @contextmanager
@@ -235,19 +235,10 @@ def _replacing(path: Path) -> Iterator[Path]:
     Raises:
         ConversationError: If it cannot be written.
     """
-    new: Path | None = None
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".new")
-        new = Path(made)
-        os.close(handle)
-        yield new
-        with new.open("rb") as written:
-            os.fsync(written.fileno())
-        new.replace(path)
+        remove_left(path.parent)
+        with replacing(path, mode=0o600) as new:
+            yield new
     except OSError as error:
         raise ConversationError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        if new is not None:
-            with suppress(OSError):
-                new.unlink(missing_ok=True)

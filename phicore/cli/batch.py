@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from phicore.cli.terminal import ProgressLine, duration
+from phicore.disk.replacing import replacing
 from phicore.errors import ArgumentError, PhicoreError
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class Batch:
         """Check that the answers that are there come from the same model, and remove the others.
 
         Raises:
-            ArgumentError: If they come from another one.
+            ArgumentError: If they come from another one, or the file cannot be written.
         """
         others = {model for model in self._answered.values() if model != reference}
         if others:
@@ -76,9 +78,8 @@ class Batch:
                 f"{self.out} has answers of {others.pop()}; name another file", parameter="out"
             )
         if self.out is not None and self._clean is not None:
-            new = self.out.with_name(f"{self.out.name}.new")
-            new.write_text(self._clean, encoding="utf-8")
-            new.replace(self.out)
+            with _writing(self.out), replacing(self.out) as new:
+                new.write_text(self._clean, encoding="utf-8")
 
     def requests(self, make: Callable[..., Request], ids: list[Any]) -> Iterator[Request]:
         """Make the requests that have no answer yet, one by one; bad lines are noted.
@@ -106,13 +107,36 @@ class Batch:
             yield request
 
 
-def _read(path: Path, parameter: str) -> str:
+def _read(path: Path, parameter: str, *, is_cut: bool = False) -> str:
+    """Read a text.
+
+    Args:
+        is_cut: Whether the last character may be cut, since a program that wrote it was killed.
+    Raises:
+        ArgumentError: If the file cannot be read, or is no text.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=not is_cut)
+        return text.replace("\r\n", "\n")
     except OSError as error:
         raise ArgumentError(f"{path}: {error.strerror}", parameter=parameter) from None
     except UnicodeDecodeError:
         raise ArgumentError(f"{path}: not UTF-8 text", parameter=parameter) from None
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn errors of the system into one that names the file of answers.
+
+    Raises:
+        ArgumentError: If the file cannot be written, for example because the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        problem = f"{path}: cannot be written: {error.strerror}; the answers in it stay"
+        raise ArgumentError(problem, parameter="out") from error
 
 
 def _parsed(line: str, number: int) -> tuple[Any, Any, dict[str, Any]]:
@@ -158,7 +182,10 @@ def _answered(out: Path) -> tuple[dict[Any, str | None], str | None]:
     """
     found: dict[Any, str | None] = {}
     kept, is_clean = [], True
-    *lines, last = _read(out, "out").split("\n")
+    *lines, last = _read(out, "out", is_cut=True).split("\n")
+    if last and _is_whole(last):  # all of it was written but the end of the line
+        lines.append(last)
+        last, is_clean = "", False
     for line in lines:
         try:
             answer = json.loads(line)
@@ -177,6 +204,13 @@ def _answered(out: Path) -> tuple[dict[Any, str | None], str | None]:
         if not last.startswith(_BEGINNING[: len(last)]):
             raise _no_answers(out)
     return found, None if is_clean else "".join(kept)
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _no_answers(out: Path) -> ArgumentError:
@@ -207,13 +241,9 @@ def run(
         return model.request(prompt, **{**defaults, **options})
 
     answers = model.generate_many(batch.requests(make, ids), ordered=ordered)
-    writing: Any = nullcontext(sys.stdout)
-    if batch.out is not None:
-        try:
-            writing = batch.out.open("a", encoding="utf-8")
-        except OSError as error:
-            raise ArgumentError(f"{batch.out}: {error.strerror}", parameter="out") from None
-    with writing as file:
+    if batch.out is None:
+        return _write(answers, sys.stdout, ids, batch, model, line, swallowed)
+    with _writing(batch.out), batch.out.open("a", encoding="utf-8") as file:
         return _write(answers, file, ids, batch, model, line, swallowed)
 
 

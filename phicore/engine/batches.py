@@ -14,7 +14,7 @@ from phicore.engine.sequence import Output, Sequence, SequenceError
 from phicore.engine.sharing import hosts
 from phicore.engine.speculation import Speculation
 from phicore.engine.steps import States
-from phicore.errors import PhicoreError
+from phicore.errors import FAULTS, PhicoreError
 from phicore.network.processors import Kinds, LogitsProcessor, has_neutral, needs_tokens
 
 
@@ -102,7 +102,7 @@ class Batches:
                 outputs += calls.take(rows)
         except SequenceError as fault:
             outputs += places.failed([fault.sequence], fault.error)
-        except Exception as error:  # noqa: BLE001 - no memory left, for example
+        except FAULTS as error:  # no memory left, for example
             outputs += places.failed(_going_on(concerned), error)
         except BaseException:  # Ctrl-C; the batch may be half arranged
             places.failed(_going_on(concerned), PhicoreError("interrupted"))

@@ -14,7 +14,7 @@ from phicore.engine.rows import Call, Rows
 from phicore.engine.runner import Runner
 from phicore.engine.sequence import Output, Sequence
 from phicore.engine.speculation import Checks, Speculation
-from phicore.errors import PhicoreError
+from phicore.errors import FAULTS, PhicoreError
 
 NOT_FINITE = (
     "the model's scores are not finite numbers: the file is damaged, or its numbers are too large "
@@ -86,7 +86,7 @@ class Calls:
         """Wait for the tokens of the oldest call, and return what they are for each sequence."""
         call = rows.pending[0]
         to_numpy = self._runner.ops.to_numpy
-        values = to_numpy(call.tokens)[:, : call.count].tolist()
+        values = _checked_tokens(to_numpy(call.tokens), call).tolist()
         found = {name: to_numpy(array) for name, array in call.logprobs.items()}
         rows.pending.popleft()  # only now: Ctrl-C may end the wait, and others need the tokens
         self._measure(rows, call)
@@ -101,7 +101,7 @@ class Calls:
                     else:
                         inputs = call.inputs[row].tolist()
                         outputs.append(self._checked(rows, sequence, values[row], inputs, known))
-                except Exception as error:  # noqa: BLE001 - a processor may raise anything
+                except FAULTS as error:  # a processor may raise anything
                     outputs += self._places.failed([sequence], error)
         return outputs
 
@@ -163,6 +163,8 @@ class Calls:
         found = values[:count]
         if min(found) < 0:
             raise PhicoreError(_NO_TOKEN if sequence.processors else NOT_FINITE)
+        if max(found) >= (size := self._runner.config.vocab_size):
+            raise PhicoreError(f"the backend chose token {max(found)}: expected 0 to {size - 1}")
         rows.tell(sequence, found)
         for value in found:
             sequence.timings.count_token()
@@ -176,3 +178,19 @@ class Calls:
         wanted = sequence.request.logprobs
         likely = [] if wanted is None else logprobs.of_tokens(found, known, wanted)
         return put(Output(sequence, tuple(found), sequence.finish_reason, logprobs=tuple(likely)))
+
+
+def _checked_tokens(tokens: np.ndarray, call: Call) -> np.ndarray:
+    """Return the wanted tokens of a call, (B, `count`), after a check of what a backend gives.
+
+    Raises:
+        PhicoreError: If it gives another shape or dtype.
+    """
+    shape, rows = np.shape(tokens), len(call.sequences)
+    is_right = len(shape) == 2 and shape[0] == rows and shape[1] >= call.count
+    if not is_right or tokens.dtype != np.int32:
+        raise PhicoreError(
+            f"the backend gave tokens {getattr(tokens, 'dtype', '')} {list(shape)}, "
+            f"expected int32 [{rows}, {call.count}]"
+        )
+    return tokens[:, : call.count]

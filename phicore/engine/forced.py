@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from phicore.engine.drafts import NEWEST, Draft, Drafter
 from phicore.engine.sequence import Sequence, SequenceError
+from phicore.errors import FAULTS, as_error
 
 
 class Forced(Drafter):
@@ -46,5 +47,5 @@ def _forced(sequence: Sequence) -> tuple[int, ...]:
     try:
         found = (processor.forced() for processor in sequence.processors)
         return next((tuple(tokens) for tokens in found if len(tokens)), ())
-    except Exception as error:  # a processor may raise anything
-        raise SequenceError(sequence, error) from error
+    except FAULTS as error:  # a processor may raise anything
+        raise SequenceError(sequence, as_error(error)) from error

@@ -11,6 +11,7 @@ from phicore.engine.scheduler import Scheduler
 from phicore.engine.sequence import Output, Sequence
 from phicore.engine.steps import States
 from phicore.engine.team import ALONE, Team
+from phicore.errors import FAULTS, as_error
 from phicore.progress import AGAIN, Progress
 
 
@@ -81,7 +82,7 @@ class Places:
                 states = first_states(runner.ops, sequence, runner.config.vocab_size)
             cache = self.memory.cache_for(sequence)
             rows = self.memory.rows(cache, [sequence], sequence.kinds, states)
-        except Exception as error:  # noqa: BLE001 - a processor may raise anything
+        except FAULTS as error:  # a processor may raise anything
             return self.failed([sequence], error)
         self.progress(what, sequence.computed, sequence.given)
         self.reading.append(rows)
@@ -110,8 +111,9 @@ class Places:
                 rows.end(sequence)
         self.batches = [rows for rows in self.batches if rows.live]
 
-    def failed(self, sequences: Tokens[Sequence], error: Exception) -> list[Output]:
+    def failed(self, sequences: Tokens[Sequence], fault: BaseException) -> list[Output]:
         """End sequences because of an error."""
+        error = as_error(fault)
         for sequence in sequences:
             self.end(sequence, "error")
         return [put(Output(sequence, (), "error", error)) for sequence in sequences]

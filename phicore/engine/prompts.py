@@ -10,6 +10,7 @@ from phicore.engine.places import Places, put
 from phicore.engine.rows import Call, Rows
 from phicore.engine.runner import Runner
 from phicore.engine.sequence import Output, Sequence
+from phicore.errors import FAULTS
 
 
 class Prompts:
@@ -34,7 +35,7 @@ class Prompts:
                 self._read_chunk(rows, sequence)
                 return [*outputs, put(Output(sequence))]
             outputs += self._calls.take(rows)
-        except Exception as error:  # noqa: BLE001 - a processor may raise anything
+        except FAULTS as error:  # a processor may raise anything
             return [*outputs, *places.failed([sequence], error)]
         if sequence.finish_reason is None:
             places.reading.remove(rows)

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from phicore.disk.replacing import replacing
 from phicore.engine.cache import Cache
 from phicore.engine.prefixes import Prefix
 from phicore.engine.runner import Runner
@@ -46,16 +47,13 @@ def save(path: Path, prefix: Prefix, runner: Runner, model: str) -> None:
         "first": str(first),
     }
     metadata["checksum"] = _checksum(arrays, metadata)
-    new = path.with_name(f"{path.name}.new")
     try:
-        save_file(arrays, new, metadata)
-        new.replace(path)
+        with replacing(path) as new:
+            save_file(arrays, new, metadata)
     except OSError as error:
         raise SessionError(f"{path}: cannot be written: {error.strerror}") from error
     except SafetensorError as error:  # the library wraps what the system says
         raise SessionError(f"{path}: cannot be written: {error}") from error
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def load(path: Path, runner: Runner, model: str) -> Prefix:

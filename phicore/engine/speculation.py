@@ -15,6 +15,7 @@ from phicore.engine.runner import Runner
 from phicore.engine.scheduler import STEP_SIZES, Scheduler
 from phicore.engine.sequence import Sequence, SequenceError
 from phicore.engine.steps import States
+from phicore.errors import FAULTS, as_error
 
 
 class Wanted(NamedTuple):
@@ -131,7 +132,7 @@ class Speculation:
             return told[: len(tokens)]
         try:
             told = rows.ahead_of(sequence, tokens)
-        except Exception as error:  # a processor may raise anything
-            raise SequenceError(sequence, error) from error
+        except FAULTS as error:  # a processor may raise anything
+            raise SequenceError(sequence, as_error(error)) from error
         self._told[sequence] = key, told
         return told

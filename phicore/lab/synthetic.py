@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import shutil
 import string
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 
+from phicore.disk.replacing import remove_left, replacing
 from phicore.errors import ArgumentError, SourceError
 from phicore.gguf.random_models import START, Sizes, add_sizes, add_vocabulary, random_blocks
 from phicore.progress import Progress
@@ -112,15 +112,12 @@ def synthetic_model(name: str, progress: Progress = lambda *_: None) -> Path:
     path = folder / f"{name}-q4_k_m-{VERSION}.gguf"
     if path.is_file():
         return path
-    partial = folder / f".{path.name}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_left(folder)  # gigabytes, if a process was killed
         _check_room(folder, sum(t.size_bytes for t in MODELS[name].tensors()))
-        try:
-            write_model(partial, name, progress)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as new:
+            write_model(new, name, progress)
     except OSError as error:
         raise SourceError(f"{path}: cannot be written: {error.strerror or error}") from error
     return path

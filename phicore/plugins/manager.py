@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pluggy
 
 from phicore.errors import BackendError, PhicoreError, SourceError
 from phicore.plugins import builtin, hookspecs
+from phicore.plugins.blaming import GROUP, OWN, home, reason
 from phicore.plugins.observers import Observers
 
 if TYPE_CHECKING:
@@ -25,9 +28,8 @@ if TYPE_CHECKING:
     from phicore.plugins.hookspecs import CreateProcessor
     from phicore.sources import ModelFiles
 
-GROUP = "phicore"
-OWN = {"phicore-jax", "phicore-mlx", "phicore-numpy"}
-"""The distributions that are still loaded when plugins are switched off."""
+SLOW_S = 10.0
+"""A plugin that takes longer to import is told, since everything waits for it."""
 DISABLE = "PHICORE_DISABLE_PLUGINS"
 """The environment variable that switches plugins off.
 
@@ -44,6 +46,8 @@ NONE_INSTALLED = (
     f"pip install 'phicore[{PREFERRED_BACKENDS[0]}]', or phicore[numpy] for tiny models"
 )
 
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -138,7 +142,7 @@ class BackendInfo:
         except PhicoreError:
             raise
         except (Exception, SystemExit) as error:
-            raise BackendError(f"backend {self.name}: not usable: {_reason(error)}") from error
+            raise BackendError(f"backend {self.name}: not usable: {reason(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -187,16 +191,17 @@ class Plugins:
         name = f"{owner.distribution}:{owner.name}"
         is_registered = False
         try:
-            plugin = point.load()
+            with _watched(owner):
+                plugin = point.load()
             if (other := self._owners.get(id(plugin))) is not None:
-                reason = f"{point.value} is loaded already, as {other.name} of {other.distribution}"
-                self._report(owner.name, owner.distribution, f"{reason}; remove one")
+                why = f"{point.value} is loaded already, as {other.name} of {other.distribution}"
+                self._report(owner.name, owner.distribution, f"{why}; remove one")
                 return
             self.manager.register(plugin, name=name)
             is_registered = True
             self.manager.check_pending()  # raises for a misspelt hook, which would never be called
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not stop other plugins
-            self._report(owner.name, owner.distribution, _reason(error))
+            self._report(owner.name, owner.distribution, reason(error))
             if is_registered:
                 self.manager.unregister(name=name)
             return
@@ -383,15 +388,15 @@ class Plugins:
         Return None if no plugin other than phicore's own was involved.
         """
         owners = [
-            (_home(plugin), owner)
+            (home(plugin), owner)
             for plugin, owner in self._plugins()
             if owner.distribution not in {"phicore", *OWN}
         ]
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            for home, owner in owners:
-                if home is not None and Path(frame.filename).is_relative_to(home):
+            for folder, owner in owners:
+                if folder is not None and Path(frame.filename).is_relative_to(folder):
                     where = f"{Path(frame.filename).name}, line {frame.lineno}"
-                    return f"{owner.distribution} failed: {_reason(error)} ({where})"
+                    return f"{owner.distribution} failed: {reason(error)} ({where})"
         return None
 
     def _report(self, name: str, distribution: str, reason: str) -> None:
@@ -410,19 +415,44 @@ class Plugins:
         """Call the hook of a single plugin. If it fails, only this plugin is added to `broken`."""
         others = [p for p, _ in self._plugins() if p is not plugin]
         try:
-            self.manager.subset_hook_caller(hook, others)(register=register)
+            with _watched(owner):
+                self.manager.subset_hook_caller(hook, others)(register=register)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not stop other plugins
-            self._report(owner.name, owner.distribution, _reason(error))
+            self._report(owner.name, owner.distribution, reason(error))
 
 
-def _home(plugin: object) -> Path | None:
-    """Return the file of a plugin's module, or the folder of its package."""
-    name = getattr(plugin, "__name__" if isinstance(plugin, ModuleType) else "__module__", "")
-    file = getattr(sys.modules.get(str(name).partition(".")[0]), "__file__", None)
-    if file is None:
-        return None
-    path = Path(file)
-    return path.parent if path.stem == "__init__" else path
+@contextmanager
+def _watched(owner: Owner) -> Iterator[None]:
+    """Tell in a line what a plugin prints, which belongs into nobody's output, or that it blocks.
+
+    Only phicore itself prints answers to standard output.
+    """
+    if owner.distribution in {"phicore", *OWN}:
+        yield
+        return
+    about = f"{owner.distribution}:{owner.name}"
+    timer = threading.Timer(SLOW_S, _tell_slow, (about, owner.name))
+    timer.daemon = True
+    timer.start()
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        timer.cancel()
+        if text := " ".join(printed.getvalue().split()):
+            log.warning("plugin %s printed: %.200s", about, text)
+
+
+def _tell_slow(about: str, name: str) -> None:
+    log.warning(
+        "plugin %s: its import has taken %.0f s so far, and everything waits for it; "
+        "%s=%s leaves it out",
+        about,
+        SLOW_S,
+        DISABLE,
+        name,
+    )
 
 
 def _owned(registered: Registered[Any]) -> list[tuple[str, str]]:
@@ -500,15 +530,10 @@ def _guarded_source(
         except PhicoreError:
             raise
         except (Exception, SystemExit) as error:
-            raise SourceError(f"{reference}: {distribution} failed: {_reason(error)}") from error
+            raise SourceError(f"{reference}: {distribution} failed: {reason(error)}") from error
         if not isinstance(files, ModelFiles):
             found = type(files).__name__
             raise SourceError(f"{reference}: {distribution} gave {found}, expected ModelFiles")
         return files
 
     return guarded
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

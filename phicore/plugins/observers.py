@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from phicore.errors import FAULTS
+
 if TYPE_CHECKING:
     from pluggy import HookImpl
 
@@ -54,6 +56,6 @@ class Observers:
                 continue
             try:
                 hook.function(*(arguments[argument] for argument in hook.argnames))
-            except (Exception, SystemExit):
+            except FAULTS:
                 self._failed.add(hook.plugin_name)
                 log.exception("%s: %s failed; it is not called again", hook.plugin_name, name)

@@ -154,6 +154,7 @@ async def health(service: Service, request: Request) -> Response:
         raise stopping()
     if service.state == "failed" or not service.is_alive:
         raise ApiError("the model does not compute any more", status=500, code="server_error")
+    service.check_not_blocked()
     return JSONResponse({"status": "ok"})
 
 

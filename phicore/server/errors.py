@@ -84,6 +84,12 @@ def stopping() -> ApiError:
     return ApiError("the server is shutting down", status=503, code="shutting_down")
 
 
+def blocked() -> ApiError:
+    """Return the error of a server in which a plugin does not return."""
+    problem = "a plugin of this server does not return; the server's log names it"
+    return ApiError(problem, status=503, code="plugin_blocks")
+
+
 def too_long(tokens: int, context: int, field: str) -> ApiError:
     """Return the error about a prompt that the context cannot hold, in OpenAI's words.
 

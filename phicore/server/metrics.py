@@ -40,12 +40,13 @@ class Metrics:
         self._usage = gauge(
             "kv_cache_usage_perc", "The share of the memory for keys and values that is in use."
         ).labels(name)
-        self._prefixes = Gauge(
-            "phicore:prefix_cache_bytes",
-            "The size of the prefix cache.",
-            ["model_name"],
-            registry=registry,
-        ).labels(name)
+
+        def size(metric: str, about: str) -> Gauge:
+            made = Gauge(f"phicore:{metric}_bytes", about, ["model_name"], registry=registry)
+            return made.labels(name)
+
+        self._keys = size("kv_cache", "The keys and values of answers that are computed.")
+        self._prefixes = size("prefix_cache", "The size of the prefix cache.")
         self._prompt = counter("prompt_tokens", "Tokens of prompts.").labels(name)
         self._generated = counter("generation_tokens", "Tokens of answers.").labels(name)
         self._queries = counter(
@@ -92,6 +93,7 @@ class Metrics:
     def stepped(self, worker: Worker) -> None:
         """Note what memory is in use."""
         running, prefixes, most = worker.model.engine.kv_usage
+        self._keys.set(running)
         self._prefixes.set(prefixes)
         self._usage.set((running + prefixes) / most if most else 0.0)
 

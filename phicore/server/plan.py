@@ -84,12 +84,14 @@ class Plan:
             PhicoreError: If a package that the server needs is not installed.
         """
         check_packages()
+        from phicore.server.faults import tell_of_threads
         from phicore.server.logs import Lines
 
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(Lines(as_json=self.log_format == "json"))
         logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
         logging.getLogger("phicore").setLevel(self.log_level.upper())
+        tell_of_threads()
 
 
 def check_packages() -> None:

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -24,11 +25,13 @@ from phicore.model import Model
 from phicore.server.errors import (
     ApiError,
     api_error,
+    blocked,
     loading,
     stopping,
     too_long,
     wrong_field,
 )
+from phicore.server.faults import Watch, tell
 from phicore.server.fields import Fields, parsed
 from phicore.server.jobs import Exchange
 from phicore.server.metrics import Metrics
@@ -85,6 +88,7 @@ class Service:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._exchanges: WeakSet[Exchange] = WeakSet()
+        self._watch = Watch(settings.plugin_limit, self._is_blocked)
         # Texts are split into tokens here, since a long one would keep all others waiting.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="phicore-text")
         self._long = ThreadPoolExecutor(1, thread_name_prefix="phicore-long")
@@ -104,8 +108,15 @@ class Service:
         try:
             given = self._model
             model = given if isinstance(given, Model) else given()
+            for broken in model.broken_plugins:
+                about = broken.name, broken.distribution, broken.reason
+                log.warning("plugin %s of %s is left out: %s", *about)
             worker = Worker(
-                model, most=self._most(model), watcher=self.metrics, died=self._has_failed
+                model,
+                most=self._most(model),
+                watcher=self.metrics,
+                died=self._has_failed,
+                watch=self._watch,
             )
             if self.settings.warmup:
                 warm_up(model)
@@ -134,6 +145,21 @@ class Service:
     def _has_failed(self, error: BaseException) -> None:
         self.failure, self.state = error, "failed"
         self._failed(error)
+
+    def _is_blocked(self) -> None:
+        """End all answers, since a plugin keeps them waiting; another thread calls this."""
+        for exchange in list(self._exchanges):
+            with suppress(RuntimeError):  # its event loop has ended
+                exchange.loop.call_soon_threadsafe(exchange.fail, blocked())
+
+    def check_not_blocked(self) -> None:
+        """Check that no plugin keeps all answers waiting.
+
+        Raises:
+            ApiError: If one does.
+        """
+        if self._watch.blocker is not None:
+            raise blocked()
 
     def begin_stop(self) -> None:
         """Let the service end: /health tells so, and what is under way goes on."""
@@ -176,6 +202,7 @@ class Service:
             raise ApiError("the model does not compute any more", status=500, code="server_error")
         if self._worker is None or self.state != "ready":
             raise loading() if self.state == "loading" else stopping()
+        self.check_not_blocked()
         return self._worker
 
     @property
@@ -266,7 +293,7 @@ class Service:
         except Exception as error:
             found = api_error(error, spell, model.context)
             if found.status == 500:
-                log.exception("a request cannot be prepared")
+                tell(log, "a request cannot be prepared", error)
             raise found from error
 
     def check_room(self) -> None:

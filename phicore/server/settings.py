@@ -71,6 +71,14 @@ class Settings:
         check=lambda s: s >= 0,
         metavar="SECONDS",
     )
+    plugin_limit: float = setting(
+        60.0,
+        "How long code of a plugin may keep all answers waiting, in seconds. Then they fail, and "
+        "/health says 503 until it returns. The backend may take longer, since it compiles.",
+        expected="more than 0",
+        check=lambda s: s > 0,
+        metavar="SECONDS",
+    )
     any_model: bool = setting(
         False, "Answer requests for any model name; many programs send a fixed one."
     )

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from phicore.errors import BusyError, PhicoreError
+from phicore.errors import FAULTS, BusyError, PhicoreError
 from phicore.model import Model
 from phicore.server.errors import ApiError, api_error, stopping
+from phicore.server.faults import Watch, tell
 from phicore.server.jobs import Job
 from phicore.text.pieces import Piece
 
@@ -48,6 +49,7 @@ class Worker:
         most: int,
         watcher: Watcher,
         died: Callable[[BaseException], None] = lambda error: None,
+        watch: Watch | None = None,
     ) -> None:
         """Make a worker.
 
@@ -55,12 +57,14 @@ class Worker:
             most: The largest number of answers that run and wait.
             watcher: Is told of steps, tokens and ends.
             died: Called in the thread if it cannot go on.
+            watch: Notices that a plugin blocks the thread.
         """
         self.model = model
         self.jobs: list[Job] = []
         self._most = most
         self._watcher = watcher
         self._died = died
+        self._watch = watch
         self._faults = 0
         self._submitted: list[Job] = []
         self._count = 0
@@ -114,14 +118,24 @@ class Worker:
 
     def run(self) -> None:
         """Compute until `stop` is called."""
+        watch = self._watch
         try:
+            if watch is not None:
+                watch.start(self.model.engine.runner.ops)
             while self._wait():
+                if watch is None:
+                    self._tick()
+                    continue
+                watch.begin()
                 self._tick()
-        except BaseException as error:
-            log.exception("the thread that computes has failed")
+                watch.end()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is told
+            tell(log, "the thread that computes has failed", error)
             self._end_all(api_error(error))
             self._died(error)
         finally:
+            if watch is not None:
+                watch.stop()
             self._end_all(stopping())
 
     def _wait(self) -> bool:
@@ -144,7 +158,7 @@ class Worker:
             elif job.generation is None:
                 try:
                     job.generation = self.model.generate(job.request)
-                except Exception as error:  # noqa: BLE001 - the request is at fault
+                except FAULTS as error:  # the request is at fault
                     self._end(job, "error")
                     found[job.exchange.loop].append(partial(self._refused, job, error))
                 else:
@@ -156,10 +170,10 @@ class Worker:
             for job in list(self.jobs):
                 self._collect(job, found[job.exchange.loop])
             self._watcher.stepped(self)
-        except Exception as error:
+        except FAULTS as error:
             self._faults += 1
             if self._faults == 1:
-                log.exception("a step has failed; the answers that were computed fail")
+                tell(log, "a step has failed; the answers that were computed fail", error)
             self._end_all(api_error(error))
             if self._faults >= MOST_FAULTS:
                 raise
@@ -176,7 +190,7 @@ class Worker:
                 if piece is None:
                     raise PhicoreError("somebody else has ended this answer")
                 pieces.append(piece)
-        except Exception as error:  # noqa: BLE001 - an answer's error concerns no other
+        except FAULTS as error:  # an answer's error concerns no other
             self._end(job, "error")
             calls.append(partial(self._refused, job, error))
             return
@@ -207,11 +221,10 @@ class Worker:
             found[job.exchange.loop].append(partial(job.exchange.fail, error))
         _deliver(found)
 
-    def _refused(self, job: Job, error: Exception) -> None:
+    def _refused(self, job: Job, error: BaseException) -> None:
         found = api_error(error, job.exchange.spell, self.model.context)
         if found.status == 500:
-            fields = {"request_id": job.exchange.request_id}
-            log.error("an answer has failed: %s", error, exc_info=error, extra={"fields": fields})
+            tell(log, "an answer has failed", error, request_id=job.exchange.request_id)
         job.exchange.fail(found)
 
 

@@ -10,15 +10,11 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from phicore.errors import SourceError
-
-if TYPE_CHECKING:
-    from huggingface_hub import CachedFileInfo, CachedRevisionInfo
 
 TOKENIZER = "tokenizer.json"
 
@@ -207,14 +203,13 @@ def cached_models() -> list[tuple[str, Path, int]]:
         reference has no revision if the file is of the branch `main`; otherwise it has the commit.
     """
     models = []
-    for repo, revision in _cached_revisions():
-        files = _by_name(revision)
-        at = "" if "main" in revision.refs else f"@{revision.commit_hash}"
-        for name in model_names(files):
+    for cached in _cached_revisions():
+        at = "" if "main" in cached.refs else f"@{cached.commit}"
+        for name in model_names(cached.files):
             parts = split_parts(name)
-            if files.keys() >= set(parts):
-                size_bytes = sum(files[part].size_on_disk for part in parts)
-                models.append((f"hf:{repo}{at}/{name}", files[name].file_path, size_bytes))
+            if cached.files.keys() >= set(parts):
+                size_bytes = sum(cached.files[part].stat().st_size for part in parts)
+                models.append((f"hf:{cached.repo}{at}/{name}", cached.files[name], size_bytes))
     return sorted(models)
 
 
@@ -253,27 +248,54 @@ def _snapshot(ref: HubReference) -> _Snapshot:
 def _cached_files(ref: HubReference) -> dict[str, Path]:
     """Return the files in the cached snapshot of a reference's revision, by name."""
     wanted = ref.revision or "main"
-    for repo, revision in _cached_revisions():
-        if repo == ref.repo and (wanted == revision.commit_hash or wanted in revision.refs):
-            return {name: file.file_path for name, file in _by_name(revision).items()}
+    for cached in _cached_revisions():
+        if cached.repo == ref.repo and (wanted == cached.commit or wanted in cached.refs):
+            return dict(cached.files)
     return {}
 
 
-def _by_name(revision: CachedRevisionInfo) -> dict[str, CachedFileInfo]:
-    root = revision.snapshot_path
-    return {file.file_path.relative_to(root).as_posix(): file for file in revision.files}
+@dataclass(frozen=True)
+class _Cached:
+    """A revision of a repository in the cache.
+
+    Attributes:
+        repo: The repository, owner/name.
+        commit: The hash of the commit.
+        refs: The branches and tags that point to it.
+        files: The paths of the complete files, by name.
+    """
+
+    repo: str
+    commit: str
+    refs: frozenset[str]
+    files: Mapping[str, Path]
 
 
-def _cached_revisions() -> Iterator[tuple[str, CachedRevisionInfo]]:
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+def _cached_revisions() -> Iterator[_Cached]:
+    """Yield the revisions in the cache.
 
-    try:
-        cache = scan_cache_dir()
-    except (CacheNotFound, OSError, ValueError):  # no cache yet, or a file in its place
-        return
-    for repo in cache.repos:
-        if repo.repo_type == "model":
-            yield from ((repo.repo_id, revision) for revision in repo.revisions)
+    `huggingface_hub.scan_cache_dir` leaves out a repository in which a process that was killed has
+    left the temporary file of a branch, so the folders are read here.
+    """
+    from huggingface_hub import constants
+
+    for folder in sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots")):
+        repo = folder.parent.name.removeprefix("models--").replace("--", "/")
+        refs: dict[str, set[str]] = {}
+        for path in _files_below(folder.parent / "refs"):
+            with suppress(OSError, ValueError):
+                if path.suffix != ".tmp":
+                    name = path.relative_to(folder.parent / "refs").as_posix()
+                    refs.setdefault(path.read_text().strip(), set()).add(name)
+        for snapshot in sorted(folder.iterdir()):
+            files = {p.relative_to(snapshot).as_posix(): p for p in _files_below(snapshot)}
+            names = frozenset(refs.get(snapshot.name, ()))
+            yield _Cached(repo, snapshot.name, names, files)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder. A link counts if there is a file at its end."""
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
 @contextmanager

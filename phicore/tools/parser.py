@@ -213,8 +213,9 @@ class CallParser:
         text = self._left.lstrip()
         if not text.startswith("}"):
             return  # the answer was cut, so no more follows
-        text = text[1:].lstrip()
+        text = text[1:]
         if self._format.is_list:
+            text = text.lstrip()
             if text.startswith(","):
                 self._is_behind_arguments = False
                 self._enter(",", text[1:])

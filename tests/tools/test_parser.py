@@ -184,3 +184,16 @@ def test_what_a_grammar_makes_is_found_whole_and_while_it_comes(
     pieces = split(before + after, cuts)
     assert parsed(format, pieces) == expected
     assert parsed(format, pieces, is_eager=True) == expected
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_cut_behind_the_last_call_is_the_same_while_it_comes(format: CallFormat):
+    written = [call("add", "{}", format.key), call("weather", '{"x": 1}', format.key)]
+    texts = written if format.has_many else written[:1]
+    answer = "".join(texts) if format is LLAMA_3 else (hermes if format is HERMES else phi)(*texts)
+    end = answer.rindex("}") + 1
+    for length in range(end, len(answer) + 1):
+        whole = parsed(format, [answer[:length]])
+        assert len(whole[1]) == len(texts) or format.is_list  # a list that is not closed is no call
+        if len(whole[1]) == len(texts):
+            assert parsed(format, list(answer[:length]), is_eager=True) == whole

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,7 +43,7 @@ from phicore.backend import (
 from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFFile
-from phicore_jax import cuda, expanded
+from phicore_jax import code_files, cuda, expanded
 from phicore_jax.cache import as_numbers, as_stored, names, put, rows_of_cache, width, zeros
 from phicore_jax.kernels import find_kernels
 from phicore_jax.outline import Outline, joined
@@ -124,6 +125,10 @@ def keep_compiled_programs() -> bool:
         return False
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # A disk that is full and a file that is damaged cost time alone, and are no news for each step.
+    for what in ("writing", "reading"):
+        warnings.filterwarnings("ignore", f"Error {what} persistent compilation cache entry")
+    threading.Thread(target=code_files.remove_damaged, args=(folder,), daemon=True).start()
     return True
 
 

@@ -23,6 +23,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -38,6 +39,7 @@ import phicore_jax
 from phicore.backend import Backend, KeptProgram, ProgramStore
 from phicore.backend.host import cpu_count
 from phicore.backend.sources import sources_digest
+from phicore.disk.replacing import replacing
 from phicore.gguf.reader import GGUFTensor
 from phicore_jax.code_files import read, write
 
@@ -144,9 +146,9 @@ class Programs(ProgramStore):
     def _load_early(self) -> dict[str, Future[Any]]:
         """Begin to load the programs that the last process used first."""
         try:
-            names = json.loads(self._list.read_text(encoding="utf-8"))
+            names = json.loads(self._listed())
             names = [name for name in names if re.fullmatch("[0-9a-f]{32}", name)]
-        except (OSError, ValueError, TypeError):
+        except (ValueError, TypeError):
             names = []
         return {name: self._workers.submit(self._loaded, name) for name in names}
 
@@ -200,14 +202,18 @@ class Programs(ProgramStore):
                 return
             self._used.append(name)
             text = json.dumps(self._used)
+        if self._listed() != text:
+            with suppress(OSError):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with replacing(self._list, is_synced=False) as new:
+                    new.write_text(text, encoding="utf-8")
+
+    def _listed(self) -> str:
+        """Return the text of the list; "" if there is none, or it is damaged."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if not self._list.exists() or self._list.read_text(encoding="utf-8") != text:
-                part = self._list.with_suffix(f".{os.getpid()}")
-                part.write_text(text, encoding="utf-8")
-                part.replace(self._list)
-        except OSError:
-            return
+            return self._list.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return ""
 
 
 class Program(KeptProgram):

@@ -1,0 +1,224 @@
+"""Plugins that block, raise, exit, print or give wrong arrays, under a server that others use."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from api.tiny_models import write_tiny
+from server.conftest import HI, Served, ready
+from server.test_life import process
+from unit.throwaway import Install, install
+
+import phicore
+from phicore.errors import PhicoreError
+from phicore.plugins import Plugins
+from phicore.server import Settings
+
+__all__ = ["install"]
+
+BODY: dict[str, Any] = {"messages": HI, "max_tokens": 5, "seed": 1, "ignore_eos": True}
+CHAT = "/v1/chat/completions"
+OBSERVER = """
+    import sys, threading
+    from phicore import hookimpl
+
+    free, seen = threading.Event(), []
+
+    @hookimpl
+    def phicore_piece_generated(generation, piece):
+        seen.append(piece.token_id)
+        WHAT
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "tiny.gguf")
+
+
+@pytest.fixture
+def expected(tiny: Path) -> Iterator[str]:
+    """Return the text of the answer to `BODY` without plugins."""
+    with phicore.load(tiny, "numpy") as model:
+        yield model.generate(HI, max_tokens=5, seed=1, ignore_eos=True).text()
+
+
+def observer(install: Install, what: str) -> Any:
+    install("phicore-watcher", "watcher", OBSERVER.replace("WHAT", what))
+    Plugins()  # imports it
+    import importlib
+
+    return importlib.import_module("throwaway_phicore_watcher")
+
+
+def text_of(served: Served) -> str:
+    status, answer, _ = served.post(CHAT, BODY)
+    assert status == 200, answer
+    return answer["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("what", ["1 / 0", "sys.exit(3)", "raise MemoryError"])
+def test_observer_that_fails_is_named_and_stops_no_answer(
+    install: Install, tiny: Path, expected: str, what: str, caplog: pytest.LogCaptureFixture
+):
+    observer(install, what)
+    with phicore.load(tiny, "numpy") as model, ready(model) as served:
+        assert [text_of(served) for _ in range(2)] == [expected] * 2
+        assert served.get("/health")[0] == 200
+    messages = [record.getMessage() for record in caplog.records]
+    failed = "phicore-watcher:watcher: phicore_piece_generated failed; it is not called again"
+    assert messages.count(failed) == 1
+
+
+def test_observer_that_blocks_fails_the_answers_that_wait_and_is_named(
+    install: Install, tiny: Path, expected: str, caplog: pytest.LogCaptureFixture
+):
+    module = observer(install, "if len(seen) == 2: free.wait(600)")
+    with (
+        phicore.load(tiny, "numpy") as model,
+        ready(model, settings=Settings(plugin_limit=0.5)) as served,
+    ):
+        status, answer, _ = served.post(CHAT, BODY)
+        assert (status, answer["error"]["code"]) == (503, "plugin_blocks")
+        assert served.get("/health")[0] == 503
+        assert served.post(CHAT, BODY)[0] == 503  # at once, and not when the time is over
+        module.free.set()
+        served.wait_until(lambda: served.get("/health")[0] == 200, "health")
+        assert text_of(served) == expected
+        served.wait_until(lambda: served.is_free, "the end of all answers")
+    told = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(told) == 1
+    assert told[0].startswith("plugin phicore-watcher (throwaway_phicore_watcher.py, line ")
+    assert "has not returned" in told[0]
+
+
+def test_plugin_that_cannot_be_imported_is_told_when_the_server_starts(
+    install: Install, tiny: Path, expected: str, caplog: pytest.LogCaptureFixture
+):
+    install("phicore-bad", "bad", "import sys; sys.exit('no licence')")
+    install("phicore-ugly", "ugly", "1 / 0")
+    with phicore.load(tiny, "numpy") as model, ready(model) as served:
+        assert text_of(served) == expected
+    told = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert told == [
+        "plugin bad of phicore-bad is left out: SystemExit: no licence",
+        "plugin ugly of phicore-ugly is left out: ZeroDivisionError: division by zero",
+    ]
+
+
+def test_what_a_plugin_prints_at_its_import_is_in_nobodys_output(
+    install: Install, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    install("phicore-loud", "loud", "print('Welcome!')\nprint('Version 3')")
+    Plugins()
+    assert capsys.readouterr().out == ""
+    assert "plugin phicore-loud:loud printed: Welcome! Version 3" in caplog.messages
+
+
+WRONG = {
+    "a column less": "tokens[:, 0]",
+    "another type": "tokens.astype('float32')",
+    "tokens that do not exist": "tokens * 0 + 10**6",
+    "negative tokens": "tokens * 0 - 5",
+    "nothing": "None",
+    "an exit": "sys.exit(2)",
+}
+BACKEND = """
+    import sys
+    from phicore import hookimpl
+
+    is_wrong = False
+
+    def make(options):
+        from phicore_numpy.backend import NumpyBackend
+
+        class Wrong(NumpyBackend):
+            def to_numpy(self, array):
+                tokens = super().to_numpy(array)
+                is_tokens = tokens.ndim == 2 and tokens.dtype.kind == "i" and tokens.shape[1] == 1
+                return WRONG if is_wrong and is_tokens else tokens
+
+        return Wrong(options)
+
+    @hookimpl
+    def phicore_register_backends(register):
+        register("wrong", create=make, devices=lambda: ["cpu"], protocol=PROTOCOL)
+"""
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_backend_that_gives_wrong_arrays_gives_an_error_and_never_a_text(
+    install: Install, tiny: Path, expected: str, what: str, caplog: pytest.LogCaptureFixture
+):
+    import importlib
+
+    from phicore.backend import VERSION
+
+    code = BACKEND.replace("WRONG", WRONG[what]).replace("PROTOCOL", str(VERSION))
+    install("phicore-wrong", "wrong", code)
+    with phicore.load(tiny, "wrong") as model, ready(model) as served:
+        assert text_of(served) == expected
+        module = importlib.import_module("throwaway_phicore_wrong")
+        module.is_wrong = True
+        for _ in range(4):  # more than the faults after which the thread gives up
+            status, answer, _ = served.post(CHAT, BODY)
+            assert status == 500, answer
+        module.is_wrong = False
+        assert text_of(served) == expected  # the server goes on
+
+
+def test_processor_that_exits_ends_its_own_answer_alone(tiny: Path):
+    class Exits(phicore.LogitsProcessor):
+        def update(self, token: int) -> dict[str, np.ndarray]:
+            raise SystemExit(3)
+
+        @classmethod
+        def apply(cls, ops: Any, logits: Any, state: Any) -> Any:
+            return logits
+
+    with phicore.load(tiny, "numpy") as model:
+        options = {"max_tokens": 5, "seed": 1, "ignore_eos": True}
+        alone = model.generate(HI, **options).text()
+        requests = [
+            model.request(HI, **options),
+            model.request(HI, processors=[Exits()], **options),
+        ]
+        good, bad = model.generate_many(requests, ordered=True)
+    assert good.text == alone
+    assert isinstance(bad.error, PhicoreError)
+    assert "wanted to end the program (SystemExit(3))" in str(bad.error)
+
+
+THREAD = """
+    import threading, time
+    from phicore import hookimpl
+
+    def die():
+        1 / 0
+
+    @hookimpl
+    def phicore_generation_started(generation):
+        threading.Thread(target=die, name="uploads").start()
+"""
+
+
+def test_thread_of_a_plugin_that_ends_is_told_in_one_line(
+    install: Install, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    install("phicore-threads", "threads", THREAD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "phicore-threads"))
+    said = "the thread uploads has ended: plugin phicore-threads failed: ZeroDivisionError"
+    with process("-m", tiny) as server:
+        server.wait_until_ready()
+        server.client.chat.completions.create(model="tiny", messages=HI, max_tokens=5)
+        end = time.monotonic() + 60
+        while not any(said in line for line in server.lines):
+            assert time.monotonic() < end, server.lines
+            time.sleep(0.05)
+        assert not any("Traceback" in line for line in server.lines)
