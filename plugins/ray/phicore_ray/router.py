@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import random
+import time
+from collections import defaultdict, deque
 from typing import Any
 
+from ray.serve._private.common import ReplicaID
+from ray.serve._private.replica_result import ReplicaResult
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 from phicore_ray.replica import SLOTS
+
+ARRIVAL_S = 1.0
+"""A request that was sent so long ago has arrived, or went elsewhere."""
 
 
 class StickyRouter(ConsistentHashRouter):
@@ -27,6 +34,7 @@ class StickyRouter(ConsistentHashRouter):
         Ray calls this once: what a later deployment changes, it tells with the replicas.
         """
         super().initialize_state(**{"num_fallback_replicas": 100, **kwargs})
+        self._sent: defaultdict[ReplicaID, deque[float]] = defaultdict(deque)
 
     async def choose_replicas(
         self,
@@ -45,6 +53,7 @@ class StickyRouter(ConsistentHashRouter):
         for id in self._lookup_ranked_replicas(pending_request.metadata.session_id):
             replica = self._replicas.get(id)
             if replica is not None and await self._is_free(replica):
+                self._sent[id].append(time.monotonic())
                 return [[replica], any_two, candidate_replicas]
         return [any_two, candidate_replicas]
 
@@ -52,10 +61,20 @@ class StickyRouter(ConsistentHashRouter):
         """Return whether a replica has a free slot.
 
         The replica is asked, which takes about a millisecond. Ray's own count, which is kept here,
-        is too small for a while after answers have ended while others began, and a request that
-        waits behind a whole answer loses seconds.
+        is wrong for a while when answers end while others begin, and a request that waits behind
+        a whole answer loses seconds. What was sent and has not arrived is added.
         """
-        known = self.replica_queue_len_cache.get(replica.replica_id)
+        sent = self._sent[replica.replica_id]
+        while sent and time.monotonic() - sent[0] > ARRIVAL_S:
+            sent.popleft()
+        before = len(sent)
         ((_, count),) = await self._probe_queue_lens([replica], 0)
         slots = replica.replica_metadata.get(SLOTS, 1)
-        return count is not None and max(count, known or 0) < slots
+        return count is not None and count + max(before, len(sent)) < slots
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult
+    ) -> None:
+        """Take note that a request has arrived at a replica."""
+        if sent := self._sent[replica_id]:
+            sent.popleft()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,6 @@ def reading(cluster: Cluster, count: int, session: str | None = None) -> Iterato
     finally:
         for reader in readers:
             reader.close()
-    wait_until(lambda: cluster.is_idle, "the end of the streams")
 
 
 REQUESTS = [
@@ -122,7 +122,7 @@ def test_seeded_requests_give_the_texts_of_one_process_from_one_replica_and_from
 
 
 @pytest.fixture(scope="module")
-def two(cluster: Cluster, endless_path: Path) -> Cluster:
+def both(cluster: Cluster, endless_path: Path) -> Cluster:
     """Serve an endless model from two replicas that compute two answers at a time."""
     cluster.deploy(
         phicore_ray.app(endless_path, replicas=2, num_cpus=0.75, backend="numpy", max_sequences=2)
@@ -131,11 +131,27 @@ def two(cluster: Cluster, endless_path: Path) -> Cluster:
     return cluster
 
 
+@pytest.fixture
+def two(both: Cluster) -> Cluster:
+    """Wait until both replicas have nothing to do, after the tests before."""
+    wait_until(lambda: both.is_idle, "the end of the streams")
+    return both
+
+
 def test_session_stays_and_goes_elsewhere_when_its_replica_is_full(two: Cluster):
     names = {two.ask("a session", **SHORT)[1] for _ in range(6)}
     assert len(names) == 1
     with reading(two, 4, "a session") as readers:
         assert [reader.replica in names for reader in readers] == [True, True, False, False]
+
+
+def test_requests_that_come_at_once_take_no_more_than_the_slots(two: Cluster):
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as pool, ExitStack() as stack:
+            opened = pool.map(lambda _: stack.enter_context(reading(two, 1, "a crowd")), range(4))
+            counts = Counter(reader.replica for (reader,) in opened)
+            assert sorted(counts.values()) == [2, 2]
+        wait_until(lambda: two.is_idle, "the end of the streams")
 
 
 def test_turns_of_a_conversation_without_a_session_stay(two: Cluster):
@@ -157,6 +173,7 @@ def test_client_that_leaves_frees_its_slot(two: Cluster):
     for _ in range(3):  # all slots, three times over
         with reading(two, 4) as readers:
             assert all(reader.goes_on() for reader in readers)
+        wait_until(lambda: two.is_idle, "the end of the streams", 30)
     answer, _ = two.ask(**SHORT)
     assert answer.usage.completion_tokens == 12
 
