@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import nodes
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
@@ -73,10 +73,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def bound(self) -> None:
         """Let all filters and tests charge the budget."""
-        for named, is_test in ((self.filters, False), (self.tests, True)):
-            named.update(
-                {n: bounded_function(n, function, is_test) for n, function in named.items()}
-            )
+        all_named: list[tuple[dict[str, Any], bool]] = [(self.filters, False), (self.tests, True)]
+        for named, is_test in all_named:
+            named.update({n: bounded_function(n, named[n], is_test) for n in named})
 
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
@@ -158,7 +157,7 @@ class _Metering(NodeTransformer):
         costs = _cost(node.body), _cost([] if node.test is None else [node.test])
         self.generic_visit(node)
         if node.test is not None:
-            node.iter = _call("looped", node.iter, nodes.Const(costs[1]))
+            node.iter = _call("looped", cast(nodes.Expr, node.iter), nodes.Const(costs[1]))
         node.body.insert(0, _ticking(node, costs[0]))
         return node
 
