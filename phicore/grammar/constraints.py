@@ -148,7 +148,9 @@ def check_costs(schema: Any, parameter: str) -> None:
             are_joined |= "allOf" in part or "$ref" in part
             pairs += len(names) ** 2 if isinstance(names := part.get("properties"), Mapping) else 0
             value = part.get("multipleOf")
-            if type(value) in (int, float) and math.isfinite(value) and value:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                value = 0
+            if value and math.isfinite(value):
                 # The library counts in units of the last digit that is not 0.
                 digits = Decimal(str(value)).normalize().as_tuple().digits
                 multiples.append(int("".join(map(str, digits))))
