@@ -29,18 +29,7 @@ def parsed(body: bytes) -> dict[str, Any]:
         raise ApiError("the body must be a JSON object", code="invalid_json")
     if _is_deep(found):
         raise ApiError("the body is not JSON: it is nested too deeply", code="invalid_json")
-    if b"\\ud" in body.lower() and not _is_text(found):
-        raise ApiError("the body has half of a character: a lone surrogate", code="invalid_json")
     return found
-
-
-def _is_text(value: Any) -> bool:
-    """Return whether all texts in a value are of whole characters."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_deep(value: Any) -> bool:
