@@ -8,8 +8,8 @@ of each kind there were, and the longest time and the largest growth of memory o
 
 from __future__ import annotations
 
+import atexit
 import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 TRIES = int(os.environ.get("PHICORE_TRIES", "0"))
@@ -73,10 +72,8 @@ def watched(kind: str) -> Iterator[None]:
         assert growth < MOST_GROWTH
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _told() -> Iterator[None]:
-    yield
+@atexit.register  # not a fixture, since pytest and the tests import this module separately
+def _tell() -> None:
     for kind, worst in _WORST.items() if TRIES else ():
         size = f"{worst.growth / 2**20:.0f} MiB"
-        line = f"\n{kind}: {worst.count} tries, worst {worst.seconds:.2f} s, {size}"
-        sys.__stdout__.write(line)
+        print(f"{kind}: {worst.count} tries, worst {worst.seconds:.2f} s, {size}")
