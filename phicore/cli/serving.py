@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -26,7 +27,8 @@ LINGER_S = 2.0
 class Protocol(H11Protocol):
     """A connection that is closed if the head of a request does not come in time.
 
-    uvicorn itself waits for it without end.
+    So is one whose request was answered before its body has come. uvicorn itself waits for both
+    without end.
     """
 
     patience_s = 60.0
@@ -48,7 +50,9 @@ class Protocol(H11Protocol):
     def _watch(self) -> None:
         """Start the clock when a head begins, or a connection; stop it when the head is there."""
         is_answering = self.cycle is not None and not self.cycle.response_complete
-        is_idle = self.cycle is not None and not self.conn.trailing_data[0]
+        # An error may be told before the body is there, whose rest could then take for ever.
+        has_rest = self.conn.their_state is h11.SEND_BODY
+        is_idle = self.cycle is not None and not self.conn.trailing_data[0] and not has_rest
         if is_answering or is_idle:  # uvicorn closes idle connections
             if self._timer is not None:
                 self._timer.cancel()

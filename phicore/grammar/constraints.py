@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from phicore.errors import ArgumentError
@@ -17,6 +20,19 @@ NAMES = JSON_SCHEMA, REGEX, GRAMMAR
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 """JSON without white space between its parts: a small model would write spaces for ever."""
 ANY_OBJECT = {"type": "object"}
+MOST_TEXT = 2**18
+"""The largest number of characters of a schema as JSON, an expression or a grammar."""
+MOST_RULES = 1000
+"""The largest number of rules of a grammar; the times of both libraries grow with its square."""
+MOST_MULTIPLE = 10_000
+"""The largest `multipleOf`: llguidance makes a state of each remainder, and none of its limits
+holds for that. Where a schema has parts that hold at once, it is the largest product of all."""
+MOST_PROPERTIES = 2000
+"""The largest number of properties of an object; of several, the squares are added, since the time
+of the library grows with them."""
+LONGEST_MESSAGE = 400
+_RULE = re.compile(r"::=|^[ \t]*[!?]?[\w.-]+(?:\[[^\]\n]*\]|\{[^}\n]*\})?[ \t]*:", re.MULTILINE)
+"""The beginning of a rule of GBNF or of Lark."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +88,15 @@ def _json(schema: Any) -> str:
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
+        except RecursionError as error:
+            raise ArgumentError("it is nested too deeply", parameter=JSON_SCHEMA) from error
         except ValueError as error:
             raise ArgumentError(f"not JSON: {error}", parameter=JSON_SCHEMA) from error
     elif not isinstance(schema, Mapping):
         schema = schema_of(schema)
     if not isinstance(schema, Mapping):
         raise ArgumentError(parameter=JSON_SCHEMA, expected="a JSON object", got=schema)
-    try:
-        text = json.dumps(closed(schema))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArgumentError(f"not JSON: {error}", parameter=JSON_SCHEMA) from error
+    text = schema_text(schema, JSON_SCHEMA)
     try:
         made: str = matcher_class().grammar_from_json_schema(text, overrides=COMPACT)
     except ValueError as error:
@@ -89,9 +104,76 @@ def _json(schema: Any) -> str:
     return made
 
 
+def schema_text(schema: Mapping[str, Any], parameter: str) -> str:
+    """Return a schema as JSON, closed as `closed` says.
+
+    Raises:
+        ArgumentError: If it is not JSON, or larger or deeper than a schema may be.
+    """
+    try:
+        text = json.dumps(closed(schema))
+    except RecursionError as error:
+        raise ArgumentError("it is nested too deeply", parameter=parameter) from error
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"not JSON: {in_a_line(str(error))}", parameter=parameter) from error
+    check_length(text, parameter)
+    check_costs(schema, parameter)
+    return text
+
+
+def check_length(text: str, parameter: str) -> None:
+    """Check the length of the text of a constraint.
+
+    Raises:
+        ArgumentError: If it is too long.
+    """
+    if len(text) > MOST_TEXT:
+        expected = f"at most {MOST_TEXT} characters"
+        raise ArgumentError(f"expected {expected}, got {len(text)}", parameter=parameter)
+
+
+def check_costs(schema: Any, parameter: str) -> None:
+    """Check what the limits of llguidance do not bound: `multipleOf`, and properties.
+
+    Raises:
+        ArgumentError: If a number is too large, or objects have too many properties.
+    """
+    multiples: list[int] = []
+    pairs = 0
+    are_joined = False
+    left = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, Mapping):
+            are_joined |= "allOf" in part or "$ref" in part
+            pairs += len(names) ** 2 if isinstance(names := part.get("properties"), Mapping) else 0
+            value = part.get("multipleOf")
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                value = 0
+            if value and math.isfinite(value):
+                # The library counts in units of the last digit that is not 0.
+                digits = Decimal(str(value)).normalize().as_tuple().digits
+                multiples.append(int("".join(map(str, digits))))
+            left += part.values()
+        elif isinstance(part, (list, tuple)):
+            left += part
+    if pairs > MOST_PROPERTIES**2:
+        raise ArgumentError(
+            f"expected objects with at most {MOST_PROPERTIES} properties", parameter=parameter
+        )
+    found = math.prod(multiples) if are_joined else max(multiples, default=1)
+    if found > MOST_MULTIPLE:
+        raise ArgumentError(
+            f"multipleOf: {min(found, 10**20)} has too many digits; expected at most "
+            f"{MOST_MULTIPLE}, for the product of all if the schema has allOf or $ref",
+            parameter=parameter,
+        )
+
+
 def _regex(pattern: Any) -> str:
     if not isinstance(pattern, str):
         raise ArgumentError(parameter=REGEX, expected="a text", got=pattern)
+    check_length(pattern, REGEX)
     made: str = matcher_class().grammar_from_regex(pattern)
     return made
 
@@ -99,17 +181,40 @@ def _regex(pattern: Any) -> str:
 def _grammar(text: Any) -> str:
     if not isinstance(text, str):
         raise ArgumentError(parameter=GRAMMAR, expected="a text", got=text)
+    check_length(text, GRAMMAR)
+    rules = len(_RULE.findall(text))
+    if rules > MOST_RULES:
+        expected = f"at most {MOST_RULES} rules"
+        raise ArgumentError(f"expected {expected}, got {rules}", parameter=GRAMMAR)
     matcher = matcher_class()
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:
         lark = any_to_lark(text)
+    except RecursionError as error:
+        raise ArgumentError("it is nested too deeply", parameter=GRAMMAR) from error
     except Exception as error:  # the converter raises plain exceptions
         raise ArgumentError(in_a_line(str(error)), parameter=GRAMMAR) from error
+    check_length(lark, GRAMMAR)
+    for schema in _schemas_in(lark):
+        check_costs(schema, GRAMMAR)
     made: str = matcher.grammar_from_lark(lark)
     return made
 
 
+def _schemas_in(lark: str) -> Iterator[Any]:
+    """Yield the JSON schemas in a grammar, which come after %json."""
+    decoder = json.JSONDecoder()
+    for match in re.finditer(r"%json\s*", lark):
+        try:
+            yield decoder.raw_decode(lark, match.end())[0]
+        except (ValueError, RecursionError):  # the library says what is wrong with it
+            continue
+
+
 def in_a_line(message: str) -> str:
-    """Return a message of the library, which may have several lines, as one line."""
-    return " ".join(message.split())
+    """Return a message of the library, which may have many lines, as a short line."""
+    if message.startswith("panic"):
+        return "it is too large, or has a form that the library does not expect"
+    line = " ".join(message.split())
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}..."

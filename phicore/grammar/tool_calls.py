@@ -8,8 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from phicore.errors import ArgumentError
-from phicore.grammar.constraints import ANY_OBJECT, Constraint, in_a_line, matcher_class
-from phicore.grammar.schemas import closed
+from phicore.grammar.constraints import (
+    ANY_OBJECT,
+    Constraint,
+    check_length,
+    in_a_line,
+    matcher_class,
+    schema_text,
+)
 from phicore.grammar.vocabulary import Vocabulary
 from phicore.tools.choices import TOOLS, Tool, ToolUse
 
@@ -38,18 +44,16 @@ def constrained(
     """
     schemas = [_schema(tool, vocabulary, use.is_forced or tool.is_strict) for tool in use.tools]
     lark = _lark(use, schemas, control_id)
+    check_length(lark, TOOLS)
     grammar: str = matcher_class().grammar_from_lark(lark)
     return replace(use, is_constrained=True), Constraint(TOOLS, grammar)
 
 
 def _schema(tool: Tool, vocabulary: Vocabulary, is_needed: bool) -> Mapping[str, Any]:
     """Return the schema of a tool's arguments, or of any object."""
-    schema: Mapping[str, Any] = closed(tool.parameters)
     try:
-        text = json.dumps(schema)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise _wrong(tool, f"not JSON: {error}") from error
-    try:
+        text = schema_text(tool.parameters, TOOLS)
+        schema: Mapping[str, Any] = json.loads(text)
         grammar = matcher_class().grammar_from_json_schema(text, overrides=_SPACED)
         vocabulary.check(Constraint(TOOLS, grammar))
     except (ValueError, ArgumentError) as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from phicore.errors import ArgumentError
@@ -11,6 +13,14 @@ from phicore.grammar.constraints import Constraint, in_a_line
 from phicore.text.tokenizer import Tokenizer
 
 SEPARATOR = "\x02"
+LIMITS = {"initial_lexer_fuel": 500_000, "step_lexer_fuel": 100_000, "max_lexer_states": 50_000}
+"""What llguidance may do for a constraint: half of its own limits, a fifth of the states."""
+STACK_BYTES = 512 * 2**20
+"""The stack of the thread that builds grammars. llguidance follows references and rules by calling
+itself, and a stack that overflows ends the process; this one holds more levels than the longest
+text that `MOST_TEXT` of constraints.py allows. Only what is used of it takes memory."""
+MOST_KEPT = 4
+"""The number of constraints that are kept."""
 
 
 class Vocabulary:
@@ -36,6 +46,9 @@ class Vocabulary:
         self.size = tokenizer.vocab_size
         self._tokens = llguidance.LLTokenizer(wrapper, eos_token=sorted(self.ends))
         self._matcher = llguidance.LLMatcher
+        self._limits = llguidance.LLParserLimits(**LIMITS)
+        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
 
     def check(self, constraint: Constraint) -> None:
         """Check that a constraint can be honoured.
@@ -44,14 +57,60 @@ class Vocabulary:
             ArgumentError: If it cannot, with the library's reason. A part of a schema that the
                 library would leave out counts, too.
         """
-        check = self._matcher.validate_grammar_with_warnings
-        _, reasons = check(constraint.grammar, self._tokens)
+        matcher = self.matcher(constraint)
+        reasons = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
+        if not reasons:
+            matcher.compute_bitmask()  # some are found to be too complex only here
+            reasons = [matcher.get_error()] if matcher.is_error() else []
         if reasons:
             raise ArgumentError(in_a_line(reasons[0]), parameter=constraint.name)
 
     def matcher(self, constraint: Constraint) -> Any:
         """Return a new `llguidance.LLMatcher`, which follows one answer."""
-        return self._matcher(self._tokens, constraint.grammar, log_level=0)
+        with self._lock:
+            found = self._kept.get(constraint.grammar)
+        if found is None:
+            found = with_large_stack(lambda: self._made(constraint.grammar))
+        with self._lock:
+            self._kept[constraint.grammar] = found
+            self._kept.move_to_end(constraint.grammar)
+            if len(self._kept) > MOST_KEPT:
+                self._kept.popitem(last=False)
+            return found.deep_copy()  # which takes a few microseconds
+
+    def _made(self, grammar: str) -> Any:
+        return self._matcher(self._tokens, grammar, log_level=0, limits=self._limits)
+
+
+_STARTING = threading.Lock()
+
+
+def with_large_stack(function: Callable[[], Any]) -> Any:
+    """Call a function in a thread whose stack has `STACK_BYTES`; return its result.
+
+    Raises:
+        BaseException: What the function raises.
+    """
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:  # noqa: BLE001 - it is raised again
+            errors.append(error)
+
+    with _STARTING:  # the size is that of all threads that start meanwhile, which does no harm
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread = threading.Thread(target=call, name="phicore-grammar")
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 class _Tokens:

@@ -120,7 +120,13 @@ class Prompts:
         prompt = self._rendered(messages, tools, documents, for_template, is_escaped=True)
         return self.tokenizer.encode(prompt, escaped=True)
 
-    def _rendered(
+    def _rendered(self, *args: Any, is_escaped: bool) -> str:
+        try:
+            return self._rendered_if_flat(*args, is_escaped=is_escaped)
+        except RecursionError as error:
+            raise TokenizerError("messages, tools: nested too deeply") from error
+
+    def _rendered_if_flat(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,

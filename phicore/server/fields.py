@@ -10,6 +10,8 @@ from phicore.server.errors import ApiError, wrong_field
 
 LARGEST = 2**63
 """Integers of a body are smaller than this."""
+MOST_DEPTH = 200
+"""The deepest nesting of a body. What looks at a body calls itself for each level of it."""
 
 
 def parsed(body: bytes) -> dict[str, Any]:
@@ -25,7 +27,22 @@ def parsed(body: bytes) -> dict[str, Any]:
         raise ApiError(f"the body is not JSON: {problem:.200}", code="invalid_json") from None
     if not isinstance(found, dict):
         raise ApiError("the body must be a JSON object", code="invalid_json")
+    if _is_deep(found):
+        raise ApiError("the body is not JSON: it is nested too deeply", code="invalid_json")
     return found
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether a value is nested more deeply than `MOST_DEPTH`."""
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        inner = [each for each in level if isinstance(each, (dict, list))]
+        if not inner:
+            return False
+        level = []
+        for each in inner:
+            level += each.values() if isinstance(each, dict) else each
+    return True
 
 
 def _no_number(name: str) -> Any:

@@ -30,7 +30,7 @@ def refusal(error: ApiError) -> JSONResponse:
 
 
 class Hosts:
-    """Refuses requests for other hosts, and requests of other sites' pages.
+    """Refuses requests for other hosts, of other sites' pages, and with two lengths.
 
     A page of the web may let its own name point to this machine, or send a request here without
     being asked; in both cases the browser tells the page's name.
@@ -48,12 +48,18 @@ class Hosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (error := self._problem(Headers(scope=scope))) is not None:
-            await refusal(error)(scope, receive, send)
+            answer = refusal(error)
+            if error.status == 400:  # what follows on the connection may be no request
+                answer.headers["connection"] = "close"
+            await answer(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     def _problem(self, headers: Headers) -> ApiError | None:
         host, origin = headers.get("host", ""), headers.get("origin")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # A proxy in front may take the other one, and see other requests.
+            return ApiError("Content-Length together with Transfer-Encoding", code="bad_request")
         if not self._is_known(_name_of(host)):
             return ApiError(
                 f"this server is not {host:.100}; --allowed-host allows another name",

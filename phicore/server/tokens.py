@@ -91,6 +91,10 @@ async def apply_template(service: Service, request: Request) -> Response:
         return model.render(messages, tools=tools, chat_template_kwargs=variables)
 
     prompt = await service.in_pool(rendered, _spelled, is_long=request.state.is_long)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise wrong_field("messages", "half of a character: a lone surrogate") from None
     return JSONResponse({"prompt": prompt})
 
 

@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phicore.errors import ArgumentError, TokenizerError
 from phicore.text.messages import (
@@ -26,6 +24,8 @@ from phicore.text.messages import (
     plain,
     text_of,
 )
+from phicore.text.template_budget import Budget, refusal
+from phicore.text.template_sandbox import BoundedEnvironment
 from phicore.text.tokenizer import Tokenizer
 from phicore.text.tokenizer_keys import special_token_id
 
@@ -45,6 +45,8 @@ _KEY = "tokenizer.chat_template"
 
 class ChatTemplate:
     """A model's Jinja template. It runs in a sandbox, since files are not trusted.
+
+    `phicore.text.template_budget` says which bounds its time and its memory have.
 
     Templates can use the names and features that `transformers` provides: `messages`, `tools`,
     `documents`, `add_generation_prompt`, `bos_token` and other special tokens, `raise_exception`,
@@ -78,6 +80,7 @@ class ChatTemplate:
         self.source = source
         self._tool_use = source if tool_use is None else tool_use
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token, **special_tokens}
+        self._known: dict[str, jinja2.Template | Exception] = {}
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
@@ -134,26 +137,29 @@ class ChatTemplate:
             **self._tokens,
             **plain(variables),
         }
-        best = self._best(messages, given)
+        budget = Budget()
+        best = self._best(messages, given, budget)
         if lost := [best.turns[index]["role"] for index in best.lost]:
             log.warning("chat template: it leaves out messages: %s", ", ".join(lost))
         for name in ("tools", "documents"):
-            if given[name] and not self._reads(name, best, given):
+            if given[name] and not self._reads(name, best, given, budget):
                 log.warning("chat template: it knows no %s, and leaves them out", name)
         return best.prompt
 
-    def _best(self, messages: Sequence[Message], given: Mapping[str, Any]) -> _Attempt:
+    def _best(
+        self, messages: Sequence[Message], given: Mapping[str, Any], budget: Budget
+    ) -> _Attempt:
         """Try the forms of the messages, and return the first prompt that leaves out the least."""
         attempts: list[_Attempt] = []
         for arrangement in arrangements(messages):
             errors = []
             for turns in arrangement:
                 try:
-                    prompt = self._rendered(turns, given)
+                    prompt = self._rendered(turns, given, budget)
                 except TokenizerError as error:
                     errors.append(error)
                     continue
-                lost = lost_turns(turns, prompt, lambda turns: self._rendered(turns, given))
+                lost = lost_turns(turns, prompt, lambda turns: self._rendered(turns, given, budget))
                 attempts.append(_Attempt(turns, prompt, lost))
                 if not lost:
                     return attempts[-1]
@@ -167,28 +173,34 @@ class ChatTemplate:
             )
         return best
 
-    def _reads(self, name: str, attempt: _Attempt, given: Mapping[str, Any]) -> bool:
+    def _reads(
+        self, name: str, attempt: _Attempt, given: Mapping[str, Any], budget: Budget
+    ) -> bool:
         """Return whether the prompt would be another one without a variable."""
         try:
-            return self._rendered(attempt.turns, {**given, name: None}) != attempt.prompt
+            return self._rendered(attempt.turns, {**given, name: None}, budget) != attempt.prompt
         except TokenizerError:
             return True
 
-    def _rendered(self, turns: Turns, given: Mapping[str, Any]) -> str:
+    def _rendered(self, turns: Turns, given: Mapping[str, Any], budget: Budget) -> str:
         try:
-            template = self._tools_template if given["tools"] else self._template
-            return template.render(messages=turns, **given)
+            with budget.applied():
+                template = self._compiled(self._tool_use if given["tools"] else self.source)
+                return template.render(messages=turns, **given)
         except Exception as error:  # a template is a program, so it can fail in any way
-            problem = " ".join(str(error).split()) or type(error).__name__
-            raise TokenizerError(f"chat template: {problem}") from error
+            raise refusal(error) from error
 
-    @cached_property
-    def _template(self) -> jinja2.Template:
-        return _environment().from_string(self.source)
-
-    @cached_property
-    def _tools_template(self) -> jinja2.Template:
-        return _environment().from_string(self._tool_use)
+    def _compiled(self, source: str) -> jinja2.Template:
+        """Return a template. It is compiled once, also if that fails."""
+        if source not in self._known:
+            try:
+                self._known[source] = _environment().from_string(source)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised each time
+                self._known[source] = error
+        found = self._known[source]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
 def _source(metadata: Mapping[str, Any], key: str) -> str | None:
@@ -251,17 +263,24 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, "jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["strftime_now"] = _strftime_now
     environment.globals["dict"] = _Dict()
+    environment.bound()
     return environment
+
+
+def _strftime_now(format: str) -> str:
+    if len(format) > 1000:
+        raise jinja2.TemplateError("a format of more than 1000 characters for strftime_now")
+    return datetime.now().strftime(format)
 
 
 def _raise_exception(message: str) -> None:

@@ -20,6 +20,8 @@ Turns = list[dict[str, Any]]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _UNREADABLE = ("image", "audio", "video", "file", "input_image", "input_audio", "input_file")
 _START = 20  # characters of a text that a template must show if it cuts the text
+_PROBE = re.compile("phicoreprobe[a-j]+x")
+_PART_OF_PYTHON = re.compile("'text': ['\"]")
 _LETTERS = str.maketrans("0123456789", "abcdefghij")
 
 
@@ -213,17 +215,32 @@ def lost_turns(turns: Turns, prompt: str, rendered: Callable[[Turns], str]) -> l
     except TokenizerError:  # the template checks texts, so this cannot tell
         return []
 
+    is_shown_well = _probes_in(shown)  # all in one pass, since there may be thousands
+    prompt = prompt.lower()
+
     def is_lost(probe: str, text: str) -> bool:
-        if probe in shown:
-            return re.search(rf"'text': ['\"].*{probe}['\"]", shown) is not None
+        if probe in is_shown_well:
+            return not is_shown_well[probe]
         start = text.strip()[:_START]
-        return len(start) < _START or start.lower() not in prompt.lower()
+        return len(start) < _START or start.lower() not in prompt
 
     return [
         index
         for index, (_, texts) in enumerate(marked)
         if any(is_lost(probe, text) for probe, text in texts.items())
     ]
+
+
+def _probes_in(shown: str) -> dict[str, bool]:
+    """Return the distinctive texts in a prompt, and whether each is in no part of Python's form."""
+    found: dict[str, bool] = {}
+    for line in shown.split("\n"):
+        part = _PART_OF_PYTHON.search(line)
+        for match in _PROBE.finditer(line):
+            is_part = part is not None and match.start() >= part.end()
+            is_printed = is_part and line[match.end() : match.end() + 1] in ("'", '"')
+            found[match[0]] = found.get(match[0], True) and not is_printed
+    return found
 
 
 def _marked(turn: dict[str, Any], numbers: Iterator[int]) -> tuple[dict[str, Any], dict[str, str]]:

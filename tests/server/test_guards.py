@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from server.conftest import HI, Served, ready
+from server.conftest import HI, WAIT_S, Served, ready
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
@@ -118,6 +119,20 @@ def test_other_host_is_refused(closed: Served, host: str):
     status, answer, _ = closed.get("/health", Host=host)
     assert status == 403
     assert answer["error"]["code"] == "host_not_allowed"
+
+
+def test_request_with_two_lengths_is_the_last_of_its_connection(served: Served):
+    """A proxy may take one length and the server the other; what follows would be smuggled in."""
+    second = f"GET /metrics HTTP/1.1\r\nHost: {served.url[7:]}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {served.url[7:]}\r\n"
+    lengths = f"Content-Length: {5 + len(second)}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(served.address, timeout=WAIT_S) as connection:
+        connection.sendall(f"{head}{lengths}0\r\n\r\n{second}".encode())
+        found = b""
+        while part := connection.recv(65536):
+            found += part
+    assert found.startswith(b"HTTP/1.1 400")
+    assert found.count(b"HTTP/1.1") == 1
 
 
 def test_page_of_another_site_may_not_send(served: Served):

@@ -263,6 +263,30 @@ def test_connection_whose_request_does_not_come_is_closed(
         assert running.health() in (200, 503)
 
 
+@posix
+@pytest.mark.parametrize("path", ["/health", "/v1/completions", "/nothing"])
+def test_connection_whose_body_goes_on_behind_the_answer_is_closed(endless_path: Path, path: str):
+    """Each byte began the time for an idle connection anew."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n"
+    with process("-m", endless_path, "--patience", "0.5") as running:
+        port = int(running.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as connection:
+            connection.sendall(head.encode())
+            connection.settimeout(0.1)
+            end = time.monotonic() + WAIT_S
+            is_open = True
+            while is_open:
+                assert time.monotonic() < end, "the connection stays open"
+                try:
+                    connection.sendall(b" ")
+                    is_open = connection.recv(65536) != b""
+                except TimeoutError:
+                    continue
+                except OSError:
+                    is_open = False
+        assert running.health() in (200, 503)
+
+
 # ---- while the model is loaded -------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ Ray's proxies load it where the environment variable RAY_SERVE_HTTP_PROXY_CALLBA
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from typing import Any
@@ -24,6 +25,10 @@ LAYERS = "phicore_ray.front:layers"
 PATHS = ("/chat/completions", "/completions")
 MOST_READ = 4 * 2**20
 """A body of more bytes is not looked at."""
+MOST_BODY = 64 * 2**20
+"""A client that sends more bytes counts as gone; replicas refuse much smaller bodies."""
+PATIENCE_S = 60.0
+"""How long a client may take to send the part of its request that is looked at, in seconds."""
 BEGINNING = 256
 """The session of a completion is the first characters or tokens of its prompt, so many."""
 
@@ -49,7 +54,11 @@ class Front:
             await self._app(scope, receive, send)
             return
         if not any(is_session(name.decode("latin-1")) for name, _ in scope["headers"]):
-            scope, receive = await _with_session(scope, receive)
+            try:
+                scope, receive = await _with_session(scope, receive)
+            except ApiError as error:
+                await refusal(error)(scope, receive, send)
+                return
         reply = _Reply(send)
         try:
             await self._app(scope, receive, reply.send)
@@ -58,18 +67,32 @@ class Front:
 
 
 async def _with_session(scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
-    """Read the body, and return the request with the header of its session, if it has one."""
+    """Read the body, and return the request with the header of its session, if it has one.
+
+    Raises:
+        ApiError: If the body comes too slowly.
+    """
     messages: list[Message] = []
     body = bytearray()
-    while True:
-        message = await receive()
-        messages.append(message)
-        body += message.get("body", b"")
-        if not message.get("more_body") or len(body) > MOST_READ:
-            break
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                message = await receive()
+                messages.append(message)
+                body += message.get("body", b"")
+                if not message.get("more_body") or len(body) > MOST_READ:
+                    break
+    except TimeoutError:
+        raise ApiError("the body comes too slowly", status=408) from None
+    size = len(body)
 
     async def again() -> Message:
-        return messages.pop(0) if messages else await receive()
+        nonlocal size
+        if messages:
+            return messages.pop(0)
+        message = await receive()
+        size += len(message.get("body", b""))
+        return message if size <= MOST_BODY else {"type": "http.disconnect"}
 
     found = None if len(body) > MOST_READ else session_of(bytes(body))
     if found is not None:
@@ -87,7 +110,7 @@ def session_of(body: bytes) -> str | None:
     """
     try:
         fields = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict):
         return None
@@ -104,7 +127,10 @@ def session_of(body: bytes) -> str | None:
         beginning = (prompt if isinstance(prompt, str) else first)[:BEGINNING]
     else:
         return None
-    text = json.dumps(beginning, sort_keys=True)
+    try:
+        text = json.dumps(beginning, sort_keys=True)
+    except RecursionError:
+        return None
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -103,6 +103,39 @@ def test_body_that_is_large_passes_without_a_session():
     assert answer(echo, body, parts=5)[1]["body"] == body
 
 
+def test_body_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch):
+    """The first part is looked at, the rest only counted."""
+    monkeypatch.setattr("phicore_ray.front.PATIENCE_S", 0.05)
+    monkeypatch.setattr("phicore_ray.front.MOST_BODY", 2 * MOST_READ)
+    part = {"type": "http.request", "body": b"x" * MOST_READ, "more_body": True}
+    sent: list[Any] = []
+    seen: list[str] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def never() -> Any:
+        await asyncio.sleep(60)
+
+    async def always() -> Any:
+        return part
+
+    async def reads(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request":
+            seen.append(message["type"])
+
+    scope = {"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}
+    asyncio.run(Front(reads)(dict(scope), never, send))
+    assert sent[0]["status"] == 408
+    asyncio.run(Front(reads)(dict(scope), always, send))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("body", [b"[" * 100000, b'{"messages": ' * 100000], ids=["list", "object"])
+def test_body_that_is_nested_deeply_has_no_session(body: bytes):
+    assert session_of(body) is None
+
+
 def raying(status: int, text: str) -> Any:
     async def application(scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", b"text/plain; charset=utf-8")]
