@@ -5,11 +5,12 @@ and a `Budget` bounds its time and its memory. Nothing of this looks at a clock,
 renders here renders everywhere.
 
 What is counted, as work: each operation, call, filter, test and pass of a loop or a macro, by the
-size of its body; and each 256 bytes that an operation reads or makes, where values that contain
-the same value twice count it twice, since comparing or printing them takes so long. What is
-counted, as memory: each text and container that an operation makes, whether or not it is dropped
-later. Operations whose result can be much larger than what they read (`*`, `**`, `%`, `replace`,
-`join`, `center`, `indent`, ...) are refused before they begin.
+size of its body; each 4096 bytes of a text that an operation makes, which is a copy; and each 256
+bytes of what it reads or makes else, where values that contain the same value twice count it
+twice, since comparing or printing them takes so long. What is counted, as memory: each text and
+container that an operation makes, whether or not it is dropped later. Operations whose result can
+be much larger than what they read (`*`, `**`, `%`, `replace`, `join`, `center`, `indent`, ...) are
+refused before they begin.
 
 What is not bounded: the time of one operation on a value that the budget allows, which is about a
 second at most (a comparison of two texts of 100 MB, say), and the text of messages, tools and
@@ -28,9 +29,9 @@ from phicore.errors import TokenizerError
 
 MOST_SOURCE = 2**17
 """The largest number of characters of a template. The longest ones of known models have 20,000."""
-MOST_WORK = 1_500_000
+MOST_WORK = 3_000_000
 """The most operations of a rendering."""
-MOST_BYTES = 2**28
+MOST_BYTES = 2**29
 """The most bytes of the texts and containers that the operations of one attempt make."""
 MOST_BITS = 2**13
 """The largest size of an integer."""
@@ -38,6 +39,7 @@ MOST_DEPTH = 400
 """The deepest nesting of a value that is read, compared or printed."""
 NODE = 32  # bytes that each item of a container counts as, beside its text
 UNIT = 8  # two to this power is the number of bytes that count as an operation
+COPY = 12  # likewise, for the copy of a text, which templates make longer a turn at a time
 LONG = 16  # likewise, for operations whose time is the product of two lengths
 CALL = 4  # operations that a call, a filter or a test is as slow as
 PER_COST = 64  # bytes that the outputs of a body may need for each operation
@@ -97,7 +99,12 @@ class Budget:
 
     def made(self, value: Any) -> Any:
         """Charge a value that an operation has made; count what an iterator will give."""
-        if isinstance(value, (str, list, tuple, dict, bytes, set)):
+        if isinstance(value, str):
+            size = sys.getsizeof(value)
+            self.room(size)
+            self.bytes -= size
+            self.spend(1 + (size >> COPY))
+        elif isinstance(value, (list, tuple, dict, bytes, set)):
             self.spend(1)
             self.make(sys.getsizeof(value))
         elif isinstance(value, int):
