@@ -92,15 +92,24 @@ def _own_folder(path: Path) -> tuple[Path, int | None]:
         folder = Path(tempfile.mkdtemp(SUFFIX, prefix, path.parent))
         if sys.platform == "win32":
             return folder, None
-        with suppress(OSError):  # somebody who removes what is left was quicker
+        with suppress(FileNotFoundError):  # somebody who removes what is left was quicker
             lock = os.open(folder, os.O_RDONLY)
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if folder.exists():
-                    return folder, lock
+            if _is_ours(lock) and folder.exists():
+                return folder, lock
             os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
     raise OSError(None, "no folder can be locked", str(path.parent))
+
+
+def _is_ours(lock: int) -> bool:
+    """Lock a folder that was just made; return whether nobody else has locked it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # such as on NFS: nobody can lock it there, so nobody removes it, either
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:
