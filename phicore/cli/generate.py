@@ -284,8 +284,8 @@ def generate(
             interrupted = True
         finally:
             generation.close()
-        if session is not None:
-            loaded.save_session(session, generation)
+        if session is not None and not loaded.save_session(session, generation):
+            console.say("session: nothing is saved, since the text has too few tokens")
         if as_json:
             print(json.dumps(_result(loaded, generation, pieces), ensure_ascii=False))
         elif pieces:

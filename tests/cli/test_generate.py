@@ -258,6 +258,17 @@ def test_session_of_an_earlier_command_is_used(
     assert f"{session}: not a session file, or damaged" in refused.err
 
 
+def test_text_that_is_too_short_for_a_session_is_told(
+    phicore: Callable, tiny: Path, tmp_path: Path
+) -> None:
+    session = tmp_path / "s"
+    args = ("generate", "-m", tiny, "-b", "numpy", "-n", 1, "--raw", "--session", session)
+    result = phicore(*args, "Hi")
+    assert result.code == 0
+    assert result.err.splitlines()[-1].startswith("session: nothing is saved")
+    assert not session.exists()
+
+
 def test_memory_for_keys_and_values_limits_the_context(phicore: Callable, tiny: Path) -> None:
     args = ("generate", "-m", tiny, "-b", "numpy", "-n", -1, "--ignore-eos", "Hello", "--json")
     found = json.loads(phicore(*args, "-c", 300, "--kv-memory", "200kB").out)
