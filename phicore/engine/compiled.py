@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,10 @@ from phicore.network.processors import Kinds
 from phicore.network.rope import Tables
 from phicore.progress import Progress
 
+MOST_HELD = 512
+"""The largest number of compiled functions that are held if functions are kept for later processes,
+where one that was dropped is found again. Each takes some of the 65,530 parts that the memory of a
+process may have on Linux, and a server that is asked for everything would use thousands."""
 Function = Callable[[], Callable[..., Any]]
 """A function of `Steps`. A call returns it compiled, for arguments of one form."""
 
@@ -50,7 +55,7 @@ class Compiled:
         self._weights = weights
         self.progress = progress
         self._functions: dict[tuple[str, Kinds, bool], Function] = {}
-        self._called: dict[Any, Callable[..., Any]] = {}
+        self._called: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self._prepared: dict[Any, KeptProgram] = {}
 
     def step(self, kinds: Kinds, *, has_logprobs: bool = False) -> Function:
@@ -181,8 +186,9 @@ class Compiled:
         """Call a function, and report compiling if this is the first call with a key."""
         if key is None:
             return function()(*args)
-        if key in self._called:
-            return self._called[key](*args)
+        if (known := self._called.get(key)) is not None:
+            self._called.move_to_end(key)
+            return known(*args)
         self.progress("compiling", 0, 1)
         started = time.perf_counter()
         compiled = self._prepared.pop(key, None) or function()
@@ -190,6 +196,8 @@ class Compiled:
         for each in timings:
             each.compile_s += time.perf_counter() - started
         self._called[key] = compiled
+        while self.keeps and len(self._called) > MOST_HELD:
+            self._called.popitem(last=False)
         self.progress("compiling", 1, 1)
         return result
 

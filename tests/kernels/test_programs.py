@@ -77,6 +77,40 @@ def test_second_process_traces_nothing(run: Run, tmp_path: Path):
     assert run() == (0, tokens)
 
 
+HELD = """
+import gc, json, phicore
+from phicore.engine import compiled
+from phicore_jax.programs import Program
+
+def text(model, **options):
+    options = {"max_tokens": 4, "seed": 1, "ignore_eos": True, "temperature": 0.9, **options}
+    return [p.token_id for p in model.generate([5, 6, 7], **options)]
+
+processors = ["frequency-penalty=0.5"], ["logit-bias=3:1"]
+ways = {}, {"logprobs": 2}, *({"processors": each} for each in processors)
+with phicore.load("MODEL", "jax") as model:
+    expected = [text(model, **way) for way in ways]
+del model
+compiled.MOST_HELD = 3
+with phicore.load("MODEL", "jax") as model:
+    found = [text(model, **way) for way in (*ways, *ways)]
+    gc.collect()
+    held = sum(type(each) is Program and each._program is not None for each in gc.get_objects())
+print(json.dumps([found == [*expected, *expected], held]))
+"""
+"""A program that answers in several ways and holds three compiled functions."""
+
+
+def test_few_programs_are_held_and_the_others_are_found_again(model: Path, tmp_path: Path):
+    if find_kernels()[0] is None:
+        pytest.skip("the JAX backend has no kernels here; `phicore backends` says why")
+    caches = {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    is_same, held = json.loads(run_python(HELD.replace("MODEL", str(model)), **caches))
+    assert is_same
+    assert held <= 3
+    assert len(programs(tmp_path)) > 6
+
+
 def test_programs_that_were_removed_are_compiled_and_kept_again(run: Run, tmp_path: Path):
     """XLA cannot write a program that it found in JAX's cache, which still has these."""
     count, tokens = run()
