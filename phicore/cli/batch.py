@@ -190,7 +190,7 @@ def _answered(out: Path) -> tuple[dict[Any, str | None], str | None]:
         try:
             answer = json.loads(line)
             id, model = answer["id"], answer["model"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             id = model = None
         if not _is_id(id) or not isinstance(model, str):
             raise _no_answers(out)

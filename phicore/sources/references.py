@@ -278,13 +278,19 @@ def _package_files(name: str) -> list[Path] | None:
 
 def _configured_model(path: Path) -> str | None:
     try:
-        model = tomllib.loads(path.read_text(encoding="utf-8")).get("model")
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: not a readable TOML file ({error}); mend it") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise SourceError(f"{path}: not a readable TOML file ({reason}); mend it") from error
+    if unknown := found.keys() - {"model"}:
+        raise SourceError(f"{path}: unknown key {min(unknown)!r:.40}; the key is model")
+    model = found.get("model")
     if model is not None and not isinstance(model, str):
-        raise SourceError(f'{path}: model: expected a string, found {model!r}; write model = "..."')
+        raise SourceError(
+            f'{path}: model: expected a string, found {model!r:.40}; write model = "..."'
+        )
     return model
 
 
