@@ -9,7 +9,7 @@ from phicore.errors import PhicoreError
 
 LIBRARIES = {
     "grammar": ("llguidance",),
-    "serve": ("starlette", "uvicorn", "prometheus_client"),
+    "serve": ("starlette", "uvicorn", "h11", "prometheus_client"),
     "testing": ("pytest", "hypothesis"),
 }
 """The modules of each extra that phicore itself imports."""
