@@ -129,6 +129,7 @@ def numbers(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     return integers(arrays[name]) * arrays[f"{name}_scale"][..., None].astype(np.float64)
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize(("variant", "dim", "group"), CASES, indirect=["variant"])
 def test_attention_equals_float64(
     ops: Backend, cache_type: str, dim: int, group: int, rng: np.random.Generator

@@ -60,6 +60,7 @@ def tokens(seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(vocabulary, size=TOKENS).tolist()
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("layers", "data_type")
 @pytest.mark.parametrize("layers", [4, 16, 32])
 @pytest.mark.parametrize("data_type", [Type.Q4_K, Type.Q6_K, Type.Q4_0, Type.Q8_0])

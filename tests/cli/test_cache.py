@@ -141,6 +141,7 @@ def test_machine_without_a_cache_has_an_empty_listing(phicore, monkeypatch, tmp_
     assert json.loads(phicore("cache", "--json").out) == []
 
 
+@pytest.mark.complete
 @pytest.mark.skipif(os.name != "posix", reason="weights are kept on POSIX alone")
 def test_short_command_keeps_weights_and_the_next_maps_them(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("phicore_jax.kernels.runtime", reason="install phicore[jax]")

@@ -90,6 +90,7 @@ def expected(
     return y
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "capacity", "dim", "positions", "window"),
     [

@@ -44,6 +44,7 @@ def blocks(ggml_type: Type, rows: int, columns: int) -> np.ndarray:
     return random_matrix(ggml_type, rows, columns, generator, 0.05)
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("ggml_type", "m")
 @pytest.mark.parametrize(
     ("rows", "columns", "m"),

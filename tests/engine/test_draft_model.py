@@ -138,6 +138,7 @@ def test_text_is_the_same_with_a_draft_model(
     assert (counted.accepted > counted.drafted / 5) == (drafts != "other")
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("by", ["windowed", "plain"])
 @pytest.mark.parametrize("name", ["crosses_original", "windowed", "phimoe_window"])
 def test_text_is_the_same_where_rows_shift_and_switch(name: str, by: str, tmp_path: Path):
@@ -157,6 +158,7 @@ def test_text_is_the_same_where_rows_shift_and_switch(name: str, by: str, tmp_pa
         assert counted.accepted > counted.drafted / 5
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("is_on_device", [False, True])
 @pytest.mark.parametrize(
     "samplings",

@@ -130,6 +130,7 @@ def test_text_is_the_same_alone_and_in_a_crowd(ops: Backend, path: Path, count: 
         assert together(engine, made, seed) == expected
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("name", "backend_name")
 @pytest.mark.parametrize("name", ["crosses_original", "windowed", "phimoe_window"])
 def test_text_is_the_same_where_rows_shift_and_switch_at_other_times(

@@ -263,6 +263,7 @@ def test_text_is_the_same_with_drafts(
     assert (counted.accepted > 0) == (drafter != "wrong")
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("kinds", ["alike", pytest.param("all", marks=pytest.mark.complete)])
 @pytest.mark.each_value("name", "backend_name", "drafter")
 @pytest.mark.parametrize("drafter", ["right", "random"])

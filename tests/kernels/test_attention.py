@@ -48,6 +48,7 @@ class Text:
         return np.concatenate([self.chunk(held, t, t + 1) for t in range(start, end)], axis=2)
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("cache_type", "target")
 @pytest.mark.parametrize("cache_type", ROW_TYPES)
 def test_a_token_has_the_same_bits_alone_and_in_any_chunk(kernels: Kernels, cache_type: str):

@@ -61,6 +61,7 @@ def logits(runner: Runner, sizes: list[int]) -> tuple[np.ndarray, int]:
     raise AssertionError("a cycle does not end")
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("name", "target")
 @pytest.mark.parametrize("target", supported_targets())
 @pytest.mark.parametrize("name", MODELS)

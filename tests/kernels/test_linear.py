@@ -188,6 +188,7 @@ def test_linear_fast_takes_8_bits_for_many_rows_alone(
             assert 1e-4 < relative_error(y, expected[: len(y)]) < 1.3e-2
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("ggml_type", FORMATS, ids=lambda t: t.name)
 def test_linear_largest_codes_and_activations_overflow_nothing(kernels: Kernels, ggml_type: Type):
     """Sums of a unit reach the largest that they can be, with either sign."""

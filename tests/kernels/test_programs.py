@@ -111,6 +111,7 @@ def test_few_programs_are_held_and_the_others_are_found_again(model: Path, tmp_p
     assert len(programs(tmp_path)) > 6
 
 
+@pytest.mark.complete
 def test_programs_that_were_removed_are_compiled_and_kept_again(run: Run, tmp_path: Path):
     """XLA cannot write a program that it found in JAX's cache, which still has these."""
     count, tokens = run()
@@ -210,6 +211,7 @@ program.main()
 """
 
 
+@pytest.mark.complete
 def test_steps_are_compiled_while_weights_are_packed(run: Run, model: Path, tmp_path: Path):
     """Packing waits until the programs are there, which would never be if these waited for it."""
     wait = """
@@ -263,6 +265,7 @@ threading.Thread(target=press, daemon=True).start()
     assert (status, errors) == (130, "")
 
 
+@pytest.mark.complete
 @pytest.mark.usefixtures("run")
 def test_python_ends_without_packing_the_rest(model: Path, tmp_path: Path):
     """A program that loads a model and gives it up does not wait until all weights are packed."""

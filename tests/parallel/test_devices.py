@@ -59,6 +59,7 @@ def check(found: dict[str, Any]) -> None:
         assert many == one
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize(
     "name",
     [n if n == "phimoe" else pytest.param(n, marks=pytest.mark.complete) for n in MODELS],

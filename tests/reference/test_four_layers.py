@@ -58,6 +58,7 @@ def prompts() -> list[list[int]]:
     return [rng.integers(TINY.vocab_size, size=n).tolist() for n in LENGTHS]
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("name", "data_type")
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("data_type", [*AFFINE_TYPES, Type.F16, Type.BF16], ids=lambda t: t.name)
@@ -70,6 +71,7 @@ def test_logits_of_four_layers_equal_float32(
             assert_close(model.logits(ids), logits, FLOAT32_LOGITS)
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("name", "data_type")
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("data_type", AFFINE_TYPES, ids=lambda t: t.name)

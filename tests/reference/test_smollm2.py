@@ -58,6 +58,7 @@ def _free_models():
         cached.cache_clear()
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_of_200_tokens_equal_transformers(backend):
     expected = golden()
@@ -78,6 +79,7 @@ def test_log_probabilities_after_200_tokens_equal_transformers(backend):
     assert found.token == found.top[0][0]
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("backend", "chat")
 @pytest.mark.parametrize(
     "chat", [pytest.param(n, marks=[pytest.mark.complete] if n > 2 else []) for n in CHATS]

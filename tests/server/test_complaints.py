@@ -236,6 +236,7 @@ def test_row_of_a_batch_differs_from_the_row_alone(served: Served):
     assert texts(served, bodies) == alone
 
 
+@pytest.mark.complete
 def test_requests_under_load_are_compiled_anew(tiny_path: Path):
     """sglang-jax 609; JetStream 92: after the warm-up, numbers of rows that change compile nothing.
 

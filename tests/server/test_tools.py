@@ -156,6 +156,7 @@ def test_forced_calls_follow_their_schemas(tooled: Served, choice: Any):
     assert len({id for each in streamed for id, _, _ in each["calls"]}) == 3
 
 
+@pytest.mark.complete
 def test_several_calls_come_one_after_the_other(tooled: Served):
     """What would end the calls is made improbable, so as many come as the grammar allows."""
     tokenizer = tooled.service.model.tokenizer
@@ -332,6 +333,7 @@ def test_tools_are_allowed_one_by_one(roomy: Served):
     assert {name for name, _ in calls_of(answer.choices[0].message)} == {"clock"}
 
 
+@pytest.mark.complete
 def test_conversation_with_a_tool_goes_round(demo: openai.OpenAI):
     """A question, the model's call, the result, and an answer that has it."""
     weather = tool("get_weather", {"city": {"type": "string", "maxLength": 30}})

@@ -166,6 +166,7 @@ LONG = (SharedState, DroppedScales, ExpertsByRank)
 """Faults that take the tests seconds to find."""
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize(
     "faulty",
     [pytest.param(f, marks=[pytest.mark.complete] if f in LONG else []) for f in FAULTS],

@@ -128,6 +128,7 @@ FAULTS: dict[type[Backend], tuple[str, ...]] = {
 """For each fault, the tests of the kit that name it."""
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("faulty", FAULTS, ids=lambda cls: cls.__name__)
 def test_a_fault_in_company_is_named(faulty: type[Backend]) -> None:
     names = FAULTS[faulty]
