@@ -31,6 +31,9 @@ MOST_PROPERTIES = 2000
 """The largest number of properties of an object; of several, the squares are added, since the time
 of the library grows with them."""
 LONGEST_MESSAGE = 400
+_NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+"""Lets llguidance not look for what must come next: for `start: /a+/ /a+/`, whose first part takes
+every a, it would look for ever, and none of its limits holds for that. The last option counts."""
 _RULE = re.compile(r"::=|^[ \t]*[!?]?[\w.-]+(?:\[[^\]\n]*\]|\{[^}\n]*\})?[ \t]*:", re.MULTILINE)
 """The beginning of a rule of GBNF or of Lark."""
 
@@ -198,7 +201,7 @@ def _grammar(text: Any) -> str:
     check_length(lark, GRAMMAR)
     for schema in _schemas_in(lark):
         check_costs(schema, GRAMMAR)
-    made: str = matcher.grammar_from_lark(lark)
+    made: str = matcher.grammar_from_lark(lark + _NO_FORCING)
     return made
 
 

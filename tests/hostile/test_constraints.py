@@ -128,6 +128,15 @@ BOMBS: dict[str, dict[str, Any]] = {
     "parentheses of Lark": {"grammar": "start: " + "(" * 20000 + '"a"' + ")" * 20000},
     "ambiguity": {"grammar": 'start: start start start | /./ | ""'},
     "repetition of rules": {"grammar": 'start: b{100000}\nb: a{100000}\na: "x"'},
+    "an end that never comes": {"grammar": "start: /a+/ /a+/"},
+    "an end that never comes, with options": {
+        "grammar": 'start: /a+/ /a+/ /a+/\n%llguidance {"no_forcing": false}'
+    },
+    "an end that never comes, within": {"grammar": "start: x\nx: %lark { start: /a+/ /a+/ }"},
+    "an end that never comes, of GBNF": {"grammar": "root ::= [a]+ [a]+"},
+    "a schema without an end": {
+        "json_schema": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+    },
     "intersections": {"grammar": "start: A\nA: (/.*a.{15}/ & /.*b.{15}/) & ~(/.*c.{15}/)"},
 }
 
