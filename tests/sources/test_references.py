@@ -240,7 +240,7 @@ def test_default_is_the_embedded_model_when_installed(config: Path) -> None:
 
 
 def test_default_is_phi_3_mini_otherwise(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config.write_text("other = 1\n")
+    config.write_text("# no model\n")
     monkeypatch.setitem(ALIASES, "smollm2", references.Alias("package:no-such-thing"))
     assert default_reference() == ("phi-3-mini", "the default")
 
@@ -251,6 +251,7 @@ def test_default_is_phi_3_mini_otherwise(config: Path, monkeypatch: pytest.Monke
         (b"model = ", "not a readable TOML file"),
         (b"\xff\xfe", "not a readable TOML file"),
         (b"model = 3", "model: expected a string, found 3"),
+        (b"other = 1", "unknown key 'other'; the key is model"),
     ],
 )
 def test_malformed_config_is_an_error(config: Path, content: bytes, problem: str) -> None:
