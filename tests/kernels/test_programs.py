@@ -124,10 +124,12 @@ def test_programs_that_were_removed_are_compiled_and_kept_again(run: Run, tmp_pa
 @pytest.mark.complete
 def test_damaged_programs_are_compiled_again(run: Run, tmp_path: Path):
     count, tokens = run()
-    first, second, _ = programs(tmp_path)
-    first.write_bytes(first.read_bytes()[:-9])
-    code = second.read_bytes()
-    second.write_bytes(code[:1000] + bytes([code[1000] ^ 1]) + code[1001:])
+    for path in programs(tmp_path):
+        path.write_bytes(path.read_bytes()[:-9])
+    assert run() == (count, tokens)
+    for path in programs(tmp_path):
+        code = path.read_bytes()
+        path.write_bytes(code[:1000] + bytes([code[1000] ^ 1]) + code[1001:])
     assert run() == (count, tokens)
     assert run() == (0, tokens)
 
