@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import json
+import os
 import subprocess
 import tarfile
 import time
@@ -170,6 +171,35 @@ def test_everything_but_torch_and_ray_from_wheels(wheels: dict[str, Path], tmp_p
     check_server(found)
 
 
+@pytest.mark.complete
+def test_torch_from_wheels_writes_the_text_of_numpy(
+    wheels: dict[str, Path], tmp_path: Path
+) -> None:
+    links = os.environ.get("PIP_FIND_LINKS", "")
+    if not list(Path(links or "absent").glob("torch-*+cpu-cp311-*.whl")):
+        pytest.skip("needs PyTorch's wheel for CPUs in PIP_FIND_LINKS: others take gigabytes")
+    found = environment(tmp_path, "3.11")
+    backends = wanted(wheels, "phicore-numpy", "phicore-torch", extras="testing")
+    found.install("torch==2.13.0", *backends, options=["--find-links", links])
+    found.install(DEMO, options=["--no-deps"])
+    code, out, err = found.phicore("generate", "-b", "torch", *GREEDY)
+    assert code == 0, err
+    assert out == found.phicore("generate", "-b", "numpy", *GREEDY)[1]
+    code, out, _ = found.phicore("doctor", "--json")
+    assert (code, [test["backend"] for test in json.loads(out)["tests"]]) == (0, ["numpy", "torch"])
+    code, out, _ = found.phicore("conformance", "-b", "torch", "-k", "rms_norm or rope")
+    assert code == 0, out
+
+
+@pytest.mark.complete
+def test_ray_from_wheels_serves(wheels: dict[str, Path], tmp_path: Path) -> None:
+    found = environment(tmp_path, "3.11")
+    found.install(*wanted(wheels, "phicore-numpy", "phicore-ray"))
+    found.install(DEMO, options=["--no-deps"])
+    assert "ray-serve" in found.phicore("--help")[1]
+    check_server(found, "ray-serve")
+
+
 def wait_until_loaded(url: str) -> None:
     """Wait until the server at a URL can answer."""
     for _ in range(600):
@@ -181,12 +211,12 @@ def wait_until_loaded(url: str) -> None:
     pytest.fail("the server does not load its model")
 
 
-def check_server(found: Environment) -> None:
-    """Start `phicore serve`, ask it something, and look at its page."""
+def check_server(found: Environment, command: str = "serve") -> None:
+    """Start a server, ask it something, look at its page, and end it."""
     program = str(found.folder / "bin" / "phicore")
-    command = [program, "serve", "-m", "smollm2", "-b", "numpy", "--port", "0"]
+    arguments = [program, command, "-m", "smollm2", "-b", "numpy", "--port", "0"]
     with subprocess.Popen(
-        command, cwd=found.home, env=found.env(), stderr=subprocess.PIPE, text=True
+        arguments, cwd=found.home, env=found.env(), stderr=subprocess.PIPE, text=True
     ) as server:
         try:
             assert server.stderr is not None
@@ -208,3 +238,5 @@ def check_server(found: Environment) -> None:
                 assert b"<html" in page.read()
         finally:
             server.terminate()
+            code = server.wait(120)
+    assert code == 0
