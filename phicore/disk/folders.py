@@ -84,15 +84,17 @@ def items(kinds: Sequence[str] = tuple(KINDS)) -> list[Item]:
     for kind in kinds:
         for pattern in KINDS[kind].patterns:
             for path in sorted(cache_folder().glob(pattern)):
-                stats = list(_stats(path))
-                if stats:
-                    sizes, times = zip(*stats, strict=True)
+                if files := list(stats(path)):
+                    sizes, times = zip(*files, strict=True)
                     found.append(Item(kind, path, sum(sizes), len(sizes), max(times)))
     return found
 
 
-def _stats(path: Path) -> Iterator[tuple[int, float]]:
-    """Yield the size of each file and the time when it was used last."""
+def stats(path: Path) -> Iterator[tuple[int, float]]:
+    """Yield the size in bytes of each file of a folder, or of a file, and when it was used last.
+
+    Times are in seconds since 1970. What another process removes meanwhile is left out.
+    """
     paths = path.rglob("*") if path.is_dir() else [path]
     for each in paths:
         with suppress(OSError):  # another process removed it

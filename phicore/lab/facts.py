@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from phicore.backend.host import cpu_count, cpu_name, free_memory_bytes, memory_bytes
-from phicore.disk.folders import KINDS, cache_folder, items
+from phicore.disk.folders import KINDS, cache_folder, items, stats
 
 SHOWN = (
     "PHICORE_CPU",
@@ -132,7 +132,7 @@ def folders(others: Mapping[str, Path]) -> list[dict[str, Any]]:
         sizes = sum(item.size_bytes for item in held), sum(item.files for item in held)
         found.append(_folder(kind, cache_folder(), *sizes))
     for kind, path in others.items():
-        sizes_bytes = [each.stat().st_size for each in path.rglob("*") if each.is_file()]
+        sizes_bytes = [size_bytes for size_bytes, _ in stats(path)]
         found.append(_folder(kind, path, sum(sizes_bytes), len(sizes_bytes)))
     return found
 
