@@ -9,6 +9,7 @@ of each kind there were, and the longest time and the largest growth of memory o
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import time
 from collections import defaultdict
@@ -23,6 +24,8 @@ from hypothesis import HealthCheck, settings
 TRIES = int(os.environ.get("PHICORE_TRIES", "0"))
 MOST_GROWTH = 1 << 30
 """No try may need so many more bytes of memory than the process had before."""
+HANG_S = 300
+"""A try that takes so many seconds hangs, on the slowest machine. It ends the process."""
 
 
 def tries(by_default: int = 25) -> settings:
@@ -57,15 +60,17 @@ def _peak() -> int:
 
 @contextmanager
 def watched(kind: str) -> Iterator[None]:
-    """Watch a try.
+    """Watch a try. One that hangs, even in a library's code, ends the process with a traceback.
 
     Raises:
         AssertionError: If it needs more memory than `MOST_GROWTH`.
     """
     before, started = _peak(), time.perf_counter()
+    faulthandler.dump_traceback_later(HANG_S, exit=True)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         worst, growth = _WORST[kind], _peak() - before
         worst.count += 1
         worst.seconds = max(worst.seconds, time.perf_counter() - started)
