@@ -88,18 +88,18 @@ def work(started_s: float, result: Path, arguments: list[str]) -> None:
     clock = Clock(started_s)
     clock.found["python"] = clock.now()
     import phicore.__main__ as program
-    from phicore import model
+    from phicore import loading, model
     from phicore.engine import compiled, engine
     from phicore.plugins import manager
 
-    load = model.load
+    load = loading.load
 
     def loads(*args: Any, **kwargs: Any) -> Any:  # the command has read its arguments
         clock.found["arguments"] = clock.now() - clock.found["python"]
         return load(*args, **kwargs)
 
-    model.load = loads
-    clock.measure(model, "choose_backend", "library")
+    loading.load = loads
+    clock.measure(loading, "choose_backend", "library")
     clock.measure(manager.BackendInfo, "create", "library")
     clock.measure(model, "open_gguf", "header")
     clock.measure(model, "tokenizer_of", "tokenizer")

@@ -27,7 +27,8 @@ from phicore.errors import (
 
 if TYPE_CHECKING:
     from phicore.generation import Generation
-    from phicore.model import Model, join, load
+    from phicore.loading import join, load
+    from phicore.model import Model
     from phicore.network.processors import LogitsProcessor
     from phicore.network.sampling import Sampling
     from phicore.plugins import BackendInfo
@@ -65,8 +66,8 @@ _LAZY = {
     "Sampling": "phicore.network.sampling",
     "TokenLogprobs": "phicore.text.logprobs",
     "hookimpl": "phicore.plugins.hookspecs",
-    "join": "phicore.model",
-    "load": "phicore.model",
+    "join": "phicore.loading",
+    "load": "phicore.loading",
 }
 
 

@@ -104,7 +104,7 @@ def bench(
         raise ArgumentError("not together with --json", parameter="markdown")
     from phicore.lab.bench import measure, plan
     from phicore.lab.synthetic import synthetic_model
-    from phicore.model import load
+    from phicore.loading import load
 
     rows = plan(n_prompt or ["512"], n_gen or ["64"], depth or ["0"], sequences or ["1"])
     console = Console()

@@ -155,7 +155,7 @@ def chat(
 
     from phicore.cli.chat_loop import Loop
     from phicore.lab.interrupts import swallowed_interrupts
-    from phicore.model import load
+    from phicore.loading import load
 
     reference = model_or_default(model, console.say)
     with (

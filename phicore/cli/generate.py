@@ -217,7 +217,7 @@ def generate(
         raise ArgumentError("a raw prompt has no system message", parameter="system")
     requests = None if batch is None else Batch(batch, out)
 
-    from phicore.model import load
+    from phicore.loading import load
 
     console = Console()
     reference = model_or_default(model, console.say)

@@ -43,7 +43,7 @@ def join(
     --model, the model does, too.
     """
     from phicore.cli.terminal import Console
-    from phicore.model import join
+    from phicore.loading import join
 
     with Console().progress() as progress:
         join(coordinator, model, tokenizer=tokenizer, progress=progress, wait_s=wait)

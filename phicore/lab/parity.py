@@ -15,7 +15,8 @@ import numpy as np
 
 from phicore.errors import ArgumentError
 from phicore.lab.tracing import trace
-from phicore.model import Model, load
+from phicore.loading import load
+from phicore.model import Model
 from phicore.progress import Progress
 
 MAX_ERROR = 1e-4

@@ -49,7 +49,7 @@ class Plan:
         Raises:
             PhicoreError: If it cannot be loaded.
         """
-        from phicore.model import load
+        from phicore.loading import load
 
         return load(self.reference, **self.loading)
 

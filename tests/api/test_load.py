@@ -203,7 +203,7 @@ def test_load_without_a_backend_says_so_before_a_model_is_downloaded(monkeypatch
         def __init__(self) -> None:
             super().__init__([])
 
-    monkeypatch.setattr("phicore.model.Plugins", Nothing)
-    monkeypatch.setattr("phicore.model.resolve", lambda *a, **k: pytest.fail("it was downloaded"))
+    monkeypatch.setattr("phicore.loading.Plugins", Nothing)
+    monkeypatch.setattr("phicore.loading.resolve", lambda *a, **k: pytest.fail("it was downloaded"))
     with pytest.raises(BackendError, match="no backend is installed; install one with: pip "):
         phicore.load("phi-3-mini")

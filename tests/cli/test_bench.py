@@ -17,7 +17,7 @@ from phicore.errors import ArgumentError
 from phicore.gguf.reader import open_gguf
 from phicore.lab import bench, machine
 from phicore.lab.synthetic import MODELS
-from phicore.model import load
+from phicore.loading import load
 
 QUICK = ("--synthetic", "tiny", "-b", "numpy", "-p", "8", "-n", "4", "-r", "2")
 

@@ -20,7 +20,8 @@ from phicore.backend import Backend
 from phicore.engine import Engine, Request
 from phicore.engine.scheduler import Scheduler
 from phicore.errors import ArgumentError, BusyError, SessionError
-from phicore.model import Model, load
+from phicore.loading import load
+from phicore.model import Model
 from phicore.network.processors import LogitsProcessor
 from phicore.network.sampling import Sampling
 from phicore.progress import silent
