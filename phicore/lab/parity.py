@@ -6,6 +6,8 @@ difference does not make all later positions incomparable. Greedy text is compar
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from phicore.progress import Progress
 
 MAX_ERROR = 1e-4
 """The largest relative error of the logits that the documentation promises."""
+
+REFERENCE = ("token_ids", "logits", "greedy_ids")
+"""The arrays in a file of reference logits."""
 
 TRACED = 10
 """The bound for results within the network, as a multiple of the bound for the logits."""
@@ -92,13 +97,13 @@ def read_reference(path: Path) -> tuple[list[int], Reading]:
         ArgumentError: If the file cannot be read or is not such a file.
     """
     try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in ("token_ids", "logits", "greedy_ids")}
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        reason = " ".join(str(error).split())
-        raise ArgumentError(
-            f"{path}: expected an .npz file with token_ids, logits and greedy_ids: {reason:.120}"
-        ) from None
+        with zipfile.ZipFile(path) as file:  # np.load alone takes files of other kinds, too
+            arrays = {name: np.load(file.open(f"{name}.npy")) for name in REFERENCE}
+    except OSError as error:
+        raise ArgumentError(f"{path}: {error.strerror}", parameter="against") from None
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError):
+        problem = f"{path}: expected an .npz file with {', '.join(REFERENCE)}"
+        raise ArgumentError(problem, parameter="against") from None
     ids, logits, text = arrays["token_ids"], arrays["logits"], arrays["greedy_ids"]
     if ids.ndim != 1 or text.ndim != 1 or logits.ndim != 2 or len(logits) != len(ids):
         raise ArgumentError(f"{path}: logits {logits.shape} do not fit {ids.shape} tokens")
