@@ -172,6 +172,8 @@ def test_name_of_a_file_is_the_models_id_and_aliases_follow(endless_path: Path):
         (["--host", "no.such.host.invalid", "--insecure"], "--host: no.such.host.invalid: "),
         (["--max-queue", "-1"], "--max-queue: expected 0 or more"),
         (["--time-limit", "0"], "--time-limit: expected more than 0"),
+        (["--patience", "inf"], "--patience: expected more than 0, at most 1e+06, got inf"),
+        (["--grace", "1e9"], "--grace: expected 0 to 1e+06, got 1000000000.0"),
         (["--api-key-file", "absent.txt"], "--api-key-file: absent.txt: No such file"),
         (["--api-key", ""], "--api-key: a key must not be empty"),
         (["--alias", ""], "--alias: a name must not be empty"),
