@@ -18,7 +18,7 @@ import numpy as np
 from phicore.errors import ArgumentError
 from phicore.lab.tracing import trace
 from phicore.model import Model, load
-from phicore.progress import Progress
+from phicore.progress import Progress, silent
 
 MAX_ERROR = 1e-4
 """The largest relative error of the logits that the documentation promises."""
@@ -76,17 +76,20 @@ class Comparison:
     is_within: bool
 
 
-def read(model: Model, prompts: Sequence[Sequence[int]], n_gen: int) -> Reading:
+def read(
+    model: Model, prompts: Sequence[Sequence[int]], n_gen: int, progress: Progress = silent
+) -> Reading:
     """Compute the logits of prompts, given as tokens, and `n_gen` tokens of each greedy answer."""
-    texts = []
-    for ids in prompts:
-        found: list[int] = []
-        if n_gen:
-            pieces = model.generate(
-                list(ids), max_tokens=n_gen, temperature=0, repeat_penalty=1.0, ignore_eos=True
-            )
-            found = [piece.token_id for piece in pieces]
-        texts.append(found)
+    texts: list[list[int]] = [[] for _ in prompts]
+    what, total = f"{model.backend}: greedy texts", n_gen * len(prompts)
+    for number, ids in enumerate(prompts if n_gen else ()):
+        for piece in model.generate(
+            list(ids), max_tokens=n_gen, temperature=0, repeat_penalty=1.0, ignore_eos=True
+        ):
+            texts[number].append(piece.token_id)
+            progress(what, number * n_gen + len(texts[number]), total + 1)
+    if n_gen:
+        progress(what, total + 1, total + 1)  # also if a text has ended with the context
     return Reading(model.backend, [model.logits(ids) for ids in prompts], texts)
 
 
@@ -168,7 +171,7 @@ def parity(
     n_gen: int = 32,
     max_error: float = MAX_ERROR,
     is_traced: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compare backends with the first of them, or all of them with a reference.
 
@@ -195,7 +198,7 @@ def parity(
         with load(reference, backend=name, progress=progress, prefix_cache_bytes=0) as model:
             if not ids:
                 ids = [model.encode(prompt, raw=True) for prompt in prompts]
-            reading = read(model, ids, n_gen)
+            reading = read(model, ids, n_gen, progress)
             traced = trace(model.engine, ids[0][:256]) if is_traced else {}
         if expected is None:
             expected = reading

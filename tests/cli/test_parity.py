@@ -72,3 +72,10 @@ def test_parity_with_a_reference_of_another_kind_is_one_line(
     assert result.err.splitlines()[-1] == (
         f"phicore: --against: {path}: expected an .npz file with token_ids, logits, greedy_ids"
     )
+
+
+def test_parity_tells_of_each_backends_texts(phicore: Callable, tiny: Path) -> None:
+    """They may take minutes, in which nothing was shown."""
+    result = phicore("parity", "-m", tiny, "-b", "numpy,numpy", "-n", 2, "--prompt", "Hello")
+    assert result.code == 0
+    assert len([line for line in result.err.splitlines() if "numpy: greedy texts: " in line]) == 2
