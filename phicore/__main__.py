@@ -101,11 +101,32 @@ def _fail(message: str, code: int) -> int:
 
 
 def _fail_usage(error: typer.TyperException) -> int:
-    """Report a wrong option or command in typer's words, and return the exit code."""
-    message = error.format_message().rstrip(".")
+    """Report a wrong option or command, and return the exit code."""
+    message = _of_a_value(error) or error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "phicore"
     return _fail(f"{message}; see {command} --help", error.exit_code)
+
+
+def _of_a_value(error: typer.TyperException) -> str | None:
+    """Return the message for a value of the wrong type or range, or None for other errors.
+
+    Typer's own words come from pydantic, speak of "Input", and leave out the value.
+    """
+    parameter: Any = getattr(error, "param", None)
+    cause: Any = error.__cause__
+    if parameter is None or not hasattr(cause, "errors"):
+        return None
+    found = cause.errors()[0]
+    bounds = found.get("ctx", {})
+    if "ge" in bounds:
+        expected = f"{bounds['ge']:g} or more"
+    elif "le" in bounds:
+        expected = f"{bounds['le']:g} or less"
+    else:
+        expected = "an integer" if found["type"].startswith("int") else "a number"
+    got = found["input"]
+    return ArgumentError(parameter=parameter.opts[0], expected=expected, got=got).worded()
 
 
 def _as_option(parameter: str) -> str:

@@ -75,7 +75,7 @@ def clear(
     kinds: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KIND]...",
+            metavar="KIND",
             help="What to remove: packed, compiled, synthetic. [all]",
             autocompletion=complete_kind,
             show_default=False,

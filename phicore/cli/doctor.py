@@ -30,7 +30,10 @@ def doctor(
         ),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(metavar="S", min=1, help="How long each test may take, in seconds.")
+        float,
+        typer.Option(
+            metavar="S", min=1, max=86400, help="How long each test may take, in seconds."
+        ),
     ] = 180.0,
     as_json: JsonOption = False,
 ) -> None:

@@ -211,6 +211,8 @@ def generate(
         from phicore.grammar import constraint_of
 
         constraint_of(**constraint)
+    if session is not None and not session.parent.is_dir():
+        raise ArgumentError(f"{session.parent}: no such folder", parameter="session")
     kv_bytes = None if kv_memory is None else bytes_of(kv_memory)
     guesses = guessing(speculation, draft_model)
     if raw and system is not None:
@@ -284,12 +286,12 @@ def generate(
             interrupted = True
         finally:
             generation.close()
-        if session is not None and not loaded.save_session(session, generation):
-            console.say("session: nothing is saved, since the text has too few tokens")
         if as_json:
-            print(json.dumps(_result(loaded, generation, pieces), ensure_ascii=False))
+            print(json.dumps(_result(loaded, generation, pieces), ensure_ascii=False), flush=True)
         elif pieces:
             print(flush=True)
+        if session is not None and not loaded.save_session(session, generation):
+            console.say("session: nothing is saved, since the text has too few tokens")
         if pieces and pieces[-1].finish_reason == "context":
             console.say(f"stopped: the context of {loaded.context} tokens is full")
         if stats and pieces:

@@ -24,14 +24,14 @@ MODEL_HELP = (
 def model_or_default(model: str | None, say: Callable[[str], None]) -> str:
     """Return the model that the user named, or the default model.
 
-    If it is the default, tell the user which model it is, and how to get Phi-3.
+    If it is the default, tell the user which model it is; of the demo, also how to get Phi-3.
     """
     if model is not None:
         return model
-    from phicore.sources import default_reference
+    from phicore.sources import DEMO, default_reference
 
     reference, why = default_reference()
-    hint = "" if reference == "phi-3-mini" else "; for Phi-3 itself: --model phi-3-mini"
+    hint = "; for Phi-3 itself: --model phi-3-mini" if why == DEMO else ""
     say(f"model: {reference} ({why}){hint}")
     return reference
 

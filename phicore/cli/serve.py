@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -160,6 +162,7 @@ def chosen(
             "everybody",
             parameter="host",
         )
+    _check_names(alias or (), allowed_host or (), cors_origin or ())
     check_packages()
     from phicore.cli.terminal import Console
 
@@ -203,6 +206,23 @@ def serve(*, serving: Serving) -> None:
 
     serving.plan.start_logging()
     run(listening(serving.host, serving.port), serving.plan)
+
+
+def _check_names(aliases: Sequence[str], hosts: Sequence[str], origins: Sequence[str]) -> None:
+    """Refuse names that no request could ever have."""
+    for alias in aliases:
+        if not alias.strip():
+            raise ArgumentError("a name must not be empty", parameter="alias")
+    for host in hosts:
+        if re.search(r"[/:\s]", host) or not host:
+            expected = "a name without scheme, port and path, such as llm.example.org, or *"
+            raise ArgumentError(parameter="allowed_host", expected=expected, got=host)
+    for origin in origins:
+        if origin not in ("*", "null") and not re.fullmatch(
+            r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin
+        ):
+            expected = "a scheme, a host and perhaps a port, such as https://example.org, or *"
+            raise ArgumentError(parameter="cors_origin", expected=expected, got=origin)
 
 
 def _prefix_bytes(text: str) -> int:

@@ -63,6 +63,6 @@ def _read_stdin(*, is_asked: bool, exact: bool) -> str:
     except UnicodeDecodeError as error:
         raise ArgumentError(f"standard input is not {error.encoding} text: {error}") from None
     text = text if exact else text.removesuffix("\n")
-    if not text and not is_asked:
+    if not text:
         raise ArgumentError("no text: standard input is empty; give the text as an argument")
     return text

@@ -71,7 +71,7 @@ def load(path: Path, runner: Runner, model: str) -> Prefix:
     except FileNotFoundError:
         raise SessionError(f"{path}: there is no such file") from None
     except OSError as error:
-        raise SessionError(f"{path}: cannot be read: {error.strerror}") from error
+        raise SessionError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (SafetensorError, ValueError, TypeError) as error:
         raise SessionError(f"{path}: not a session file, or damaged: {error}") from error
     if _checksum(arrays, metadata) != metadata.get("checksum"):

@@ -6,6 +6,8 @@ difference does not make all later positions incomparable. Greedy text is compar
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +19,13 @@ from phicore.errors import ArgumentError
 from phicore.lab.tracing import trace
 from phicore.loading import load
 from phicore.model import Model
-from phicore.progress import Progress
+from phicore.progress import Progress, silent
 
 MAX_ERROR = 1e-4
 """The largest relative error of the logits that the documentation promises."""
+
+REFERENCE = ("token_ids", "logits", "greedy_ids")
+"""The arrays in a file of reference logits."""
 
 TRACED = 10
 """The bound for results within the network, as a multiple of the bound for the logits."""
@@ -72,17 +77,20 @@ class Comparison:
     is_within: bool
 
 
-def read(model: Model, prompts: Sequence[Sequence[int]], n_gen: int) -> Reading:
+def read(
+    model: Model, prompts: Sequence[Sequence[int]], n_gen: int, progress: Progress = silent
+) -> Reading:
     """Compute the logits of prompts, given as tokens, and `n_gen` tokens of each greedy answer."""
-    texts = []
-    for ids in prompts:
-        found: list[int] = []
-        if n_gen:
-            pieces = model.generate(
-                list(ids), max_tokens=n_gen, temperature=0, repeat_penalty=1.0, ignore_eos=True
-            )
-            found = [piece.token_id for piece in pieces]
-        texts.append(found)
+    texts: list[list[int]] = [[] for _ in prompts]
+    what, total = f"{model.backend}: greedy texts", n_gen * len(prompts)
+    for number, ids in enumerate(prompts if n_gen else ()):
+        for piece in model.generate(
+            list(ids), max_tokens=n_gen, temperature=0, repeat_penalty=1.0, ignore_eos=True
+        ):
+            texts[number].append(piece.token_id)
+            progress(what, number * n_gen + len(texts[number]), total + 1)
+    if n_gen:
+        progress(what, total + 1, total + 1)  # also if a text has ended with the context
     return Reading(model.backend, [model.logits(ids) for ids in prompts], texts)
 
 
@@ -93,13 +101,13 @@ def read_reference(path: Path) -> tuple[list[int], Reading]:
         ArgumentError: If the file cannot be read or is not such a file.
     """
     try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in ("token_ids", "logits", "greedy_ids")}
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        reason = " ".join(str(error).split())
-        raise ArgumentError(
-            f"{path}: expected an .npz file with token_ids, logits and greedy_ids: {reason:.120}"
-        ) from None
+        with zipfile.ZipFile(path) as file:  # np.load alone takes files of other kinds, too
+            arrays = {name: np.load(file.open(f"{name}.npy")) for name in REFERENCE}
+    except OSError as error:
+        raise ArgumentError(f"{path}: {error.strerror}", parameter="against") from None
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError):
+        problem = f"{path}: expected an .npz file with {', '.join(REFERENCE)}"
+        raise ArgumentError(problem, parameter="against") from None
     ids, logits, text = arrays["token_ids"], arrays["logits"], arrays["greedy_ids"]
     if ids.ndim != 1 or text.ndim != 1 or logits.ndim != 2 or len(logits) != len(ids):
         raise ArgumentError(f"{path}: logits {logits.shape} do not fit {ids.shape} tokens")
@@ -164,7 +172,7 @@ def parity(
     n_gen: int = 32,
     max_error: float = MAX_ERROR,
     is_traced: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compare backends with the first of them, or all of them with a reference.
 
@@ -191,7 +199,7 @@ def parity(
         with load(reference, backend=name, progress=progress, prefix_cache_bytes=0) as model:
             if not ids:
                 ids = [model.encode(prompt, raw=True) for prompt in prompts]
-            reading = read(model, ids, n_gen)
+            reading = read(model, ids, n_gen, progress)
             traced = trace(model.engine, ids[0][:256]) if is_traced else {}
         if expected is None:
             expected = reading

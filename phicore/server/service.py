@@ -338,7 +338,8 @@ def unknown_model(name: str, names: Sequence[str]) -> ApiError:
     """Return the error about a model that is not here."""
     known = ", ".join(names)
     return ApiError(
-        f"The model `{name:.100}` does not exist; this server has {known}",
+        f"The model `{name:.100}` does not exist; this server has {known} (with --any-model it "
+        "answers to any name)",
         status=404,
         param="model",
         code="model_not_found",

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from phicore.settings import check_settings, setting
 
+LONGEST_S = 1e6
+"""The largest number of seconds, eleven days: the system counts milliseconds in 31 bits."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,38 +48,38 @@ class Settings:
     time_limit: float = setting(
         3600.0,
         "The longest time that a request may take, in seconds, the time in the queue included.",
-        expected="more than 0",
-        check=lambda s: s > 0,
+        expected=f"more than 0, at most {LONGEST_S:g}",
+        check=lambda s: 0 < s <= LONGEST_S,
         metavar="SECONDS",
     )
     patience: float = setting(
         60.0,
         "How long a client may take to read what it was sent, or to send its request, in seconds.",
-        expected="more than 0",
-        check=lambda s: s > 0,
+        expected=f"more than 0, at most {LONGEST_S:g}",
+        check=lambda s: 0 < s <= LONGEST_S,
         metavar="SECONDS",
     )
     ping: float = setting(
         10.0,
         "Send a comment in a stream after this many seconds without text, so that nobody between "
         "closes the connection.",
-        expected="more than 0",
-        check=lambda s: s > 0,
+        expected=f"more than 0, at most {LONGEST_S:g}",
+        check=lambda s: 0 < s <= LONGEST_S,
         metavar="SECONDS",
     )
     grace: float = setting(
         30.0,
         "After SIGTERM, the time in seconds for answers that are under way.",
-        expected="0 or more",
-        check=lambda s: s >= 0,
+        expected=f"0 to {LONGEST_S:g}",
+        check=lambda s: 0 <= s <= LONGEST_S,
         metavar="SECONDS",
     )
     plugin_limit: float = setting(
         60.0,
         "How long code of a plugin may keep all answers waiting, in seconds. Then they fail, and "
         "/health says 503 until it returns. The backend may take longer, since it compiles.",
-        expected="more than 0",
-        check=lambda s: s > 0,
+        expected=f"more than 0, at most {LONGEST_S:g}",
+        check=lambda s: 0 < s <= LONGEST_S,
         metavar="SECONDS",
     )
     any_model: bool = setting(

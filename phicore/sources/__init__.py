@@ -2,6 +2,7 @@
 
 from phicore.sources.references import (
     ALIASES,
+    DEMO,
     SCHEMES,
     KnownModel,
     ModelFiles,
@@ -12,6 +13,7 @@ from phicore.sources.references import (
 
 __all__ = [
     "ALIASES",
+    "DEMO",
     "SCHEMES",
     "KnownModel",
     "ModelFiles",

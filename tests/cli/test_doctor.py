@@ -255,3 +255,11 @@ def test_folder_that_everybody_can_write_to_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     rows = facts.folders({"mine": tmp_path})
     assert [row["is_shared"] for row in rows if row["kind"] == "mine"] == [True]
+
+
+@pytest.mark.parametrize("limit", ["inf", "1e30", "nan", "0"])
+def test_doctor_refuses_a_time_that_nothing_can_wait_for(phicore: Callable, limit: str) -> None:
+    """An infinite one ended in a traceback."""
+    result = phicore("doctor", "--timeout", limit)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("phicore: --timeout: expected ")

@@ -70,8 +70,11 @@ def test_system_message_of_a_raw_prompt(fails) -> None:
 @pytest.mark.parametrize(
     ("args", "part"),
     [
-        (["--max-tokens", "many"], "'--max-tokens'"),
-        (["--ctx", "0"], "'--ctx'"),
+        (["--max-tokens", "many"], "--max-tokens: expected an integer, got 'many'; see"),
+        (["--top-k", "1.5"], "--top-k: expected an integer, got '1.5'; see"),
+        (["--temperature", "hot"], "--temperature: expected a number, got 'hot'; see"),
+        (["--ctx", "0"], "--ctx: expected 1 or more, got '0'; see"),
+        (["--parallel", "65"], "--parallel: expected 64 or less, got '65'; see"),
         (["--tmperature", "1"], "--temperature"),
         (["two", "prompts"], "unexpected extra argument"),
         (["--model"], "--model"),
@@ -115,7 +118,9 @@ def test_argument_that_is_not_utf8(fails) -> None:
 
 
 def test_stdin_that_is_empty(fails, phicore) -> None:
-    assert fails(code=2) == "no text: standard input is empty; give the text as an argument"
+    message = "no text: standard input is empty; give the text as an argument"
+    assert fails(code=2) == message
+    assert fails("-", code=2) == message
     assert checked(phicore("tokenize"), 2).startswith("no text: ")
 
 

@@ -13,6 +13,8 @@ import pytest
 from api.tiny_models import with_number, write_tiny
 
 import phicore as api
+from phicore.errors import SessionError
+from phicore.model import Model
 from phicore.network.sampler import Sampling
 
 Run = Callable[..., object]
@@ -184,7 +186,7 @@ def test_model_from_the_environment_is_named(phicore, tiny: Path, monkeypatch) -
     monkeypatch.setenv("PHICORE_MODEL", str(tiny))
     result = phicore("generate", "-b", "numpy", "-n", 1, "Hello")
     assert result.code == 0
-    assert "(from PHICORE_MODEL)" in result.err.splitlines()[0]
+    assert result.err.splitlines()[0] == f"model: {tiny} (from PHICORE_MODEL)"
 
 
 def test_prompt_from_a_file(phicore: Callable, tiny: Path, tmp_path: Path, expected) -> None:
@@ -256,6 +258,34 @@ def test_session_of_an_earlier_command_is_used(
     refused = phicore(*args, prompt)
     assert refused.code == 1
     assert f"{session}: not a session file, or damaged" in refused.err
+    refused = phicore(*args[:-1], tmp_path, prompt)
+    assert (refused.code, refused.out) == (1, "")
+    assert f"{tmp_path}: cannot be read: " in refused.err
+    assert "None" not in refused.err
+
+
+def test_session_in_a_folder_that_is_not_there_is_told_before_the_answer(
+    phicore: Callable, tmp_path: Path
+) -> None:
+    folder = tmp_path / "none"
+    result = phicore("generate", "-m", "not-looked-for", "--session", folder / "s", "Hello")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == f"phicore: --session: {folder}: no such folder\n"
+
+
+def test_session_that_cannot_be_saved_is_told_after_the_line_of_the_answer(
+    phicore: Callable, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected
+) -> None:
+    """The message went on in the line of the text."""
+
+    def full(*args: object) -> int:
+        raise SessionError("s: cannot be written: No space left on device")
+
+    monkeypatch.setattr(Model, "save_session", full)
+    args = ("-m", tiny, "-b", "numpy", "-t", 0, "-n", 8, "--session", tmp_path / "s", "Hello")
+    result = phicore("generate", *args)
+    assert result.code == 1
+    assert result.out == expected("Hello") + "\n"
 
 
 def test_text_that_is_too_short_for_a_session_is_told(
