@@ -231,7 +231,7 @@ class Loop:
         output = self._output()
         self._swallowed.clear()
         self._console.text_ends()
-        with silent_keys(), self._stop.watching():
+        with self._stop.watching(), silent_keys():  # a signal leaves no terminal silent
             try:
                 with answering:
                     self._run(answering, output)
