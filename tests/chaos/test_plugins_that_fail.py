@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +23,7 @@ from unit.throwaway import Install, install
 
 import phicore
 from phicore.errors import PhicoreError
-from phicore.plugins import Plugins
+from phicore.plugins import Plugins, waiting
 from phicore.server import Settings
 
 __all__ = ["install"]
@@ -222,3 +228,129 @@ def test_thread_of_a_plugin_that_ends_is_told_in_one_line(
             assert time.monotonic() < end, server.lines
             time.sleep(0.05)
         assert not any("Traceback" in line for line in server.lines)
+
+
+SLOW = """
+    import pathlib, time
+    from phicore import hookimpl
+
+    def block(place):
+        if place == PLACE:
+            pathlib.Path(HOME, "blocked").touch()
+            while not pathlib.Path(HOME, "free").exists():
+                time.sleep(0.01)
+
+    block("import")
+
+    def resolve(reference):
+        from phicore.sources import ModelFiles
+
+        block("resolve")
+        return ModelFiles(pathlib.Path(reference.removeprefix("slow:")), None, reference)
+
+    def create(options):
+        from phicore_numpy.backend import NumpyBackend
+
+        block("create")
+        return NumpyBackend(options)
+
+    @hookimpl
+    def phicore_register_sources(register):
+        block("hook")
+        register("slow", resolve=resolve)
+
+    @hookimpl
+    def phicore_register_backends(register):
+        register("slow", create=create, devices=lambda: ["cpu"], protocol=PROTOCOL)
+"""
+TOLD = {
+    "import": "phicore-slow to be imported",
+    "hook": "phicore-slow to return from phicore_register_sources",
+    "resolve": "phicore-slow to resolve slow:",
+    "create": "phicore-slow to create the backend slow",
+}
+
+
+@pytest.fixture
+def slow(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Return a function that installs a plugin which blocks at a place, until `free` is there."""
+
+    def call(place: str) -> None:
+        from phicore.backend import VERSION
+
+        code = SLOW.replace("PLACE", repr(place)).replace("HOME", repr(str(tmp_path)))
+        install("phicore-slow", "slow", code.replace("PROTOCOL", str(VERSION)))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "phicore-slow"))
+
+    return call
+
+
+def wait_for(condition: Callable[[], Any], what: object) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("place", TOLD)
+def test_plugin_that_blocks_while_a_model_is_loaded_is_named_and_may_go_on(
+    slow: Callable, place: str, tiny: Path, expected: str, tmp_path: Path, caplog, monkeypatch
+):
+    monkeypatch.setattr(waiting, "SLOW_S", 0.1)
+    slow(place)
+    said = f"still waiting for plugin {TOLD[place]}"
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(phicore.load, f"slow:{tiny}", "slow")
+        wait_for(lambda: any(m.startswith(said) for m in caplog.messages), caplog.messages)
+        (tmp_path / "free").touch()
+        with loading.result() as model:
+            found = model.generate(HI, max_tokens=5, seed=1, ignore_eos=True).text()
+    assert found == expected
+    [told] = [m for m in caplog.messages if m.startswith(said)]
+    assert "(throwaway_phicore_slow.py, line " in told
+
+
+@contextmanager
+def started(command: str, tiny: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a command with the model and the backend of the plugin that blocks."""
+    given = ["--port", "0"] if command == "serve" else ["-n", "1", "Hi"]
+    line = [sys.executable, "-m", "phicore", command, "-m", f"slow:{tiny}", "-b", "slow", *given]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as program:
+        try:
+            yield program
+        finally:
+            program.kill()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.each_value("place", "command")
+@pytest.mark.parametrize("place", TOLD)
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_interrupt_ends_a_program_that_waits_for_a_plugin(
+    slow: Callable, command: str, place: str, tiny: Path, tmp_path: Path
+):
+    slow(place)
+    with started(command, tiny) as program:
+        wait_for((tmp_path / "blocked").exists, "the plugin blocks")
+        program.send_signal(signal.SIGINT)
+        _, said = program.communicate(timeout=60)
+    assert program.returncode == 130, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.complete
+@pytest.mark.parametrize("place", ["resolve", "create"])
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_user_sees_which_plugin_a_program_waits_for(
+    slow: Callable, command: str, place: str, tiny: Path, tmp_path: Path
+):
+    slow(place)
+    with started(command, tiny) as program:
+        assert program.stderr is not None
+        told = next(line for line in program.stderr if "still waiting for plugin" in line)
+        assert TOLD[place] in told
+        (tmp_path / "free").touch()
+        if command == "serve":
+            assert any(" ready " in line for line in program.stderr)
+        else:
+            assert program.wait(timeout=60) == 0
