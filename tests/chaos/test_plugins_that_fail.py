@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,15 +274,21 @@ TOLD = {
 }
 
 
+def filled(code: str, **values: object) -> str:
+    """Put values, and the version of the protocol, in the places of their names."""
+    from phicore.backend import VERSION
+
+    for name, value in {**values, "PROTOCOL": VERSION}.items():
+        code = code.replace(name, repr(value))
+    return code
+
+
 @pytest.fixture
 def slow(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Return a function that installs a plugin which blocks at a place, until `free` is there."""
 
     def call(place: str) -> None:
-        from phicore.backend import VERSION
-
-        code = SLOW.replace("PLACE", repr(place)).replace("HOME", repr(str(tmp_path)))
-        install("phicore-slow", "slow", code.replace("PROTOCOL", str(VERSION)))
+        install("phicore-slow", "slow", filled(SLOW, PLACE=place, HOME=str(tmp_path)))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "phicore-slow"))
 
     return call
@@ -354,3 +363,89 @@ def test_user_sees_which_plugin_a_program_waits_for(
             assert any(" ready " in line for line in program.stderr)
         else:
             assert program.wait(timeout=60) == 0
+
+
+HOLDER = """
+    import ctypes
+    from phicore import hookimpl
+
+    library = ctypes.PyDLL(LIBRARY)  # its functions are called with the interpreter's lock
+
+    def hold():
+        library.hold(FREE)
+
+    def create(options):
+        from phicore_numpy.backend import NumpyBackend
+
+        if PLACE == "create":
+            hold()
+        return NumpyBackend(options)
+
+    @hookimpl
+    def phicore_register_backends(register):
+        register("holder", create=create, devices=lambda: ["cpu"], protocol=PROTOCOL)
+
+    @hookimpl
+    def phicore_piece_generated(generation, piece):
+        if PLACE == "observer":
+            hold()
+"""
+
+
+@pytest.fixture
+def holder(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Return a function that installs a plugin with C code, which holds until `free` is there."""
+    if shutil.which("cc") is None:
+        pytest.skip("install a C compiler (cc) to test plugins with C code")
+
+    def call(place: str) -> None:
+        library = str(tmp_path / "holds.so")
+        source = Path(__file__).with_name("holds.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+        free = bytes(tmp_path / "free")
+        install("phicore-holder", "holder", filled(HOLDER, LIBRARY=library, FREE=free, PLACE=place))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "phicore-holder"))
+
+    return call
+
+
+def is_silent(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=0.5):
+            return False
+    except TimeoutError:
+        return True
+
+
+@pytest.mark.parametrize("place", ["create", "observer"])
+def test_code_in_c_that_keeps_the_lock_is_told_by_the_stacks_of_all_threads(
+    holder: Callable, place: str, tiny: Path, expected: str, tmp_path: Path
+):
+    """No thread of Python can answer meanwhile, so /health is silent: a supervisor notices that."""
+    holder(place)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        process("-m", tiny, "-b", "holder", "--plugin-limit", "1") as server,
+    ):
+        ask = partial(
+            server.client.chat.completions.create,
+            model="tiny",
+            messages=HI,
+            max_tokens=5,
+            seed=1,
+            extra_body={"ignore_eos": True},
+        )
+        if place == "observer":
+            server.wait_until_ready()
+            asked = pool.submit(ask)
+        wait_for(lambda: "Timeout (0:00:01)!\n" in server.lines, server.lines)
+        wait_for(lambda: any(" in hold\n" in line for line in server.lines), server.lines)
+        [told] = [line for line in server.lines if " in hold\n" in line]
+        assert "throwaway_phicore_holder.py" in told
+        assert is_silent(server.url)
+        (tmp_path / "free").touch()
+        server.wait_until_ready()
+        said = "no thread could run Python code for "
+        wait_for(lambda: any(said in line for line in server.lines), server.lines)
+        answer = asked.result() if place == "observer" else ask()
+        assert answer.choices[0].message.content == expected
