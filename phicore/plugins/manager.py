@@ -25,7 +25,8 @@ from phicore.plugins.waiting import waiting_for
 if TYPE_CHECKING:
     from phicore.backend import Backend, BackendOptions, ProcessGroup
     from phicore.network.architectures import Architecture
-    from phicore.plugins.hookspecs import CreateProcessor
+    from phicore.network.processors import LogitsProcessor
+    from phicore.plugins.hookspecs import CreateProcessor, LoadedModel
     from phicore.sources import ModelFiles
 
 DISABLE = "PHICORE_DISABLE_PLUGINS"
@@ -293,7 +294,11 @@ class Plugins:
         def entry(
             owner: Owner, name: str, *, create: CreateProcessor
         ) -> tuple[str, CreateProcessor]:
-            return name, create
+            def watched(argument: str, model: LoadedModel) -> LogitsProcessor:
+                with waiting_for(owner.distribution, f"create the logits processor {name}"):
+                    return create(argument, model)
+
+            return name, create if owner.distribution == "phicore" else watched
 
         return self._registered("phicore_register_logits_processors", "logits processor", entry)
 
