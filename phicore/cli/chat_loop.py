@@ -256,6 +256,8 @@ class Loop:
                 if self._stop.number is not None or self._swallowed:
                     break
         finally:
+            # Whoever ends the program, unlike Ctrl-C, does not want to change the message.
+            answering.keeps_message = self._stop.number not in (None, signal.SIGINT)
             output.close()
 
     def _after(self, answering: Answering) -> None:

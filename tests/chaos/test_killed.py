@@ -128,12 +128,14 @@ class Talk:
 
     Attributes:
         finished: The turns that were finished when they were last looked at.
+        took_s: How long the last program took until the first prompt, and from there to its end.
     """
 
     def __init__(self, model: phicore.Model, home: Path) -> None:
         self.model = model
         self.home = home
         self.finished: list[Turn] = []
+        self.took_s = (0.0, 0.0)
 
     def read(self) -> Conversation:
         """Read what is kept."""
@@ -142,11 +144,12 @@ class Talk:
         assert len(names) <= 1
         return store.load(names[0]) if names else Conversation()
 
-    def run(self, number: int = 0, after_s: float = 0.0) -> bool:
+    def run(self, number: int = 0, after_s: float = 0.0, *, loaded: bool = False) -> bool:
         """Ask the questions and leave, and check what is kept; return whether a signal ended it.
 
         Args:
             number: The signal that is sent after a time; 0 is none.
+            loaded: Whether the time begins at the first prompt.
         """
         import termios
 
@@ -159,10 +162,14 @@ class Talk:
         with terminal("chat", "-m", self.model.path, *options, PHICORE_DATA=str(self.home)) as t:
             before = termios.tcgetattr(t._controller)
             timer = Timer(after_s, t.process.send_signal, [number])
-            if number:
+            started_s = prompted_s = time.monotonic()
+            if number and not loaded:
                 timer.start()
             try:
                 t.wait_for_prompt(1 + answered)
+                prompted_s = time.monotonic()
+                if number and loaded:
+                    timer.start()
                 assert ("/retry answers it" in t.text) == is_lost
                 for message in MESSAGES:
                     t.enter(message)
@@ -174,6 +181,7 @@ class Talk:
                     raise
             code = t.end()
             timer.cancel()
+            self.took_s = prompted_s - started_s, time.monotonic() - prompted_s
             assert code in (0, -number, 128 + number), t.text
             assert not any(complaint in t.text for complaint in COMPLAINTS), t.text
             if number != signal.SIGKILL:
@@ -202,17 +210,18 @@ def test_chat_that_is_ended_at_any_time_loses_no_turn(
 ):
     """It is ended while it loads, reads, answers, saves and leaves; then it goes on."""
     pytest.importorskip("pty", reason="terminals of POSIX")
-    started_s = time.monotonic()
-    Talk(endless, tmp_path / "whole").run()
-    took_s = time.monotonic() - started_s
-    rng, ended = random.Random(SEED), 0
+    whole = Talk(endless, tmp_path / "whole")
+    whole.run()
+    rng, ended, lost = random.Random(SEED), 0, 0
     for number in range(TRIES):
         talk = Talk(endless, tmp_path / str(number))
-        for _ in range(3):
-            ended += talk.run(getattr(signal, name), rng.uniform(0.1, 1) * took_s)
+        for loaded in (True, False, True):
+            after_s = rng.uniform(0, 1) * whole.took_s[loaded]
+            ended += talk.run(getattr(signal, name), after_s, loaded=loaded)
         talk.run()
+        lost += sum(turn.is_lost for turn in talk.read().turns)
         [path] = talk.home.glob("chats/*.json")
         names = {path.name for path in talk.home.rglob("*") if path.is_file()}
         assert names == {"history", path.name, path.with_suffix(".rows").name}
-    print(f"\n{ended} of {3 * TRIES} chats were ended, in {took_s:.1f} s")
+    print(f"\n{ended} of {3 * TRIES} chats were ended, and {lost} answers lost")
     assert ended >= TRIES
