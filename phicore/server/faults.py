@@ -90,7 +90,7 @@ class Watch:
 
     def _put_off(self) -> None:
         """Let the stacks be written unless this is called again within the limit."""
-        with suppress(OSError, ValueError, RuntimeError):  # standard error is no file
+        with suppress(AttributeError, OSError, ValueError, RuntimeError):  # stderr is no file
             faulthandler.dump_traceback_later(self._limit_s)
 
     def _run(self) -> None:
