@@ -22,6 +22,7 @@ class Answering:
         turn: The turn, without its answer until the context ends.
         generation: The generation.
         is_discarded: Whether nothing was there to keep when the context ended.
+        keeps_message: Whether the message is kept even if the answer has not begun.
     """
 
     def __init__(self, turn: Turn, generation: Generation, *, ended: End, discarded: End) -> None:
@@ -34,6 +35,7 @@ class Answering:
         self.turn = turn
         self.generation = generation
         self.is_discarded = False
+        self.keeps_message = False
         self._ended = ended
         self._discarded = discarded
         self._pieces: list[Piece] = []
@@ -57,7 +59,7 @@ class Answering:
     def __exit__(self, *exc: object) -> None:
         self.generation.close()
         reason = self._pieces[-1].finish_reason if self._pieces else None
-        if not self.text and reason is None:
+        if not self.text and reason is None and not self.keeps_message:
             self.is_discarded = True
             self._discarded(self.turn, self.generation)
             return

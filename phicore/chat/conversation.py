@@ -53,6 +53,11 @@ class Turn:
     generated_tokens: int = 0
     created: str = field(default_factory=now)
 
+    @property
+    def is_lost(self) -> bool:
+        """Return whether the program was killed before it could keep anything of the answer."""
+        return self.finish_reason == "interrupted" and not self.answer
+
 
 @dataclass
 class Conversation:

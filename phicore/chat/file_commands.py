@@ -63,10 +63,13 @@ def load(chat: Chat, argument: str) -> Reply:
 
 
 def resumed_lines(chat: Chat) -> list[str]:
-    """Return lines that say which conversation goes on."""
+    """Return lines that say which conversation goes on, and whether its last answer was lost."""
     talk = chat.conversation
     turns = count_of(len(talk.path(talk.current)), "turn")
-    return [f"{talk.name}: {turns}, begun {talk.created[:10]}: {short(talk.title)}"]
+    lines = [f"{talk.name}: {turns}, begun {talk.created[:10]}: {short(talk.title)}"]
+    if talk.last is not None and talk.last.is_lost:
+        lines.append("the program was ended before it answered the last message; /retry answers it")
+    return lines
 
 
 def sessions(chat: Chat, argument: str) -> Reply:

@@ -231,7 +231,7 @@ class Loop:
         output = self._output()
         self._swallowed.clear()
         self._console.text_ends()
-        with silent_keys(), self._stop.watching():
+        with self._stop.watching(), silent_keys():  # a signal leaves no terminal silent
             try:
                 with answering:
                     self._run(answering, output)
@@ -256,6 +256,8 @@ class Loop:
                 if self._stop.number is not None or self._swallowed:
                     break
         finally:
+            # Whoever ends the program, unlike Ctrl-C, does not want to change the message.
+            answering.keeps_message = self._stop.number not in (None, signal.SIGINT)
             output.close()
 
     def _after(self, answering: Answering) -> None:

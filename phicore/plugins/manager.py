@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -21,15 +20,15 @@ from phicore.errors import BackendError, PhicoreError, SourceError
 from phicore.plugins import builtin, hookspecs
 from phicore.plugins.blaming import GROUP, OWN, home, reason
 from phicore.plugins.observers import Observers
+from phicore.plugins.waiting import waiting_for
 
 if TYPE_CHECKING:
     from phicore.backend import Backend, BackendOptions, ProcessGroup
     from phicore.network.architectures import Architecture
-    from phicore.plugins.hookspecs import CreateProcessor
+    from phicore.network.processors import LogitsProcessor
+    from phicore.plugins.hookspecs import CreateProcessor, LoadedModel
     from phicore.sources import ModelFiles
 
-SLOW_S = 10.0
-"""A plugin that takes longer to import is told, since everything waits for it."""
 DISABLE = "PHICORE_DISABLE_PLUGINS"
 """The environment variable that switches plugins off.
 
@@ -90,7 +89,7 @@ class BackendInfo:
         Raises:
             BackendError: If the backend cannot be used. The message has the reason.
         """
-        return self._guarded(lambda: list(self._devices()))
+        return self._guarded("list the devices of", lambda: list(self._devices()))
 
     def notes(self) -> str:
         """Return the backend's notes for `phicore backends`, perhaps "". This imports its library.
@@ -98,7 +97,7 @@ class BackendInfo:
         Raises:
             BackendError: If the backend cannot be used. The message has the reason.
         """
-        return self._guarded(self._notes) if self._notes is not None else ""
+        return self._guarded("tell notes of", self._notes) if self._notes is not None else ""
 
     @property
     def can_join(self) -> bool:
@@ -122,7 +121,7 @@ class BackendInfo:
         """
         self.check_can_join()
         assert self._join is not None
-        leave: Callable[[], None] = self._guarded(self._join, group)
+        leave: Callable[[], None] = self._guarded("join other processes with", self._join, group)
         return leave
 
     def create(self, options: BackendOptions | None = None) -> Backend:
@@ -134,11 +133,12 @@ class BackendInfo:
         """
         from phicore.backend import DEFAULTS  # imports NumPy, which a list does not need
 
-        return self._guarded(self._create, DEFAULTS if options is None else options)
+        return self._guarded("create", self._create, DEFAULTS if options is None else options)
 
-    def _guarded(self, call: Callable[..., Any], *args: Any) -> Any:
+    def _guarded(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
         try:
-            return call(*args)
+            with waiting_for(self.distribution, f"{what} the backend {self.name}"):
+                return call(*args)
         except PhicoreError:
             raise
         except (Exception, SystemExit) as error:
@@ -191,7 +191,7 @@ class Plugins:
         name = f"{owner.distribution}:{owner.name}"
         is_registered = False
         try:
-            with _watched(owner):
+            with _watched(owner, "be imported"):
                 plugin = point.load()
             if (other := self._owners.get(id(plugin))) is not None:
                 why = f"{point.value} is loaded already, as {other.name} of {other.distribution}"
@@ -294,7 +294,11 @@ class Plugins:
         def entry(
             owner: Owner, name: str, *, create: CreateProcessor
         ) -> tuple[str, CreateProcessor]:
-            return name, create
+            def watched(argument: str, model: LoadedModel) -> LogitsProcessor:
+                with waiting_for(owner.distribution, f"create the logits processor {name}"):
+                    return create(argument, model)
+
+            return name, create if owner.distribution == "phicore" else watched
 
         return self._registered("phicore_register_logits_processors", "logits processor", entry)
 
@@ -415,44 +419,32 @@ class Plugins:
         """Call the hook of a single plugin. If it fails, only this plugin is added to `broken`."""
         others = [p for p, _ in self._plugins() if p is not plugin]
         try:
-            with _watched(owner):
+            with _watched(owner, f"return from {hook}"):
                 self.manager.subset_hook_caller(hook, others)(register=register)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not stop other plugins
             self._report(owner.name, owner.distribution, reason(error))
 
 
 @contextmanager
-def _watched(owner: Owner) -> Iterator[None]:
+def _watched(owner: Owner, what: str) -> Iterator[None]:
     """Tell in a line what a plugin prints, which belongs into nobody's output, or that it blocks.
 
     Only phicore itself prints answers to standard output.
+
+    Args:
+        what: What the plugin is to do.
     """
     if owner.distribution in {"phicore", *OWN}:
         yield
         return
-    about = f"{owner.distribution}:{owner.name}"
-    timer = threading.Timer(SLOW_S, _tell_slow, (about, owner.name))
-    timer.daemon = True
-    timer.start()
+    advice = f"{DISABLE}={owner.name} leaves it out"
     printed = io.StringIO()
     try:
-        with redirect_stdout(printed):
+        with waiting_for(owner.distribution, what, advice), redirect_stdout(printed):
             yield
     finally:
-        timer.cancel()
         if text := " ".join(printed.getvalue().split()):
-            log.warning("plugin %s printed: %.200s", about, text)
-
-
-def _tell_slow(about: str, name: str) -> None:
-    log.warning(
-        "plugin %s: its import has taken %.0f s so far, and everything waits for it; "
-        "%s=%s leaves it out",
-        about,
-        SLOW_S,
-        DISABLE,
-        name,
-    )
+            log.warning("plugin %s:%s printed: %.200s", owner.distribution, owner.name, text)
 
 
 def _owned(registered: Registered[Any]) -> list[tuple[str, str]]:
@@ -526,7 +518,8 @@ def _guarded_source(
 
     def guarded(reference: str) -> ModelFiles:
         try:
-            files = resolve(reference)
+            with waiting_for(distribution, f"resolve {reference}"):
+                files = resolve(reference)
         except PhicoreError:
             raise
         except (Exception, SystemExit) as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,30 +46,31 @@ class Watch:
     The thread calls `begin` and `end` around each step. Another thread looks at its stack when a
     step takes long. Code of the backend may take long, since it compiles.
 
+    Code in C that keeps the interpreter's lock stops the other thread, too. Then a third one, which
+    is not Python's, writes the stacks of all threads to standard error (`faulthandler`).
+
     Args:
         limit_s: How long a plugin may take.
         blocked: Called, in the other thread, once for each step that a plugin blocks.
 
     Attributes:
+        backend: The folder of the backend, once there is one.
         blocker: What blocks the step, for a log; None if nothing does.
     """
 
     def __init__(self, limit_s: float, blocked: Callable[[], None]) -> None:
+        self.backend: Path | None = None
         self.blocker: str | None = None
         self._limit_s = limit_s
         self._blocked = blocked
-        self._backend: Path | None = None
         self._computing: int | None = None
         self._began_s: float | None = None
         self._is_over = threading.Event()
 
-    def start(self, backend: object) -> None:
-        """Watch the calling thread from now on.
-
-        Args:
-            backend: The backend, or another object of its distribution.
-        """
-        self._backend, self._computing = blaming.home(backend), threading.get_ident()
+    def start(self) -> None:
+        """Watch the calling thread from now on."""
+        self._computing = threading.get_ident()
+        self._put_off()  # here, since the new thread may not come so far
         threading.Thread(target=self._run, name="phicore-watch", daemon=True).start()
 
     def stop(self) -> None:
@@ -85,15 +88,34 @@ class Watch:
             log.warning("%s has returned; answers are computed again", self.blocker)
             self.blocker = None
 
+    def _put_off(self) -> None:
+        """Let the stacks be written unless this is called again within the limit."""
+        with suppress(AttributeError, OSError, ValueError, RuntimeError):  # stderr is no file
+            faulthandler.dump_traceback_later(self._limit_s)
+
     def _run(self) -> None:
+        try:
+            self._look()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _look(self) -> None:
         seen: tuple[str, float] | None = None  # a plugin, and since when it is seen
+        now_s = time.monotonic()
         while not self._is_over.wait(min(POLL_S, self._limit_s / 4)):
-            began_s, now_s = self._began_s, time.monotonic()
+            before_s, began_s, now_s = now_s, self._began_s, time.monotonic()
+            if now_s - before_s >= self._limit_s:
+                log.error(
+                    "no thread could run Python code for %.0f s; "
+                    "the stacks of all threads were written meanwhile",
+                    now_s - before_s,
+                )
+            self._put_off()
             if began_s is None or self.blocker is not None or now_s - began_s < self._limit_s / 2:
                 seen = None
                 continue
             frame = sys._current_frames().get(self._computing or 0)
-            found = blaming.running(frame, but=self._backend)
+            found = blaming.running(frame, but=self.backend)
             if found is None:
                 seen = None
             elif seen is None or seen[0] != found[0]:

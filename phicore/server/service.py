@@ -105,6 +105,15 @@ class Service:
                 atexit.register(self.close)
 
     def _run(self) -> None:
+        self._watch.start()
+        try:
+            if (worker := self._load()) is not None:
+                worker.run()
+        finally:
+            self._watch.stop()
+
+    def _load(self) -> Worker | None:
+        """Load the model; return the worker that computes, or None if that is not to be."""
         try:
             given = self._model
             model = given if isinstance(given, Model) else given()
@@ -124,10 +133,10 @@ class Service:
             model.engine.scheduler.chunk_s = CHUNK_S  # after the warm-up, which reads whole chunks
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is told
             self._has_failed(error)
-            return
+            return None
         with self._lock:
             if self.state != "loading":
-                return
+                return None
             self._worker, self.state = worker, "ready"
         fields = {
             "model": self.names[0],
@@ -137,7 +146,7 @@ class Service:
             "load_s": round(model.load_s, 1),
         }
         log.info("ready", extra={"fields": fields})
-        worker.run()
+        return worker
 
     def _most(self, model: Model) -> int:
         return model.engine.scheduler.max_sequences + self.settings.max_queue

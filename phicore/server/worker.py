@@ -12,6 +12,7 @@ from typing import Protocol
 
 from phicore.errors import FAULTS, BusyError, PhicoreError
 from phicore.model import Model
+from phicore.plugins import blaming
 from phicore.server.errors import ApiError, api_error, stopping
 from phicore.server.faults import Watch, tell
 from phicore.server.jobs import Job
@@ -121,7 +122,7 @@ class Worker:
         watch = self._watch
         try:
             if watch is not None:
-                watch.start(self.model.engine.runner.ops)
+                watch.backend = blaming.home(self.model.engine.runner.ops)
             while self._wait():
                 if watch is None:
                     self._tick()
@@ -134,8 +135,6 @@ class Worker:
             self._end_all(api_error(error))
             self._died(error)
         finally:
-            if watch is not None:
-                watch.stop()
             self._end_all(stopping())
 
     def _wait(self) -> bool:

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +26,7 @@ from unit.throwaway import Install, install
 
 import phicore
 from phicore.errors import PhicoreError
-from phicore.plugins import Plugins
+from phicore.plugins import Plugins, waiting
 from phicore.server import Settings
 
 __all__ = ["install"]
@@ -222,3 +231,240 @@ def test_thread_of_a_plugin_that_ends_is_told_in_one_line(
             assert time.monotonic() < end, server.lines
             time.sleep(0.05)
         assert not any("Traceback" in line for line in server.lines)
+
+
+SLOW = """
+    import pathlib, time
+    from phicore import hookimpl
+
+    def block(place):
+        if place == PLACE:
+            pathlib.Path(HOME, "blocked").touch()
+            while not pathlib.Path(HOME, "free").exists():
+                time.sleep(0.01)
+
+    block("import")
+
+    def resolve(reference):
+        from phicore.sources import ModelFiles
+
+        block("resolve")
+        return ModelFiles(pathlib.Path(reference.removeprefix("slow:")), None, reference)
+
+    def create(options):
+        from phicore_numpy.backend import NumpyBackend
+
+        block("create")
+        return NumpyBackend(options)
+
+    @hookimpl
+    def phicore_register_sources(register):
+        block("hook")
+        register("slow", resolve=resolve)
+
+    def processor(argument, model):
+        from phicore.network.processors import LogitBias
+
+        block("processor")
+        return LogitBias({})
+
+    @hookimpl
+    def phicore_register_logits_processors(register):
+        register("slow", create=processor)
+
+    @hookimpl
+    def phicore_register_backends(register):
+        register("slow", create=create, devices=lambda: ["cpu"], protocol=PROTOCOL)
+"""
+TOLD = {
+    "import": "phicore-slow to be imported",
+    "hook": "phicore-slow to return from phicore_register_sources",
+    "resolve": "phicore-slow to resolve slow:",
+    "create": "phicore-slow to create the backend slow",
+    "processor": "phicore-slow to create the logits processor slow",
+}
+
+
+def filled(code: str, **values: object) -> str:
+    """Put values, and the version of the protocol, in the places of their names."""
+    from phicore.backend import VERSION
+
+    for name, value in {**values, "PROTOCOL": VERSION}.items():
+        code = code.replace(name, repr(value))
+    return code
+
+
+@pytest.fixture
+def slow(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Return a function that installs a plugin which blocks at a place, until `free` is there."""
+
+    def call(place: str) -> None:
+        install("phicore-slow", "slow", filled(SLOW, PLACE=place, HOME=str(tmp_path)))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "phicore-slow"))
+
+    return call
+
+
+def wait_for(condition: Callable[[], Any], what: object) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("place", TOLD)
+def test_plugin_that_is_waited_for_is_named_and_may_go_on(
+    slow: Callable, place: str, tiny: Path, expected: str, tmp_path: Path, caplog, monkeypatch
+):
+    monkeypatch.setattr(waiting, "SLOW_S", 0.1)
+    slow(place)
+    said = f"still waiting for plugin {TOLD[place]}"
+
+    def run() -> str:
+        with phicore.load(f"slow:{tiny}", "slow") as model:
+            options = {"max_tokens": 5, "seed": 1, "ignore_eos": True, "processors": ["slow"]}
+            return model.generate(HI, **options).text()
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        wait_for(lambda: any(m.startswith(said) for m in caplog.messages), caplog.messages)
+        (tmp_path / "free").touch()
+        assert running.result() == expected
+    [told] = [m for m in caplog.messages if m.startswith(said)]
+    assert "(throwaway_phicore_slow.py, line " in told
+
+
+@contextmanager
+def started(command: str, tiny: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a command with the model and the backend of the plugin that blocks."""
+    given = ["--port", "0"] if command == "serve" else ["--processor", "slow", "-n", "1", "Hi"]
+    line = [sys.executable, "-m", "phicore", command, "-m", f"slow:{tiny}", "-b", "slow", *given]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as program:
+        try:
+            yield program
+        finally:
+            program.kill()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        *(("generate", place) for place in TOLD),
+        *(("serve", place) for place in TOLD if place != "processor"),
+    ],
+)
+def test_interrupt_ends_a_program_that_waits_for_a_plugin(
+    slow: Callable, command: str, place: str, tiny: Path, tmp_path: Path
+):
+    slow(place)
+    with started(command, tiny) as program:
+        wait_for((tmp_path / "blocked").exists, "the plugin blocks")
+        program.send_signal(signal.SIGINT)
+        _, said = program.communicate(timeout=60)
+    assert program.returncode == 130, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.complete
+@pytest.mark.parametrize("place", ["resolve", "create"])
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_user_sees_which_plugin_a_program_waits_for(
+    slow: Callable, command: str, place: str, tiny: Path, tmp_path: Path
+):
+    slow(place)
+    with started(command, tiny) as program:
+        assert program.stderr is not None
+        told = next(line for line in program.stderr if "still waiting for plugin" in line)
+        assert TOLD[place] in told
+        (tmp_path / "free").touch()
+        if command == "serve":
+            assert any(" ready " in line for line in program.stderr)
+        else:
+            assert program.wait(timeout=60) == 0
+
+
+HOLDER = """
+    import ctypes
+    from phicore import hookimpl
+
+    library = ctypes.PyDLL(LIBRARY)  # its functions are called with the interpreter's lock
+
+    def hold():
+        library.hold(FREE)
+
+    def create(options):
+        from phicore_numpy.backend import NumpyBackend
+
+        if PLACE == "create":
+            hold()
+        return NumpyBackend(options)
+
+    @hookimpl
+    def phicore_register_backends(register):
+        register("holder", create=create, devices=lambda: ["cpu"], protocol=PROTOCOL)
+
+    @hookimpl
+    def phicore_piece_generated(generation, piece):
+        if PLACE == "observer":
+            hold()
+"""
+
+
+@pytest.fixture
+def holder(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Return a function that installs a plugin with C code, which holds until `free` is there."""
+    if shutil.which("cc") is None:
+        pytest.skip("install a C compiler (cc) to test plugins with C code")
+
+    def call(place: str) -> None:
+        library = str(tmp_path / "holds.so")
+        source = Path(__file__).with_name("holds.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+        free = bytes(tmp_path / "free")
+        install("phicore-holder", "holder", filled(HOLDER, LIBRARY=library, FREE=free, PLACE=place))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "phicore-holder"))
+
+    return call
+
+
+def is_silent(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=0.5):
+            return False
+    except TimeoutError:
+        return True
+
+
+@pytest.mark.parametrize("place", ["create", "observer"])
+def test_code_in_c_that_keeps_the_lock_is_told_by_the_stacks_of_all_threads(
+    holder: Callable, place: str, tiny: Path, expected: str, tmp_path: Path
+):
+    """No thread of Python can answer meanwhile, so /health is silent: a supervisor notices that."""
+    holder(place)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        process("-m", tiny, "-b", "holder", "--plugin-limit", "1") as server,
+    ):
+        ask = partial(
+            server.client.chat.completions.create,
+            model="tiny",
+            messages=HI,
+            max_tokens=5,
+            seed=1,
+            extra_body={"ignore_eos": True},
+        )
+        if place == "observer":
+            server.wait_until_ready()
+            asked = pool.submit(ask)
+        wait_for(lambda: "Timeout (0:00:01)!\n" in server.lines, server.lines)
+        wait_for(lambda: any(" in hold\n" in line for line in server.lines), server.lines)
+        [told] = [line for line in server.lines if " in hold\n" in line]
+        assert "throwaway_phicore_holder.py" in told
+        assert is_silent(server.url)
+        (tmp_path / "free").touch()
+        server.wait_until_ready()
+        said = "no thread could run Python code for "
+        wait_for(lambda: any(said in line for line in server.lines), server.lines)
+        answer = asked.result() if place == "observer" else ask()
+        assert answer.choices[0].message.content == expected

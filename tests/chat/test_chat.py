@@ -159,6 +159,15 @@ def test_answer_that_is_stopped_is_kept_and_goes_on(chat: Chat, finish) -> None:
     assert chat.conversation.turns[-1].cached_tokens >= turn.prompt_tokens
 
 
+def test_message_is_kept_without_an_answer_if_it_is_to_be(chat: Chat, store: Store, finish) -> None:
+    with chat.ask("Hello") as answering:
+        answering.keeps_message = True
+    assert not answering.is_discarded
+    [turn] = store.load(store.names()[0]).turns
+    assert (turn.user, turn.answer, turn.is_lost) == ("Hello", "", True)
+    assert finish(chat.retry()).turn.answer
+
+
 def test_answer_that_has_not_begun_is_not_kept(chat: Chat, store: Store, finish) -> None:
     with chat.ask("Hello") as answering:
         pass

@@ -272,6 +272,19 @@ def test_save_load_clear_sessions(run, chat: Chat, store: Store) -> None:
     assert run(f"/load {number}").turn.user == "Hello"
 
 
+def test_message_whose_answer_a_killed_program_has_lost_is_told(
+    run, chat: Chat, store: Store
+) -> None:
+    chat.ask("Hello")  # is kept before the answer begins
+    name = store.names()[0]
+    assert run(f"/load {name}").lines[1:] == [
+        "the program was ended before it answered the last message; /retry answers it"
+    ]
+    with run("/retry").answering as answering:
+        list(answering)
+    assert len(run(f"/load {name}").lines) == 1
+
+
 def test_save_that_fails_says_so(run, chat: Chat, store: Store) -> None:
     store.folder.write_text("a file in the place of the folder")
     run_message(chat, "Hello")

@@ -277,6 +277,27 @@ def test_signal_that_ends_the_program_keeps_what_is_there(name, start, endless, 
 
 
 @posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signal_before_the_answer_begins_keeps_the_message(name, start, endless, chats) -> None:
+    """The model reads the message for seconds, and the file has it from the beginning."""
+    process = start("chat", "-m", endless, *ENDLESS)
+    message = "the sea and the wind and " * 600
+    process.stdin.write(f"{message}\n".encode())
+    process.stdin.flush()
+    end = time.monotonic() + 60
+    while not list(chats.glob("*.json")) and time.monotonic() < end:
+        time.sleep(0.01)
+    number = getattr(signal, name)
+    process.send_signal(number)
+    code, out, err = finished(process)
+    assert code == 128 + number, err
+    [turn] = newest(chats).turns
+    assert turn.user == message
+    assert turn.is_lost
+    assert out == b""
+
+
+@posix
 def test_signal_while_it_waits_ends_it_too(start, tiny: Path, chats: Path) -> None:
     process = start("chat", "-m", tiny, "-b", "numpy", "-n", 8)
     process.stdin.write(b"Tell me of the sea and of the wind\n")

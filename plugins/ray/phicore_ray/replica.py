@@ -18,6 +18,7 @@ from phicore.model import Model
 from phicore.server.plan import Plan
 from phicore.server.service import Service
 from phicore_ray.metrics import Exporter
+from phicore_ray.telling import telling
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +101,10 @@ class Replica:
         plan.start_logging()
         self._application = plan.application()
         self._service: Service = self._application.state.service
-        self._service.start()
-        while self._service.state == "loading":
-            await asyncio.sleep(0.02)
+        with telling():
+            self._service.start()
+            while self._service.state == "loading":
+                await asyncio.sleep(0.02)
         self._check()
         self._exporting = asyncio.create_task(self._export())
 

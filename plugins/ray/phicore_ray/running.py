@@ -24,6 +24,7 @@ from phicore_ray.deployment import planned
 from phicore_ray.front import LAYERS, VARIABLE
 from phicore_ray.replica import MARK
 from phicore_ray.scaling import Scaling
+from phicore_ray.telling import Told
 
 OBJECT_STORE = 100_000_000
 """The bytes of Ray's store for objects on a cluster of our own. Answers do not go through it."""
@@ -52,10 +53,11 @@ def run(serving: Serving, scaling: Scaling, address: str | None) -> None:
         _check_resources(scaling)
         try:
             serve.start(http_options={"host": serving.host, "port": port})
+            told = Told()
             _say(f"starting {scaling.replicas} of {serving.plan.reference}")
             target = serve.RunTarget(planned(serving.plan, scaling), name=NAME)
             serve.run_many([target], wait_for_applications_running=False)
-            _wait_until_running(signals)
+            _wait_until_running(signals, told)
             if not signals.numbers:
                 _say(f"listening at {url}")
                 signals.wait()
@@ -152,14 +154,16 @@ def _check_resources(scaling: Scaling) -> None:
             )
 
 
-def _wait_until_running(signals: _Signals) -> None:
-    """Wait until the replicas have loaded the model, or a signal comes.
+def _wait_until_running(signals: _Signals, told: Told) -> None:
+    """Wait until the replicas have loaded the model, or a signal comes; show their warnings.
 
     Raises:
         PhicoreError: If they cannot load it.
     """
     while not signals.numbers:
         found = serve.status().applications.get(NAME)
+        for line in told.new():
+            _say(line)
         if found is not None:
             if found.status == ApplicationStatus.RUNNING:
                 return

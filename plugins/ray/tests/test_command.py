@@ -13,6 +13,11 @@ from pathlib import Path
 import openai
 import pytest
 from ray_clusters import ENDLESS, HI, WAIT_S, descendants, wait_until
+from unit.throwaway import Install, install
+
+from phicore.backend import VERSION
+
+__all__ = ["install"]
 
 
 class Process:
@@ -87,6 +92,33 @@ def test_signal_lets_answers_finish_and_leaves_nothing(endless_path: Path):
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         free.bind((host, int(port)))
+
+
+SLOW = """
+    import time
+    from phicore import hookimpl
+
+    def create(options):
+        time.sleep(3600)
+
+    @hookimpl
+    def phicore_register_backends(register):
+        register("slow", create=create, devices=lambda: ["cpu"], protocol=PROTOCOL)
+"""
+
+
+def test_plugin_that_blocks_a_replica_is_named_and_the_interrupt_ends_all(
+    install: Install, endless_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    install("phicore-slow", "slow", SLOW.replace("PROTOCOL", str(VERSION)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "phicore-slow"))
+    running = Process("-m", endless_path, "-b", "slow", "--replicas", 2)
+    said = "phicore ray-serve: still waiting for plugin phicore-slow to create the backend slow ("
+    wait_until(lambda: running.process.poll() is not None or said in running.said, said)
+    assert running.said.count(said) == 1, running.said
+    running.process.send_signal(signal.SIGINT)
+    assert running.ended() == 130
+    assert "Traceback" not in running.said
 
 
 def test_damaged_model_is_one_line(tmp_path: Path):
