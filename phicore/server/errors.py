@@ -15,6 +15,8 @@ from phicore.errors import (
 
 RETRY_AFTER_S = 2
 """After how many seconds a client may try again."""
+LONGEST_MESSAGE = 1000
+"""The largest number of characters that are taken of a message, which may quote a request."""
 
 _TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
@@ -35,7 +37,7 @@ class ApiError(PhicoreError):
     """An error with a status of HTTP.
 
     Args:
-        message: What is wrong, and what to do.
+        message: What is wrong, and what to do. It becomes a line without control characters.
         status: The status.
         param: The field of the request that is wrong.
         code: A word for programs, such as "context_length_exceeded".
@@ -49,9 +51,9 @@ class ApiError(PhicoreError):
         param: str | None = None,
         code: str | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(_line(message))
         self.status = status
-        self.param = param
+        self.param = None if param is None else _line(param)
         self.code = code
 
     @property
@@ -67,6 +69,12 @@ class ApiError(PhicoreError):
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}
+
+
+def _line(text: str) -> str:
+    """Return the beginning of a text, with what is not printable spelled as in Python."""
+    start = text[:LONGEST_MESSAGE]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in start)
 
 
 def wrong_field(name: str, problem: str) -> ApiError:

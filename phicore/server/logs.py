@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _QUIET = ("/health", "/metrics")
+_METHODS = ("GET", "HEAD", "OPTIONS", "POST")
+"""The methods that are counted. Clients may invent others, and each would stay in memory."""
+_LONGEST = 200
+"""A line of the log has so many characters of a path, which may have 64 thousand."""
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The identifier of the request that is answered."""
 
@@ -67,12 +71,13 @@ class Requests:
     def _note(self, scope: Scope, status: int, took_s: float) -> None:
         # The pattern of the route, so that there are few different labels.
         path = getattr(scope.get("route"), "path", None) or "other"
-        self._responses.labels(scope["method"], path, status).inc()
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._responses.labels(method, path, status).inc()
         level = logging.DEBUG if scope["path"] in _QUIET and status < 400 else logging.INFO
         client = scope.get("client")
         fields = {
-            "method": scope["method"],
-            "path": scope["path"],
+            "method": method,
+            "path": scope["path"][:_LONGEST],
             "status": status,
             "took_ms": round(1000 * took_s, 1),
             "client": client[0] if client else None,

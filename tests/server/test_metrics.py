@@ -89,6 +89,17 @@ def test_path_of_a_metric_is_the_pattern_of_the_route(fresh: Served):
     assert "phicore:http_responses_total GET other 404" in names
 
 
+def test_methods_that_clients_invent_are_counted_as_one(fresh: Served):
+    """Each had a counter of its own, for ever, and nobody needed a key to make one."""
+    for number in range(3):
+        fresh.ask(f"INVENTED{number}", "/health")
+        fresh.ask("A" * 60000 + str(number), "/no/such/path")
+    names = values(fresh)
+    assert not any("INVENTED" in name or "AAAA" in name for name in names)
+    assert "phicore:http_responses_total other /health 405" in names
+    assert "phicore:http_responses_total other other 404" in names
+
+
 def test_request_id_is_taken_told_and_logged_but_no_text(
     fresh: Served, caplog: pytest.LogCaptureFixture
 ):
