@@ -92,6 +92,17 @@ def stopping() -> ApiError:
     return ApiError("the server is shutting down", status=503, code="shutting_down")
 
 
+def full(count: int) -> ApiError:
+    """Return the error of a server that has so many requests that it takes no more."""
+    problem = f"{count} requests run or wait already; try again later"
+    return ApiError(problem, status=503, code="queue_full")
+
+
+def out_of_time() -> ApiError:
+    """Return the error about a request that takes longer than `--time-limit`."""
+    return ApiError("the request took longer than the server allows", status=504)
+
+
 def blocked() -> ApiError:
     """Return the error of a server in which a plugin does not return."""
     problem = "a plugin of this server does not return; the server's log names it"
