@@ -51,9 +51,9 @@ class ApiError(PhicoreError):
         param: str | None = None,
         code: str | None = None,
     ) -> None:
-        super().__init__(_line(message))
+        super().__init__(printable(message[:LONGEST_MESSAGE]))
         self.status = status
-        self.param = None if param is None else _line(param)
+        self.param = None if param is None else printable(param[:LONGEST_MESSAGE])
         self.code = code
 
     @property
@@ -71,10 +71,9 @@ class ApiError(PhicoreError):
         return {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}
 
 
-def _line(text: str) -> str:
-    """Return the beginning of a text, with what is not printable spelled as in Python."""
-    start = text[:LONGEST_MESSAGE]
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in start)
+def printable(text: str) -> str:
+    """Return a text with line breaks and other control characters spelled as in Python."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def wrong_field(name: str, problem: str) -> ApiError:

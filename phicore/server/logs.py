@@ -15,7 +15,7 @@ from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phicore.server.errors import api_error
+from phicore.server.errors import api_error, printable
 from phicore.server.guards import refusal
 
 log = logging.getLogger(__name__)
@@ -111,10 +111,13 @@ class Lines(logging.Formatter):
                 **fields,
             }
             return json.dumps(line, default=str)
+        # Clients choose some words of a message, such as roles that a template leaves out.
+        message = printable(record.getMessage())
         trace = fields.pop("traceback", None)
         shown = "".join(f" {name}={_shown(value)}" for name, value in fields.items())
-        line_ = f"{when} {record.levelname.lower()} {record.getMessage()}{shown}"
-        return line_ if trace is None else f"{line_}\n{trace}"
+        lines = [f"{when} {record.levelname.lower()} {message}{shown}"]
+        lines += [] if trace is None else map(printable, trace.split("\n"))
+        return "\n".join(lines)
 
 
 def _shown(value: Any) -> str:
