@@ -8,6 +8,7 @@ depend on the others: a row sees its own slots, and its random numbers follow fr
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Tokens
@@ -43,6 +44,9 @@ from phicore.network.sampling import Sampling
 from phicore.network.weights import load_params, read_config
 from phicore.progress import Progress, silent
 from phicore.text.logprobs import TokenLogprobs
+
+PAUSE_S = 0.001
+"""For how long a lock is left to others. One that is taken again at once stays with its thread."""
 
 
 class Engine:
@@ -435,7 +439,8 @@ class Engine:
     def score(self, tokens: Tokens[int], count: int = 0) -> list[TokenLogprobs | None]:
         """Compute the log probability of each token after the tokens before it.
 
-        This takes less memory than `logits`: the scores of 64 tokens at a time.
+        This takes less memory than `logits`: the scores of 64 tokens at a time. In between, other
+        threads may run steps.
 
         Args:
             count: The number of alternatives, 0 to 20, that each result has.
@@ -451,10 +456,24 @@ class Engine:
         check_logprobs(count)
         with self._lock:
             args = (list(tokens),)
-            found = self.team.call("score", args, lambda: self.runner.logprobs(tokens))
+            found = self.team.call(
+                "score", args, lambda: self.runner.logprobs(tokens, self._let_others)
+            )
         if not all(np.isfinite(found[name]).all() for name in ("chosen", "likeliest")):
             raise PhicoreError(NOT_FINITE)
         return [None, *logprobs.of_tokens(tokens[1:], found, count)]
+
+    def _let_others(self) -> None:
+        """Let another thread run a step, which a long text would keep from it for minutes.
+
+        The processes of a team must all make the same calls in the same order, so they do not.
+        """
+        if self.team.is_alone:
+            self._lock.release()
+            try:
+                time.sleep(PAUSE_S)
+            finally:
+                self._lock.acquire()
 
     def _check_scored(self, tokens: Tokens[int]) -> None:
         if not len(tokens):

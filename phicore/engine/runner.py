@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from functools import cached_property
 from typing import Any
@@ -299,11 +299,13 @@ class Runner:
             rows[chunk.start : chunk.end] = self.ops.to_numpy(scores)[0, : chunk.end - chunk.start]
         return rows
 
-    def logprobs(self, tokens: Tokens[int]) -> Logprobs:
+    def logprobs(self, tokens: Tokens[int], pause: Callable[[], None] = lambda: None) -> Logprobs:
         """Compute log probabilities after each token: of the next token, and of the likeliest ones.
 
         The scores of at most 64 tokens are in memory at a time.
 
+        Args:
+            pause: Called after each part of the tokens.
         Returns:
             The result of `logprobs.logprobs` on the host, with T rows. The last row's `chosen` is
             garbage, since no token follows.
@@ -313,6 +315,7 @@ class Runner:
         for chunk, found in self._run_chunks(self.steps.score_tokens(), tokens, following):
             count = chunk.end - chunk.start
             parts.append({name: self.ops.to_numpy(a)[0, :count] for name, a in found.items()})
+            pause()
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _run_chunks(

@@ -119,20 +119,27 @@ def schema_text(schema: Mapping[str, Any], parameter: str) -> str:
         raise ArgumentError("it is nested too deeply", parameter=parameter) from error
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"not JSON: {in_a_line(str(error))}", parameter=parameter) from error
-    check_length(text, parameter)
+    check_text(text, parameter)
     check_costs(schema, parameter)
     return text
 
 
-def check_length(text: str, parameter: str) -> None:
-    """Check the length of the text of a constraint.
+def check_text(text: Any, parameter: str) -> None:
+    """Check the text of a constraint.
 
     Raises:
-        ArgumentError: If it is too long.
+        ArgumentError: If it is no text, too long, or has half of a character.
     """
+    if not isinstance(text, str):
+        raise ArgumentError(parameter=parameter, expected="a text", got=text)
     if len(text) > MOST_TEXT:
         expected = f"at most {MOST_TEXT} characters"
         raise ArgumentError(f"expected {expected}, got {len(text)}", parameter=parameter)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = "it has half of a character, a lone surrogate"
+        raise ArgumentError(problem, parameter=parameter) from error
 
 
 def check_costs(schema: Any, parameter: str) -> None:
@@ -174,17 +181,13 @@ def check_costs(schema: Any, parameter: str) -> None:
 
 
 def _regex(pattern: Any) -> str:
-    if not isinstance(pattern, str):
-        raise ArgumentError(parameter=REGEX, expected="a text", got=pattern)
-    check_length(pattern, REGEX)
+    check_text(pattern, REGEX)
     made: str = matcher_class().grammar_from_regex(pattern)
     return made
 
 
 def _grammar(text: Any) -> str:
-    if not isinstance(text, str):
-        raise ArgumentError(parameter=GRAMMAR, expected="a text", got=text)
-    check_length(text, GRAMMAR)
+    check_text(text, GRAMMAR)
     rules = len(_RULE.findall(text))
     if rules > MOST_RULES:
         expected = f"at most {MOST_RULES} rules"
@@ -198,7 +201,7 @@ def _grammar(text: Any) -> str:
         raise ArgumentError("it is nested too deeply", parameter=GRAMMAR) from error
     except Exception as error:  # the converter raises plain exceptions
         raise ArgumentError(in_a_line(str(error)), parameter=GRAMMAR) from error
-    check_length(lark, GRAMMAR)
+    check_text(lark, GRAMMAR)
     for schema in _schemas_in(lark):
         check_costs(schema, GRAMMAR)
     made: str = matcher.grammar_from_lark(lark + _NO_FORCING)
@@ -219,5 +222,5 @@ def in_a_line(message: str) -> str:
     """Return a message of the library, which may have many lines, as a short line."""
     if message.startswith("panic"):
         return "it is too large, or has a form that the library does not expect"
-    line = " ".join(message.split())
+    line = " ".join(message.partition("<state>")[0].split())  # the state of its parser is no reason
     return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}..."

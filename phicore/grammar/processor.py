@@ -73,7 +73,7 @@ class AllowedTokens(LogitsProcessor):
 
     def _allowed(self, matcher: Any) -> Mapping[str, np.ndarray]:
         if matcher.is_error():
-            reason = in_a_line(matcher.get_error().partition("<state>")[0])
+            reason = in_a_line(matcher.get_error())
             raise PhicoreError(f"{self._constraint.name}: {reason}")
         matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
         mask = np.zeros(self._bytes, np.uint8)

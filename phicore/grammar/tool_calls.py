@@ -11,7 +11,7 @@ from phicore.errors import ArgumentError
 from phicore.grammar.constraints import (
     ANY_OBJECT,
     Constraint,
-    check_length,
+    check_text,
     in_a_line,
     matcher_class,
     schema_text,
@@ -42,18 +42,29 @@ def constrained(
     Raises:
         ArgumentError: If a schema that must be honoured cannot be.
     """
-    schemas = [_schema(tool, vocabulary, use.is_forced or tool.is_strict) for tool in use.tools]
-    lark = _lark(use, schemas, control_id)
-    check_length(lark, TOOLS)
+    tools = [(tool, use.is_forced or tool.is_strict) for tool in use.tools]
+    texts = [_schema(tool, is_needed) for tool, is_needed in tools]
+    check_text("".join(texts), TOOLS)  # before the library takes its time for each of them
+    pairs = zip(texts, tools, strict=True)
+    lark = _lark(use, [_honoured(text, *pair, vocabulary) for text, pair in pairs], control_id)
+    check_text(lark, TOOLS)
     grammar: str = matcher_class().grammar_from_lark(lark)
     return replace(use, is_constrained=True), Constraint(TOOLS, grammar)
 
 
-def _schema(tool: Tool, vocabulary: Vocabulary, is_needed: bool) -> Mapping[str, Any]:
-    """Return the schema of a tool's arguments, or of any object."""
+def _schema(tool: Tool, is_needed: bool) -> str:
+    """Return the schema of a tool's arguments as text, or that of any object."""
     try:
-        text = schema_text(tool.parameters, TOOLS)
-        schema: Mapping[str, Any] = json.loads(text)
+        return schema_text(tool.parameters, TOOLS)
+    except ArgumentError as error:
+        if is_needed:
+            raise _wrong(tool, error.problem) from error
+        return json.dumps(ANY_OBJECT)
+
+
+def _honoured(text: str, tool: Tool, is_needed: bool, vocabulary: Vocabulary) -> Mapping[str, Any]:
+    """Return the schema of a tool's arguments if the library can follow it, or any object's."""
+    try:
         grammar = matcher_class().grammar_from_json_schema(text, overrides=_SPACED)
         vocabulary.check(Constraint(TOOLS, grammar))
     except (ValueError, ArgumentError) as error:
@@ -61,6 +72,7 @@ def _schema(tool: Tool, vocabulary: Vocabulary, is_needed: bool) -> Mapping[str,
             return ANY_OBJECT
         problem = error.problem if isinstance(error, ArgumentError) else str(error)
         raise _wrong(tool, problem) from error
+    schema: Mapping[str, Any] = json.loads(text)
     return schema
 
 

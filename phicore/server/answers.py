@@ -70,7 +70,7 @@ class Answering:
         Raises:
             ApiError: If no answer, or no whole answer, can be computed.
         """
-        exchange = self._service.exchange(requests, self._spell)
+        exchange = self._service.exchange(request, requests, self._spell)
 
         def gone() -> None:
             exchange.fail(GoneError())

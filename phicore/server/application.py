@@ -180,7 +180,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     path, method = request.url.path, request.method
     words = {
         404: f"there is nothing at {path:.100}",
-        405: f"{path:.100} does not take {method}",
+        405: f"{path:.100} does not take {method:.20}",
     }
     message = words.get(error.status_code, error.detail)
     found = refusal(ApiError(message, status=error.status_code, code="unknown_url"))

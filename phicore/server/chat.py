@@ -54,7 +54,7 @@ async def chat(service: Service, request: Request) -> Response:
         )
 
     spell = partial(Options.spelled, options, prompt="messages")
-    requests = await service.in_pool(prepared, spell, is_long=request.state.is_long)
+    requests = await service.in_pool(request, prepared, spell)
     service.check_prompts(requests, "messages")
     logprobs = [] if count is None else [ChatLogprobs(model.tokenizer) for _ in requests]
     shape = ChatShape([ToolReader(each) for each in requests])

@@ -51,13 +51,13 @@ async def completions(service: Service, request: Request) -> Response:
         return requests
 
     spell = partial(Options.spelled, options, prompt="prompt")
-    requests = await service.in_pool(prepared, spell, is_long=request.state.is_long)
+    requests = await service.in_pool(request, prepared, spell)
     service.check_prompts(requests, "prompt")
     echoes: list[Echo] = []
     for index, prompt in enumerate(prompts if is_echo else []):
         ids = requests[index * options.choices].prompt_ids
         echo = partial(_echo, model, prompt, ids, count)
-        echoes.append(await service.in_pool(echo, spell, is_long=count is not None))
+        echoes.append(await service.in_pool(request, echo, spell, is_long=count is not None))
     logprobs = []
     if count is not None:
         offsets = [len(text) for text, _ in echoes for _ in range(options.choices)]

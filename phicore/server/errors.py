@@ -15,6 +15,8 @@ from phicore.errors import (
 
 RETRY_AFTER_S = 2
 """After how many seconds a client may try again."""
+LONGEST_MESSAGE = 1000
+"""The largest number of characters that are taken of a message, which may quote a request."""
 
 _TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
@@ -35,7 +37,7 @@ class ApiError(PhicoreError):
     """An error with a status of HTTP.
 
     Args:
-        message: What is wrong, and what to do.
+        message: What is wrong, and what to do. It becomes a line without control characters.
         status: The status.
         param: The field of the request that is wrong.
         code: A word for programs, such as "context_length_exceeded".
@@ -49,9 +51,9 @@ class ApiError(PhicoreError):
         param: str | None = None,
         code: str | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(printable(message[:LONGEST_MESSAGE]))
         self.status = status
-        self.param = param
+        self.param = None if param is None else printable(param[:LONGEST_MESSAGE])
         self.code = code
 
     @property
@@ -69,6 +71,11 @@ class ApiError(PhicoreError):
         return {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}
 
 
+def printable(text: str) -> str:
+    """Return a text with line breaks and other control characters spelled as in Python."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def wrong_field(name: str, problem: str) -> ApiError:
     """Return the error about a field of a request."""
     return ApiError(f"{name}: {problem}", param=name, code="invalid_value")
@@ -82,6 +89,17 @@ def loading() -> ApiError:
 def stopping() -> ApiError:
     """Return the error of a server that is about to end."""
     return ApiError("the server is shutting down", status=503, code="shutting_down")
+
+
+def full(count: int) -> ApiError:
+    """Return the error of a server that has so many requests that it takes no more."""
+    problem = f"{count} requests run or wait already; try again later"
+    return ApiError(problem, status=503, code="queue_full")
+
+
+def out_of_time() -> ApiError:
+    """Return the error about a request that takes longer than `--time-limit`."""
+    return ApiError("the request took longer than the server allows", status=504)
 
 
 def blocked() -> ApiError:

@@ -65,6 +65,7 @@ class Watch:
         self._blocked = blocked
         self._computing: int | None = None
         self._began_s: float | None = None
+        self._lock = threading.Lock()
         self._is_over = threading.Event()
 
     def start(self) -> None:
@@ -83,10 +84,10 @@ class Watch:
 
     def end(self) -> None:
         """Note that a step has ended."""
-        self._began_s = None
-        if self.blocker is not None:
-            log.warning("%s has returned; answers are computed again", self.blocker)
-            self.blocker = None
+        with self._lock:
+            blocker, self.blocker, self._began_s = self.blocker, None, None
+        if blocker is not None:
+            log.warning("%s has returned; answers are computed again", blocker)
 
     def _put_off(self) -> None:
         """Let the stacks be written unless this is called again within the limit."""
@@ -120,11 +121,18 @@ class Watch:
                 seen = None
             elif seen is None or seen[0] != found[0]:
                 seen = found[0], now_s
-            elif now_s - began_s >= self._limit_s and self._began_s == began_s:
-                self.blocker = f"plugin {found[0]} ({found[1]})"
-                log.error(
-                    "%s has not returned for %.0f s; the answers that waited for it fail",
-                    self.blocker,
-                    now_s - began_s,
-                )
-                self._blocked()
+            elif now_s - began_s >= self._limit_s:
+                self._tell(began_s, now_s, f"plugin {found[0]} ({found[1]})")
+
+    def _tell(self, began_s: float, now_s: float, blocker: str) -> None:
+        """Note what blocks a step, unless the step has ended meanwhile: nothing would clear it."""
+        with self._lock:
+            if self._began_s != began_s:
+                return
+            self.blocker = blocker
+        log.error(
+            "%s has not returned for %.0f s; the answers that waited for it fail",
+            blocker,
+            now_s - began_s,
+        )
+        self._blocked()

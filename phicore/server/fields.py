@@ -18,7 +18,8 @@ def parsed(body: bytes) -> dict[str, Any]:
     """Return the JSON object in a body.
 
     Raises:
-        ApiError: If the body has something else.
+        ApiError: If the body has something else, or a text in it is none: JSON can spell half of a
+            character ("\\ud800"), which no library writes or splits into tokens.
     """
     try:
         found = json.loads(body, parse_constant=_no_number)
@@ -29,6 +30,11 @@ def parsed(body: bytes) -> dict[str, Any]:
         raise ApiError("the body must be a JSON object", code="invalid_json")
     if _is_deep(found):
         raise ApiError("the body is not JSON: it is nested too deeply", code="invalid_json")
+    for name, value in found.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise wrong_field(name, "it has half of a character, a lone surrogate") from None
     return found
 
 

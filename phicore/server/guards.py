@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Sequence
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -15,13 +15,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from phicore.server.errors import ApiError
 
 LOCAL = ("localhost", "testserver")
-PUBLIC = ("/health", "/openapi.json")
-"""Paths that need no key."""
 CLOSED = (
     *("/v1", "/chat", "/completions", "/models", "/tokenize", "/detokenize"),
     *("/apply-template", "/metrics"),
 )
-"""Paths that need a key begin so. The page does not, since it asks the user for the key."""
+"""Paths that need a key begin so. The page needs none, since it asks the user for the key."""
 
 
 def refusal(error: ApiError) -> JSONResponse:
@@ -68,7 +66,7 @@ class Hosts:
             )
         if origin is None or "*" in self._origins or origin in self._origins:
             return None
-        if urlsplit(origin).netloc.lower() == host.lower():
+        if _split(origin).netloc.lower() == host.lower():
             return None
         return ApiError(
             f"pages of {origin:.100} may not ask this server; --cors-origin allows an origin",
@@ -88,10 +86,15 @@ class Hosts:
 
 def _name_of(host: str) -> str:
     """Return the name in a Host header, without port and brackets."""
+    return (_split(f"//{host}").hostname or "").lower()
+
+
+def _split(address: str) -> SplitResult:
+    """Return the parts of an address. A malformed one, such as "http://[", has none."""
     try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
+        return urlsplit(address)
     except ValueError:
-        return ""
+        return urlsplit("")
 
 
 class Keys:

@@ -11,7 +11,7 @@ from typing import Protocol
 from phicore.engine import Request, Timings
 from phicore.errors import PhicoreError
 from phicore.generation import Generation
-from phicore.server.errors import ApiError, api_error
+from phicore.server.errors import ApiError, api_error, out_of_time
 from phicore.server.logs import request_id
 from phicore.text.pieces import Piece
 
@@ -90,14 +90,14 @@ class Exchange:
         requests: Sequence[Request],
         worker: Computes,
         *,
-        time_limit_s: float,
+        end_s: float,
         spell: Callable[[str], str],
     ) -> None:
         """Prepare to compute answers.
 
         Args:
             worker: The thread that computes.
-            time_limit_s: The exchange fails after this time in seconds.
+            end_s: The exchange fails at this time of the event loop.
             spell: Returns the field of the client's request for a parameter in Python.
         """
         self.spell = spell
@@ -107,7 +107,7 @@ class Exchange:
         self.jobs = [Job(request, self) for request in requests]
         self._worker = worker
         self._changed = asyncio.Event()
-        self._timer = self.loop.call_later(time_limit_s, self._out_of_time)
+        self._timer = self.loop.call_at(end_s, lambda: self.fail(out_of_time()))
 
     async def begin(self) -> None:
         """Give the requests to the engine, and wait until it has accepted them.
@@ -176,6 +176,3 @@ class Exchange:
             return False
         self._changed.clear()
         return True
-
-    def _out_of_time(self) -> None:
-        self.fail(ApiError("the request took longer than the server allows", status=504))

@@ -15,13 +15,17 @@ from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phicore.server.errors import api_error
+from phicore.server.errors import api_error, printable
 from phicore.server.guards import refusal
 
 log = logging.getLogger(__name__)
 
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _QUIET = ("/health", "/metrics")
+_METHODS = ("GET", "HEAD", "OPTIONS", "POST")
+"""The methods that are counted. Clients may invent others, and each would stay in memory."""
+_LONGEST = 200
+"""A line of the log has so many characters of a path, which may have 64 thousand."""
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The identifier of the request that is answered."""
 
@@ -67,12 +71,13 @@ class Requests:
     def _note(self, scope: Scope, status: int, took_s: float) -> None:
         # The pattern of the route, so that there are few different labels.
         path = getattr(scope.get("route"), "path", None) or "other"
-        self._responses.labels(scope["method"], path, status).inc()
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._responses.labels(method, path, status).inc()
         level = logging.DEBUG if scope["path"] in _QUIET and status < 400 else logging.INFO
         client = scope.get("client")
         fields = {
-            "method": scope["method"],
-            "path": scope["path"],
+            "method": method,
+            "path": scope["path"][:_LONGEST],
             "status": status,
             "took_ms": round(1000 * took_s, 1),
             "client": client[0] if client else None,
@@ -106,10 +111,13 @@ class Lines(logging.Formatter):
                 **fields,
             }
             return json.dumps(line, default=str)
+        # Clients choose some words of a message, such as roles that a template leaves out.
+        message = printable(record.getMessage())
         trace = fields.pop("traceback", None)
         shown = "".join(f" {name}={_shown(value)}" for name, value in fields.items())
-        line_ = f"{when} {record.levelname.lower()} {record.getMessage()}{shown}"
-        return line_ if trace is None else f"{line_}\n{trace}"
+        lines = [f"{when} {record.levelname.lower()} {message}{shown}"]
+        lines += [] if trace is None else map(printable, trace.split("\n"))
+        return "\n".join(lines)
 
 
 def _shown(value: Any) -> str:

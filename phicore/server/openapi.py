@@ -8,6 +8,7 @@ from typing import Any
 
 from phicore.engine.request import MOST_LOGPROBS
 from phicore.server.parameters import LONGEST_STOP, MOST_CHOICES, MOST_STOPS
+from phicore.tools.choices import MOST_TOOLS
 
 Schema = dict[str, Any]
 
@@ -127,7 +128,7 @@ _ALLOWED = _object(
         ),
     },
 )
-_TOOLS = _or_null(_list(_ref("Tool")), "Functions that the model may call.")
+_TOOLS = _or_null(_list(_ref("Tool"), maxItems=MOST_TOOLS), "Functions that the model may call.")
 _ROLE: Schema = {**TEXT, "examples": ["system", "user", "assistant", "tool"]}
 _SCHEMAS: dict[str, Schema] = {
     "Tool": _object(

@@ -26,7 +26,9 @@ from phicore.server.errors import (
     ApiError,
     api_error,
     blocked,
+    full,
     loading,
+    out_of_time,
     stopping,
     too_long,
     wrong_field,
@@ -36,7 +38,7 @@ from phicore.server.fields import Fields, parsed
 from phicore.server.jobs import Exchange
 from phicore.server.metrics import Metrics
 from phicore.server.settings import Settings
-from phicore.server.streams import GoneError
+from phicore.server.streams import GoneError, unless_gone
 from phicore.server.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ CHUNK_S = 0.8
 """A prompt is read in parts of about this time, so that clients who go away are noticed soon."""
 LONG_BODY = 100_000
 """A body of more bytes has long texts."""
+QUICK = 16
+"""Number of requests whose texts may be in work beside those that may run and wait."""
 State = Literal["loading", "ready", "failed", "stopping"]
 
 
@@ -92,6 +96,7 @@ class Service:
         # Texts are split into tokens here, since a long one would keep all others waiting.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="phicore-text")
         self._long = ThreadPoolExecutor(1, thread_name_prefix="phicore-long")
+        self._preparing = 0
 
     # ---- life ------------------------------------------------------------------------------
 
@@ -157,7 +162,9 @@ class Service:
 
     def _is_blocked(self) -> None:
         """End all answers, since a plugin keeps them waiting; another thread calls this."""
-        for exchange in list(self._exchanges):
+        with self._lock:  # a set must not grow while somebody goes through it
+            found = list(self._exchanges)
+        for exchange in found:
             with suppress(RuntimeError):  # its event loop has ended
                 exchange.loop.call_soon_threadsafe(exchange.fail, blocked())
 
@@ -172,8 +179,9 @@ class Service:
 
     def begin_stop(self) -> None:
         """Let the service end: /health tells so, and what is under way goes on."""
-        if self.state in ("loading", "ready"):
-            self.state = "stopping"
+        with self._lock:
+            if self.state in ("loading", "ready"):
+                self.state = "stopping"
 
     def end_all(self, error: ApiError) -> None:
         """End the answers that are under way because of an error."""
@@ -183,8 +191,7 @@ class Service:
     def close(self, wait_s: float = 10.0) -> None:
         """End the answers that are under way, and the thread."""
         atexit.unregister(self.close)
-        with self._lock:
-            self.begin_stop()
+        self.begin_stop()
         if self._worker is not None:
             self._worker.stop()
             if self._thread is not None and self._thread is not threading.current_thread():
@@ -236,11 +243,13 @@ class Service:
     async def body(self, request: Request) -> dict[str, Any]:
         """Read the object in the body of a request.
 
-        `request.state.is_long` then tells whether its texts are long.
+        `request.state` then has `is_long`, whether its texts are long, and `end_s`, the time of the
+        event loop at which the request is out of time.
 
         Raises:
             ApiError: If the body is too long, comes too slowly or is no object.
         """
+        request.state.end_s = asyncio.get_running_loop().time() + self.settings.time_limit
         most = self.settings.max_body
         too_large = ApiError(
             f"the body is too large; this server takes {most} bytes", status=413, code="too_large"
@@ -279,21 +288,35 @@ class Service:
         raise unknown_model(name, self.names)
 
     async def in_pool(
-        self, function: Callable[[], Any], spell: Callable[[str], str], *, is_long: bool = False
+        self,
+        request: Request,
+        function: Callable[[], Any],
+        spell: Callable[[str], str],
+        *,
+        is_long: bool = False,
     ) -> Any:
-        """Call a function in a thread for work with text.
+        """Call a function in a thread for work with text, for a request whose body was read.
+
+        Functions that take long run one after the other, and others do not wait for them. If the
+        client goes away before its function begins, it is not called.
 
         Args:
             spell: Returns the field of the request for a parameter in Python.
-            is_long: Whether the function takes long. Such functions run one after the other, and
-                others do not wait for them.
+            is_long: Whether the function takes long; it also does if the body is long.
         Raises:
-            ApiError: If the function raises an error of phicore.
+            ApiError: If the function raises an error of phicore, too many requests wait for theirs,
+                the request is out of time, or the client has gone away.
         """
-        loop = asyncio.get_running_loop()
         model = self.model
+        if self._preparing >= self._most(model) + QUICK:
+            raise full(self._preparing)
+        pool = self._long if is_long or request.state.is_long else self._pool
+        self._preparing += 1
         try:
-            return await loop.run_in_executor(self._long if is_long else self._pool, function)
+            async with asyncio.timeout_at(request.state.end_s):
+                return await _called(pool, function, request)
+        except TimeoutError:
+            raise out_of_time() from None
         except ApiError:
             raise
         except TokenizerError as error:  # the file's name is of no use to a client
@@ -304,6 +327,8 @@ class Service:
             if found.status == 500:
                 tell(log, "a request cannot be prepared", error)
             raise found from error
+        finally:
+            self._preparing -= 1
 
     def check_room(self) -> None:
         """Check that the queue has room, before a request costs anything.
@@ -313,11 +338,7 @@ class Service:
         """
         worker = self.worker
         if worker.count >= self._most(worker.model):
-            raise ApiError(
-                f"{worker.count} requests run or wait already; try again later",
-                status=503,
-                code="queue_full",
-            )
+            raise full(worker.count)
 
     def check_prompts(self, requests: Sequence[EngineRequest], field: str) -> None:
         """Check the lengths of prompts.
@@ -335,12 +356,39 @@ class Service:
                 f"{field}: {longest} tokens; this server takes {most}", param=field, code="too_long"
             )
 
-    def exchange(self, requests: Sequence[EngineRequest], spell: Callable[[str], str]) -> Exchange:
-        """Return an exchange for requests to the engine."""
-        limit = self.settings.time_limit
-        made = Exchange(requests, self.worker, time_limit_s=limit, spell=spell)
-        self._exchanges.add(made)
+    def exchange(
+        self, request: Request, requests: Sequence[EngineRequest], spell: Callable[[str], str]
+    ) -> Exchange:
+        """Return an exchange for requests to the engine.
+
+        Args:
+            request: The client's request, whose body was read.
+            spell: Returns the field of the request for a parameter in Python.
+        """
+        made = Exchange(requests, self.worker, end_s=request.state.end_s, spell=spell)
+        with self._lock:
+            self._exchanges.add(made)
         return made
+
+
+async def _called(pool: ThreadPoolExecutor, function: Callable[[], Any], request: Request) -> Any:
+    """Call a function in a pool, unless the client goes away before its turn comes."""
+    turn = pool.submit(function)
+    is_gone = False
+
+    def gone() -> None:
+        nonlocal is_gone
+        is_gone = True
+        turn.cancel()
+
+    try:
+        found = await unless_gone(request.receive, asyncio.wrap_future(turn), gone)
+    except asyncio.CancelledError:
+        if not is_gone:
+            raise
+    if is_gone:
+        raise GoneError
+    return found
 
 
 def unknown_model(name: str, names: Sequence[str]) -> ApiError:

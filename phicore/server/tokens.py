@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -39,16 +39,25 @@ async def tokenize(service: Service, request: Request) -> Response:
             text, add_bos=add_bos and tokenizer.bos_token_id is not None, parse_special=parses
         )
 
-    ids = await service.in_pool(
-        tokens,
-        lambda parameter: name or _spelled(parameter),
-        is_long=request.state.is_long,
+    def told(id: int) -> str:
+        if not has_pieces:
+            return str(id)
+        token = {"id": id, "piece": _piece(tokenizer.token_bytes(id))}
+        return json.dumps(token, ensure_ascii=False, separators=(",", ":"))
+
+    def answer() -> Response:
+        # Each token is written once: an object for each of millions would take gigabytes, and
+        # writing them would keep all other clients waiting.
+        ids = tokens()
+        texts = {id: told(id) for id in set(ids)}
+        listed = ",".join([texts[id] for id in ids])
+        body = f'{{"tokens":[{listed}],"count":{len(ids)},"max_model_len":{model.context}}}'
+        return Response(body, media_type="application/json")
+
+    made: Response = await service.in_pool(
+        request, answer, lambda parameter: name or _spelled(parameter)
     )
-    shown: list[Any] = ids
-    if has_pieces:
-        shown = [{"id": id, "piece": _piece(tokenizer.token_bytes(id))} for id in ids]
-    body = {"tokens": shown, "count": len(ids), "max_model_len": model.context}
-    return JSONResponse(body)
+    return made
 
 
 def _piece(data: bytes) -> str | list[int]:
@@ -71,11 +80,12 @@ async def detokenize(service: Service, request: Request) -> Response:
         raise wrong_field("tokens", "expected a list of tokens' ids")
     check_ids("tokens", tokens, model.vocab_size)
 
-    def text() -> str:
-        return model.tokenizer.decode(tokens, skip_special=False)
+    def answer() -> Response:
+        found = model.tokenizer.decode(tokens, skip_special=False)
+        return JSONResponse({"content": found, "prompt": found})
 
-    found = await service.in_pool(text, lambda parameter: "tokens", is_long=request.state.is_long)
-    return JSONResponse({"content": found, "prompt": found})
+    made: Response = await service.in_pool(request, answer, lambda parameter: "tokens")
+    return made
 
 
 async def apply_template(service: Service, request: Request) -> Response:
@@ -90,7 +100,7 @@ async def apply_template(service: Service, request: Request) -> Response:
     def rendered() -> str:
         return model.render(messages, tools=tools, chat_template_kwargs=variables)
 
-    prompt = await service.in_pool(rendered, _spelled, is_long=request.state.is_long)
+    prompt = await service.in_pool(request, rendered, _spelled)
     try:
         prompt.encode()
     except UnicodeEncodeError:

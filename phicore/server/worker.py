@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from phicore.errors import FAULTS, BusyError, PhicoreError
+from phicore.errors import FAULTS, PhicoreError
 from phicore.model import Model
 from phicore.plugins import blaming
-from phicore.server.errors import ApiError, api_error, stopping
+from phicore.server.errors import ApiError, api_error, full, stopping
 from phicore.server.faults import Watch, tell
 from phicore.server.jobs import Job
 from phicore.text.pieces import Piece
@@ -79,8 +79,7 @@ class Worker:
         """Add answers to compute.
 
         Raises:
-            BusyError: If too many are computed or wait.
-            ApiError: If the thread has ended.
+            ApiError: If too many are computed or wait, or the thread has ended.
         """
         with self._condition:
             if self._is_over:
@@ -88,7 +87,7 @@ class Worker:
             if len(jobs) > self._most:
                 raise ApiError(f"expected at most {self._most} answers in a request", param="n")
             if self._count + len(jobs) > self._most:
-                raise BusyError(f"{self._count} requests run or wait already; try again later")
+                raise full(self._count)
             self._submitted += jobs
             self._count += len(jobs)
             self._condition.notify()

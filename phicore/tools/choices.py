@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from phicore.tools.formats import CallFormat
 from phicore.tools.parser import CallParser
 
 TOOLS, TOOL_CHOICE = "tools", "tool_choice"
+MOST_TOOLS = 512
+"""The largest number of tools of a request. A grammar of calls takes a millisecond for each."""
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
@@ -95,13 +97,13 @@ def tool_use(
         kind, inner = choice.get("type"), choice.get(str(choice.get("type")))
         if kind == "function" and isinstance(inner, Mapping):
             is_forced, is_single = True, True
-            chosen = (_named(tools, inner.get("name")),)
+            chosen = _named(tools, [inner.get("name")])
         elif kind == "allowed_tools" and isinstance(inner, Mapping):
             names, mode = inner.get("tools"), inner.get("mode", "auto")
             if not isinstance(names, list) or not names or mode not in ("auto", "required"):
                 raise ArgumentError(parameter=TOOL_CHOICE, expected=expected, got=choice)
             is_forced = mode == "required"
-            chosen = tuple(_named(tools, _name_in(each)) for each in names)
+            chosen = _named(tools, map(_name_in, names))
         else:
             raise ArgumentError(parameter=TOOL_CHOICE, expected=expected, got=choice)
     elif choice not in (None, "none", "auto", "required"):
@@ -118,12 +120,16 @@ def _name_in(value: Any) -> Any:
     return inner.get("name") if isinstance(inner, Mapping) else None
 
 
-def _named(tools: Sequence[Tool], name: Any) -> Tool:
-    for tool in tools:
-        if tool.name == name:
-            return tool
-    known = ", ".join(tool.name for tool in tools) or "no tools"
-    raise ArgumentError(f"{name!r:.80} is not among the tools ({known})", parameter=TOOL_CHOICE)
+def _named(tools: Sequence[Tool], names: Iterable[Any]) -> tuple[Tool, ...]:
+    """Return the tools with these names, each once."""
+    known, found = {tool.name: tool for tool in tools}, {}
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            listed = ", ".join(known) or "no tools"
+            problem = f"{name!r:.80} is not among the tools ({listed:.400})"
+            raise ArgumentError(problem, parameter=TOOL_CHOICE)
+        found[name] = known[name]
+    return tuple(found.values())
 
 
 def checked_tools(tools: Any) -> list[Tool]:
@@ -133,12 +139,16 @@ def checked_tools(tools: Any) -> list[Tool]:
         tools: A list of {"type": "function", "function": {"name", "description", "parameters",
             "strict"}}, or of the inner objects alone. None is an empty list.
     Raises:
-        ArgumentError: If a tool is of another form, or two have the same name.
+        ArgumentError: If a tool is of another form, two have the same name, or there are too many.
     """
     if tools is None:
         return []
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
         raise ArgumentError(parameter=TOOLS, expected="a list of tools", got=tools)
+    if len(tools) > MOST_TOOLS:
+        raise ArgumentError(
+            f"expected at most {MOST_TOOLS} tools, got {len(tools)}", parameter=TOOLS
+        )
     found = [_tool(tool, f"[{index}]") for index, tool in enumerate(tools)]
     names = [tool.name for tool in found]
     for tool in found:

@@ -15,6 +15,7 @@ from conftest import BACKENDS, make_backend
 from phicore.backend import Backend
 from phicore.engine import Engine, Request, Sequence
 from phicore.engine.scheduler import Scheduler
+from phicore.engine.sequence import Output
 from phicore.errors import ArgumentError, ContextError, PhicoreError
 from phicore.network import logprobs, sampler
 from phicore.network.processors import LogitBias
@@ -283,6 +284,29 @@ def test_scores_hold_no_logits_of_all_tokens(path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(engine.runner.ops, "to_numpy", seen)
     engine.score([1] * 150)
     assert set(shapes) == {(1, n, *rest) for n in (64, 22) for rest in ((), (20,))}
+
+
+def test_steps_are_run_between_the_parts_of_a_text_that_is_scored(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A client that had prompts scored kept all others waiting for minutes."""
+    engine = engine_of(make_backend("numpy"), path)
+    request, ids = Request(PROMPT, max_tokens=6), [1] * 150
+    answer, scores = list(engine.generate(request)), engine.score(ids)
+    steps: list[list[Output]] = []
+
+    class Pausing:
+        """Stands for the module `time`: while a thread sleeps, another one runs a step."""
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            steps.append(engine.step())
+
+    monkeypatch.setattr("phicore.engine.engine.time", Pausing)
+    sequence = engine.add(request)
+    assert engine.score(ids) == scores
+    assert len(steps) == 3
+    assert [token for output in engine.outputs(sequence) for token in output.tokens] == answer
 
 
 @pytest.mark.parametrize(

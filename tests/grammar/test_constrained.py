@@ -133,6 +133,9 @@ def test_speculation_changes_no_constrained_answer(tiny: Path, model: Model, bac
         ({"json_schema": 5}, "json_schema: expected a JSON schema, or a class"),
         ({"regex": "("}, "regex: .*unclosed group"),
         ({"regex": 5}, "regex: expected a text, got 5"),
+        ({"regex": "\ud800"}, "regex: it has half of a character"),
+        ({"grammar": 'start: "\ud800"'}, "grammar: it has half of a character"),
+        ({"grammar": 'start: start "x"'}, "grammar: NoExtensionBias$"),  # without its state
         ({"grammar": "nothing"}, "grammar: Expected ::= at line 1"),
         ({"grammar": "start: nothing"}, 'grammar: .*unknown name: "nothing"'),
         ({"grammar": b""}, "grammar: expected a text"),

@@ -82,12 +82,17 @@ def rules(one: str, last: str, size: int, first: str = "start: ") -> str:
 BOMBS: dict[str, dict[str, Any]] = {
     "repetition of repetitions": {"regex": "((a{1,1000}){1,1000}){1,1000}"},
     "large repetition": {"regex": "a{1,1000000000}"},
+    "repetition of a repetition, of one length": {"regex": "(a{1000}){1000}"},
+    "long value": {"json_schema": {"const": "a" * 200_000}},
     "states": {"regex": "(.*a.{20})|(.*b.{20})|(.*c.{20})"},
     "parentheses": {"regex": "(" * 50000 + "a" + ")" * 50000},
     "parentheses within the limits": {"regex": "(" * 200 + "a" + "|b)*" * 200},
     "long expression": {"regex": "|".join(map(str, range(MOST_TEXT)))},
     "least length": {"json_schema": {"type": "string", "minLength": 10**9}},
     "least items": {"json_schema": {"type": "array", "minItems": 10**9}},
+    "least items of one value": {
+        "json_schema": {"type": "array", "items": {"const": 1}, "minItems": 10**9}
+    },
     "values": {"json_schema": {"enum": [f"value {i}" for i in range(15000)]}},
     "properties": {"json_schema": {"properties": {f"p{i}": {} for i in range(10000)}}},
     "properties within the limits": {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from api.tiny_models import write_tiny
-from hostile.conftest import tries, watched
+from hostile.conftest import HANG_S, tries, watched
 from hostile.test_constraints import SCHEMAS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,9 +23,10 @@ ROUTES = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize",
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     path = write_tiny(tmp_path_factory.mktemp("m") / "tiny.gguf")
+    settings = Settings(max_answer=2, time_limit=HANG_S)  # what hangs gets status 504
     with (
         phicore.load(path, "numpy") as model,
-        TestClient(app(model, names=["tiny"], settings=Settings(max_answer=2))) as client,
+        TestClient(app(model, names=["tiny"], settings=settings)) as client,
     ):
         while client.get("/health").status_code == 503:
             pass

@@ -218,9 +218,7 @@ METHODS = [
 
 def _compound(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     args = st.lists(inner, max_size=3).map(", ".join)
-    binary = st.sampled_from(
-        ["+", "-", "*", "/", "//", "%", "**", "~", "==", "!=", "<", "in", "and", "or"]
-    )
+    binary = st.sampled_from(OPERATORS)
     return st.one_of(
         st.builds("({} {} {})".format, inner, binary, inner),
         st.builds("{}|{}({})".format, inner, st.sampled_from(FILTERS), args),

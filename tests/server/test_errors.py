@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -99,6 +100,46 @@ def test_wrong_field_is_a_400_that_names_it(
     assert param is None or param in error["message"]
     assert headers["x-request-id"]
     assert served.is_free
+
+
+HALF = '"\\ud800"'
+TOOL = f'{{"type": "function", "function": {{"name": {HALF}}}}}'
+HALVES = [
+    (CHAT, f'"tools": [{TOOL}], "tool_choice": "required"', "tools"),
+    (CHAT, f'"guided_regex": {HALF}', "guided_regex"),
+    (CHAT, f'"guided_choice": [{HALF}]', "guided_choice"),
+    (CHAT, f'"guided_json": {{"enum": [{HALF}]}}', "guided_json"),
+    (CHAT, '"guided_grammar": "start: \\"\\ud800\\""', "guided_grammar"),
+    (CHAT, f'"model": {HALF}', "model"),
+    (TEXT, f'"prompt": "a", "stop": {HALF}', "stop"),
+    ("/apply-template", f'"user": {{{HALF}: 1}}', "user"),
+    ("/tokenize", f'"content": "a", {HALF}: 1', "\\ud800"),
+]
+
+
+@pytest.mark.parametrize(("path", "field", "param"), HALVES)
+def test_half_of_a_character_is_refused_wherever_it_is(
+    served: Served, path: str, field: str, param: str
+):
+    """Six fields ended in tracebacks and status 500: nothing can write such a text as UTF-8."""
+    status, answer, _ = served.post(path, f'{{"messages": {json.dumps(HI)}, {field}}}')
+    assert status == 400, answer
+    assert answer["error"]["param"] == param
+    assert "half of a character" in answer["error"]["message"]
+
+
+def test_message_that_quotes_a_request_is_a_short_line_without_control_characters(served: Served):
+    name = "a\nb\x1b[31m"
+    status, answer, _ = served.post(CHAT, {"messages": HI, "model": name})
+    assert status == 404
+    assert "a\\nb\\x1b[31m" in answer["error"]["message"]
+    tools = [{"type": "function", "function": {"name": f"{name}{i}" + "x" * 50}} for i in range(60)]
+    choice = {"type": "function", "function": {"name": "y"}}
+    body = {"messages": HI, "tools": tools, "tool_choice": choice}
+    status, answer, _ = served.post(CHAT, body)
+    assert status == 400
+    assert answer["error"]["message"].isprintable()
+    assert len(answer["error"]["message"]) < 3000
 
 
 NOT_HONOURED: list[dict[str, Any]] = [

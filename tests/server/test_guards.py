@@ -135,6 +135,14 @@ def test_request_with_two_lengths_is_the_last_of_its_connection(served: Served):
     assert found.count(b"HTTP/1.1") == 1
 
 
+@pytest.mark.parametrize("origin", ["http://[", "null", "http://a@evil.example", "\xbd"])
+def test_origin_that_is_malformed_is_refused(closed: Served, origin: str):
+    """An address with half a bracket ended in a traceback and status 500."""
+    status, answer, _ = closed.get("/health", Origin=origin)
+    assert status == 403
+    assert answer["error"]["code"] == "origin_not_allowed"
+
+
 def test_page_of_another_site_may_not_send(served: Served):
     """A browser sends such a request without asking first, whatever the answer allows."""
     headers = {"Origin": "https://evil.example", "Content_Type": "text/plain"}

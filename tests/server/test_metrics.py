@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import phicore
 from phicore import Model
 from phicore.server import Settings
 from phicore.server.logs import Lines
+from phicore.text.chat_template import ChatTemplate
 
 CHAT = "/v1/chat/completions"
 
@@ -89,6 +91,17 @@ def test_path_of_a_metric_is_the_pattern_of_the_route(fresh: Served):
     assert "phicore:http_responses_total GET other 404" in names
 
 
+def test_methods_that_clients_invent_are_counted_as_one(fresh: Served):
+    """Each had a counter of its own, for ever, and nobody needed a key to make one."""
+    for number in range(3):
+        fresh.ask(f"INVENTED{number}", "/health")
+        fresh.ask("A" * 60000 + str(number), "/no/such/path")
+    names = values(fresh)
+    assert not any("INVENTED" in name or "AAAA" in name for name in names)
+    assert "phicore:http_responses_total other /health 405" in names
+    assert "phicore:http_responses_total other other 404" in names
+
+
 def test_request_id_is_taken_told_and_logged_but_no_text(
     fresh: Served, caplog: pytest.LogCaptureFixture
 ):
@@ -129,6 +142,31 @@ def test_path_of_a_client_cannot_write_into_the_log_as_it_likes(path: str):
     line = Lines(as_json=False).format(record)
     assert re.fullmatch(r"[ -~]+", line)
     assert json.loads(line.partition(" path=")[2]) == path
+
+
+def test_words_of_a_client_in_a_message_or_a_traceback_stay_in_its_line():
+    """A template that leaves out messages says their roles, which clients choose."""
+    role = "x\n2026 info all is well\x1b[2J\ud800"
+    source = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    messages = [{"role": role, "content": "a"}, {"role": "user", "content": "b"}]
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("phicore")
+    logger.addHandler(handler)
+    try:
+        ChatTemplate(source).render(messages)
+    finally:
+        logger.removeHandler(handler)
+    [line] = [Lines(as_json=False).format(record) for record in records]
+    assert r"x\n2026 info all is well\x1b[2J\ud800" in line
+    assert line.isprintable()
+    try:
+        raise ValueError(role)
+    except ValueError:
+        record = logging.makeLogRecord({"msg": "a fault", "exc_info": sys.exc_info()})
+    lines = Lines(as_json=False).format(record).split("\n")
+    assert all(line.isprintable() for line in lines)
 
 
 def test_after_the_warm_up_requests_compile_nothing(tiny_path: Path):

@@ -276,11 +276,23 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": changed(parameters="{}")}, "tools", "[0].function.parameters"),
     ({"tools": changed(parameters={"type": "array"})}, "tools", "parameters.type"),
     ({"tools": [CLOCK, CLOCK]}, "tools", "twice"),
+    ({"tools": [{"function": {"name": f"f{i}"}} for i in range(50000)]}, "tools", "512"),
     ({"tools": TOOLS, "tool_choice": "clock"}, "tool_choice", "auto"),
     ({"tools": TOOLS, "tool_choice": 3}, "tool_choice", "object"),
     ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice", "required"),
     (
         {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
+        "tool_choice",
+        "order, clock",
+    ),
+    (
+        {
+            "tools": TOOLS,
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {"tools": [{"function": {"name": ["clock"]}}]},
+            },
+        },
         "tool_choice",
         "order, clock",
     ),
@@ -317,6 +329,16 @@ def test_schema_that_cannot_be_honoured_is_a_400_where_it_must_be(
         assert status == 400, answer
         assert answer["error"]["param"] == "tools"
         assert "[0].function.parameters: " in answer["error"]["message"]
+
+
+def test_schemas_are_too_long_together_before_any_is_compiled(roomy: Served):
+    """Sixteen schemas of the longest size took the library 40 s, and were then refused."""
+    long = {"properties": {"a": {"type": "hiccup", "description": "a" * 100_000}}}
+    tools = [tool for i in range(3) for tool in changed(name=f"f{i}", parameters=long)]
+    body = {"messages": HI, "max_tokens": 1, "tools": tools, "tool_choice": "required"}
+    status, answer, _ = roomy.post(CHAT, body)
+    assert (status, answer["error"]["param"]) == (400, "tools")
+    assert "expected at most 262144 characters" in answer["error"]["message"]
 
 
 def test_texts_take_no_tools(served: Served):

@@ -199,5 +199,9 @@ def test_choice_names_what_may_be_called():
     bare = tool_use(HERMES, tools, {"type": "function", "function": {"name": "bare"}})
     assert bare is not None
     assert (bare.is_forced, bare.is_single, [t.name for t in bare.tools]) == (True, True, ["bare"])
+    named = {"tools": [{"function": {"name": "bare"}}] * 9}  # each is offered once
+    allowed = tool_use(HERMES, tools, {"type": "allowed_tools", "allowed_tools": named})
+    assert allowed is not None
+    assert [tool.name for tool in allowed.tools] == ["bare"]
     with pytest.raises(ArgumentError, match=r"'x' is not among the tools \(clock, bare\)"):
         tool_use(HERMES, tools, {"type": "function", "function": {"name": "x"}})
