@@ -79,6 +79,7 @@ def test_closed_early_leaves_nothing(model: phicore.Model) -> None:
     assert model.engine.is_idle
 
 
+@pytest.mark.complete
 def test_memory_does_not_grow_with_the_number_of_requests(model: phicore.Model) -> None:
     def held(count: int) -> int:
         requests = (model.request("Hello", seed=i, max_tokens=2) for i in range(count))

@@ -240,6 +240,7 @@ def test_load_that_fails_keeps_nothing(model: Path, folder: Path) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.complete
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped on Linux")
 def test_next_process_maps_the_file(tmp_path: Path, model: Path) -> None:
     program = f"""

@@ -101,6 +101,7 @@ print(json.dumps([found == [*expected, *expected], held]))
 """A program that answers in several ways and holds three compiled functions."""
 
 
+@pytest.mark.complete
 def test_few_programs_are_held_and_the_others_are_found_again(model: Path, tmp_path: Path):
     if find_kernels()[0] is None:
         pytest.skip("the JAX backend has no kernels here; `phicore backends` says why")
@@ -245,6 +246,7 @@ def packing(model: Path, tmp_path: Path, at_packing: str, before: str = "") -> t
     return found.returncode, found.stderr
 
 
+@pytest.mark.complete
 @pytest.mark.usefixtures("run")
 def test_error_while_weights_are_packed_is_one_line(model: Path, tmp_path: Path):
     status, errors = packing(model, tmp_path, "raise MemoryError")

@@ -161,6 +161,7 @@ THREADS = """
 """
 
 
+@pytest.mark.complete
 def test_threads_may_share_a_model_and_a_generation_and_the_process_ends_well(tmp_path: Path):
     path = write_tiny(tmp_path / "tiny.gguf")
     command = [sys.executable, "-c", textwrap.dedent(THREADS), str(path)]

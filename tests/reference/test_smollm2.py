@@ -69,6 +69,7 @@ def test_logits_of_200_tokens_equal_transformers(backend):
     assert found.argmax(-1).tolist() == expected["argmax"].tolist()
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_log_probabilities_after_200_tokens_equal_transformers(backend):
     ids, expected = golden()["token_ids"].tolist(), log_softmax(golden()["last_logits"])

@@ -83,6 +83,7 @@ def test_greedy_tokens_of_tiny_model_equal_transformers(name, ops, tmp_path):
     assert list(tokens) == expected
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("sampling", "backend_name")
 @pytest.mark.parametrize(
     "sampling", [GREEDY, Sampling(temperature=1.3, repeat_penalty=1.2)], ids=["greedy", "drawn"]
@@ -161,6 +162,7 @@ def test_long_factors_from_the_beginning(ops, tmp_path):
         plain.add(Request(prompt, rope_factors="long"))
 
 
+@pytest.mark.complete
 @pytest.mark.each_value("name", "backend_name")
 @pytest.mark.parametrize("name", ["long_factors", "phimoe_beyond_original"])
 def test_conversation_that_crosses_the_original_context_is_read_again(name, ops, tmp_path):
