@@ -227,12 +227,14 @@ class Program(KeptProgram):
     ) -> None:
         self._make = make
         self._workers = workers
-        self._guarded_run = guarded(self._run)
+        self._guarded = guarded
         self._prepared: Future[Any] | None = None
         self._program: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        return self._guarded_run(*args)
+        # A wrapped method that is kept would refer back to this object, and the memory of a program
+        # that is dropped would wait for a search for cycles, which is rare in a large process.
+        return self._guarded(self._run)(*args)
 
     def prepare(self, *args: Any) -> None:
         if self._program is None and self._prepared is None:
