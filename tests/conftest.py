@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -167,3 +167,13 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 def ops(backend_name: str) -> Backend:
     """Return each backend in `BACKENDS` in turn."""
     return make_backend(backend_name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Write half characters in what was logged as escapes; xdist cannot send them as they are."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report

@@ -13,12 +13,11 @@ import faulthandler
 import os
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 TRIES = int(os.environ.get("PHICORE_TRIES", "0"))
@@ -76,16 +75,6 @@ def watched(kind: str) -> Iterator[None]:
         worst.seconds = max(worst.seconds, time.perf_counter() - started)
         worst.growth = max(worst.growth, growth)
         assert growth < MOST_GROWTH
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Write half characters in what was logged as escapes; xdist cannot send them as they are."""
-    report = yield
-    report.sections = [
-        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
-    ]
-    return report
 
 
 @atexit.register  # not a fixture, since pytest and the tests import this module separately
