@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RaySystemError
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from phicore.cli.serve import Serving, listening
@@ -96,7 +95,7 @@ def _cluster(address: str | None) -> Iterator[None]:
             ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
         else:
             ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, RaySystemError) as error:
+    except Exception as error:  # a node that does not start in time is no special error
         where = "on this machine" if address is None else f"at {address}"
         reason = " ".join(str(error).split())
         raise PhicoreError(f"no cluster of Ray {where}: {reason:.300}") from error
