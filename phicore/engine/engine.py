@@ -456,24 +456,20 @@ class Engine:
         check_logprobs(count)
         with self._lock:
             args = (list(tokens),)
-            found = self.team.call(
-                "score", args, lambda: self.runner.logprobs(tokens, self._let_others)
-            )
+            # The processes of a team must all make the same calls in the same order.
+            pause = self._let_others if self.team.is_alone else None
+            found = self.team.call("score", args, lambda: self.runner.logprobs(tokens, pause))
         if not all(np.isfinite(found[name]).all() for name in ("chosen", "likeliest")):
             raise PhicoreError(NOT_FINITE)
         return [None, *logprobs.of_tokens(tokens[1:], found, count)]
 
     def _let_others(self) -> None:
-        """Let another thread run a step, which a long text would keep from it for minutes.
-
-        The processes of a team must all make the same calls in the same order, so they do not.
-        """
-        if self.team.is_alone:
-            self._lock.release()
-            try:
-                time.sleep(PAUSE_S)
-            finally:
-                self._lock.acquire()
+        """Let another thread run a step, which a long text would keep from it for minutes."""
+        self._lock.release()
+        try:
+            time.sleep(PAUSE_S)
+        finally:
+            self._lock.acquire()
 
     def _check_scored(self, tokens: Tokens[int]) -> None:
         if not len(tokens):

@@ -299,7 +299,7 @@ class Runner:
             rows[chunk.start : chunk.end] = self.ops.to_numpy(scores)[0, : chunk.end - chunk.start]
         return rows
 
-    def logprobs(self, tokens: Tokens[int], pause: Callable[[], None] = lambda: None) -> Logprobs:
+    def logprobs(self, tokens: Tokens[int], pause: Callable[[], None] | None = None) -> Logprobs:
         """Compute log probabilities after each token: of the next token, and of the likeliest ones.
 
         The scores of at most 64 tokens are in memory at a time.
@@ -315,7 +315,8 @@ class Runner:
         for chunk, found in self._run_chunks(self.steps.score_tokens(), tokens, following):
             count = chunk.end - chunk.start
             parts.append({name: self.ops.to_numpy(a)[0, :count] for name, a in found.items()})
-            pause()
+            if pause is not None:
+                pause()
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _run_chunks(

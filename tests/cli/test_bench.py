@@ -164,7 +164,7 @@ def test_duration_is_for_people(seconds: float, text: str) -> None:
         (["-n", "1.5"], "--n-gen: expected 0 or more"),
         (["-d", "1,,2"], "--depth: expected 0 or more, such as 128,512, got ''"),
         (["-p", "0", "-n", "0"], "nothing to measure: --n-prompt and --n-gen are both 0"),
-        (["-r", "0"], "'--repetitions' / '-r'"),
+        (["-r", "0"], "--repetitions: expected 1 or more, got '0'"),
         (["--synthetic", "tiny", "-b", "numpy", "-p", "4096"], "pp4096: needs a context of 4097"),
         (["--synthetic", "tiny", "-b", "numpy", "-d", "4032"], "tg64 @ d4032: needs a context of"),
     ],

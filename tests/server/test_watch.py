@@ -30,7 +30,7 @@ def test_step_that_ends_while_its_plugin_is_named_blocks_nothing(monkeypatch: py
         return names[-1], "file.py, line 1"
 
     monkeypatch.setattr(blaming, "running", running)
-    watch.start(object())
+    watch.start()
     watch.begin()
     while watch._began_s is not None:
         pass
