@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 
 GROUP = "phicore"
+LONGEST = 300
 OWN = {"phicore-jax", "phicore-mlx", "phicore-numpy"}
 """The distributions that are still loaded when plugins are switched off."""
 
@@ -28,9 +29,13 @@ def home(plugin: object) -> Path | None:
 
 
 def reason(error: BaseException) -> str:
-    """Return the type and the first line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """Return the type and the first line of an error, at most `LONGEST` characters of it."""
+    try:
+        text = str(error).encode("utf-8", "backslashreplace").decode()
+    except Exception:  # noqa: BLE001 - a plugin's class may fail at that, too
+        text = ""
+    lines = text.strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:LONGEST]}" if lines else type(error).__name__
 
 
 def fault(error: BaseException) -> str | None:

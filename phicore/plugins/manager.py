@@ -89,7 +89,14 @@ class BackendInfo:
         Raises:
             BackendError: If the backend cannot be used. The message has the reason.
         """
-        return self._guarded("list the devices of", lambda: list(self._devices()))
+
+        def listed() -> list[str]:
+            found = list(self._devices())
+            for each in found:
+                _check(each, str, "device")
+            return found
+
+        return self._guarded("list the devices of", listed)
 
     def notes(self) -> str:
         """Return the backend's notes for `phicore backends`, perhaps "". This imports its library.
@@ -97,7 +104,10 @@ class BackendInfo:
         Raises:
             BackendError: If the backend cannot be used. The message has the reason.
         """
-        return self._guarded("tell notes of", self._notes) if self._notes is not None else ""
+        notes = self._notes
+        if notes is None:
+            return ""
+        return self._guarded("tell notes of", lambda: _check(notes(), str, "notes"))
 
     @property
     def can_join(self) -> bool:
@@ -121,7 +131,8 @@ class BackendInfo:
         """
         self.check_can_join()
         assert self._join is not None
-        leave: Callable[[], None] = self._guarded("join other processes with", self._join, group)
+        join = self._join
+        leave: Callable[[], None] = self._guarded("join other processes with", lambda: join(group))
         return leave
 
     def create(self, options: BackendOptions | None = None) -> Backend:
@@ -131,14 +142,15 @@ class BackendInfo:
             BackendError: If the backend, the device or another option cannot be used. The message
                 has the reason.
         """
-        from phicore.backend import DEFAULTS  # imports NumPy, which a list does not need
+        from phicore.backend import DEFAULTS, Backend  # imports NumPy, which a list does not need
 
-        return self._guarded("create", self._create, DEFAULTS if options is None else options)
+        chosen = DEFAULTS if options is None else options
+        return self._guarded("create", lambda: _check(self._create(chosen), Backend, "result"))
 
-    def _guarded(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
+    def _guarded(self, what: str, call: Callable[[], T]) -> T:
         try:
             with waiting_for(self.distribution, f"{what} the backend {self.name}"):
-                return call(*args)
+                return call()
         except PhicoreError:
             raise
         except (Exception, SystemExit) as error:
@@ -447,6 +459,18 @@ def _watched(owner: Owner, what: str) -> Iterator[None]:
             log.warning("plugin %s:%s printed: %.200s", owner.distribution, owner.name, text)
 
 
+def _check(value: T, kind: Any, what: str) -> T:
+    """Return what a plugin gave.
+
+    Raises:
+        TypeError: If it is of another class.
+    """
+    if not isinstance(value, kind):
+        expected = getattr(kind, "__name__", str(kind))
+        raise TypeError(f"{what}: expected {expected}, got {type(value).__name__}")
+    return value
+
+
 def _owned(registered: Registered[Any]) -> list[tuple[str, str]]:
     """List each name with the distribution that registered it."""
     return [(name, owner.distribution) for name, (owner, _) in registered.items()]
@@ -520,13 +544,14 @@ def _guarded_source(
         try:
             with waiting_for(distribution, f"resolve {reference}"):
                 files = resolve(reference)
+            _check(files, ModelFiles, "result")
+            _check(files.path, Path, "path")
+            _check(files.tokenizer, Path | None, "tokenizer")
+            _check(files.reference, str, "reference")
         except PhicoreError:
             raise
         except (Exception, SystemExit) as error:
             raise SourceError(f"{reference}: {distribution} failed: {reason(error)}") from error
-        if not isinstance(files, ModelFiles):
-            found = type(files).__name__
-            raise SourceError(f"{reference}: {distribution} gave {found}, expected ModelFiles")
         return files
 
     return guarded

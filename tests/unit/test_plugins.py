@@ -20,10 +20,16 @@ __all__ = ["install"]
 GOOD = """
     from phicore import hookimpl
 
+    def create(options):
+        from phicore_numpy.backend import NumpyBackend
+
+        made = NumpyBackend()
+        made.given = options
+        return made
+
     @hookimpl
     def phicore_register_backends(register):
-        register({name!r}, create=lambda options: (options.threads, "made"),
-                 devices=lambda: ["cpu"], protocol={protocol})
+        register({name!r}, create=create, devices=lambda: ["cpu"], protocol={protocol})
 """
 
 
@@ -55,7 +61,8 @@ def test_backends_installed_distribution_is_found(install: Install):
     info = choose_backend("abacus", plugins)
     assert (info.name, info.distribution, info.version) == ("abacus", "phicore-abacus", "3.1")
     assert info.devices() == ["cpu"]
-    assert info.create(BackendOptions(threads=3)) == (3, "made")
+    options = BackendOptions(threads=3)
+    assert vars(info.create(options))["given"] is options
     assert plugins.broken == []
 
 
@@ -335,7 +342,10 @@ BOX = """
     ("body", "message"),
     [
         ("1 / 0", "box:m: phicore-box failed: ZeroDivisionError: division by zero"),
-        ("return reference", "box:m: phicore-box gave str, expected ModelFiles"),
+        (
+            "return reference",
+            "box:m: phicore-box failed: TypeError: result: expected ModelFiles, got str",
+        ),
     ],
 )
 def test_sources_function_that_fails_is_an_error_naming_its_distribution(
