@@ -179,7 +179,7 @@ def test_list_of_conversations_covers_the_page_on_a_phone(served: Served, open_t
     tab = open_tab(served)
     tab.page.set_viewport_size({"width": 390, "height": 700})
     tab.ask("Hello")
-    assert tab.page.locator("#sidebar").is_hidden()
+    tab.page.locator("#sidebar").wait_for(state="hidden")
     tab.page.click("#menu")
     tab.page.wait_for_selector("#conversations .title")
     assert tab.page.evaluate("document.querySelector('#main').inert")

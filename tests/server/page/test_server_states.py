@@ -171,8 +171,7 @@ def test_full_context_is_told_and_the_oldest_messages_can_be_left_out(
     tab.set(max_tokens=8)
     tab.ask("The first question. " * 7)
     tab.ask("The second question. " * 7)
-    tab.write("The third question. " * 7)
-    tab.end()
+    tab.ask("The third question. " * 7)
     assert len(small_model.encode(tab.bodies[-1]["messages"])) >= small_model.context
     told = note(tab)
     assert f"This model's maximum context length is {small_model.context} tokens." in told
