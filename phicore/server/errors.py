@@ -51,9 +51,9 @@ class ApiError(PhicoreError):
         param: str | None = None,
         code: str | None = None,
     ) -> None:
-        super().__init__(printable(message[:LONGEST_MESSAGE]))
+        super().__init__(escaped(message[:LONGEST_MESSAGE]))
         self.status = status
-        self.param = None if param is None else printable(param[:LONGEST_MESSAGE])
+        self.param = None if param is None else escaped(param[:LONGEST_MESSAGE])
         self.code = code
 
     @property
@@ -71,7 +71,7 @@ class ApiError(PhicoreError):
         return {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}
 
 
-def printable(text: str) -> str:
+def escaped(text: str) -> str:
     """Return a text with line breaks and other control characters spelled as in Python."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 

@@ -15,7 +15,7 @@ from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phicore.server.errors import api_error, printable
+from phicore.server.errors import api_error, escaped
 from phicore.server.guards import refusal
 
 log = logging.getLogger(__name__)
@@ -112,11 +112,11 @@ class Lines(logging.Formatter):
             }
             return json.dumps(line, default=str)
         # Clients choose some words of a message, such as roles that a template leaves out.
-        message = printable(record.getMessage())
+        message = escaped(record.getMessage())
         trace = fields.pop("traceback", None)
         shown = "".join(f" {name}={_shown(value)}" for name, value in fields.items())
         lines = [f"{when} {record.levelname.lower()} {message}{shown}"]
-        lines += [] if trace is None else map(printable, trace.split("\n"))
+        lines += [] if trace is None else map(escaped, trace.split("\n"))
         return "\n".join(lines)
 
 
