@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import random
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 from ray.serve._private.common import ReplicaID
@@ -17,8 +20,19 @@ from phicore_ray.replica import SLOTS
 
 LOST_S = 30.0
 """A request that was sent so long ago and did not arrive was given up."""
-TRIES = 3
-"""How often a replica is asked whether it is free, while other requests come and go."""
+PATIENCE_S = 0.5
+"""How long it may take to learn whether a replica is free, while other requests are on their way.
+Then it is taken to be full."""
+PAUSE_S = 0.005
+"""The time between two questions to a replica."""
+
+
+@dataclass
+class _Sent:
+    """A request that was sent to a replica."""
+
+    at_s: float
+    arrived_s: float = math.inf
 
 
 class StickyRouter(ConsistentHashRouter):
@@ -36,8 +50,8 @@ class StickyRouter(ConsistentHashRouter):
         Ray calls this once: what a later deployment changes, it tells with the replicas.
         """
         super().initialize_state(**{"num_fallback_replicas": 100, **kwargs})
-        # When requests were sent that have not arrived, by their identifiers, for each replica.
-        self._sent: defaultdict[ReplicaID, dict[str, float]] = defaultdict(dict)
+        # What was sent to each replica lately, by the identifiers of the requests.
+        self._sent: defaultdict[ReplicaID, dict[str, _Sent]] = defaultdict(dict)
 
     async def choose_replicas(
         self,
@@ -53,11 +67,12 @@ class StickyRouter(ConsistentHashRouter):
         pending_request.routing_context.should_backoff = True
         if not pending_request.metadata.session_id:
             return [any_two, candidate_replicas]
-        self._forget(pending_request)  # it may have been sent before, in vain
+        request_id = pending_request.metadata.internal_request_id
+        self._forget(request_id)  # it may have been sent before, in vain
         for id in self._lookup_ranked_replicas(pending_request.metadata.session_id):
             replica = self._replicas.get(id)
             if replica is not None and await self._is_free(replica):
-                self._sent[id][pending_request.metadata.internal_request_id] = time.monotonic()
+                self._sent[id][request_id] = _Sent(time.monotonic())
                 return [[replica], any_two, candidate_replicas]
         return [any_two, candidate_replicas]
 
@@ -66,27 +81,40 @@ class StickyRouter(ConsistentHashRouter):
 
         The replica is asked, which takes about a millisecond. Ray's own count, which is kept here,
         is wrong for a while when answers end while others begin, and a request that waits behind
-        a whole answer loses seconds. What was sent and has not arrived is added. If a request is
-        sent or arrives meanwhile, the replica may have counted it or not, so it is asked again, and
-        is taken to be full rather than free after some times.
+        a whole answer loses seconds. The replica may or may not have counted what was on its way
+        when it was asked, and since. If that decides, it is asked again.
         """
-        sent, now_s = self._sent[replica.replica_id], time.monotonic()
-        for id in [id for id, sent_s in sent.items() if now_s - sent_s > LOST_S]:
-            del sent[id]
+        sent = self._sent[replica.replica_id]
         slots = replica.replica_metadata.get(SLOTS, 1)
-        for _ in range(TRIES):
-            before = set(sent)
+        end_s = time.monotonic() + PATIENCE_S
+        while True:
+            asked_s = time.monotonic()
             ((_, count),) = await self._probe_queue_lens([replica], 0)
-            if count is None or before == sent.keys():
-                break
-        return count is not None and count + len(before | sent.keys()) < slots
+            if count is None or count >= slots:
+                return False
+            for id in [id for id, each in sent.items() if asked_s - each.at_s > LOST_S]:
+                del sent[id]
+            if count + sum(each.arrived_s >= asked_s for each in sent.values()) < slots:
+                return True
+            if asked_s > end_s:
+                return False
+            await asyncio.sleep(PAUSE_S)
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult
     ) -> None:
-        """Take note that a request has arrived, wherever that is."""
-        self._forget(pending_request)
+        """Take note that a request has arrived."""
+        sent = self._sent[replica_id].get(pending_request.metadata.internal_request_id)
+        if sent is not None:
+            sent.arrived_s = time.monotonic()
+        else:  # Ray chose another replica
+            self._forget(pending_request.metadata.internal_request_id)
 
-    def _forget(self, request: PendingRequest) -> None:
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Take note that a request has ended, or that it was not taken."""
+        super().on_request_completed(replica_id, internal_request_id)
+        self._forget(internal_request_id)
+
+    def _forget(self, request_id: str) -> None:
         for sent in self._sent.values():
-            sent.pop(request.metadata.internal_request_id, None)
+            sent.pop(request_id, None)

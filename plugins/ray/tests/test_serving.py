@@ -141,6 +141,7 @@ def two(both: Cluster) -> Cluster:
 def test_session_stays_and_goes_elsewhere_when_its_replica_is_full(two: Cluster):
     names = {two.ask("a session", **SHORT)[1] for _ in range(6)}
     assert len(names) == 1
+    wait_until(lambda: two.is_idle, "the end of the answer")  # the client had it before
     with reading(two, 4, "a session") as readers:
         assert [reader.replica in names for reader in readers] == [True, True, False, False]
 
@@ -152,6 +153,14 @@ def test_requests_that_come_at_once_take_no_more_than_the_slots(two: Cluster):
             counts = Counter(reader.replica for (reader,) in opened)
             assert sorted(counts.values()) == [2, 2]
         wait_until(lambda: two.is_idle, "the end of the streams")
+
+
+def test_requests_that_come_at_once_stay_together_where_slots_are_free(two: Cluster):
+    for i in range(12):
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(two.ask, f"pair {i}", **SHORT) for _ in range(2)]
+            assert len({each.result()[1] for each in asked}) == 1
+        wait_until(lambda: two.is_idle, "the end of the answers")
 
 
 def test_turns_of_a_conversation_without_a_session_stay(two: Cluster):
@@ -221,6 +230,7 @@ def test_killed_replica_is_an_error_for_whole_answers(two: Cluster):
             results.append(error)
 
     _, replica = two.ask("whole", **SHORT)
+    wait_until(lambda: two.is_idle, "the end of the answer")  # the client had it before
     thread = threading.Thread(target=ask)
     thread.start()
     with reading(two, 1, "whole") as (reader,):  # computed beside it
