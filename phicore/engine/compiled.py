@@ -20,13 +20,16 @@ from phicore.network.processors import Kinds
 from phicore.network.rope import Tables
 from phicore.progress import Progress
 
-MOST_HELD = 128
+MOST_KEPT = 128
 """The largest number of compiled functions that are held if functions are kept for later processes,
-where one that was dropped is found again in some 50 ms. On a CPU, XLA gives each of its 40
-kernels three parts of the 65,530 that the memory of a process may have on Linux, and each function
-takes 4 to 10 MB. A server that is asked for everything would use thousands of functions."""
+where one that was dropped is found again in some 50 ms. A server that is asked for everything would
+use thousands, and each takes 4 to 10 MB."""
+MOST_HELD = 240
+"""The same where one that was dropped must be compiled again. On a CPU, XLA gives each of its 40
+kernels three parts of the 65,530 that the memory of a process may have on Linux; this is enough for
+a model and its draft."""
 Function = Callable[[], Callable[..., Any]]
-"""A function of `Steps`. A call returns it compiled, for arguments of one form."""
+"""A function of `Steps`. A call returns it anew, to be compiled for arguments of one form."""
 
 
 class Compiled:
@@ -57,6 +60,7 @@ class Compiled:
         self.progress = progress
         self._functions: dict[tuple[str, Kinds, bool], Function] = {}
         self._called: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self._other: dict[Function, Callable[..., Any]] = {}
         self._prepared: dict[Any, KeptProgram] = {}
 
     def step(self, kinds: Kinds, *, has_logprobs: bool = False) -> Function:
@@ -99,8 +103,7 @@ class Compiled:
                 function = partial(function, has_logprobs=True)
             identity = None if self._programs is None else identity_of(self.pure, *key)
             if self._programs is None or identity is None:
-                compiled = self._ops.compile(function, donate=donate)
-                self._functions[key] = lambda: compiled
+                self._functions[key] = partial(self._ops.compile, function, donate=donate)
             else:
                 self._functions[key] = partial(self._programs.compile, function, donate, identity)
         return self._functions[key]
@@ -186,7 +189,9 @@ class Compiled:
     ) -> Any:
         """Call a function, and report compiling if this is the first call with a key."""
         if key is None:
-            return function()(*args)
+            if function not in self._other:
+                self._other[function] = function()
+            return self._other[function](*args)
         if (known := self._called.get(key)) is not None:
             self._called.move_to_end(key)
             return known(*args)
@@ -197,7 +202,7 @@ class Compiled:
         for each in timings:
             each.compile_s += time.perf_counter() - started
         self._called[key] = compiled
-        while self.keeps and len(self._called) > MOST_HELD:
+        while len(self._called) > (MOST_KEPT if self.keeps else MOST_HELD):
             self._called.popitem(last=False)
         self.progress("compiling", 1, 1)
         return result

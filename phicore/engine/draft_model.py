@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
+from functools import partial
 from itertools import product
 from weakref import WeakKeyDictionary, ref
 
@@ -71,8 +72,7 @@ class ModelDrafter(Drafter):
         self._runner = runner
         self._context = context
         self.slot_bytes = runner.slot_bytes
-        compiled = runner.ops.compile(self._chosen, donate=(1,))
-        self._guess: Function = lambda: compiled
+        self._guess: Function = partial(runner.ops.compile, self._chosen, donate=(1,))
         self._texts: WeakKeyDictionary[Sequence, Text] = WeakKeyDictionary()
         self._batch: Cache | None = None
         self._rows: list[Text | None] = []  # of the batch; texts of ended sequences stay for others

@@ -97,6 +97,12 @@ def full(count: int) -> ApiError:
     return ApiError(problem, status=503, code="queue_full")
 
 
+def crowded() -> ApiError:
+    """Return the error of a server to which so much is being sent that it takes no long body."""
+    problem = "too many long requests are being sent to this server; try again later"
+    return ApiError(problem, status=503, code="queue_full")
+
+
 def out_of_time() -> ApiError:
     """Return the error about a request that takes longer than `--time-limit`."""
     return ApiError("the request took longer than the server allows", status=504)

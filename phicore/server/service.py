@@ -26,6 +26,7 @@ from phicore.server.errors import (
     ApiError,
     api_error,
     blocked,
+    crowded,
     full,
     loading,
     out_of_time,
@@ -47,6 +48,9 @@ CHUNK_S = 0.8
 """A prompt is read in parts of about this time, so that clients who go away are noticed soon."""
 LONG_BODY = 100_000
 """A body of more bytes has long texts."""
+BODIES = 32
+"""No more bytes of bodies are on their way than so many of the largest have; short ones count, but
+are always taken."""
 QUICK = 16
 """Number of requests whose texts may be in work beside those that may run and wait."""
 State = Literal["loading", "ready", "failed", "stopping"]
@@ -97,6 +101,7 @@ class Service:
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="phicore-text")
         self._long = ThreadPoolExecutor(1, thread_name_prefix="phicore-long")
         self._preparing = 0
+        self._receiving = 0  # bytes of bodies on their way
 
     # ---- life ------------------------------------------------------------------------------
 
@@ -247,7 +252,8 @@ class Service:
         event loop at which the request is out of time.
 
         Raises:
-            ApiError: If the body is too long, comes too slowly or is no object.
+            ApiError: If the body is too long, comes too slowly or is no object, or if it is long
+                and others of which much has come are on their way.
         """
         request.state.end_s = asyncio.get_running_loop().time() + self.settings.time_limit
         most = self.settings.max_body
@@ -262,12 +268,17 @@ class Service:
             async with asyncio.timeout(self.settings.patience):
                 async for part in request.stream():
                     found += part
+                    self._receiving += len(part)
                     if len(found) > most:
                         raise too_large
+                    if len(found) > LONG_BODY and self._receiving > BODIES * most:
+                        raise crowded()
         except TimeoutError:
             raise ApiError("the body comes too slowly", status=408) from None
         except ClientDisconnect:
             raise GoneError from None
+        finally:
+            self._receiving -= len(found)
         request.state.is_long = len(found) > LONG_BODY
         body = parsed(bytes(found))
         if self.settings.log_text:

@@ -16,12 +16,15 @@ from phicore.plugins import blaming
 from phicore.server.errors import ApiError, api_error, full, stopping
 from phicore.server.faults import Watch, tell
 from phicore.server.jobs import Job
+from phicore.server.memory import give_back
 from phicore.text.pieces import Piece
 
 log = logging.getLogger(__name__)
 
 MOST_FAULTS = 3
 """After so many faults without a good step between them, the thread ends."""
+REST_S = 5.0
+"""After so many seconds without work, the process gives memory back to the system."""
 
 
 class Watcher(Protocol):
@@ -71,6 +74,7 @@ class Worker:
         self._count = 0
         self._is_over = False
         self._is_woken = False
+        self._has_rested = False
         self._condition = threading.Condition()
 
     # ---- called by coroutines --------------------------------------------------------------
@@ -138,14 +142,24 @@ class Worker:
 
     def _wait(self) -> bool:
         """Wait for work; return whether to go on."""
+        while not self._take(None if self._has_rested else REST_S):
+            self._has_rested = True
+            give_back()
+        return not self._is_over
+
+    def _take(self, most_s: float | None) -> bool:
+        """Wait for work and take it; return False if there is none for so many seconds."""
         with self._condition:
-            while not (self.jobs or self._submitted or self._is_woken or self._is_over):
-                self._condition.wait()
+            if not self._condition.wait_for(self._has_work, most_s):
+                return False
             self._is_woken = False
             new, self._submitted = self._submitted, []
-            is_over = self._is_over
         self.jobs += new
-        return not is_over
+        self._has_rested = self._has_rested and not new
+        return True
+
+    def _has_work(self) -> bool:
+        return bool(self.jobs or self._submitted or self._is_woken or self._is_over)
 
     def _tick(self) -> None:
         """Take requests in and out, run a step, and tell its results."""

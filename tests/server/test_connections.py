@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from select import select
 
 import pytest
 from server.conftest import HI
 from server.test_life import WAIT_S, Process, process
+
+from phicore.server.service import LONG_BODY
 
 resource = pytest.importorskip("resource", reason="limits of POSIX")
 IDLE = 1000
@@ -71,6 +75,34 @@ def test_requests_that_come_at_once_on_a_connection_are_all_answered(running: Pr
     with connected(running) as connection:
         connection.sendall(one * PIPELINED + last)
         assert received(connection).count(b"HTTP/1.1 200") == PIPELINED + 1
+
+
+def test_long_bodies_that_do_not_end_keep_short_requests_from_nothing(running: Process):
+    size, many = 4 * 2**20, 40  # 32 bodies of this size are taken
+
+    def begun(count: int) -> socket.socket:
+        connection = connected(running)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}"
+        with suppress(ConnectionError):  # it is refused meanwhile
+            connection.sendall(f"{head}\r\nConnection: close\r\n\r\n".encode() + b" " * count)
+        return connection
+
+    with ExitStack() as stack:
+        connections = [stack.enter_context(begun(size - 1)) for _ in range(many)]
+        refused, _, _ = select(connections, [], [], WAIT_S)
+        assert 0 < len(refused) <= many - 32
+        client = stack.enter_context(running.client)
+        answer = client.chat.completions.create(model="endless", messages=HI, max_tokens=3)
+        assert answer.choices
+        with begun(LONG_BODY + 1) as connection:
+            text = received(connection)
+        assert text.startswith(b"HTTP/1.1 503")
+        assert b"too many long requests" in text
+    end, text = time.monotonic() + WAIT_S, b""
+    while not text.startswith(b"HTTP/1.1 400"):  # the server sees soon that the others are gone
+        assert time.monotonic() < end
+        with begun(size) as connection, suppress(ConnectionError):
+            text = received(connection)
 
 
 @pytest.mark.parametrize("path", PATHS)
