@@ -21,8 +21,8 @@ from phicore_ray.replica import SLOTS
 LOST_S = 30.0
 """A request that was sent so long ago and did not arrive was given up."""
 PATIENCE_S = 0.5
-"""How long it may take to learn whether a replica is free, while other requests are on their way.
-Then it is taken to be full."""
+"""How long it may take to learn whether a replica is free, while other requests are on their way or
+it does not answer. Then it is taken to be full."""
 PAUSE_S = 0.005
 """The time between two questions to a replica."""
 
@@ -82,7 +82,7 @@ class StickyRouter(ConsistentHashRouter):
         The replica is asked, which takes about a millisecond. Ray's own count, which is kept here,
         is wrong for a while when answers end while others begin, and a request that waits behind
         a whole answer loses seconds. The replica may or may not have counted what was on its way
-        when it was asked, and since. If that decides, it is asked again.
+        when it was asked, and since. If that decides, or no answer comes, it is asked again.
         """
         sent = self._sent[replica.replica_id]
         slots = replica.replica_metadata.get(SLOTS, 1)
@@ -90,13 +90,13 @@ class StickyRouter(ConsistentHashRouter):
         while True:
             asked_s = time.monotonic()
             ((_, count),) = await self._probe_queue_lens([replica], 0)
-            if count is None or count >= slots:
-                return False
             for id in [id for id, each in sent.items() if asked_s - each.at_s > LOST_S]:
                 del sent[id]
-            if count + sum(each.arrived_s >= asked_s for each in sent.values()) < slots:
+            unsure = sum(each.arrived_s >= asked_s for each in sent.values())
+            if count is not None and count + unsure < slots:
                 return True
-            if asked_s > end_s:
+            is_full = count is not None and count >= slots
+            if is_full or replica.replica_id not in self._replicas or asked_s > end_s:
                 return False
             await asyncio.sleep(PAUSE_S)
 
