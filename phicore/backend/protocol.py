@@ -88,7 +88,13 @@ A backend may return a subclass that its compiler knows, such as one whose array
 
 
 class KeptProgram(ABC):
-    """A compiled function for arguments of one form."""
+    """A compiled function for arguments of one form.
+
+    Attributes:
+        memory_bytes: About how much memory it takes, apart from arrays; 0 before the first call.
+    """
+
+    memory_bytes: int = 0
 
     @abstractmethod
     def __call__(self, *args: Any) -> Any:

@@ -20,14 +20,13 @@ from phicore.network.processors import Kinds
 from phicore.network.rope import Tables
 from phicore.progress import Progress
 
-MOST_KEPT = 128
-"""The largest number of compiled functions that are held if functions are kept for later processes,
-where one that was dropped is found again in some 50 ms. A server that is asked for everything would
-use thousands, and each takes 4 to 10 MB."""
-MOST_HELD = 240
-"""The same where one that was dropped must be compiled again. On a CPU, XLA gives each of its 40
-kernels three parts of the 65,530 that the memory of a process may have on Linux; this is enough for
-a model and its draft."""
+MOST_HELD = 128
+"""The largest number of compiled functions that are held. On a CPU, XLA gives each of its 40
+kernels three parts of the 65,530 that the memory of a process may have on Linux."""
+MOST_HELD_BYTES = 2**30
+"""The most memory of held functions that are kept for later processes. One that was dropped is
+found again in some 0.1 s. A step of a model with 30 layers takes 16 to 22 MB. Ordinary chats need
+some 30, and a server that is asked for everything would use thousands."""
 Function = Callable[[], Callable[..., Any]]
 """A function of `Steps`. A call returns it anew, to be compiled for arguments of one form."""
 
@@ -202,10 +201,19 @@ class Compiled:
         for each in timings:
             each.compile_s += time.perf_counter() - started
         self._called[key] = compiled
-        while len(self._called) > (MOST_KEPT if self.keeps else MOST_HELD):
-            self._called.popitem(last=False)
+        self._drop()
         self.progress("compiling", 1, 1)
         return result
+
+    def _drop(self) -> None:
+        """Drop functions that were not called for the longest time, if too many are held."""
+        sizes = [getattr(each, "memory_bytes", 0) for each in self._called.values()]
+        held, count = sum(sizes), len(sizes)
+        for size in sizes[:-1]:
+            if count <= MOST_HELD and held <= MOST_HELD_BYTES:
+                break
+            self._called.popitem(last=False)
+            held, count = held - size, count - 1
 
     def shift(self, layers: list[LayerCache], counts: np.ndarray) -> list[LayerCache]:
         """Free the first `counts` (B,) slots of each row."""
