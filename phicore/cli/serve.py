@@ -204,7 +204,7 @@ def serve(*, serving: Serving) -> None:
     """
     from phicore.cli.serving import run
 
-    serving.plan.start_logging()
+    serving.plan.prepare_process()
     run(listening(serving.host, serving.port), serving.plan)
 
 

@@ -77,8 +77,8 @@ class Plan:
             failed=failed,
         )
 
-    def start_logging(self) -> None:
-        """Let this process write its logs to standard error.
+    def prepare_process(self) -> None:
+        """Let this process write its logs to standard error, and keep little memory.
 
         Raises:
             PhicoreError: If a package that the server needs is not installed.
@@ -86,7 +86,9 @@ class Plan:
         check_packages()
         from phicore.server.faults import tell_of_threads
         from phicore.server.logs import Lines
+        from phicore.server.memory import use_few_arenas
 
+        use_few_arenas()
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(Lines(as_json=self.log_format == "json"))
         logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)

@@ -375,8 +375,8 @@ def test_failing_draft_model_is_turned_off(
             raise MemoryError("no memory is left")
         return guess(*args)
 
-    guess = drafter._guess
-    monkeypatch.setattr(drafter, "_guess", failing)
+    guess = drafter._guess()
+    monkeypatch.setattr(drafter, "_guess", lambda: failing)
     assert list(engine.generate(request)) == expected
     assert len(calls) == 10
     assert caplog.messages == ["the draft model is not used any more: no memory is left"]

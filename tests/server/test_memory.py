@@ -14,8 +14,50 @@ from server.conftest import ready
 import phicore
 from phicore.server import worker
 
+ONLY_GLIBC = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc can be told what to do with free memory"
+)
+ARENAS = """
+import ctypes, sys, threading
+from phicore.server.memory import use_few_arenas
+
+use_few_arenas()
+library = ctypes.CDLL(None)
+for name in ("malloc", "fopen"):
+    getattr(library, name).restype = ctypes.c_void_p
+all_at_once = threading.Barrier(6)
+
+def take():
+    library.malloc(100)
+    all_at_once.wait()
+
+threads = [threading.Thread(target=take) for _ in range(6)]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join()
+file = ctypes.c_void_p(library.fopen(sys.argv[1].encode(), b"w"))
+library.malloc_info(0, file)
+library.fclose(file)
+"""
+
+
+@ONLY_GLIBC
+@pytest.mark.parametrize(("given", "fewest", "most"), [(None, 1, 2), ("5", 3, 5)])
+def test_threads_share_two_arenas_unless_the_user_has_decided(
+    given: str | None, fewest: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if given is None:
+        monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    else:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", given)
+    path = tmp_path / "info.xml"
+    subprocess.run([sys.executable, "-c", ARENAS, path], check=True, timeout=300)
+    assert fewest <= path.read_text().count("<heap nr=") <= most
+
+
 MANY = """
-import ctypes, sys
+import ctypes
 from pathlib import Path
 
 def resident():
@@ -38,7 +80,7 @@ print(before - resident())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to give back")
+@ONLY_GLIBC
 def test_pages_between_pieces_that_stay_are_given_back():
     done = subprocess.run(
         [sys.executable, "-c", MANY], capture_output=True, text=True, check=True, timeout=300

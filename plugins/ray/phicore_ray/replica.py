@@ -98,7 +98,7 @@ class Replica:
         Raises:
             ReplicaError: If that fails.
         """
-        plan.start_logging()
+        plan.prepare_process()
         self._application = plan.application()
         self._service: Service = self._application.state.service
         with telling():

@@ -87,7 +87,7 @@ def test_signal_lets_answers_finish_and_leaves_nothing(endless_path: Path):
     assert rest[-1].choices[0].finish_reason == "length"
     assert running.ended() == 0
     assert [line.partition(": ")[0] for line in running.lines] == ["phicore ray-serve"] * 2
-    wait_until(lambda: not any(map(is_running, started)), "the end of Ray's processes", 30)
+    wait_until(lambda: not any(map(is_running, started)), "the end of Ray's processes")
     host, _, port = url.removeprefix("http://").rpartition(":")
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -182,7 +182,7 @@ def test_client_that_leaves_frees_its_slot(two: Cluster):
     for _ in range(3):  # all slots, three times over
         with reading(two, 4) as readers:
             assert all(reader.goes_on() for reader in readers)
-        wait_until(lambda: two.is_idle, "the end of the streams", 30)
+        wait_until(lambda: two.is_idle, "the end of the streams")
     answer, _ = two.ask(**SHORT)
     assert answer.usage.completion_tokens == 12
 
