@@ -159,6 +159,8 @@ class Compiled:
         if isinstance(program, KeptProgram):
             program.prepare(*args)
             self._prepared[key] = program
+            if len(self._prepared) > MOST_HELD:  # what was foreseen and did not come
+                del self._prepared[next(iter(self._prepared))]
 
     def _key(self, function: Function, cache: Cache, tables: Tables, args: tuple[Any, ...]) -> Any:
         """Return what tells one compiled function from others; None if it is not compiled."""

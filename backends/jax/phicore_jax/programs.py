@@ -49,8 +49,8 @@ FIRST = 6
 """Number of programs that the list of a model has at most."""
 
 HEAP = 20
-"""XLA's objects of a program, above all its graph, take so many times the bytes of the program that
-is written, measured on programs of 0.2 to 1 MB. The machine code is small beside them."""
+"""XLA's objects of a program, above all its graph, take up to so many times the bytes of what is
+written, measured on programs of 0.2 to 1 MB. The machine code is small beside them."""
 
 Jit = Callable[[Callable[..., Any], Sequence[int], str], Any]
 Loaded = tuple[Callable[..., Any], int]
