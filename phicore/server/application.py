@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -65,7 +66,10 @@ def app(
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
         service.start()
-        yield
+        try:
+            yield
+        except asyncio.CancelledError:  # the server ends at once, and would tell a traceback
+            return
         service.close()
 
     made = Starlette(

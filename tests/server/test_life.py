@@ -149,7 +149,23 @@ def test_second_signal_ends_at_once(endless_path: Path):
         running.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         running.process.send_signal(signal.SIGTERM)
-        assert running.ended()[0] == 0
+        code, said = running.ended()
+        assert code == 0, said
+        assert "Traceback" not in said
+
+
+@posix
+@pytest.mark.parametrize("pause_s", [0, 0.02])
+def test_two_signals_end_an_idle_server_without_a_word(endless_path: Path, pause_s: float):
+    """`uv run` hands a signal on that its child has had, too."""
+    with process("-m", endless_path, "--log-level", "warning") as running:
+        running.wait_until_ready()
+        for _ in range(2):
+            running.process.send_signal(signal.SIGTERM)
+            time.sleep(pause_s)
+        code, said = running.ended()
+        assert code == 0, said
+        assert len(said.splitlines()) == 1  # where it listens
 
 
 def test_name_of_a_file_is_the_models_id_and_aliases_follow(endless_path: Path):
