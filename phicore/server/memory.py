@@ -15,7 +15,7 @@ M_ARENA_MAX = -8
 """The parameter of `mallopt(3)` for the number of arenas."""
 ARENAS = 2
 """Usually each thread has an arena, up to eight for each processor. With two, 160 MB lay unused
-between pieces that stay after ten minutes of a crowd, and 270 MB without this."""
+between pieces that stay after ten minutes of a crowd, and 270 MB without this (one run each)."""
 
 
 def use_few_arenas() -> None:

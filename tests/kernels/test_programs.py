@@ -47,10 +47,15 @@ Run = Callable[..., tuple[int, list[int]]]
 
 
 @pytest.fixture
-def run(model: Path, tmp_path: Path) -> Run:
-    """Return a function that runs `RUN` in a new process whose caches are in `tmp_path`."""
+def kernels() -> None:
+    """Skip a test where nothing is kept."""
     if find_kernels()[0] is None:
         pytest.skip("the JAX backend has no kernels here; `phicore backends` says why")
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path, kernels: None) -> Run:
+    """Return a function that runs `RUN` in a new process whose caches are in `tmp_path`."""
 
     def run(options: str = "", **environment: str) -> tuple[int, list[int]]:
         program = RUN.replace("MODEL", str(model)).replace("OPTIONS", options)
@@ -110,6 +115,7 @@ print(json.dumps([found == [*expected, *expected], held]))
 
 
 @pytest.mark.complete
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("bound", "most", "are_kept"),
     [("MOST_HELD", 3, True), ("MOST_HELD", 3, False), ("MOST_HELD_BYTES", 1, True)],
@@ -117,8 +123,6 @@ print(json.dumps([found == [*expected, *expected], held]))
 def test_few_programs_are_held_and_the_others_are_found_again(
     model: Path, tmp_path: Path, bound: str, most: int, are_kept: bool
 ):
-    if find_kernels()[0] is None:
-        pytest.skip("the JAX backend has no kernels here; `phicore backends` says why")
     caches = {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
     if not are_kept:
         caches["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "jax")
@@ -168,10 +172,9 @@ with phicore.load("MODEL", "jax") as model:
 
 
 @pytest.mark.complete
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc tells what it has given")
 def test_programs_take_about_as_much_memory_as_they_tell(tmp_path: Path):
-    if find_kernels()[0] is None:
-        pytest.skip("the JAX backend has no kernels here; `phicore backends` says why")
     model = tmp_path / "deep.gguf"
     write_model(model, Tiny(num_hidden_layers=24), Q4_K_M)
     caches = {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
