@@ -37,6 +37,7 @@ class Compiled:
     Attributes:
         pure: The functions to compile.
         progress: Called when a function is compiled.
+        held_bytes: About how much memory the held functions take, as far as the backend tells.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Compiled:
         self._ops = ops
         self._weights = weights
         self.progress = progress
+        self.held_bytes = 0
         self._functions: dict[tuple[str, Kinds, bool], Function] = {}
         self._called: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self._other: dict[Function, Callable[..., Any]] = {}
@@ -73,6 +75,10 @@ class Compiled:
     def verify(self, kinds: Kinds, *, has_logprobs: bool = False) -> Function:
         """Return the compiled `Steps.verify` for these processor classes."""
         return self._function("verify", kinds, has_logprobs)
+
+    def guess(self) -> Function:
+        """Return the compiled `Steps.guess`."""
+        return self._function("guess", None)
 
     def logits(self) -> Function:
         """Return the compiled `Steps.logits`."""
@@ -216,6 +222,7 @@ class Compiled:
                 break
             self._called.popitem(last=False)
             held, count = held - size, count - 1
+        self.held_bytes = held
 
     def shift(self, layers: list[LayerCache], counts: np.ndarray) -> list[LayerCache]:
         """Free the first `counts` (B,) slots of each row."""

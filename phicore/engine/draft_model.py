@@ -15,15 +15,13 @@ import logging
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
-from functools import partial
 from itertools import product
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
-from phicore.backend import Array, LayerCache, Params
+from phicore.backend import Array
 from phicore.engine.cache import Cache
-from phicore.engine.compiled import Function
 from phicore.engine.draft_texts import Text, lacks, length_of, tokens_from
 from phicore.engine.drafts import NO_DRAFT, Draft, Drafter, Outlook, Plan
 from phicore.engine.noise import noise_of
@@ -31,10 +29,7 @@ from phicore.engine.request import Request
 from phicore.engine.runner import Runner
 from phicore.engine.scheduler import SIZES
 from phicore.engine.sequence import Sequence
-from phicore.engine.steps import Place
 from phicore.engine.timings import Timings
-from phicore.network import graph, sampler
-from phicore.network.rope import Tables
 from phicore.network.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -72,13 +67,17 @@ class ModelDrafter(Drafter):
         self._runner = runner
         self._context = context
         self.slot_bytes = runner.slot_bytes
-        self._guess: Function = partial(runner.ops.compile, self._chosen, donate=(1,))
+        self._guess = runner.steps.guess()
         self._texts: WeakKeyDictionary[Sequence, Text] = WeakKeyDictionary()
         self._batch: Cache | None = None
         self._rows: list[Text | None] = []  # of the batch; texts of ended sequences stay for others
         self._chance = FIRST_CHANCE
         self._times: dict[int, float] = {}  # of a token, by the number of rows
         self._is_off = False
+
+    @property
+    def compiled_bytes(self) -> int:
+        return self._runner.steps.held_bytes
 
     # ---- decisions -------------------------------------------------------------------------
 
@@ -248,37 +247,6 @@ class ModelDrafter(Drafter):
             timings,
         )
         return guess
-
-    def _chosen(
-        self,
-        params: Params,
-        cache: list[LayerCache],
-        tables: Tables,
-        place: Place,
-        tokens: Array,
-        positions: Array,
-        last: Array,
-        draw: dict[str, Array] | None,
-    ) -> tuple[list[LayerCache], Array]:
-        """Run tokens (B, T); return the cache and the token that each row would go on with.
-
-        Args:
-            last: The index of the last token of each row, (B,) int32.
-            draw: The argument of `sampler.sample`.
-        Returns:
-            The cache, and the tokens, (B, 1) int32.
-        """
-        ops, xp = self._runner.ops, self._runner.ops.xp
-        steps = self._runner.steps.pure
-        hidden, cache = steps.hidden(params, cache, tables, place, tokens, positions)
-        shape = (hidden.shape[0], 1, hidden.shape[2])
-        index = xp.broadcast_to(last[:, None, None], shape)
-        hidden = xp.take_along_axis(hidden, index, axis=1)
-        logits = graph.logits(ops, params, hidden[:, 0, :])
-        none = last[:, None] * 0 - 1  # no token was recent, so nothing is penalized
-        penalty = {"recent": none, "last_n": last * 0, "repeat_penalty": logits[:, 0] * 0 + 1}
-        token = sampler.sample(ops, logits, penalty, draw)
-        return cache, xp.maximum(xp.expand_dims(token, axis=1), 0)
 
     # ---- texts -----------------------------------------------------------------------------
 

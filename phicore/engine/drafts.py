@@ -101,6 +101,11 @@ class Drafter(ABC):
 
     slot_bytes = 0
 
+    @property
+    def compiled_bytes(self) -> int:
+        """Return about how much memory compiled functions take."""
+        return 0
+
     @abstractmethod
     def draft(self, sequences: Tokens[Sequence], most: int) -> list[Draft]:
         """Guess what comes after the tokens of sequences that the host has read.
@@ -239,6 +244,10 @@ class Either(Drafter):
         self._other = other
         self._made: WeakKeyDictionary[Sequence, Drafter] = WeakKeyDictionary()
         self.slot_bytes = quick.slot_bytes + other.slot_bytes
+
+    @property
+    def compiled_bytes(self) -> int:
+        return self._quick.compiled_bytes + self._other.compiled_bytes
 
     def draft(self, sequences: Tokens[Sequence], most: int) -> list[Draft]:
         made = self.plans(sequences, most)[-1].make(most)

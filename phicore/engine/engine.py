@@ -418,6 +418,12 @@ class Engine:
         running = sum(rows.cache.bytes for rows in self._places.all_rows)
         return running, self.prefixes.bytes, self._memory.most_bytes
 
+    @property
+    def compiled_bytes(self) -> int:
+        """Return about how much memory compiled functions take, as far as the backend tells."""
+        of_drafter = 0 if self.drafter is None else self.drafter.compiled_bytes
+        return self.runner.steps.held_bytes + of_drafter
+
     # ---- scores ----------------------------------------------------------------------------
 
     def logits(self, tokens: Tokens[int]) -> np.ndarray:

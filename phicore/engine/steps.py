@@ -232,6 +232,32 @@ class Steps:
         names = ("cache", "token", "position", "recent", "states", "logprobs", "tokens")
         return tuple(s[name] for name in names)
 
+    def guess(
+        self,
+        params: Params,
+        cache: list[LayerCache],
+        tables: Tables,
+        place: Place,
+        tokens: Array,
+        positions: Array,
+        last: Array,
+        draw: dict[str, Array] | None,
+    ) -> tuple[list[LayerCache], Array]:
+        """Run tokens; sample one for each row as `step` does without penalties and processors.
+
+        Args:
+            last: The index of the token in each row that the sampled token follows, (B,) int32.
+            draw: The argument of `sampler.sample`.
+        Returns:
+            The cache, and the tokens, (B, 1) int32; 0 stands for a token that cannot be chosen.
+        """
+        xp = self.ops.xp
+        cache, logits = self.logits(params, cache, tables, place, tokens, positions, last)
+        none = last[:, None] * 0 - 1  # no token was recent, so nothing is penalized
+        penalty = {"recent": none, "last_n": last * 0, "repeat_penalty": logits[:, 0] * 0 + 1}
+        token = sampler.sample(self.ops, logits, penalty, draw)
+        return cache, xp.maximum(xp.expand_dims(token, axis=1), 0)
+
     def verify(
         self,
         kinds: Kinds,

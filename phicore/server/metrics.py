@@ -47,6 +47,7 @@ class Metrics:
 
         self._keys = size("kv_cache", "The keys and values of answers that are computed.")
         self._prefixes = size("prefix_cache", "The size of the prefix cache.")
+        self._compiled = size("compiled_functions", "Compiled steps, as far as it is known.")
         self._prompt = counter("prompt_tokens", "Tokens of prompts.").labels(name)
         self._generated = counter("generation_tokens", "Tokens of answers.").labels(name)
         self._queries = counter(
@@ -92,6 +93,7 @@ class Metrics:
 
     def stepped(self, worker: Worker) -> None:
         """Note what memory is in use."""
+        self._compiled.set(worker.model.engine.compiled_bytes)
         running, prefixes, most = worker.model.engine.kv_usage
         self._keys.set(running)
         self._prefixes.set(prefixes)

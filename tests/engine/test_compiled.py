@@ -48,6 +48,7 @@ def test_functions_that_were_called_last_are_held(
     for key, size in called:
         compiled._call(key, cast("Callable[[], Any]", Program), (size,))
     assert list(compiled._called) == held
+    assert compiled.held_bytes == sum(dict(called)[key] for key in held)
 
 
 def test_functions_that_were_foreseen_in_vain_are_dropped(compiled: Compiled):

@@ -22,6 +22,7 @@ from phicore.testing.tiny_models import Q4_K_M, Tiny, write_model
 RUN = """
 import json, phicore
 from phicore.network import graph
+from phicore.network.sampling import Sampling
 
 traced, forward = [], graph.forward
 def count(*args):
@@ -31,9 +32,12 @@ graph.forward = count
 
 with phicore.load("MODEL", "jax", OPTIONS) as model:
     tokens = [p.token_id for p in model.generate([5, 6, 7], max_tokens=4, seed=1, ignore_eos=True)]
+    if model.engine.drafter is not None:
+        model.engine.drafter.warm_up([1], [Sampling()])
 print(json.dumps([len(traced), tokens]))
 """
-"""A program that prints how many steps it traced, and the tokens of an answer."""
+"""A program that prints how many steps it traced, and the tokens of an answer. If there is a draft
+model, it guesses, too."""
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,17 @@ def test_second_process_traces_nothing(run: Run, tmp_path: Path):
     assert count == 2  # the prompt's step, and the other tokens'
     assert len(programs(tmp_path)) == 3  # these, and the sampler after the prompt
     assert run() == (0, tokens)
+    assert not list(tmp_path.glob("phicore/jax-*/*kept*"))  # a second copy would serve nobody
+
+
+@pytest.mark.complete
+def test_second_process_traces_nothing_of_a_draft_model(run: Run, model: Path, tmp_path: Path):
+    plain, tokens = run()
+    draft = f"draft_model={str(model)!r}"
+    count, with_draft = run(draft)
+    assert count > plain
+    assert with_draft == tokens
+    assert run(draft) == (0, tokens)
 
 
 HELD = """

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -44,7 +44,16 @@ from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFFile
 from phicore_jax import code_files, cuda, expanded
-from phicore_jax.cache import as_numbers, as_stored, names, put, rows_of_cache, width, zeros
+from phicore_jax.cache import (
+    MOST_HELD,
+    as_numbers,
+    as_stored,
+    names,
+    put,
+    rows_of_cache,
+    width,
+    zeros,
+)
 from phicore_jax.kernels import find_kernels
 from phicore_jax.outline import Outline, joined
 from phicore_jax.own import OwnKernels, Pack, Source
@@ -207,7 +216,7 @@ class JaxBackend(Backend):
         capabilities = capabilities_of(name, kernels, steps)
         super().__init__(options, capabilities)
         self._packing_device = self.device
-        self._copy: dict[int, Callable[..., LayerCache]] = {}
+        self._copier = lru_cache(MOST_HELD)(self._new_copier)
         self._shared: Devices | None = None
         self._loading = threading.local()  # several threads may each load a model
         self._calls, self._called_s = 0, time.monotonic()
@@ -475,10 +484,16 @@ class JaxBackend(Backend):
         return type(cache)({name: jax.vmap(shift)(a, count) for name, a in cache.items()})
 
     def copy_rows(self, cache: LayerCache, rows: Array, slots: Array, capacity: int) -> LayerCache:
-        if capacity not in self._copy:
-            self._copy[capacity] = self.compile(partial(self._copied, capacity))
+        form = (rows.shape, *(a.shape for a in cache.values()))
         with memory_errors():
-            return self._copy[capacity](cache, rows, slots)
+            return self._copier(capacity, form)(cache, rows, slots)
+
+    def _new_copier(self, capacity: int, form: object) -> Callable[..., LayerCache]:
+        """Return a function that is compiled for arguments of one form, so that it can be dropped.
+
+        A function that JAX compiles for many forms keeps them all.
+        """
+        return self.compile(partial(self._copied, capacity))
 
     def _copied(self, capacity: int, cache: LayerCache, rows: Array, slots: Array) -> LayerCache:
         if self._moves is not None:

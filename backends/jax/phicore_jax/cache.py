@@ -7,7 +7,7 @@ in 16. A row of q8_0 holds its scales too, after its numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -20,6 +20,9 @@ from phicore.backend.cache_types import CacheType
 
 Array = Any
 
+MOST_HELD = 64
+"""The largest number of compiled functions of one kind that make or copy caches. Each takes up to
+1 MB, and caches have many forms."""
 I24 = CacheType(
     "i24",
     "int8",
@@ -101,7 +104,7 @@ def from_bytes(x: Array, dtype: Any) -> Array:
     return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), dtype)
 
 
-@cache
+@lru_cache(MOST_HELD)
 def zeros(forms: tuple[jax.ShapeDtypeStruct, ...], sharding: Any) -> Callable[[], list[Array]]:
     """Return a compiled function that makes arrays of zeros.
 

@@ -52,6 +52,9 @@ HEAP = 20
 """XLA's objects of a program, above all its graph, take up to so many times the bytes of what is
 written, measured on programs of 0.2 to 1 MB. The machine code is small beside them."""
 
+PREFIX = "kept_"
+"""The names of functions whose programs are kept begin with this."""
+
 Jit = Callable[[Callable[..., Any], Sequence[int], str], Any]
 Loaded = tuple[Callable[..., Any], int]
 """A program, and about how many bytes of memory it takes."""
@@ -195,8 +198,9 @@ class Programs(ProgramStore):
     ) -> Loaded:
         # JAX's cache finds programs by their code, which includes their name. A program from there
         # could not be written: XLA would leave the machine code out. So each name is new.
-        lowered = self._jit(fn, donate, f"kept_{secrets.token_hex(8)}").lower(*args)
+        lowered = self._jit(fn, donate, f"{PREFIX}{secrets.token_hex(8)}").lower(*args)
         program, size = lowered.compile(), 0
+        _remove_copies()
         try:
             kernels = self._kernels.handlers(lowered.as_text())
             text = pickle.dumps((kernels, *serialize_executable.serialize(program)))
@@ -262,6 +266,14 @@ class Program(KeptProgram):
 def _form(x: Any) -> jax.ShapeDtypeStruct:
     """Return what a program depends on of an array, whose memory may be given away meanwhile."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.weak_type)
+
+
+def _remove_copies() -> None:
+    """Remove from JAX's cache the programs that are kept here. Nobody asks for them there."""
+    if home := jax.config.jax_compilation_cache_dir:
+        for path in Path(home).glob(f"jit_{PREFIX}*"):
+            with suppress(OSError):  # another thread or process has removed it, or still writes it
+                path.unlink()
 
 
 def _hash(*parts: str) -> str:
