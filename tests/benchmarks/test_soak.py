@@ -22,8 +22,8 @@ def test_every_answer_of_a_crowded_server_is_that_of_the_request_alone():
     found = json.loads(done.stdout)
     assert found["wrong"] == {}
     assert sum(found["compared"].values()) > 24  # beside those that were sent one after the other
-    assert {"running", "waiting", "kv_bytes"} <= found["after"].keys()
-    assert [found["after"][name] for name in ("running", "waiting", "kv_bytes")] == [0, 0, 0]
+    assert {"running", "waiting", "kv_bytes"} <= found["rests"][-1].keys()
+    assert [found["rests"][-1][name] for name in ("running", "waiting", "kv_bytes")] == [0, 0, 0]
 
 
 def test_streams_are_put_together_to_what_whole_answers_tell():
