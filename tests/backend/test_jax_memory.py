@@ -46,7 +46,7 @@ def test_few_of_the_functions_that_copy_caches_are_held(monkeypatch: pytest.Monk
         found = jax.devices("cpu")[0].client.live_executables()
         return sum(each.hlo_modules()[0].name == "jit_traced" for each in found)
 
-    monkeypatch.setattr(backend, "MOST_HELD", 2)
+    monkeypatch.setattr(backend, "FORMS", 2)
     ops = backend.JaxBackend()
     cache, only = ops.new_cache(1, 2, 8, 32), ops.asarray(np.zeros(1, np.int32))
     gc.collect()

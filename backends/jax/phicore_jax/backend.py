@@ -44,16 +44,7 @@ from phicore.errors import BackendError
 from phicore.gguf.matrix import Matrix, Split
 from phicore.gguf.reader import GGUFFile
 from phicore_jax import code_files, cuda, expanded
-from phicore_jax.cache import (
-    MOST_HELD,
-    as_numbers,
-    as_stored,
-    names,
-    put,
-    rows_of_cache,
-    width,
-    zeros,
-)
+from phicore_jax.cache import FORMS, as_numbers, as_stored, names, put, rows_of_cache, width, zeros
 from phicore_jax.kernels import find_kernels
 from phicore_jax.outline import Outline, joined
 from phicore_jax.own import OwnKernels, Pack, Source
@@ -216,7 +207,7 @@ class JaxBackend(Backend):
         capabilities = capabilities_of(name, kernels, steps)
         super().__init__(options, capabilities)
         self._packing_device = self.device
-        self._copier = lru_cache(MOST_HELD)(self._new_copier)
+        self._copier = lru_cache(FORMS)(self._new_copier)
         self._shared: Devices | None = None
         self._loading = threading.local()  # several threads may each load a model
         self._calls, self._called_s = 0, time.monotonic()
@@ -489,10 +480,7 @@ class JaxBackend(Backend):
             return self._copier(capacity, form)(cache, rows, slots)
 
     def _new_copier(self, capacity: int, form: object) -> Callable[..., LayerCache]:
-        """Return a function that is compiled for arguments of one form, so that it can be dropped.
-
-        A function that JAX compiles for many forms keeps them all.
-        """
+        """Return a function for arguments of one form. JAX would hold a program for each other."""
         return self.compile(partial(self._copied, capacity))
 
     def _copied(self, capacity: int, cache: LayerCache, rows: Array, slots: Array) -> LayerCache:

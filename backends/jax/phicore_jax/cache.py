@@ -20,9 +20,9 @@ from phicore.backend.cache_types import CacheType
 
 Array = Any
 
-MOST_HELD = 64
-"""The largest number of compiled functions of one kind that make or copy caches. Each takes up to
-1 MB, and caches have many forms."""
+FORMS = 64
+"""For so many forms of caches, compiled functions that make or copy them are held. Each takes up to
+1 MB."""
 I24 = CacheType(
     "i24",
     "int8",
@@ -104,7 +104,7 @@ def from_bytes(x: Array, dtype: Any) -> Array:
     return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), dtype)
 
 
-@lru_cache(MOST_HELD)
+@lru_cache(FORMS)
 def zeros(forms: tuple[jax.ShapeDtypeStruct, ...], sharding: Any) -> Callable[[], list[Array]]:
     """Return a compiled function that makes arrays of zeros.
 
