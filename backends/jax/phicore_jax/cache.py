@@ -21,8 +21,8 @@ from phicore.backend.cache_types import CacheType
 Array = Any
 
 FORMS = 64
-"""For so many forms of caches, compiled functions that make or copy them are held. Each takes up to
-1 MB."""
+"""For so many forms of caches, compiled functions that make or copy them are held. Each takes some
+1.5 MB."""
 I24 = CacheType(
     "i24",
     "int8",
