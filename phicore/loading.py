@@ -58,7 +58,7 @@ def load(
         prefix_cache_bytes: The largest number of bytes in which the model remembers what ended
             generations have read, for prompts that begin the same way, such as the next turn of a
             conversation. None takes an eighth of the machine's memory, at most 2 GB; 0 remembers
-            nothing.
+            nothing, so that each generation reads its whole prompt.
         kv_memory: The largest number of bytes of all keys and values together. Generations that do
             not fit wait, and the context is what fits. None takes half of the memory that is free
             on a CPU, and sets no limit on other devices.

@@ -9,7 +9,7 @@ import numpy as np
 
 from phicore.engine.cache import Cache
 from phicore.engine.chunks import MIN_CAPACITY
-from phicore.engine.prefixes import SHORTEST, Prefix, Prefixes
+from phicore.engine.prefixes import SHORTEST, Prefix, Prefixes, common
 from phicore.engine.rows import Rows
 from phicore.engine.runner import Runner
 from phicore.engine.scheduler import Scheduler
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 EXPECTED_ANSWER = 512
 """A new cache has slots for the prompt and up to this many tokens of the answer. It can grow."""
+GAIN = 8
+"""A cache of N tokens is replaced by one that has N / 8 more, so copies take less than reading."""
 
 
 class Memory:
@@ -124,18 +126,72 @@ class Memory:
 
         Its capacity is for the given tokens and a part of the answer.
         """
-        answer = min(sequence.left, EXPECTED_ANSWER)
         found = self.prefixes.find(sequence.tokens, is_long=sequence.is_long)
         if found is None:
-            return self.runner.new_cache(sequence.given + answer, sequence.is_long)
-        prefix, sequence.computed = found
-        if not sequence.is_read_again:
-            sequence.timings.cached_tokens = sequence.computed
-        cache, end = prefix.cache, sequence.computed
-        capacity = self.runner.capacity_for(sequence.given + answer - int(cache.first[0]))
-        if end == len(prefix.tokens) and capacity <= cache.capacity:
-            return cache
-        return self.runner.copy(cache, [0], np.array([end]), capacity)
+            return self.runner.new_cache(_length(sequence), sequence.is_long)
+        prefix, count = found
+        cache = prefix.cache
+        capacity = self.runner.capacity_for(_length(sequence) - int(cache.first[0]))
+        if count < len(prefix.tokens) or capacity > cache.capacity:
+            cache = self._beginning(cache, 0, count, sequence)
+        sequence.begin_at(count)
+        return cache
+
+    def _beginning(self, cache: Cache, index: int, count: int, sequence: Sequence) -> Cache:
+        """Return a cache for a sequence, with a copy of the first `count` tokens of a row."""
+        capacity = self.runner.capacity_for(_length(sequence) - int(cache.first[index]))
+        return self.runner.copy(cache, [index], np.array([count]), capacity)
+
+    def share(self, rows: Rows, all_rows: Tokens[Rows]) -> None:
+        """Give a sequence that is read what another one has computed of the same first tokens.
+
+        So the prompt of several answers is read once, as are the same first tokens of requests that
+        come together.
+
+        Args:
+            rows: The rows that have the sequence alone.
+            all_rows: The rows of all sequences that have some.
+        """
+        [sequence] = rows.live
+        least = sequence.computed + max(SHORTEST, sequence.computed // GAIN)
+        if least >= sequence.given or not self.prefixes.most_bytes:
+            return
+        wanted = sequence.tokens[: sequence.given]
+        found = [
+            (self._common(other, index, wanted, least), other, index)
+            for other in all_rows
+            for index, one in enumerate(other.sequences)
+            if one not in (None, sequence) and one.is_long == sequence.is_long
+        ]
+        count, other, index = max(found, key=lambda each: each[0], default=(0, rows, 0))
+        if count < least:
+            return
+        try:
+            rows.cache = self._beginning(other.cache, index, count, sequence)
+        except Exception as error:  # noqa: BLE001 - no memory left, for example
+            log.warning("a prompt is read once more: %s", error)
+            return
+        sequence.begin_at(count)
+
+    def _common(self, rows: Rows, index: int, wanted: Tokens[int], least: int) -> int:
+        """Return how many of the wanted tokens a running sequence has computed, 0 for too few."""
+        known = self._computed(rows, index)
+        if len(known) < least or known[least - 1] != wanted[least - 1]:
+            return 0  # at once, since there may be many long ones
+        ids, first = np.array(wanted, np.int32), int(rows.cache.first[index])
+        return common(np.array(known, np.int32), ids, first, self.prefixes.window)
+
+    def _computed(self, rows: Rows, index: int) -> Tokens[int]:
+        """Return the tokens of a running sequence whose keys and values its row surely has.
+
+        The last token may not have been run. A sequence whose last tokens were not read yet may
+        have used its last slots again.
+        """
+        sequence = rows.sequences[index]
+        assert sequence is not None
+        full = int(rows.cache.first[index]) + rows.cache.capacity
+        full -= self.runner.ops.capabilities.steps
+        return sequence.tokens[:-1][: min(sequence.computed, full)]
 
     def keep(self, rows: Rows, sequence: Sequence, all_rows: Tokens[Rows]) -> None:
         """Keep what an ended sequence has computed for others that begin the same way.
@@ -147,11 +203,7 @@ class Memory:
         if sequence.finish_reason == "error" or not self.prefixes.most_bytes:
             return
         index, cache = rows.sequences.index(sequence), rows.cache
-        # The last token may not have been run. A sequence whose last tokens were not read yet may
-        # have used its last slots again.
-        first = int(cache.first[index])
-        full = first + cache.capacity - self.runner.ops.capabilities.steps
-        tokens = sequence.tokens[:-1][: min(sequence.computed, full)]
+        first, tokens = int(cache.first[index]), self._computed(rows, index)
         if len(tokens) < SHORTEST or cache.bytes > len(rows.sequences) * self.prefixes.most_bytes:
             return
         is_alone = len(rows.sequences) == 1
@@ -168,3 +220,8 @@ class Memory:
             others = [each for each in all_rows if not (is_alone and each is rows)]
             running = sum(each.cache.bytes for each in others)
             self.prefixes.shrink(max(self.most_bytes - running, 0))
+
+
+def _length(sequence: Sequence) -> int:
+    """Return for how many tokens a new cache of a sequence has room. It can grow."""
+    return sequence.given + min(sequence.left, EXPECTED_ANSWER)

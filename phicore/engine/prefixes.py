@@ -44,13 +44,26 @@ class Prefix:
         """
         if is_long != self.is_long:
             return 0
-        most = min(len(self.tokens), len(tokens) - 1)  # the last one must be run
-        differs = self.tokens[:most] != tokens[:most]
-        count = int(differs.argmax()) if differs.any() else most
-        first = int(self.cache.first[0])
-        # The next token sees `window - 1` positions before it.
-        is_seen = first == 0 or (window is not None and count - (window - 1) >= first)
-        return count if is_seen and count >= SHORTEST else 0
+        return common(self.tokens, tokens, int(self.cache.first[0]), window)
+
+
+def common(known: np.ndarray, tokens: np.ndarray, first: int, window: int | None) -> int:
+    """Return how many tokens at the beginning of a sequence another one has computed for it.
+
+    Args:
+        known: The tokens that the other one has computed, (N,) int32.
+        tokens: The tokens of the sequence, (M,) int32. Its last one must be run, for its scores.
+        first: The first position whose keys and values the other one still has.
+        window: The number of positions that a token sees; None means all.
+    Returns:
+        The number; 0 if the keys and values are of no use, or not worth a copy.
+    """
+    most = min(len(known), len(tokens) - 1)
+    differs = known[:most] != tokens[:most]
+    count = int(differs.argmax()) if differs.any() else most
+    # The next token sees `window - 1` positions before it.
+    is_seen = first == 0 or (window is not None and count - (window - 1) >= first)
+    return count if is_seen and count >= SHORTEST else 0
 
 
 class Prefixes:

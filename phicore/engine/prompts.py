@@ -57,6 +57,7 @@ class Prompts:
         The chunk before is waited for, so that nobody waits long for an abort, and its time is
         measured.
         """
+        self._places.memory.share(rows, self._places.all_rows)
         scheduler = self._places.scheduler
         others = self._places.decoding + len(self._places.reading) - 1
         most = self._places.team.agreed(scheduler.most_tokens(others))  # it depends on times

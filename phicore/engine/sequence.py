@@ -75,6 +75,12 @@ class Sequence:
         self.given = len(self.tokens)
         self.computed = 0
 
+    def begin_at(self, count: int) -> None:
+        """Go on after the first `count` given tokens, since something else has computed these."""
+        if not self.is_read_again:
+            self.timings.cached_tokens += count - self.computed
+        self.computed = count
+
     @property
     def kinds(self) -> Kinds:
         """Return the classes of the logits processors."""
