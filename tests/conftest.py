@@ -110,23 +110,26 @@ def _compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
 
     There XLA does not optimize, which takes a quarter of the time, and MLX does not have operations
     fused by a C++ compiler. The numbers that users get are tested in the other folders, and in
-    modules with the mark `as_for_users`, such as those of sums that must be equal to the last bit.
+    modules with the mark `as_for_users`, such as those of sums that must be equal to the last bit;
+    `as_for_users("jax")` spares MLX alone.
     """
     folder = request.path.relative_to(Path(__file__).parent).parts[0]
-    if folder not in ABOUT_LOGIC or request.node.get_closest_marker("as_for_users"):
-        yield
-        return
+    marker = request.node.get_closest_marker("as_for_users")
+    whole = () if marker is None else marker.args or ("jax", "mlx")
+    quick = {"jax", "mlx"}.difference(whole) if folder in ABOUT_LOGIC else set()
     with pytest.MonkeyPatch.context() as patch, ExitStack() as at_end:
-        with suppress(ImportError):
-            from phicore_jax.backend import CPU_OPTIONS
+        if "jax" in quick:
+            with suppress(ImportError):
+                from phicore_jax.backend import CPU_OPTIONS
 
-            patch.setitem(CPU_OPTIONS, "xla_backend_optimization_level", 0)
-            patch.setitem(CPU_OPTIONS, "xla_cpu_use_fusion_emitters", False)
-        with suppress(ImportError):
-            import mlx.core as mx
+                patch.setitem(CPU_OPTIONS, "xla_backend_optimization_level", 0)
+                patch.setitem(CPU_OPTIONS, "xla_cpu_use_fusion_emitters", False)
+        if "mlx" in quick:
+            with suppress(ImportError):
+                import mlx.core as mx
 
-            mx.disable_compile()
-            at_end.callback(mx.enable_compile)
+                mx.disable_compile()
+                at_end.callback(mx.enable_compile)
         yield
 
 

@@ -118,6 +118,7 @@ def serving(model: Model | Callable[[], Model], **options: Any) -> Iterator[Serv
         served.wait_until(lambda: server.started, "the start")
         yield served
     finally:
+        served.client.close()
         server.should_exit = True
         thread.join(WAIT_S)
 

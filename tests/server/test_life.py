@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Process:
             assert time.monotonic() < end
             time.sleep(0.02)
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="k", max_retries=0, timeout=WAIT_S)
 
@@ -89,6 +90,8 @@ def process(*options: object, command: list[str] | None = None) -> Iterator[Proc
     try:
         yield made
     finally:
+        if "client" in vars(made):
+            made.client.close()
         made.process.kill()
         made.process.wait()
         made._reader.join(WAIT_S)
