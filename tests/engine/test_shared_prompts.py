@@ -11,13 +11,16 @@ import pytest
 from api.tiny_models import write_tiny
 from conftest import BACKENDS, make_backend
 from engine.test_prefixes import CASES, DRAWN, GREEDY, LOTS, random_tokens, run, with_prefixes
+from engine.test_speculation import Eager
 from hypothesis import given
 from hypothesis import strategies as st
 
 import phicore
 from phicore.backend import Backend
 from phicore.engine import Engine, Request
+from phicore.engine.drafts import NGrams
 from phicore.engine.rows import Rows
+from phicore.engine.scheduler import Scheduler
 from phicore.engine.sequence import Sequence
 from phicore.testing.conformance.models import PHI3, engine_of
 from phicore.testing.tiny_models import Type, write_model
@@ -163,6 +166,8 @@ def test_whoever_comes_and_goes_no_text_changes(
     cold, warm = pair
     warm.prefixes.clear()
     warm.prefixes.most_bytes = data.draw(st.sampled_from([1, LOTS]))
+    warm.drafter = data.draw(st.sampled_from([None, NGrams()]))
+    warm.scheduler = Eager() if warm.drafter else Scheduler()
     warm.scheduler.chunk_s = data.draw(st.sampled_from([None, 1e-9]))
     common = random_tokens(90)
     sequences = []
