@@ -79,7 +79,8 @@ class Prompts:
         if others or scheduler.chunk_s is not None:
             self._wait(rows)
             took_s = time.perf_counter() - started
-            scheduler.measured(chunk.size, took_s - (sequence.timings.compile_s - compile_s))
+            if chunk.size > 1:  # one token alone takes far longer than one among others
+                scheduler.measured(chunk.size, took_s - (sequence.timings.compile_s - compile_s))
         sequence.computed = chunk.end
         if sequence.is_read:
             sequence.sampled += 1
