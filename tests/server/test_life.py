@@ -14,7 +14,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ class Process:
     Attributes:
         url: The beginning of its addresses.
         lines: What it has written on standard error.
+        clients: OpenAI's clients for it.
     """
 
     def __init__(self, *options: object, command: list[str] | None = None) -> None:
@@ -46,6 +46,7 @@ class Process:
             [*command, *map(str, options)], stderr=subprocess.PIPE, text=True
         )
         self.lines: list[str] = []
+        self.clients: list[openai.OpenAI] = []
         self.url = ""
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -73,9 +74,12 @@ class Process:
             assert time.monotonic() < end
             time.sleep(0.02)
 
-    @cached_property
+    @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="k", max_retries=0, timeout=WAIT_S)
+        """Make a client, which is closed with the process."""
+        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key="k", max_retries=0, timeout=WAIT_S)
+        self.clients.append(made)
+        return made
 
     def ended(self) -> tuple[int, str]:
         """Wait for the end; return the exit code and all of standard error."""
@@ -90,8 +94,8 @@ def process(*options: object, command: list[str] | None = None) -> Iterator[Proc
     try:
         yield made
     finally:
-        if "client" in vars(made):
-            made.client.close()
+        for client in made.clients:
+            client.close()
         made.process.kill()
         made.process.wait()
         made._reader.join(WAIT_S)
