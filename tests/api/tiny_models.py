@@ -44,14 +44,20 @@ def write_tiny(path: Path, edit: Edit | None = None, **changes: Any) -> Path:
 
 def write_endless(path: Path, context: int = 20000) -> Path:
     """Write a model that, greedily and without a penalty, generates until its context is full."""
+    end = 0
 
     def never_end(writer: gguf.GGUFWriter) -> None:
+        nonlocal end
         tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
-        for end in ("<|end|>", "<|endoftext|>"):
-            tokens[tokens.index(end)] = f"not-{end}"
-        writer.kv_data[0]["tokenizer.ggml.eos_token_id"].value = tokens.index("</s>")
+        for other in ("<|end|>", "<|endoftext|>"):
+            tokens[tokens.index(other)] = f"not-{other}"
+        end = writer.kv_data[0]["tokenizer.ggml.eos_token_id"].value = tokens.index("</s>")
 
-    return write_tiny(path, never_end, max_position_embeddings=context)
+    write_tiny(path, never_end, max_position_embeddings=context)
+    tensors = {t.name: t.data for t in gguf.GGUFReader(path, "r+").tensors}
+    # Its score is always 0, which is never the highest. A random row may be, after many tokens.
+    tensors.get("output.weight", tensors["token_embd.weight"])[end] = 0
+    return path
 
 
 def spoilt(path: Path, tensor: str, value: float) -> Path:

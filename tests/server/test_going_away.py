@@ -191,21 +191,19 @@ def test_slow_reader_stalls_nobody_and_its_buffer_is_bounded(
     import phicore.server.jobs as jobs
 
     monkeypatch.setattr(jobs, "MOST_UNREAD", 200)
-    slow = connect(endless, {**REQUEST, "stream": True}, buffer=2048)
-    read_until(slow, b'"content":"')
-    worker = endless.service.worker
-    [job] = worker.jobs
-    others = 0
-    while not job.is_cancelled:  # the other client gets its answers meanwhile
-        body = {"messages": HI, "max_tokens": 3, "seed": others}
-        status, answer, _ = endless.post("/v1/chat/completions", body)
-        assert (status, answer["usage"]["completion_tokens"]) == (200, 3)
-        others += 1
-    assert len(job.pieces) <= 201
-    assert job.exchange.error is not None
-    assert "slowly" in str(job.exchange.error)
-    endless.wait_until(lambda: endless.is_free, "the end")
-    slow.close()
+    with connect(endless, {**REQUEST, "stream": True}, buffer=2048) as slow:
+        read_until(slow, b'"content":"')
+        [job] = endless.service.worker.jobs
+        others = 0
+        while not job.is_cancelled:  # the other client gets its answers meanwhile
+            body = {"messages": HI, "max_tokens": 3, "seed": others}
+            status, answer, _ = endless.post("/v1/chat/completions", body)
+            assert (status, answer["usage"]["completion_tokens"]) == (200, 3)
+            others += 1
+        assert len(job.pieces) <= 201
+        assert job.exchange.error is not None
+        assert "slowly" in str(job.exchange.error)
+        endless.wait_until(lambda: endless.is_free, "the end")
 
 
 def test_silent_stream_gets_comments(endless: Served):
