@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from api.tiny_models import write_tiny
-from conftest import BACKENDS, make_backend
-from engine.test_prefixes import CASES, DRAWN, GREEDY, LOTS, random_tokens, run, with_prefixes
+from conftest import make_backend
+from engine.test_prefixes import (
+    CASES,
+    DRAWN,
+    GREEDY,
+    LOTS,
+    NAMES,
+    asynchronous,
+    random_tokens,
+    run,
+    with_prefixes,
+)
 from engine.test_speculation import Eager
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,11 +99,10 @@ def test_without_a_prefix_cache_nothing_is_shared(path: Path):
 
 @pytest.mark.each_value("steps", "name")
 @pytest.mark.parametrize("steps", [8, 1])
-@pytest.mark.parametrize("name", [name for name in ("numpy", "jax") if name in BACKENDS])
+@pytest.mark.parametrize("name", NAMES)
 def test_answer_that_is_written_is_shared_as_far_as_it_was_run(name: str, steps: int, path: Path):
     """A call may have begun whose tokens nobody knows yet, in a row of a batch."""
-    ops = make_backend(name)
-    ops.capabilities = replace(ops.capabilities, steps=steps, asynchronous=True)
+    ops = asynchronous(name, steps)
     cold, warm = engine_of(ops, path), with_prefixes(ops, path)
     prompt = random_tokens(40)
     answer = run(cold, prompt, max_tokens=100)[0]
